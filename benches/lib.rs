@@ -1,0 +1,1 @@
+//! Criterion micro-benchmarks of the page path; see the files beside this one.

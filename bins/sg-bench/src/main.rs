@@ -1,0 +1,3 @@
+//! sg-bench
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! sg-vmm
+
+fn main() {}

@@ -1,0 +1,12 @@
+//! libsg: scatter-gather live migration.
+//!
+//! Evicts running VMs from a host at the speed of its own link, however slow the destination is.
+//! The modules are listed in the order in which a page meets them.
+
+pub mod page;
+pub mod ids;
+pub mod limits;
+pub mod error;
+pub mod manifest;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,50 @@
+//! Every limit of every role, with its reason and what happens when it is crossed.
+
+use crate::page::PAGE_BYTES;
+
+/// Pages in one batch: one frame on the wire, one acknowledgement. 64 pages are what a single
+/// vectored write carries without losing throughput; a hugetlb unit is the exception (512).
+pub const BATCH_PAGES: usize = 64;
+
+/// Pages in the largest frame: one 2 MiB install unit, which is never split. A longer one is refused.
+pub const BATCH_PAGES_MAX: usize = 512;
+
+/// Index entries in one frame. A longer one is refused.
+pub const INDEX_ENTRIES_MAX: usize = 4096;
+
+/// Bytes of a frame's body; bounded before anything is allocated. A longer one is refused and the
+/// connection closed.
+pub const BODY_BYTES_MAX: usize = BATCH_PAGES_MAX * (PAGE_BYTES + 32);
+
+/// Bytes of a control message's body (postcard-encoded): the manifest is the largest.
+pub const CONTROL_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes of the VM's opaque CPU and device state.
+pub const STATE_BYTES_MAX: usize = 64 << 20;
+
+/// Bytes of the VMM's opaque configuration in a manifest.
+pub const VM_CONFIG_BYTES_MAX: usize = 64 << 10;
+
+/// Bytes of a name of a VM or a region.
+pub const NAME_BYTES_MAX: usize = 255;
+
+/// Bytes of an intermediary's name.
+pub const NODE_NAME_BYTES_MAX: usize = 64;
+
+/// Regions in a manifest.
+pub const REGIONS_MAX: usize = 1024;
+
+/// Pages of a volume: what [`crate::page::PageIndex`] can number.
+pub const VOLUME_PAGES_MAX: u64 = u32::MAX as u64;
+
+/// Intermediaries of one volume. More are refused when the migration starts.
+pub const MEMBERS_MAX: usize = 64;
+
+/// Consecutive pages that one index server owns, in turn: long enough that a batch has one owner,
+/// short enough that the index spreads over all members.
+pub const INDEX_RANGE_PAGES: u32 = 1024;
+
+const _: () = assert!(BATCH_PAGES <= BATCH_PAGES_MAX);
+const _: () = assert!(INDEX_RANGE_PAGES as usize >= BATCH_PAGES_MAX);
+const _: () = assert!(CONTROL_BYTES_MAX <= BODY_BYTES_MAX);
+const _: () = assert!(VM_CONFIG_BYTES_MAX + REGIONS_MAX * (NAME_BYTES_MAX + 32) <= CONTROL_BYTES_MAX);
