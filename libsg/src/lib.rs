@@ -8,5 +8,7 @@ pub mod ids;
 pub mod limits;
 pub mod error;
 pub mod manifest;
+pub mod latency;
+pub mod report;
 
 pub use error::{Error, ErrorKind, Result};
