@@ -10,5 +10,6 @@ pub mod error;
 pub mod manifest;
 pub mod latency;
 pub mod report;
+pub mod wire;
 
 pub use error::{Error, ErrorKind, Result};

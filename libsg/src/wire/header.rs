@@ -1,0 +1,412 @@
+//! The 64-byte header in front of every frame.
+
+use std::mem::{offset_of, size_of};
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{Malformed, VERSION_NEWEST, VERSION_OLDEST};
+use crate::ids::{Checksum, Epoch, Sequence, VolumeId};
+use crate::limits;
+
+/// Bytes of a header.
+pub const HEADER_BYTES: usize = 64;
+
+/// The first four bytes of every frame.
+pub const MAGIC: [u8; 4] = *b"\xf5SG1";
+
+/// What a frame is. Zero is invalid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Kind {
+    /// Client's opening: versions, purpose, nonce.
+    Hello = 1,
+    /// Server's answer: its nonce and identity.
+    Challenge = 2,
+    /// Client's proof that it knows the pool secret.
+    Auth = 3,
+    /// Server's proof; the connection is open.
+    Welcome = 4,
+    /// The server will not go on; the status says why.
+    Refused = 5,
+
+    /// Client to intermediary: a table of [`super::PageEntry`], then the pages' bytes.
+    Put = 16,
+    /// Answer: one placement (8 bytes) an entry, zero where the page was not stored.
+    PutReply = 17,
+    /// Client to index server: a table of [`super::IndexEntry`].
+    PutIndex = 18,
+    /// Answer: all entries are in the index.
+    PutIndexReply = 19,
+    /// Client to intermediary: a table of [`super::GetEntry`].
+    Get = 20,
+    /// Answer: a table of [`super::PageEntry`], then the bytes; `Gone` where there are none.
+    GetReply = 21,
+    /// Client to index server: which pages it asks for, as page ranges (8 bytes each).
+    Locate = 22,
+    /// Answer: a table of [`super::IndexEntry`], of those of the asked pages that are known here.
+    LocateReply = 23,
+    /// Client to intermediary: drop pages of a range that are below a round.
+    Discard = 24,
+    /// Answer: dropped.
+    DiscardReply = 25,
+    /// Client to intermediary: a [`super::message::VmdRequest`].
+    Vmd = 26,
+    /// Answer: a [`super::message::VmdReply`].
+    VmdReply = 27,
+    /// Either way: a piece of the VM's opaque state; the header's count is 1 on the last piece.
+    State = 28,
+
+    /// Source to destination: a table of [`super::PageEntry`], then the bytes.
+    Pages = 32,
+    /// Destination to source: the batch with this sequence is installed; the body lists pages that
+    /// were not (4 bytes each), as their checksum did not match.
+    PagesAck = 33,
+    /// Destination to source: how many bytes in all may be sent on the direct connection (8 bytes).
+    Credit = 34,
+    /// Destination to source: pages the guest waits for (4 bytes each).
+    Fault = 35,
+    /// Source to destination: where pages lie, a table of [`super::IndexEntry`].
+    Announce = 36,
+    /// Either way between source and destination: a [`super::message::Talk`].
+    Talk = 37,
+    /// Destination to source after a reconnect: page ranges that it holds (8 bytes each); the
+    /// header's count is zero on the last frame.
+    Holdings = 38,
+    /// Either way: are you there? Answered by `Pong` with the same sequence.
+    Ping = 39,
+    /// The answer to `Ping`.
+    Pong = 40,
+}
+
+impl Kind {
+    const ALL: [Self; 27] = [
+        Self::Hello,
+        Self::Challenge,
+        Self::Auth,
+        Self::Welcome,
+        Self::Refused,
+        Self::Put,
+        Self::PutReply,
+        Self::PutIndex,
+        Self::PutIndexReply,
+        Self::Get,
+        Self::GetReply,
+        Self::Locate,
+        Self::LocateReply,
+        Self::Discard,
+        Self::DiscardReply,
+        Self::Vmd,
+        Self::VmdReply,
+        Self::State,
+        Self::Pages,
+        Self::PagesAck,
+        Self::Credit,
+        Self::Fault,
+        Self::Announce,
+        Self::Talk,
+        Self::Holdings,
+        Self::Ping,
+        Self::Pong,
+    ];
+
+    fn decode(value: u16) -> Result<Self, Malformed> {
+        Self::ALL
+            .into_iter()
+            .find(|kind| *kind as u16 == value)
+            .ok_or(Malformed::Unknown("frame kind", u32::from(value)))
+    }
+
+    /// The longest body that a frame of this kind may have, in bytes.
+    #[must_use]
+    pub const fn body_bytes_max(self) -> usize {
+        match self {
+            Self::Hello | Self::Challenge | Self::Auth | Self::Welcome | Self::Refused => 256,
+            Self::Put | Self::GetReply | Self::Pages => limits::BODY_BYTES_MAX,
+            Self::PutReply | Self::PagesAck | Self::Fault => limits::BATCH_PAGES_MAX * 8,
+            Self::Get => limits::BATCH_PAGES_MAX * 16,
+            Self::PutIndex | Self::LocateReply | Self::Announce => limits::INDEX_ENTRIES_MAX * 24,
+            Self::Locate | Self::Holdings => limits::INDEX_ENTRIES_MAX * 8,
+            Self::Discard => 16,
+            Self::Vmd | Self::VmdReply | Self::Talk | Self::State => limits::CONTROL_BYTES_MAX,
+            Self::Credit => 8,
+            Self::PutIndexReply | Self::DiscardReply | Self::Ping | Self::Pong => 0,
+        }
+    }
+}
+
+/// How a request went. Zero is invalid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Status {
+    /// Done, or not an answer.
+    Ok = 1,
+    /// The bytes were not understood.
+    Malformed = 2,
+    /// No common version.
+    Version = 3,
+    /// The pool secret differs.
+    Secret = 4,
+    /// No such volume here.
+    NoVolume = 5,
+    /// The epoch was replaced.
+    Fenced = 6,
+    /// The volume's state does not allow it (sealed, parked, dissolved).
+    State = 7,
+    /// No memory left within the operator's limit.
+    Full = 8,
+    /// Too many connections or volumes.
+    Busy = 9,
+    /// More copies than this server makes.
+    Copies = 10,
+    /// The server is going.
+    Going = 11,
+    /// Something failed inside the server; its log says what.
+    Internal = 12,
+}
+
+impl Status {
+    const ALL: [Self; 12] = [
+        Self::Ok,
+        Self::Malformed,
+        Self::Version,
+        Self::Secret,
+        Self::NoVolume,
+        Self::Fenced,
+        Self::State,
+        Self::Full,
+        Self::Busy,
+        Self::Copies,
+        Self::Going,
+        Self::Internal,
+    ];
+
+    fn decode(value: u16) -> Result<Self, Malformed> {
+        Self::ALL
+            .into_iter()
+            .find(|status| *status as u16 == value)
+            .ok_or(Malformed::Unknown("status", u32::from(value)))
+    }
+
+    /// The kind of error that this status is for the one who asked; `None` for `Ok`.
+    #[must_use]
+    pub fn error_kind(self) -> Option<crate::ErrorKind> {
+        use crate::ErrorKind as K;
+        match self {
+            Self::Ok => None,
+            Self::Malformed | Self::Internal | Self::Copies => Some(K::Protocol),
+            Self::Version => Some(K::Version),
+            Self::Secret => Some(K::Refused),
+            Self::NoVolume | Self::State => Some(K::Volume),
+            Self::Fenced => Some(K::Fenced),
+            Self::Full | Self::Busy => Some(K::Full),
+            Self::Going => Some(K::Unreachable),
+        }
+    }
+}
+
+/// A decoded header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Version of the protocol that the sender speaks on this connection.
+    pub version: u16,
+    /// What the frame is.
+    pub kind: Kind,
+    /// Bytes of the body.
+    pub body_bytes: u32,
+    /// Which volume; zero where none is meant.
+    pub volume: VolumeId,
+    /// The sender's epoch of the volume; zero where none is meant.
+    pub epoch: Epoch,
+    /// Numbers requests; an answer carries its request's.
+    pub sequence: Sequence,
+    /// How the request went; `Ok` in requests.
+    pub status: Status,
+    /// Entries of the table in the body.
+    pub count: u16,
+    /// Queueing delay of this connection as the sender's kernel measures it (smoothed round trip
+    /// minus its minimum), in microseconds. Whoever paces what it receives learns the state of
+    /// the path by it.
+    pub delay_us: Option<u32>,
+}
+
+/// The header as it lies in memory. `delay_us` is all ones where it is not known.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Raw {
+    magic: [u8; 4],
+    version: U16,
+    kind: U16,
+    flags: U32,
+    body_bytes: U32,
+    volume: [u8; 16],
+    epoch: U64,
+    sequence: U64,
+    status: U16,
+    count: U16,
+    delay_us: U32,
+    reserved: U32,
+    checksum: U32,
+}
+
+const _: () = assert!(size_of::<Raw>() == HEADER_BYTES);
+const _: () = assert!(offset_of!(Raw, kind) == 6);
+const _: () = assert!(offset_of!(Raw, body_bytes) == 12);
+const _: () = assert!(offset_of!(Raw, volume) == 16);
+const _: () = assert!(offset_of!(Raw, epoch) == 32);
+const _: () = assert!(offset_of!(Raw, sequence) == 40);
+const _: () = assert!(offset_of!(Raw, status) == 48);
+const _: () = assert!(offset_of!(Raw, checksum) == 60);
+
+const CHECKSUM_AT: usize = offset_of!(Raw, checksum);
+const DELAY_UNKNOWN: u32 = u32::MAX;
+
+impl Header {
+    /// A header of this kind with nothing else set: version newest, status `Ok`.
+    #[must_use]
+    pub const fn new(kind: Kind) -> Self {
+        Self {
+            version: VERSION_NEWEST,
+            kind,
+            body_bytes: 0,
+            volume: VolumeId(0),
+            epoch: Epoch(0),
+            sequence: Sequence(0),
+            status: Status::Ok,
+            count: 0,
+            delay_us: None,
+        }
+    }
+
+    /// The header of the answer to this one: same volume, epoch and sequence.
+    #[must_use]
+    pub const fn answer(&self, kind: Kind) -> Self {
+        Self { kind, body_bytes: 0, status: Status::Ok, count: 0, delay_us: None, ..*self }
+    }
+
+    /// The 64 bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut raw = Raw {
+            magic: MAGIC,
+            version: self.version.into(),
+            kind: (self.kind as u16).into(),
+            flags: 0.into(),
+            body_bytes: self.body_bytes.into(),
+            volume: self.volume.0.to_le_bytes(),
+            epoch: self.epoch.0.into(),
+            sequence: self.sequence.0.into(),
+            status: (self.status as u16).into(),
+            count: self.count.into(),
+            delay_us: self.delay_us.unwrap_or(DELAY_UNKNOWN).into(),
+            reserved: 0.into(),
+            checksum: 0.into(),
+        };
+        raw.checksum = Checksum::of(&raw.as_bytes()[..CHECKSUM_AT]).0.into();
+        let mut bytes = [0; HEADER_BYTES];
+        bytes.copy_from_slice(raw.as_bytes());
+        bytes
+    }
+
+    /// Reads a header and checks everything that can be checked without knowing the conversation:
+    /// magic, own checksum, version, enums, reserved bytes, and that the body is not longer than
+    /// its kind allows.
+    ///
+    /// # Errors
+    /// What is wrong with the bytes.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, Malformed> {
+        let raw = Raw::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
+        if raw.magic != MAGIC {
+            return Err(Malformed::Magic);
+        }
+        if Checksum::of(&bytes[..CHECKSUM_AT]).0 != raw.checksum.get() {
+            return Err(Malformed::HeaderChecksum);
+        }
+        let version = raw.version.get();
+        let kind = Kind::decode(raw.kind.get())?;
+        // Any version may say hello: the range inside is what is compared, and answered by a typed refusal.
+        if kind != Kind::Hello && !(VERSION_OLDEST..=VERSION_NEWEST).contains(&version) {
+            return Err(Malformed::Version(version));
+        }
+        if raw.flags.get() != 0 || raw.reserved.get() != 0 {
+            return Err(Malformed::Reserved);
+        }
+        let body_bytes = raw.body_bytes.get();
+        if body_bytes as usize > kind.body_bytes_max() {
+            return Err(Malformed::Bounds("body length"));
+        }
+        let delay_us = raw.delay_us.get();
+        Ok(Self {
+            version,
+            kind,
+            body_bytes,
+            volume: VolumeId(u128::from_le_bytes(raw.volume)),
+            epoch: Epoch(raw.epoch.get()),
+            sequence: Sequence(raw.sequence.get()),
+            status: Status::decode(raw.status.get())?,
+            count: raw.count.get(),
+            delay_us: (delay_us != DELAY_UNKNOWN).then_some(delay_us),
+        })
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn header() -> Header {
+        Header {
+            body_bytes: 4096 + 16,
+            volume: VolumeId(0x0123_4567_89ab_cdef_0011_2233_4455_6677),
+            epoch: Epoch(9),
+            sequence: Sequence(77),
+            count: 1,
+            delay_us: Some(150),
+            ..Header::new(Kind::Put)
+        }
+    }
+
+    /// Puts the right checksum on edited bytes.
+    fn seal(mut bytes: [u8; HEADER_BYTES]) -> [u8; HEADER_BYTES] {
+        let sum = Checksum::of(&bytes[..CHECKSUM_AT]).0.to_le_bytes();
+        bytes[CHECKSUM_AT..].copy_from_slice(&sum);
+        bytes
+    }
+
+    #[test]
+    fn round_trips() {
+        for kind in Kind::ALL {
+            let header = Header { kind, body_bytes: kind.body_bytes_max().min(7) as u32, ..header() };
+            assert_eq!(Header::decode(&header.encode()), Ok(header));
+        }
+        for status in Status::ALL {
+            let header = Header { status, delay_us: None, ..header() };
+            assert_eq!(Header::decode(&header.encode()), Ok(header));
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        let good = header().encode();
+        for bit in 0..HEADER_BYTES * 8 {
+            let mut bad = good;
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(Header::decode(&bad).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn unknown_values_are_refused_behind_a_good_checksum() {
+        let edit = |at: usize, value: u8| {
+            let mut bytes = header().encode();
+            bytes[at] = value;
+            Header::decode(&seal(bytes)).expect_err("refused")
+        };
+        assert_eq!(edit(6, 0), Malformed::Unknown("frame kind", 0));
+        assert_eq!(edit(48, 0), Malformed::Unknown("status", 0));
+        assert_eq!(edit(4, 0xee), Malformed::Version(0xee));
+        assert_eq!(edit(8, 1), Malformed::Reserved);
+        assert_eq!(edit(56, 1), Malformed::Reserved);
+        assert_eq!(edit(15, 0xff), Malformed::Bounds("body length"));
+    }
+}
