@@ -1,0 +1,205 @@
+//! One client's path to one intermediary: a queue pair in spirit.
+//!
+//! A worker submits requests up to its window, moves bytes, and reaps completions, all from one
+//! thread and without ever blocking inside the link. Stop-and-wait is never needed: any number of
+//! requests may be outstanding. Over TCP a link is a non-blocking socket that pipelines; over RDMA
+//! it posts work requests; in memory it answers at once.
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::ids::{Epoch, Placement, Round, VolumeId};
+use crate::memory::PageSlice;
+use crate::page::PageRange;
+use crate::wire::message::{Member, VmdReply, VmdRequest};
+use crate::wire::{GetEntry, IndexEntry, PageEntry};
+
+/// What a link is for, which decides its priority on the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Pages that nobody waits for, and control requests.
+    Bulk,
+    /// Pages that the guest waits for: a connection of its own, first in every queue.
+    Urgent,
+}
+
+/// Numbers the requests of one link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub u64);
+
+/// What is asked of an intermediary. Borrowed tables are copied on submission; page bytes are not.
+#[derive(Debug)]
+pub enum Request<'a> {
+    /// Store pages, each in a new slot. Answered by [`Reply::Stored`] once a later read by any
+    /// client sees them.
+    Put {
+        /// The pages. Those of encoding `Raw` have their bytes in `slices`, in order.
+        entries: &'a [PageEntry],
+        /// The bytes, straight from the guest's memory: it must neither change nor go away until
+        /// the completion (in post-copy the VM does not run at the source).
+        slices: &'a [PageSlice],
+        /// How many intermediaries shall hold them when the answer comes; the first of them is this.
+        copies: u8,
+    },
+    /// Put entries into the index here. An entry replaces one of an older round, never a newer.
+    PutIndex(&'a [IndexEntry]),
+    /// Read pages where they lie.
+    Get(&'a [GetEntry]),
+    /// Ask the index for what it knows of these pages, in ascending order; at most
+    /// [`crate::limits::INDEX_ENTRIES_MAX`] entries come: whoever gets that many asks on behind
+    /// the last one. Over a large range this is a scan.
+    Locate(PageRange),
+    /// Drop pages of the range that were put below this round, from store and index.
+    Discard {
+        /// Which pages.
+        range: PageRange,
+        /// Those of this round and above stay.
+        below: Round,
+    },
+    /// Rare requests: volumes and their states.
+    Control(&'a VmdRequest),
+    /// Store the VM's opaque state with the volume, here.
+    PutState(&'a [u8]),
+    /// Give the VM's opaque state back.
+    GetState,
+}
+
+/// The answer to a request.
+#[derive(Debug)]
+pub enum Reply<'a> {
+    /// To `Put`: where each entry lies; `None` for one that was not stored (no room, or a reference
+    /// to bytes that are not here). Entries of encoding `Zero` are never put: the index has them.
+    Stored(&'a [Option<Placement>]),
+    /// To `PutIndex`.
+    Indexed,
+    /// To `Get`: one entry for each that was asked, in order; `Gone` where nothing lies under that
+    /// placement for that page and volume. `bytes` are those of the entries with bytes, in order:
+    /// not yet compared with any checksum.
+    Pages {
+        /// The pages.
+        entries: &'a [PageEntry],
+        /// Their bytes.
+        bytes: &'a [u8],
+    },
+    /// To `Locate`.
+    Located(&'a [IndexEntry]),
+    /// To `Discard`, `PutState`.
+    Done,
+    /// To `Control`.
+    Control(VmdReply),
+    /// To `GetState`; its checksum is right.
+    State(Vec<u8>),
+}
+
+/// A request that came to its end. An `Err` is about this request only (refused, no room); a link that
+/// failed as a whole says so from [`Link::progress`], and gives no more completions.
+#[derive(Debug)]
+pub struct Completion<'a> {
+    /// Which request.
+    pub ticket: Ticket,
+    /// How it went.
+    pub result: Result<Reply<'a>>,
+}
+
+/// What a link knows of its path, for pacing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PathSample {
+    /// Bytes that the peer's kernel has acknowledged, since the link was made.
+    pub delivered_bytes: u64,
+    /// How long what we send waits in queues, as our kernel measures it.
+    pub send_delay: Option<Duration>,
+    /// How long what the peer sends us waits in queues, as it last reported it.
+    pub receive_delay: Option<Duration>,
+    /// Bytes received since the link was made.
+    pub received_bytes: u64,
+}
+
+/// One client's path to one intermediary, for one volume and epoch.
+///
+/// # Contract
+/// - A completed `Put` is seen by any later `Get` of any client; a completed `PutIndex` by any later `Locate`.
+/// - Requests may complete in any order. Requests that were outstanding when the link failed may
+///   or may not have happened.
+/// - An older epoch than the volume's is refused with [`crate::ErrorKind::Fenced`].
+/// - Nothing here waits, except that `submit` of `PutState` may copy.
+pub trait Link: Send {
+    /// The intermediary at the other end.
+    fn member(&self) -> &Member;
+
+    /// Queues a request.
+    ///
+    /// # Errors
+    /// The link has failed, or the request is larger than a frame may be.
+    fn submit(&mut self, request: Request<'_>) -> Result<Ticket>;
+
+    /// Moves bytes without waiting: reads what has come, writes what is queued, but not more than
+    /// `write_bytes_max`. Returns the bytes written.
+    ///
+    /// # Errors
+    /// The link has failed, for good: peer gone, or it sent what no honest peer sends.
+    fn progress(&mut self, write_bytes_max: usize) -> Result<usize>;
+
+    /// The next request that came to its end.
+    fn completion(&mut self) -> Option<Completion<'_>>;
+
+    /// Bytes that are queued and not yet written.
+    fn queued_bytes(&self) -> usize;
+
+    /// Page and table bytes of requests that have not come to their end, the queued ones included.
+    fn outstanding_bytes(&self) -> usize;
+
+    /// The file descriptor that becomes readable when a completion may have come, and writable when
+    /// queued bytes may move. `None` where completions are there as soon as `progress` was called.
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// What the link knows of its path.
+    fn path(&self) -> PathSample;
+}
+
+/// Makes links to intermediaries: the entry point of a backend.
+pub trait Connector: Send + Sync {
+    /// A link to the intermediary at `address`, for a volume under an epoch. Waits for the
+    /// handshake, at most `timeout`. Who answered is in the link's [`Link::member`].
+    ///
+    /// # Errors
+    /// Unreachable, refused, no common version, or time is up.
+    fn connect(
+        &self,
+        address: std::net::SocketAddr,
+        volume: VolumeId,
+        epoch: Epoch,
+        class: Class,
+        timeout: Duration,
+    ) -> Result<Box<dyn Link>>;
+}
+
+/// Submits one request and waits for its end: for rare requests, never on the page path.
+///
+/// Completions of other requests are dropped: the link is the caller's alone.
+///
+/// # Errors
+/// The request's own, the link's, or [`crate::ErrorKind::Timeout`].
+pub fn ask<T>(
+    link: &mut dyn Link,
+    request: Request<'_>,
+    timeout: Duration,
+    take: impl FnOnce(Reply<'_>) -> Result<T>,
+) -> Result<T> {
+    let deadline = std::time::Instant::now() + timeout;
+    let ticket = link.submit(request)?;
+    loop {
+        link.progress(usize::MAX)?;
+        while let Some(completion) = link.completion() {
+            if completion.ticket == ticket {
+                return take(completion.result?);
+            }
+        }
+        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        if left.is_zero() {
+            let message = format!("no answer within {} ms", timeout.as_millis());
+            return Err(Error::new(crate::ErrorKind::Timeout, message).at(&link.member().node));
+        }
+        crate::transport::wait(&[(link.poll_fd(), link.queued_bytes() > 0)], left)?;
+    }
+}

@@ -1,0 +1,8 @@
+//! The VMD: the free memory of all intermediaries, seen as one device.
+//!
+//! [`Link`] is what a backend implements: one client's path to one intermediary. What is common to
+//! all backends is written once above it.
+
+pub mod link;
+
+pub use link::{Class, Completion, Connector, Link, PathSample, Reply, Request, Ticket};
