@@ -182,6 +182,8 @@ pub enum Talk {
         manifest: Manifest,
         /// Intermediaries that may hold pages of it, in the order of their member index.
         members: Vec<Member>,
+        /// Microseconds since the start command was accepted at the source.
+        elapsed_us: u64,
     },
     /// Destination: memory is there and under userfaultfd.
     Accepted,
@@ -321,7 +323,7 @@ impl Talk {
     pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let talk: Self = decode(bytes)?;
         match &talk {
-            Self::Offer { manifest, members } => {
+            Self::Offer { manifest, members, .. } => {
                 check_manifest(manifest)?;
                 check_members(members)?;
             }
@@ -366,7 +368,7 @@ mod test {
 
     #[test]
     fn messages_round_trip() {
-        let offer = Talk::Offer { manifest: manifest(), members: members(2) };
+        let offer = Talk::Offer { manifest: manifest(), members: members(2), elapsed_us: 12 };
         assert_eq!(Talk::decode(&encode(&offer).expect("encodes")), Ok(offer));
         let create = VmdRequest::Create { manifest: manifest(), members: members(3) };
         assert_eq!(VmdRequest::decode(&encode(&create).expect("encodes")), Ok(create));
@@ -378,7 +380,8 @@ mod test {
         assert_eq!(Talk::decode(&many), Err(Malformed::Bounds("members")));
         let mut empty = manifest();
         empty.regions.clear();
-        let offer = encode(&Talk::Offer { manifest: empty, members: vec![] }).expect("encodes");
+        let offer =
+            encode(&Talk::Offer { manifest: empty, members: vec![], elapsed_us: 0 }).expect("encodes");
         assert_eq!(Talk::decode(&offer), Err(Malformed::Bounds("manifest")));
         let mut trailing = encode(&Talk::Ready).expect("encodes");
         trailing.push(0);

@@ -1,0 +1,149 @@
+//! The migration as an embedder sees it: who calls what, when.
+//!
+//! A VMM gives libsg two things at each end: its memory ([`crate::source::PageSource`],
+//! [`crate::sink::PageSink`]) and the VM itself ([`OutgoingVm`], [`IncomingVm`]).
+//!
+//! ```text
+//! source                                      destination
+//!   Offer: manifest, members  ------------->    IncomingVm::prepare: build the VM, memory under userfaultfd
+//!   OutgoingVm::pause -> state
+//!   state -> destination and volume  ------>    IncomingVm::load: paused, complete
+//!   <------------------------------------- READY
+//!   COMMIT -> volume                            (from here on the source never runs the VM again)
+//!   RUN ------------------------------------>   IncomingVm::run
+//!   scatter: pages out by every path            gather: faults first, the rest in the background
+//!   "evicted"                                   "gathered", volume dissolved
+//! ```
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::manifest::Manifest;
+use crate::page::PageRange;
+use crate::sink::PageSink;
+
+/// How the memory leaves the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// To the destination as fast as it takes it, the rest to intermediaries.
+    #[default]
+    ScatterGather,
+    /// To the destination only.
+    PostCopy,
+}
+
+impl Mode {
+    /// The name that commands and reports use.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ScatterGather => "scatter-gather",
+            Self::PostCopy => "post-copy",
+        }
+    }
+}
+
+/// The VM that leaves. Called from one of libsg's threads, one call at a time.
+pub trait OutgoingVm: Send {
+    /// Stops every vCPU and returns the CPU and device state, opaque to libsg. From the return on
+    /// nothing writes the VM's memory.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Vm`]; the VM then runs on.
+    fn pause(&mut self) -> Result<Vec<u8>>;
+
+    /// The migration failed or was cancelled before COMMIT: the VM runs on here, unharmed.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Vm`] when it cannot.
+    fn resume(&mut self) -> Result<()>;
+
+    /// COMMIT: the VM never runs here again. Its memory is still needed until "evicted".
+    fn committed(&mut self);
+}
+
+/// The VM that arrives. Called from one of libsg's threads, one call at a time.
+pub trait IncomingVm: Send {
+    /// Builds the VM that the manifest describes, with empty memory registered with the returned
+    /// sink, which from now on answers its faults.
+    ///
+    /// # Errors
+    /// Anything that stands against running this VM here; the source is told and keeps the VM.
+    fn prepare(&mut self, manifest: &Manifest) -> Result<Arc<dyn PageSink>>;
+
+    /// Loads CPU and device state. The VM stays paused. May touch guest memory: faults are
+    /// answered by the source.
+    ///
+    /// # Errors
+    /// The state does not fit; the source is told and keeps the VM.
+    fn load(&mut self, state: &[u8]) -> Result<()>;
+
+    /// COMMIT was given: the vCPUs run.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Vm`]. There is no way back: the VM is lost unless it can be run later.
+    fn run(&mut self) -> Result<()>;
+
+    /// The migration ended before COMMIT: the VM lives on at the source, this one is thrown away.
+    fn abandon(&mut self);
+
+    /// These pages are lost for good. A vCPU that touches them gets an error, not a wrong page.
+    fn lost(&mut self, pages: &[PageRange]);
+}
+
+/// What happens in a migration, as it happens. Written as lines of JSON by the tools.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Event {
+    /// Source: the start command was accepted.
+    Started,
+    /// Both: READY came from the destination, which holds the state in a paused VM.
+    Ready,
+    /// Both: the source will never run the VM again.
+    Commit,
+    /// Both: the vCPUs run at the destination.
+    Resumed,
+    /// Source: this share of the volume's pages is safe outside it; each 5 %.
+    Scattered {
+        /// 0 to 100.
+        percent: u8,
+    },
+    /// Source: it holds nothing that anyone still needs, and may lose power.
+    Evicted,
+    /// Destination: it holds this share of the pages; each 5 %.
+    Gathering {
+        /// 0 to 100.
+        percent: u8,
+    },
+    /// Destination: it holds every page.
+    Gathered,
+    /// Destination: the intermediaries have the volume's memory back.
+    Dissolved,
+    /// Both: an intermediary was lost, or the source's connection, or it cannot be reached.
+    NodeLost {
+        /// Which, and why.
+        message: String,
+    },
+    /// Both: something an operator should know; the migration goes on.
+    Warning {
+        /// What.
+        message: String,
+    },
+    /// Destination: pages of which no copy is left.
+    Lost {
+        /// Which.
+        pages: Vec<PageRange>,
+    },
+    /// It ended without success.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
+
+/// Is told of every event, from libsg's threads, in the order of this end. It must return soon.
+pub type Observer = Arc<dyn Fn(&Event) + Send + Sync>;
