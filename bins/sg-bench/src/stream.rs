@@ -1,0 +1,152 @@
+//! What the link itself can do, measured in the run: plain TCP streams and plain request-responses.
+
+use std::io::{IoSlice, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use libsg::limits::BATCH_PAGES;
+use libsg::page::PAGE_BYTES;
+
+use crate::lab::{Lab, Node};
+
+/// Streams of which the best counts.
+const STREAMS: u32 = 3;
+/// How long one stream runs, and what of that is its start and does not count.
+const STREAM_TIME: Duration = Duration::from_millis(400);
+const WARM_UP: Duration = Duration::from_millis(100);
+
+/// Megabits of payload a second, best of three plain TCP streams from one node to another:
+/// 64 pages a `writev`, received into warm memory.
+pub fn link_mbps(lab: &Lab, from: Node, to: Node) -> Result<f64> {
+    let mut best: f64 = 0.0;
+    for _ in 0..STREAMS {
+        best = best.max(one_stream(lab, from, to)?);
+    }
+    Ok(best)
+}
+
+fn one_stream(lab: &Lab, from: Node, to: Node) -> Result<f64> {
+    let (sender, receiver) = connect(lab, from, to)?;
+    std::thread::scope(|scope| {
+        let receiving = scope.spawn(move || receive_for_a_while(receiver));
+        let pages = vec![0xa5; BATCH_PAGES * PAGE_BYTES];
+        let batch: Vec<IoSlice> = pages.chunks(PAGE_BYTES).map(IoSlice::new).collect();
+        let until = Instant::now() + STREAM_TIME;
+        let mut sender = &sender;
+        while Instant::now() < until {
+            sender.write_vectored(&batch).context("plain stream")?;
+        }
+        sender.shutdown(Shutdown::Write)?;
+        receiving.join().map_err(|_| anyhow::anyhow!("the plain stream's receiver panicked"))?
+    })
+}
+
+/// The rate from the end of the warm-up to the end of the stream.
+fn receive_for_a_while(mut stream: TcpStream) -> Result<f64> {
+    let mut buffer = vec![0xff; 1 << 20];
+    let start = Instant::now();
+    let mut counted: Option<(Instant, u64)> = None;
+    loop {
+        let n = stream.read(&mut buffer).context("plain stream")?;
+        let now = Instant::now();
+        match &mut counted {
+            Some((since, bytes)) if n == 0 => return Ok(mbps(*bytes, now - *since)),
+            None if n == 0 => anyhow::bail!("the plain stream ended during its warm-up"),
+            Some((_, bytes)) => *bytes += n as u64,
+            None if now - start >= WARM_UP => counted = Some((now, 0)),
+            None => {}
+        }
+    }
+}
+
+/// Bytes in a time as megabits a second.
+pub fn mbps(bytes: u64, time: Duration) -> f64 {
+    bytes as f64 * 8.0 / 1e6 / time.as_secs_f64()
+}
+
+/// Exchanges of a request of 64 bytes against a page: enough for a median.
+const EXCHANGES: usize = 1000;
+
+/// The median time, in microseconds, in which `client` gets 4 KiB from `server` over the idle link.
+pub fn idle_round_trip_us(lab: &Lab, client: Node, server: Node) -> Result<f64> {
+    const REQUEST: usize = 64;
+    let (mut asking, mut answering) = connect(lab, client, server)?;
+    asking.set_nodelay(true)?;
+    answering.set_nodelay(true)?;
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let (mut request, page) = ([0; REQUEST], [0; PAGE_BYTES]);
+            // Ends when the client hangs up.
+            while answering.read_exact(&mut request).is_ok() && answering.write_all(&page).is_ok() {}
+        });
+        let mut page = [0; PAGE_BYTES];
+        let mut times_us = Vec::with_capacity(EXCHANGES);
+        for _ in 0..EXCHANGES {
+            let start = Instant::now();
+            asking.write_all(&[1; REQUEST])?;
+            asking.read_exact(&mut page)?;
+            times_us.push(start.elapsed().as_secs_f64() * 1e6);
+        }
+        drop(asking);
+        crate::stats::median(&times_us).context("no exchange")
+    })
+}
+
+/// The throughput, in megabits a second, of one plain TCP stream over loopback from memory that was written
+/// into memory that was never touched.
+pub fn into_fresh_memory_mbps(bytes: usize) -> Result<f64> {
+    let source = vec![0xa5; bytes];
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let sender = TcpStream::connect(listener.local_addr()?)?;
+    let (receiver, _) = listener.accept()?;
+    std::thread::scope(|scope| {
+        let receiving = scope.spawn(move || -> Result<Duration> {
+            let mut fresh: Vec<u8> = Vec::with_capacity(bytes);
+            let start = Instant::now();
+            while rustix::io::read(&receiver, rustix::buffer::spare_capacity(&mut fresh))? != 0 {}
+            anyhow::ensure!(fresh.len() == bytes, "the plain stream ended early");
+            Ok(start.elapsed())
+        });
+        let mut sender_ref = &sender;
+        for batch in source.chunks(BATCH_PAGES * PAGE_BYTES) {
+            let mut pages: Vec<IoSlice> = batch.chunks(PAGE_BYTES).map(IoSlice::new).collect();
+            let mut left = &mut pages[..];
+            while !left.is_empty() {
+                let n = sender_ref.write_vectored(left)?;
+                IoSlice::advance_slices(&mut left, n);
+            }
+        }
+        sender.shutdown(Shutdown::Write)?;
+        let time =
+            receiving.join().map_err(|_| anyhow::anyhow!("the plain stream's receiver panicked"))??;
+        Ok(mbps(bytes as u64, time))
+    })
+}
+
+/// A connection made by `from` to `to`: its two ends.
+fn connect(lab: &Lab, from: Node, to: Node) -> Result<(TcpStream, TcpStream)> {
+    let address = lab.address(to);
+    let listener = lab.on(to, || TcpListener::bind((address, 0)))?.context("plain stream")?;
+    let target = listener.local_addr()?;
+    let client = lab
+        .on(from, || TcpStream::connect_timeout(&target, Duration::from_secs(5)))?
+        .with_context(|| format!("{from} cannot reach {to}"))?;
+    let (server, _) = listener.accept()?;
+    Ok((client, server))
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn rates_are_bits_of_payload() {
+        assert!((mbps(125_000, Duration::from_millis(1)) - 1000.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_stream_into_fresh_memory_arrives_whole() {
+        assert!(into_fresh_memory_mbps(4 << 20).expect("loopback") > 0.0);
+    }
+}
