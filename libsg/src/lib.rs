@@ -11,5 +11,6 @@ pub mod manifest;
 pub mod latency;
 pub mod report;
 pub mod wire;
+pub mod pace;
 
 pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,410 @@
+//! One pacer for all worker threads of a host: classes with strict priority over one sum.
+//!
+//! Used at the source (direct path before intermediaries) and at the destination (credit of the direct path
+//! before reads from intermediaries), and with one link for an intermediary whose own path is the slow one.
+
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::bucket::{TokenBucket, slice_bytes, time_of};
+use super::delay::{Aggregate, LinkReading, aggregate};
+use super::rate::{RateFinder, Reading};
+use super::socket::sleep_until;
+
+/// Readings closer together than this are taken as one.
+const TICK_TIME: Duration = Duration::from_millis(4);
+
+/// How long a direct sender that was told to wait keeps its turn beyond the time it was given: a thread on
+/// a busy core comes back that late.
+const TURN_TIME: Duration = Duration::from_micros(700);
+
+/// How often bulk looks whether direct is still hungry.
+const YIELD_TIME: Duration = Duration::from_millis(1);
+
+/// Waiting threads that are given different times to come back at.
+const TURNS_MAX: u32 = 4;
+
+/// Who sends; the order is the priority.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Class {
+    /// A page that a guest waits for: never waits, exempt from the operator's limit, but charged to the link.
+    Urgent,
+    /// The direct path from source to destination.
+    Direct,
+    /// Intermediaries: only what direct leaves.
+    Bulk,
+}
+
+/// The answer to [`SharedPacer::acquire`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acquire {
+    /// Send so many bytes now. At most what was asked for, at most one slice, at least one byte.
+    Grant(u64),
+    /// Ask again then.
+    WaitUntil(Instant),
+}
+
+/// A link that reports to a [`SharedPacer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkId(usize);
+
+/// Says that direct has data and room, for as long as it lives.
+#[derive(Debug)]
+#[must_use = "hungry until dropped"]
+pub struct Hungry<'a> {
+    pacer: &'a SharedPacer,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Link {
+    earlier: LinkReading,
+    present: LinkReading,
+    started: bool,
+}
+
+#[derive(Debug)]
+struct Inner {
+    finder: RateFinder,
+    /// At the rate found; charged with everything.
+    link: TokenBucket,
+    /// At the operator's limit; charged with everything but urgent.
+    limit: TokenBucket,
+    direct_hungry: u32,
+    direct_turn_until: Option<Instant>,
+    /// The latest time that was given to a waiting thread.
+    promised: Instant,
+    /// Somebody had to wait since the last tick.
+    held_back: bool,
+    links: Vec<Option<Link>>,
+    delivered: u64,
+    shared: Aggregate,
+    ticked_at: Instant,
+}
+
+/// Paces the sum of what a host's worker threads send or receive. Cheap to ask: one short lock, never held
+/// across input or output.
+#[derive(Debug)]
+pub struct SharedPacer {
+    inner: Mutex<Inner>,
+}
+
+impl SharedPacer {
+    /// Unpaced until readings show a queue; `limit` in bytes/s holds from the start, 0 is none.
+    #[must_use]
+    pub fn new(now: Instant, limit: u64) -> Self {
+        let limit = (limit > 0).then_some(limit);
+        Self {
+            inner: Mutex::new(Inner {
+                finder: RateFinder::new(),
+                link: TokenBucket::new(now, None),
+                limit: TokenBucket::new(now, limit),
+                direct_hungry: 0,
+                direct_turn_until: None,
+                promised: now,
+                held_back: false,
+                links: Vec::new(),
+                delivered: 0,
+                shared: Aggregate::default(),
+                ticked_at: now,
+            }),
+        }
+    }
+
+    /// Asks to send `bytes` at `now`. What is granted is charged; what is then not sent is given back by
+    /// [`give_back`](Self::give_back), what was sent beyond it is added by [`charge`](Self::charge).
+    pub fn acquire(&self, class: Class, bytes: u64, now: Instant) -> Acquire {
+        self.inner.lock().acquire(class, bytes, now)
+    }
+
+    /// Waits until some of `bytes` may be sent; returns how many.
+    #[must_use]
+    pub fn acquire_blocking(&self, class: Class, bytes: u64) -> u64 {
+        loop {
+            match self.acquire(class, bytes, Instant::now()) {
+                Acquire::Grant(granted) => return granted,
+                Acquire::WaitUntil(at) => sleep_until(at),
+            }
+        }
+    }
+
+    /// Charges bytes that were sent without asking.
+    pub fn charge(&self, class: Class, bytes: u64, now: Instant) {
+        self.inner.lock().charge(class, bytes, now);
+    }
+
+    /// Gives back what was granted and not sent.
+    pub fn give_back(&self, class: Class, bytes: u64) {
+        let mut inner = self.inner.lock();
+        inner.link.give_back(bytes);
+        if class != Class::Urgent {
+            inner.limit.give_back(bytes);
+        }
+    }
+
+    /// Keeps bulk waiting while the guard lives: direct has data and its peer has room. A direct sender that
+    /// merely waits for its grant need not say so; one that gathers data for the next does.
+    pub fn direct_hungry(&self) -> Hungry<'_> {
+        self.inner.lock().direct_hungry += 1;
+        Hungry { pacer: self }
+    }
+
+    /// Bounds direct and bulk, together, to `bytes_per_s` from `now` on; 0 takes the bound away.
+    pub fn set_limit(&self, bytes_per_s: u64, now: Instant) {
+        self.inner.lock().limit.set_rate(now, (bytes_per_s > 0).then_some(bytes_per_s));
+    }
+
+    /// Adds a link that will report. Urgent connections are links too: what they carry is part of the sum.
+    #[must_use]
+    pub fn add_link(&self) -> LinkId {
+        let links = &mut self.inner.lock().links;
+        let free = links.iter().position(Option::is_none).unwrap_or_else(|| {
+            links.push(None);
+            links.len() - 1
+        });
+        links[free] = Some(Link::default());
+        LinkId(free)
+    }
+
+    /// Forgets a link that was closed.
+    pub fn remove_link(&self, id: LinkId) {
+        self.inner.lock().links[id.0] = None;
+    }
+
+    /// Takes what was measured on a link at `now`; a link that carries data reports every 2 to 5 ms.
+    pub fn report(&self, id: LinkId, reading: LinkReading, now: Instant) {
+        self.inner.lock().report(id, reading, now);
+    }
+
+    /// The rate in force in bytes/s, the lower of found and limit; `None` is unpaced.
+    #[must_use]
+    pub fn rate(&self) -> Option<u64> {
+        self.inner.lock().rate()
+    }
+
+    /// What the bottleneck is believed to carry in bytes/s, once it has shown itself.
+    #[must_use]
+    pub fn capacity(&self) -> Option<u64> {
+        self.inner.lock().finder.capacity()
+    }
+
+    /// The shared bottleneck's queueing delay as last measured; what a link shows beyond it is
+    /// [its own](super::own_delay).
+    #[must_use]
+    pub fn shared_delay(&self) -> Option<Duration> {
+        self.inner.lock().shared.queue_delay
+    }
+}
+
+impl Drop for Hungry<'_> {
+    fn drop(&mut self) {
+        self.pacer.inner.lock().direct_hungry -= 1;
+    }
+}
+
+impl Inner {
+    fn rate(&self) -> Option<u64> {
+        match (self.link.rate(), self.limit.rate()) {
+            (Some(found), Some(limit)) => Some(found.min(limit)),
+            (found, limit) => found.or(limit),
+        }
+    }
+
+    fn acquire(&mut self, class: Class, bytes: u64, now: Instant) -> Acquire {
+        if class == Class::Urgent {
+            self.charge(class, bytes, now);
+            return Acquire::Grant(bytes);
+        }
+        let Some(rate) = self.rate() else { return Acquire::Grant(bytes) };
+        let slice = slice_bytes(Some(rate));
+        if class == Class::Bulk
+            && let Some(at) = self.direct_first(now)
+        {
+            self.held_back = true;
+            return Acquire::WaitUntil(at);
+        }
+        let wait = self.link.wait(now).max(self.limit.wait(now));
+        if wait > Duration::ZERO {
+            self.held_back = true;
+            let at = self.turn(now + wait, time_of(slice as f64, rate));
+            if class == Class::Direct {
+                self.direct_turn_until = Some(at + TURN_TIME);
+            }
+            return Acquire::WaitUntil(at);
+        }
+        if class == Class::Direct {
+            self.direct_turn_until = None;
+        }
+        let granted = bytes.min(slice);
+        self.charge(class, granted, now);
+        Acquire::Grant(granted)
+    }
+
+    fn charge(&mut self, class: Class, bytes: u64, now: Instant) {
+        self.link.charge(now, bytes);
+        if class != Class::Urgent {
+            self.limit.charge(now, bytes);
+        }
+    }
+
+    /// When bulk may ask again, if direct has the turn.
+    fn direct_first(&mut self, now: Instant) -> Option<Instant> {
+        if self.direct_hungry > 0 {
+            return Some(now + YIELD_TIME);
+        }
+        self.direct_turn_until.filter(|until| *until > now)
+    }
+
+    /// Threads that wait for the same tokens come back one slice apart, not all at once.
+    fn turn(&mut self, ready: Instant, slice: Duration) -> Instant {
+        let at = ready.max(self.promised).min(ready + TURNS_MAX * slice);
+        self.promised = at + slice;
+        at
+    }
+
+    fn report(&mut self, id: LinkId, reading: LinkReading, now: Instant) {
+        let Some(link) = self.links.get_mut(id.0).and_then(Option::as_mut) else { return };
+        link.present = reading;
+        if !link.started {
+            link.started = true;
+            link.earlier = reading;
+        }
+        if now.saturating_duration_since(self.ticked_at) < TICK_TIME {
+            return;
+        }
+        self.shared = aggregate(self.links.iter().flatten().map(|link| (link.earlier, link.present)));
+        for link in self.links.iter_mut().flatten() {
+            link.earlier = link.present;
+        }
+        self.delivered += self.shared.moved;
+        let rate = self.finder.tick(
+            now,
+            Reading {
+                delivered: self.delivered,
+                queue_delay: self.shared.queue_delay,
+                base_rtt: self.shared.base_rtt,
+                // Where a slice takes longer than a tick, somebody still waits for the last one.
+                app_limited: !self.held_back && self.promised < now,
+            },
+        );
+        self.held_back = false;
+        self.ticked_at = now;
+        self.link.set_rate(now, rate);
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    const LIMIT: u64 = 100_000_000;
+
+    /// Drives takers for a second of made-up time; returns what each was granted.
+    fn run(
+        pacer: &SharedPacer,
+        start: Instant,
+        takers: &[Class],
+        busy: impl Fn(Class, Duration) -> bool,
+    ) -> Vec<u64> {
+        let mut granted = vec![0; takers.len()];
+        let mut next = vec![start; takers.len()];
+        let mut now = start;
+        while now < start + Duration::from_secs(1) {
+            for (taker, class) in takers.iter().enumerate() {
+                if next[taker] > now || !busy(*class, now - start) {
+                    continue;
+                }
+                match pacer.acquire(*class, 64 << 10, now) {
+                    Acquire::Grant(bytes) => granted[taker] += bytes,
+                    Acquire::WaitUntil(at) => next[taker] = at,
+                }
+            }
+            now += Duration::from_micros(10);
+        }
+        granted
+    }
+
+    #[test]
+    fn direct_takes_all_it_wants_and_bulk_the_rest() {
+        let start = Instant::now();
+        let pacer = SharedPacer::new(start, LIMIT);
+        let got = run(&pacer, start, &[Class::Direct, Class::Bulk], |_, _| true);
+        assert!(got[0] as f64 > 0.98 * LIMIT as f64, "{got:?}");
+        let pacer = SharedPacer::new(start, LIMIT);
+        let got = run(&pacer, start, &[Class::Direct, Class::Bulk, Class::Bulk], |class, at| {
+            class == Class::Bulk || at < Duration::from_millis(300)
+        });
+        assert!(got[0] as f64 > 0.29 * LIMIT as f64, "{got:?}");
+        assert!((got[1] + got[2]) as f64 > 0.68 * LIMIT as f64, "{got:?}");
+        assert!(got.iter().sum::<u64>() as f64 <= 1.005 * LIMIT as f64, "{got:?}");
+        assert!(got[1].abs_diff(got[2]) < LIMIT / 10, "equals share: {got:?}");
+    }
+
+    #[test]
+    fn a_hungry_direct_holds_bulk_back_until_dropped() {
+        let now = Instant::now();
+        let pacer = SharedPacer::new(now, LIMIT);
+        let hungry = pacer.direct_hungry();
+        assert!(matches!(pacer.acquire(Class::Bulk, 4096, now), Acquire::WaitUntil(_)));
+        assert_eq!(pacer.acquire(Class::Direct, 4096, now), Acquire::Grant(4096));
+        drop(hungry);
+        assert_eq!(pacer.acquire(Class::Bulk, 4096, now), Acquire::Grant(4096));
+    }
+
+    #[test]
+    fn urgent_never_waits_and_is_exempt_from_the_limit() {
+        let start = Instant::now();
+        let pacer = SharedPacer::new(start, 1_000_000);
+        for _ in 0..1_000 {
+            assert_eq!(pacer.acquire(Class::Urgent, 4096, start), Acquire::Grant(4096));
+        }
+        assert_eq!(pacer.acquire(Class::Direct, 4096, start), Acquire::Grant(4096));
+    }
+
+    #[test]
+    fn a_limit_holds_from_now_on_and_can_be_lifted() {
+        let start = Instant::now();
+        let pacer = SharedPacer::new(start, 0);
+        assert_eq!(pacer.acquire(Class::Bulk, 1 << 30, start), Acquire::Grant(1 << 30));
+        pacer.set_limit(32_000_000, start);
+        assert_eq!(pacer.rate(), Some(32_000_000));
+        let got = run(&pacer, start, &[Class::Bulk], |_, _| true);
+        assert!(got[0] > 31_500_000 && got[0] < 32_300_000, "{got:?}");
+        pacer.set_limit(0, start + Duration::from_secs(1));
+        assert_eq!(pacer.rate(), None);
+    }
+
+    #[test]
+    fn a_queue_that_all_links_see_sets_the_rate_and_one_that_one_sees_does_not() {
+        let start = Instant::now();
+        let (shared, own) = (SharedPacer::new(start, 0), SharedPacer::new(start, 0));
+        for (pacer, second) in [(&shared, 5_000), (&own, 0)] {
+            let links = [pacer.add_link(), pacer.add_link()];
+            for step in 0..40 {
+                let now = start + step as u32 * Duration::from_millis(5);
+                for (link, delay_us) in links.iter().zip([5_000, second]) {
+                    let reading = LinkReading {
+                        delivered: step * 300_000,
+                        queue_delay: Some(Duration::from_micros(delay_us)),
+                        base_rtt: Duration::from_micros(50),
+                    };
+                    pacer.report(*link, reading, now);
+                }
+            }
+        }
+        let rate = shared.rate().unwrap();
+        assert!(rate > 50_000_000 && rate < 120_000_000, "{rate}");
+        assert_eq!(own.rate(), None);
+        assert_eq!(own.shared_delay(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn removed_links_are_reused_and_ignored() {
+        let now = Instant::now();
+        let pacer = SharedPacer::new(now, 0);
+        let first = pacer.add_link();
+        pacer.remove_link(first);
+        pacer.report(first, LinkReading::default(), now);
+        assert_eq!(pacer.add_link(), first);
+    }
+}

@@ -1,0 +1,330 @@
+//! A simulated bottleneck in made-up time, and what the rate finder makes of it.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use super::TokenBucket;
+use super::bucket::{bytes_in, slice_bytes};
+use super::rate::{RateFinder, Reading};
+
+const STEP: Duration = Duration::from_micros(20);
+const TICK: Duration = Duration::from_millis(5);
+const MBIT: u64 = 125_000;
+
+/// A path: a token bucket filter with one FIFO queue, and a round trip beyond it.
+#[derive(Clone, Copy, Debug)]
+struct Path {
+    capacity: u64,
+    burst: u64,
+    base_rtt: Duration,
+    /// Bytes in flight that windows allow while unpaced.
+    window: u64,
+    /// Spikes, stalls of the sender, late acknowledgements.
+    noise: bool,
+}
+
+impl Path {
+    fn new(mbit: u64) -> Self {
+        let capacity = mbit * MBIT;
+        let base_rtt = Duration::from_micros(50);
+        let window = bytes_in(capacity, base_rtt + Duration::from_millis(8)).max(64 << 10);
+        Self { capacity, burst: 256 << 10, base_rtt, window, noise: false }
+    }
+
+    fn base_rtt_us(mut self, micros: u64) -> Self {
+        self.base_rtt = Duration::from_micros(micros);
+        self.window = bytes_in(self.capacity, self.base_rtt + Duration::from_millis(8)).max(64 << 10);
+        self
+    }
+
+    fn noisy(mut self) -> Self {
+        self.noise = true;
+        self
+    }
+}
+
+/// What an interval looked like.
+#[derive(Debug)]
+struct Seen {
+    used: f64,
+    delay_p50: Duration,
+    delay_p99: Duration,
+}
+
+struct Sim {
+    path: Path,
+    start: Instant,
+    now: Instant,
+    finder: RateFinder,
+    bucket: TokenBucket,
+    /// Bytes of the flow and of others in the queue.
+    queued: (f64, f64),
+    tokens: f64,
+    flight: VecDeque<(Instant, f64, f64)>,
+    sent: f64,
+    acked: f64,
+    srtt_extra: f64,
+    ticked_at: Instant,
+    stalled_until: Instant,
+    acks_held_until: Instant,
+    /// Bytes/s of a competing flow, share of the capacity that we have data for, added to the round trip.
+    competing: f64,
+    demand: f64,
+    added_rtt: Duration,
+    random: u64,
+}
+
+impl Sim {
+    fn new(path: Path, seed: u64) -> Self {
+        let start = Instant::now();
+        Self {
+            path,
+            start,
+            now: start,
+            finder: RateFinder::new(),
+            bucket: TokenBucket::new(start, None),
+            queued: (0.0, 0.0),
+            tokens: path.burst as f64,
+            flight: VecDeque::new(),
+            sent: 0.0,
+            acked: 0.0,
+            srtt_extra: 0.0,
+            ticked_at: start,
+            stalled_until: start,
+            acks_held_until: start,
+            competing: 0.0,
+            demand: f64::MAX,
+            added_rtt: Duration::ZERO,
+            random: seed | 1,
+        }
+    }
+
+    /// A number in 0..1 (xorshift).
+    fn random(&mut self) -> f64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    fn run(&mut self, seconds: f64) -> Seen {
+        let from = (self.now, self.acked);
+        let mut delays = Vec::new();
+        while self.now < from.0 + Duration::from_secs_f64(seconds) {
+            self.step();
+            delays.push((self.queued.0 + self.queued.1) / self.path.capacity as f64);
+        }
+        delays.sort_by(f64::total_cmp);
+        let at = |share: f64| Duration::from_secs_f64(delays[(delays.len() as f64 * share) as usize]);
+        Seen {
+            used: (self.acked - from.1) / (self.path.capacity as f64 * seconds),
+            delay_p50: at(0.5),
+            delay_p99: at(0.99),
+        }
+    }
+
+    fn step(&mut self) {
+        self.now += STEP;
+        let dt = STEP.as_secs_f64();
+        if self.path.noise {
+            self.disturb(dt);
+        }
+        self.send();
+        self.queued.1 += self.competing * dt;
+        self.tokens = (self.tokens + self.path.capacity as f64 * dt)
+            .min((self.path.burst as f64).max(self.path.capacity as f64 * dt));
+        let queued = self.queued.0 + self.queued.1;
+        let served = queued.min(self.tokens);
+        if served > 0.0 {
+            self.tokens -= served;
+            let ours = served * self.queued.0 / queued;
+            self.queued.0 -= ours;
+            self.queued.1 -= served - ours;
+            let delay = (queued - served) / self.path.capacity as f64;
+            self.flight.push_back((self.now + self.path.base_rtt + self.added_rtt, ours, delay));
+        }
+        self.acknowledge();
+        if self.now - self.ticked_at >= TICK {
+            self.tick();
+        }
+    }
+
+    fn send(&mut self) {
+        let most = self.demand * (self.now - self.start).as_secs_f64();
+        while self.now >= self.stalled_until && self.sent < most {
+            let slice = slice_bytes(self.bucket.rate());
+            let room = self.path.window as f64 - (self.sent - self.acked);
+            if room < slice as f64 && room < self.path.window as f64 {
+                return;
+            }
+            if self.bucket.take(self.now, slice).is_err() {
+                return;
+            }
+            self.sent += slice as f64;
+            self.queued.0 += slice as f64;
+        }
+    }
+
+    fn acknowledge(&mut self) {
+        while let Some(&(at, bytes, delay)) = self.flight.front()
+            && at <= self.now
+            && self.now >= self.acks_held_until
+        {
+            self.flight.pop_front();
+            self.acked += bytes;
+            let late = (self.now - at).as_secs_f64();
+            let acks = (bytes / 16384.0).max(bytes / 2896.0 / 4.0);
+            let keep = 0.875f64.powf(acks);
+            let sample = delay + late + self.added_rtt.as_secs_f64();
+            self.srtt_extra = keep * self.srtt_extra + (1.0 - keep) * sample;
+        }
+    }
+
+    fn disturb(&mut self, dt: f64) {
+        if self.random() < 5.0 * dt {
+            self.stalled_until = self.now + Duration::from_secs_f64(self.random() * 0.002);
+        }
+        if self.random() < 5.0 * dt {
+            self.acks_held_until = self.now + Duration::from_secs_f64(self.random() * 0.003);
+        }
+    }
+
+    fn tick(&mut self) {
+        self.ticked_at = self.now;
+        let mut delay = self.srtt_extra;
+        if self.path.noise {
+            delay += self.random() * 50e-6;
+            if self.random() < 0.03 {
+                delay += self.random() * 5e-3;
+            }
+        }
+        let lump = 65536.0f64.min(self.path.capacity as f64 / 1000.0);
+        let reading = Reading {
+            delivered: ((self.acked / lump).floor() * lump) as u64,
+            queue_delay: Some(Duration::from_secs_f64(delay)),
+            base_rtt: self.path.base_rtt,
+            app_limited: false,
+        };
+        let rate = self.finder.tick(self.now, reading);
+        self.bucket.set_rate(self.now, rate);
+    }
+
+    fn share(&self) -> f64 {
+        self.finder.rate().unwrap_or(u64::MAX) as f64 / self.path.capacity as f64
+    }
+}
+
+fn hovers(path: Path, seed: u64, used_min: f64, p50_max_us: u64, p99_max_us: u64) {
+    let mut sim = Sim::new(path, seed);
+    sim.run(2.0);
+    let seen = sim.run(6.0);
+    let what = format!("{path:?} seed {seed}: {seen:?}, rate {:.3} of capacity", sim.share());
+    assert!(seen.used >= used_min && seen.used <= 1.005, "{what}");
+    // A slice waits for itself, and the simulation has no shorter time than a step.
+    let own = Duration::from_secs_f64(slice_bytes(Some(path.capacity)) as f64 / path.capacity as f64) + STEP;
+    assert!(seen.delay_p50 <= Duration::from_micros(p50_max_us) + own, "{what}");
+    assert!(seen.delay_p99 <= Duration::from_micros(p99_max_us) + 3 * own + path.base_rtt / 8, "{what}");
+}
+
+#[test]
+fn hovers_under_usual_links() {
+    for mbit in [256, 1_000, 10_000, 40_000] {
+        for burst in [32 << 10, 256 << 10] {
+            hovers(Path { burst, ..Path::new(mbit) }, 1, 0.97, 50, 2_000);
+        }
+    }
+}
+
+#[test]
+fn hovers_on_a_busy_host() {
+    for mbit in [256, 1_000] {
+        for seed in 1..6 {
+            hovers(Path::new(mbit).noisy(), seed, 0.95, 100, 2_000);
+        }
+    }
+}
+
+#[test]
+fn a_path_without_bottleneck_is_never_paced() {
+    // A window that never fills a queue: what loopback looks like.
+    let path = Path { window: 1 << 20, ..Path::new(100_000) };
+    let mut sim = Sim::new(path, 3);
+    sim.run(3.0);
+    assert_eq!(sim.finder.rate(), None);
+}
+
+#[test]
+fn no_data_is_no_reason_to_change_the_rate() {
+    let mut sim = Sim::new(Path::new(1_000).noisy(), 5);
+    sim.run(2.0);
+    let before = sim.share();
+    sim.demand = sim.sent / (sim.now - sim.start).as_secs_f64() * 0.3;
+    sim.run(10.0);
+    assert!((sim.share() / before - 1.0).abs() < 0.15, "{before} became {}", sim.share());
+    sim.demand = f64::MAX;
+    sim.run(1.5);
+    let seen = sim.run(2.0);
+    assert!(seen.used > 0.95, "{seen:?}");
+}
+
+#[test]
+fn a_competing_flow_is_given_way_and_its_share_taken_back() {
+    for mbit in [256, 1_000, 10_000] {
+        let path = Path::new(mbit);
+        let mut sim = Sim::new(path, 7);
+        sim.run(2.0);
+        sim.competing = path.capacity as f64 / 2.0;
+        sim.run(1.0);
+        let seen = sim.run(3.0);
+        assert!(seen.used > 0.46 && seen.delay_p50 < Duration::from_micros(400), "{mbit}: {seen:?}");
+        sim.competing = 0.0;
+        sim.run(2.5);
+        let seen = sim.run(3.0);
+        assert!(seen.used > 0.95, "{mbit}: {seen:?}");
+    }
+}
+
+#[test]
+fn a_longer_route_becomes_the_new_zero() {
+    let mut sim = Sim::new(Path::new(1_000), 9);
+    sim.run(2.0);
+    sim.added_rtt = Duration::from_millis(2);
+    sim.run(2.0);
+    let seen = sim.run(3.0);
+    assert!(seen.used > 0.95, "{seen:?}");
+    sim.added_rtt = Duration::ZERO;
+    sim.run(1.0);
+    let seen = sim.run(3.0);
+    assert!(seen.used > 0.95 && seen.delay_p50 < Duration::from_micros(300), "{seen:?}");
+}
+
+#[test]
+fn a_limit_bounds_at_once_and_lifts() {
+    let mut sim = Sim::new(Path::new(1_000), 11);
+    sim.finder.set_limit(32_000_000);
+    sim.run(1.0);
+    let seen = sim.run(1.0);
+    assert!(seen.used > 0.25 && seen.used < 0.257, "{seen:?}");
+    sim.finder.set_limit(0);
+    sim.run(2.0);
+    let seen = sim.run(2.0);
+    assert!(seen.used > 0.96, "{seen:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn finds_any_rate(
+        exponent in 2.3f64..4.6,
+        burst in prop::sample::select(vec![16u64 << 10, 32 << 10, 256 << 10]),
+        rtt_exponent in 1.5f64..4.3,
+        seed in 1u64..,
+    ) {
+        let mbit = 10f64.powf(exponent) as u64;
+        let path = Path { burst, ..Path::new(mbit) }.base_rtt_us(10f64.powf(rtt_exponent) as u64);
+        hovers(path, seed, 0.96, 100, 2_000);
+    }
+}
