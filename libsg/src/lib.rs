@@ -10,6 +10,9 @@ pub mod error;
 pub mod manifest;
 pub mod latency;
 pub mod report;
+pub mod memory;
+pub mod source;
+pub mod sink;
 pub mod wire;
 pub mod pace;
 

@@ -1,0 +1,180 @@
+//! Where the source takes pages from: the seam between a VMM and scatter.
+//!
+//! [`PageSource`] is served by in-process memory ([`MemorySource`]) and by a stock VMM's outgoing
+//! stream alike. The first can give any page at any time. The second gives each page when it comes,
+//! holds it in a bounded store until it hears what became of it, and can be asked to hurry one page.
+//!
+//! What scatter does: it asks [`PageSource::presence`] once, sends absent pages as zeros, learns from
+//! [`PageSource::available`] which others can be had, borrows their bytes by [`PageSource::slice`] in
+//! whatever order it likes, as often as it likes, and at last says [`PageSource::outcome`] of each.
+
+use parking_lot::Mutex;
+
+use crate::error::Result;
+use crate::memory::{GuestMemory, GuestSlice, PresenceMap};
+use crate::page::{PageIndex, PageRange};
+
+/// Whether a page can be had again after its outcome was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Repeat {
+    /// Any page at any time: it is memory that stays where it is.
+    Any,
+    /// Only if the source is made to go through its recovery: a stock VMM sends a page again when
+    /// its stream has broken.
+    ByRecovery,
+    /// Never.
+    Never,
+}
+
+/// What became of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// They are safe elsewhere; the source may forget them.
+    Safe,
+    /// They were given up for now and must be kept.
+    Failed,
+}
+
+/// Whether more pages will become available.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Supply {
+    /// More will come: ask again.
+    More,
+    /// Every present page has been named.
+    Complete,
+}
+
+/// Gives the pages of a VM that leaves. All methods are called from several threads.
+pub trait PageSource: Send + Sync {
+    /// Whether pages can be had again after [`Outcome::Safe`].
+    fn repeat(&self) -> Repeat;
+
+    /// Which pages have content, or will have had some when the source is through. All others are
+    /// zero, now and later, and are never named by [`Self::available`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::System`] when that cannot be found out.
+    fn presence(&self) -> Result<PresenceMap>;
+
+    /// Appends runs of pages whose bytes can be had from now on, each page once. Does not wait.
+    ///
+    /// # Errors
+    /// When the source is broken: no further pages will come.
+    fn available(&self, out: &mut Vec<PageRange>) -> Result<Supply>;
+
+    /// Somebody waits for this page: the source makes it available as soon as it can. Nothing is to
+    /// be done for one that is available.
+    ///
+    /// # Errors
+    /// When the source is broken.
+    fn want(&self, page: PageIndex) -> Result<()>;
+
+    /// The bytes of available pages, from the first of `range` on: as many as lie together, at least
+    /// one page, at most the range. They stay what they are until the outcome of the page is told
+    /// (in-process memory: as long as the VM is paused).
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Input`] for a page that is not available.
+    fn slice(&self, range: PageRange) -> Result<GuestSlice<'_>>;
+
+    /// Whether an available page is zero.
+    ///
+    /// # Errors
+    /// As [`Self::slice`].
+    fn is_zero(&self, page: PageIndex) -> Result<bool> {
+        Ok(self.slice(PageRange::new(page, 1))?.is_zero())
+    }
+
+    /// Tells what became of pages, once for each page that was available: after [`Outcome::Safe`] a
+    /// source that holds copies drops them.
+    fn outcome(&self, range: PageRange, outcome: Outcome);
+}
+
+/// Guest memory of this process as a source. The VM must not run while its pages are sent, unless
+/// older rounds of them are to be replaced later.
+#[derive(Debug)]
+pub struct MemorySource {
+    memory: GuestMemory,
+    named: Mutex<bool>,
+}
+
+impl MemorySource {
+    /// A source that gives all of `memory`.
+    #[must_use]
+    pub fn new(memory: GuestMemory) -> Self {
+        Self { memory, named: Mutex::new(false) }
+    }
+
+    /// The memory it gives.
+    #[must_use]
+    pub const fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+}
+
+impl PageSource for MemorySource {
+    fn repeat(&self) -> Repeat {
+        Repeat::Any
+    }
+
+    fn presence(&self) -> Result<PresenceMap> {
+        self.memory.presence()
+    }
+
+    fn available(&self, out: &mut Vec<PageRange>) -> Result<Supply> {
+        let mut named = self.named.lock();
+        if !*named {
+            out.extend(self.memory.presence()?.runs());
+            *named = true;
+        }
+        Ok(Supply::Complete)
+    }
+
+    fn want(&self, _page: PageIndex) -> Result<()> {
+        Ok(())
+    }
+
+    fn slice(&self, range: PageRange) -> Result<GuestSlice<'_>> {
+        // A run that leaves its region is cut there; a page that does not exist is an error.
+        let run = self.memory.run(range.first, range.pages).unwrap_or(range);
+        self.memory.slice(run)
+    }
+
+    fn outcome(&self, _range: PageRange, _outcome: Outcome) {}
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::manifest::{Manifest, Region};
+    use crate::memory::Backing;
+    use crate::page::{InstallUnit, PAGE_BYTES};
+
+    #[test]
+    fn memory_names_each_present_page_once_and_cuts_at_regions() {
+        let region = |name: &str| Region {
+            name: name.into(),
+            guest_address: None,
+            length_bytes: 8 << 12,
+            unit: InstallUnit::Page,
+        };
+        let manifest =
+            Manifest { vm: "vm".into(), regions: vec![region("a"), region("b")], vm_config: Vec::new() };
+        let memory = GuestMemory::allocate(&manifest, Backing::Memfd).expect("memory");
+        for page in [6, 7, 8, 12] {
+            memory.copy_in(PageRange::new(PageIndex(page), 1), &[page as u8; PAGE_BYTES]).expect("written");
+        }
+        let source: Box<dyn PageSource> = Box::new(MemorySource::new(memory));
+        let mut runs = Vec::new();
+        assert_eq!(source.available(&mut runs).expect("told"), Supply::Complete);
+        assert_eq!(runs, [PageRange::new(PageIndex(6), 3), PageRange::new(PageIndex(12), 1)]);
+        assert_eq!(source.available(&mut runs).expect("told"), Supply::Complete);
+        assert_eq!(runs.len(), 2);
+        assert_eq!(source.slice(runs[0]).expect("available").len(), 2 * PAGE_BYTES);
+        assert!(!source.is_zero(PageIndex(12)).expect("available"));
+        assert!(source.slice(PageRange::new(PageIndex(16), 1)).is_err());
+        source.want(PageIndex(6)).expect("nothing to do");
+        source.outcome(runs[0], Outcome::Safe);
+        assert_eq!(source.repeat(), Repeat::Any);
+    }
+}
