@@ -13,6 +13,7 @@ pub mod report;
 pub mod memory;
 pub mod source;
 pub mod sink;
+pub mod uffd;
 pub mod wire;
 pub mod pace;
 

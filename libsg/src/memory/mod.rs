@@ -279,6 +279,13 @@ impl GuestMemory {
         region.mapping.release(offset, range.pages as usize * PAGE_BYTES)
     }
 
+    /// Lets nobody touch pages any more: see [`Mapping::forbid`].
+    pub(crate) fn forbid(&self, range: PageRange) -> Result<()> {
+        let region = self.region_of(range.first).ok_or_else(|| outside(range))?;
+        let offset = (range.first.0 - region.first.0) as usize * PAGE_BYTES;
+        region.mapping.forbid(offset, range.pages as usize * PAGE_BYTES)
+    }
+
     /// Leaves all of it out of core dumps.
     ///
     /// # Errors
@@ -312,4 +319,4 @@ fn same_length(pages: usize, buffer: usize, range: PageRange) -> Result<()> {
 }
 
 #[cfg(test)]
-mod test;
+pub(crate) mod test;

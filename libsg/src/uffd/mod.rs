@@ -1,0 +1,413 @@
+//! userfaultfd: memory whose missing pages we install, and whose faults we hear of.
+//!
+//! The one place that knows what the kernel's answers mean: `EEXIST` (somebody else installed the
+//! page first: skip it, and wake its waiters), `EAGAIN` (a part was done, or somebody waits for an
+//! event to be read), counts that are negative, and that a closed descriptor leaves missing pages
+//! reading as zero.
+//!
+//! Kernel 5.11 or newer is needed. Poisoned pages (6.6) have a fallback on older kernels, see
+//! [`PageSink::poison`] of [`Uffd`].
+
+mod raw;
+mod steps;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use userfaultfd::{Event, EventBuffer, FeatureFlags, ReadWrite};
+
+use self::steps::Step;
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{GuestMemory, Mapping};
+use crate::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
+use crate::sink::{InstallOutcome, PageSink, SinkEvent};
+
+/// Events read from the kernel at once.
+const EVENTS_AT_ONCE: usize = 64;
+
+/// Where a region lies in the process whose memory it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Address of its first byte in that process.
+    pub address: u64,
+    /// Number of its first page.
+    pub first: PageIndex,
+    /// How many pages.
+    pub pages: u32,
+    /// What is installed at once.
+    pub unit: InstallUnit,
+    /// Whether it is hugetlb memory, which has no page of zeros to share.
+    pub huge: bool,
+}
+
+impl Window {
+    const fn bytes(&self) -> usize {
+        self.pages as usize * PAGE_BYTES
+    }
+
+    const fn end(&self) -> u64 {
+        self.address + self.bytes() as u64
+    }
+
+    /// Pages that the kernel installs at once.
+    const fn kernel_unit(&self) -> InstallUnit {
+        if self.huge { InstallUnit::Huge2M } else { InstallUnit::Page }
+    }
+}
+
+/// Guest memory registered with a userfaultfd: a [`PageSink`].
+///
+/// Dropped before [`PageSink::finish`], it poisons what was not installed: a VM that goes on without
+/// us must not take a page that never came for one of zeros.
+pub struct Uffd {
+    descriptor: userfaultfd::Uffd,
+    /// Sorted by page; neither pages nor addresses overlap.
+    windows: Vec<Window>,
+    /// The memory, kept mapped; `None` when it is another process's.
+    memory: Option<GuestMemory>,
+    buffer: Mutex<EventBuffer>,
+    zeros: OnceLock<Mapping>,
+    finished: AtomicBool,
+}
+
+impl Uffd {
+    /// Registers memory of this process. From now on, whoever touches a missing page of it waits
+    /// until it is installed, vCPUs included.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the kernel refuses; the message names what grants it.
+    pub fn register(memory: &GuestMemory) -> Result<Self> {
+        let features = FeatureFlags::EVENT_REMOVE
+            | FeatureFlags::THREAD_ID
+            | FeatureFlags::MISSING_SHMEM
+            | FeatureFlags::MISSING_HUGETLBFS;
+        let descriptor = raw::open(features).map_err(refused)?;
+        let windows: Vec<Window> = memory
+            .regions()
+            .iter()
+            .map(|region| Window {
+                address: region.mapping().as_ptr().addr() as u64,
+                first: region.pages().first,
+                pages: region.pages().pages,
+                unit: region.unit,
+                huge: region.mapping().is_huge(),
+            })
+            .collect();
+        for window in &windows {
+            raw::register(&descriptor, window.address, window.bytes()).map_err(|cause| {
+                Error::new(ErrorKind::System, "guest memory cannot be registered with userfaultfd")
+                    .because(cause)
+                    .about([PageRange::new(window.first, window.pages)])
+            })?;
+        }
+        Ok(Self::over(descriptor, windows, Some(memory.clone())))
+    }
+
+    /// Takes over a userfaultfd with which another process registered its memory, and the list of
+    /// where its regions lie there. That process opened it for faults from inside the kernel, if it
+    /// runs vCPUs, and with removal events, if pages may be given up.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] for regions that overlap or are not aligned; [`ErrorKind::System`] when
+    /// the descriptor is none.
+    pub fn adopt(fd: OwnedFd, mut windows: Vec<Window>) -> Result<Self> {
+        windows.sort_by_key(|window| window.first);
+        check(&windows)?;
+        let descriptor = raw::adopt(fd).map_err(|cause| {
+            Error::new(ErrorKind::System, "the userfaultfd that was handed over cannot be used")
+                .because(cause)
+        })?;
+        Ok(Self::over(descriptor, windows, None))
+    }
+
+    fn over(descriptor: userfaultfd::Uffd, windows: Vec<Window>, memory: Option<GuestMemory>) -> Self {
+        Self {
+            descriptor,
+            windows,
+            memory,
+            buffer: Mutex::new(EventBuffer::new(EVENTS_AT_ONCE)),
+            zeros: OnceLock::new(),
+            finished: AtomicBool::new(false),
+        }
+    }
+
+    /// Wakes whoever waits for a page of the range. Installing does so by itself; a thread whose page
+    /// is still missing faults again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] for pages that there are not; [`ErrorKind::System`] when the kernel
+    /// refuses.
+    pub fn wake(&self, range: PageRange) -> Result<()> {
+        let (_, start) = self.locate(range)?;
+        raw::wake(&self.descriptor, start, range.pages as usize * PAGE_BYTES)
+            .map_err(|cause| failed(range, cause))
+    }
+
+    /// The window of a range, and its address.
+    fn locate(&self, range: PageRange) -> Result<(&Window, u64)> {
+        let find = || {
+            let after = self.windows.partition_point(|window| window.first <= range.first);
+            let window = self.windows.get(after.checked_sub(1)?)?;
+            let into = range.first.0 - window.first.0;
+            let unit = window.kernel_unit().pages();
+            (into.checked_add(range.pages)? <= window.pages
+                && into.is_multiple_of(unit)
+                && range.pages.is_multiple_of(unit))
+            .then(|| (window, window.address + u64::from(into) * PAGE_BYTES_U64))
+        };
+        find().ok_or_else(|| {
+            Error::new(ErrorKind::Input, "no such pages in one region of the memory, or half a huge page")
+                .about([range])
+        })
+    }
+
+    /// Runs `request(address, bytes)` over a range until every page was dealt with, or nothing goes.
+    fn step(
+        &self,
+        range: PageRange,
+        request: impl Fn(&Window, u64, u32, u32) -> Step,
+    ) -> Result<InstallOutcome> {
+        let mut outcome = InstallOutcome::new(range)?;
+        let (window, start) = self.locate(range)?;
+        let address = |at: u32| start + u64::from(at) * PAGE_BYTES_U64;
+        steps::run(
+            &mut outcome,
+            window.kernel_unit().pages(),
+            |at, pages| request(window, address(at), at, pages),
+            |at, pages| raw::wake(&self.descriptor, address(at), pages as usize * PAGE_BYTES),
+        )
+        .map_err(|cause| failed(range, cause))?;
+        Ok(outcome)
+    }
+
+    /// A unit of zeros to copy from, for memory that cannot share the kernel's page of zeros.
+    fn zeros(&self) -> Result<&Mapping> {
+        if let Some(zeros) = self.zeros.get() {
+            return Ok(zeros);
+        }
+        let zeros = Mapping::anonymous(InstallUnit::Huge2M.bytes())?;
+        Ok(self.zeros.get_or_init(|| zeros))
+    }
+
+    /// Poisons what is missing of a range. False: the kernel cannot.
+    fn try_poison(&self, range: PageRange) -> Result<bool> {
+        let mut rest = Some(range);
+        while let Some(range) = rest {
+            let done = self.step(range, |_, address, _, pages| {
+                raw::poison(&self.descriptor, address, pages as usize * PAGE_BYTES)
+            });
+            match done {
+                Ok(outcome) => rest = outcome.retry(),
+                Err(error) if is_unknown_request(&error) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// What is left where pages cannot be poisoned: taking the access to missing ones away.
+    ///
+    /// Kernels that cannot poison have no `PAGEMAP_SCAN` either, and so count installed pages of
+    /// zeros as present.
+    fn forbid(&self, range: PageRange) -> Result<()> {
+        let Some(memory) = &self.memory else {
+            return Err(Error::new(
+                ErrorKind::System,
+                "pages are lost, and this kernel (before 6.6) cannot tell the VM in another process: end it",
+            )
+            .about([range]));
+        };
+        let present = memory.presence()?;
+        let missing = range.iter().filter(|page| !present.contains(*page)).collect();
+        for run in PageRange::from_pages(missing) {
+            memory.forbid(run)?;
+            self.wake(run)?;
+        }
+        Ok(())
+    }
+
+    /// Hands the events of one message on. Returns how many there were.
+    fn translate(&self, event: &Event, out: &mut Vec<SinkEvent>) -> usize {
+        let before = out.len();
+        match event {
+            Event::Pagefault { rw, addr, thread_id, .. } => {
+                let address = addr.addr() as u64;
+                match self.windows.iter().find(|w| (w.address..w.end()).contains(&address)) {
+                    Some(window) => {
+                        let into = ((address - window.address) / PAGE_BYTES_U64) as u32;
+                        let page = PageIndex(window.first.0 + into - into % window.unit.pages());
+                        let thread = u32::try_from(thread_id.as_raw()).unwrap_or(0);
+                        out.push(SinkEvent::Fault { page, write: *rw == ReadWrite::Write, thread });
+                    }
+                    None => tracing::error!(address, "a fault outside of every region: its thread waits"),
+                }
+            }
+            Event::Remove { start, end } | Event::Unmap { start, end } => {
+                let (start, end) = (start.addr() as u64, end.addr() as u64);
+                out.extend(self.windows.iter().filter_map(|window| {
+                    let from = start.max(window.address) - window.address;
+                    let to = end.min(window.end()).checked_sub(window.address)?;
+                    let (first, last) = (from / PAGE_BYTES_U64, to / PAGE_BYTES_U64);
+                    let first_page = PageIndex(window.first.0 + u32::try_from(first).ok()?);
+                    let pages = u32::try_from(last.checked_sub(first)?).ok()?;
+                    (pages > 0).then(|| SinkEvent::Removed(PageRange::new(first_page, pages)))
+                }));
+            }
+            other => tracing::warn!(?other, "an event that was not asked for"),
+        }
+        out.len() - before
+    }
+
+    /// Poisons every page that is missing.
+    fn poison_rest(&self) -> Result<()> {
+        const CHUNK: u32 = crate::limits::BATCH_PAGES_MAX as u32;
+        for window in &self.windows {
+            for at in (0..window.pages).step_by(CHUNK as usize) {
+                let left = window.pages - at;
+                let first = PageIndex(window.first.0 + at);
+                if !self.try_poison(PageRange::new(first, CHUNK.min(left)))? {
+                    self.forbid(PageRange::new(first, left))?;
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl PageSink for Uffd {
+    fn install(&self, first: PageIndex, bytes: &[u8]) -> Result<InstallOutcome> {
+        let range = PageRange::new(first, u32::try_from(bytes.len() / PAGE_BYTES).unwrap_or(u32::MAX));
+        if !bytes.len().is_multiple_of(PAGE_BYTES) {
+            return Err(Error::new(ErrorKind::Input, format!("{} bytes are no whole pages", bytes.len()))
+                .about([range]));
+        }
+        self.step(range, |_, address, at, _| {
+            raw::copy(&self.descriptor, address, raw::Bytes::Own(&bytes[at as usize * PAGE_BYTES..]))
+        })
+    }
+
+    fn install_zero(&self, range: PageRange) -> Result<InstallOutcome> {
+        if self.locate(range)?.0.huge {
+            let zeros = self.zeros()?;
+            let zeros = zeros
+                .slice(0, zeros.len())
+                .ok_or_else(|| Error::new(ErrorKind::System, "a mapping does not contain itself"))?;
+            return self.step(range, |_, address, _, _| {
+                raw::copy(&self.descriptor, address, raw::Bytes::Guest(zeros))
+            });
+        }
+        self.step(range, |_, address, _, pages| {
+            raw::zero(&self.descriptor, address, pages as usize * PAGE_BYTES)
+        })
+    }
+
+    /// See the trait. Kernels before 6.6 cannot poison: there the access to missing pages of this
+    /// process's memory is taken away, and who touches them gets `SIGSEGV` or `EFAULT` (`KVM_RUN`
+    /// fails); for another process's memory it is an error.
+    fn poison(&self, range: PageRange) -> Result<()> {
+        if self.try_poison(range)? { Ok(()) } else { self.forbid(range) }
+    }
+
+    fn events(&self, out: &mut Vec<SinkEvent>) -> Result<usize> {
+        let mut buffer = self.buffer.lock();
+        let mut count = 0;
+        let events = self.descriptor.read_events(&mut buffer).map_err(|error| {
+            Error::new(ErrorKind::System, "the VM's faults cannot be read: its memory is gone")
+                .because(raw::io_error(error))
+        })?;
+        for event in events {
+            match event {
+                Ok(event) => count += self.translate(&event, out),
+                Err(error) => tracing::warn!(%error, "an event of userfaultfd that is not known"),
+            }
+        }
+        Ok(count)
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.descriptor.as_fd())
+    }
+
+    fn finish(&self) -> Result<()> {
+        for window in &self.windows {
+            raw::unregister(&self.descriptor, window.address, window.bytes())
+                .map_err(|cause| failed(PageRange::new(window.first, window.pages), cause))?;
+        }
+        self.finished.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
+impl Drop for Uffd {
+    fn drop(&mut self) {
+        if self.finished.load(Ordering::Acquire) {
+            return;
+        }
+        if let Err(error) = self.poison_rest() {
+            tracing::error!(error = error.chain(), "pages that never came could not be poisoned");
+        }
+    }
+}
+
+fn check(windows: &[Window]) -> Result<()> {
+    let refuse = |what| Err(Error::new(ErrorKind::Input, what));
+    let mut by_address: Vec<&Window> = windows.iter().collect();
+    by_address.sort_by_key(|window| window.address);
+    for window in windows {
+        let unit = window.kernel_unit();
+        let bytes = unit.bytes() as u64;
+        if window.pages == 0
+            || !window.pages.is_multiple_of(window.unit.pages())
+            || !window.address.is_multiple_of(bytes)
+            || window.unit.pages() < unit.pages()
+            || window.first.checked_add(window.pages).is_none()
+            || window.address.checked_add(window.bytes() as u64).is_none()
+        {
+            return refuse("a region is empty, too long, or not aligned to its pages");
+        }
+    }
+    if windows.windows(2).any(|pair| pair[0].first.0 + pair[0].pages > pair[1].first.0)
+        || by_address.windows(2).any(|pair| pair[0].end() > pair[1].address)
+    {
+        return refuse("regions overlap");
+    }
+    Ok(())
+}
+
+fn refused(cause: io::Error) -> Error {
+    Error::new(
+        ErrorKind::System,
+        "userfaultfd is refused: run as root or with CAP_SYS_PTRACE, or give access to /dev/userfaultfd, \
+         or set sysctl vm.unprivileged_userfaultfd=1",
+    )
+    .because(cause)
+}
+
+fn failed(range: PageRange, cause: io::Error) -> Error {
+    let message = match cause.raw_os_error() {
+        Some(libc::ESRCH | libc::ENOENT) => "the memory of the VM is gone: unmapped, or its process ended",
+        Some(libc::ENOSPC | libc::ENOMEM) => "no memory is left to install pages of the VM",
+        _ => "userfaultfd failed",
+    };
+    Error::new(ErrorKind::System, message).because(cause).about([range])
+}
+
+/// Whether the kernel does not know the request at all.
+fn is_unknown_request(error: &Error) -> bool {
+    use std::error::Error as _;
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    matches!(cause.and_then(io::Error::raw_os_error), Some(libc::EINVAL | libc::ENOTTY))
+}
+
+#[cfg(test)]
+mod test;

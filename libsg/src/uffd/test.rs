@@ -1,0 +1,277 @@
+//! Real faults by threads, over all three backings.
+
+use std::sync::atomic::AtomicU32;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::*;
+use crate::manifest::{Manifest, Region};
+use crate::memory::vectored::{self, IoPart};
+use crate::memory::{Backing, test::huge_pages};
+
+const UNITS: u32 = 5;
+
+fn memory(backing: Backing) -> Option<GuestMemory> {
+    if backing == Backing::Hugetlb2M && !huge_pages(16) {
+        return None;
+    }
+    let unit = if backing == Backing::Hugetlb2M { InstallUnit::Huge2M } else { InstallUnit::Page };
+    let region = |name: &str, units: u32| Region {
+        name: name.into(),
+        guest_address: None,
+        length_bytes: u64::from(units) * InstallUnit::Huge2M.bytes() as u64,
+        unit,
+    };
+    let regions = vec![region("low", 1), region("high", UNITS - 1)];
+    let manifest = Manifest { vm: "vm".into(), regions, vm_config: Vec::new() };
+    Some(GuestMemory::allocate(&manifest, backing).expect("memory"))
+}
+
+fn every_backing(test: impl Fn(Backing, GuestMemory, Uffd)) {
+    for backing in [Backing::Anon, Backing::Memfd, Backing::Hugetlb2M] {
+        if let Some(memory) = memory(backing) {
+            let uffd = Uffd::register(&memory).expect("registered");
+            test(backing, memory, uffd);
+        }
+    }
+}
+
+/// What is installed in these tests: every page has other bytes.
+fn content(range: PageRange) -> Vec<u8> {
+    range.iter().flat_map(|page| [(page.0 % 250 + 1) as u8; PAGE_BYTES]).collect()
+}
+
+fn page_byte(memory: &GuestMemory, page: PageIndex) -> u8 {
+    let mut bytes = [0; PAGE_BYTES];
+    memory.copy_out(PageRange::new(page, 1), &mut bytes).expect("a page");
+    assert!(bytes.iter().all(|byte| *byte == bytes[0]), "{page} is torn");
+    bytes[0]
+}
+
+/// Waits for events and returns them.
+fn wait(uffd: &Uffd) -> Vec<SinkEvent> {
+    let mut out = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while out.is_empty() {
+        assert!(Instant::now() < deadline, "no event came");
+        let fd = uffd.event_fd().expect("there are events");
+        let second = Timespec { tv_sec: 1, tv_nsec: 0 };
+        poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&second)).expect("polled");
+        uffd.events(&mut out).expect("read");
+    }
+    out
+}
+
+#[test]
+fn faults_of_threads_are_answered() {
+    every_backing(|backing, memory, uffd| {
+        let pages = [5, 512, 1300, 2047].map(PageIndex);
+        thread::scope(|scope| {
+            let readers = pages.map(|page| {
+                let memory = &memory;
+                scope.spawn(move || page_byte(memory, page))
+            });
+            let mut answered = 0;
+            while answered < pages.len() {
+                for event in wait(&uffd) {
+                    let SinkEvent::Fault { page, write, thread } = event else { panic!("{event:?}") };
+                    let unit = memory.unit(page).expect("a page");
+                    assert_eq!(unit.first, page, "{backing:?}: not the first of its unit");
+                    assert!(!write && thread != 0);
+                    let done = uffd.install(unit.first, &content(unit)).expect("installed");
+                    assert_eq!(done.retry(), None);
+                    answered += 1;
+                }
+            }
+            for (reader, page) in readers.into_iter().zip(pages) {
+                assert_eq!(reader.join().expect("reader"), (page.0 % 250 + 1) as u8);
+            }
+        });
+        uffd.finish().expect("finished");
+        // Never installed: ordinary memory now, which is zero.
+        assert_eq!(page_byte(&memory, PageIndex(2048)), 0, "{backing:?}");
+    });
+}
+
+#[test]
+fn runs_of_pages_go_in_and_what_is_there_stays() {
+    every_backing(|backing, memory, uffd| {
+        let unit = memory.unit(PageIndex(600)).expect("unit").pages;
+        let early = PageRange::new(PageIndex(512 + 10 * unit % 512), unit);
+        assert_eq!(uffd.install_zero(early).expect("installed").installed_pages(), unit);
+        let run = PageRange::new(PageIndex(512), 64.max(unit));
+        let done = uffd.install(run.first, &content(run)).expect("installed");
+        assert_eq!(done.retry(), None);
+        assert_eq!(done.installed_pages(), run.pages - unit, "{backing:?}");
+        assert_eq!(done.already_present().collect::<Vec<_>>(), [early]);
+        for page in run.iter() {
+            let there = early.positions().contains(&page.as_usize());
+            let want = if there { 0 } else { (page.0 % 250 + 1) as u8 };
+            assert_eq!(page_byte(&memory, page), want, "{page}");
+        }
+        let again = uffd.install_zero(run).expect("nothing to do");
+        assert_eq!((again.installed_pages(), again.retry()), (0, None));
+        uffd.finish().expect("finished");
+    });
+}
+
+#[test]
+fn two_installers_install_every_page_once() {
+    every_backing(|backing, memory, uffd| {
+        let installed = AtomicU32::new(0);
+        let batch = if backing == Backing::Hugetlb2M { 512 } else { 64 };
+        let batches = memory.pages() / batch;
+        let installer = |mark: u8, order: &dyn Fn(u32) -> u32| {
+            for at in 0..batches {
+                let first = PageIndex(order(at) * batch);
+                let bytes = vec![mark; batch as usize * PAGE_BYTES];
+                let done = uffd.install(first, &bytes).expect("installed");
+                assert_eq!(done.retry(), None);
+                installed.fetch_add(done.installed_pages(), Ordering::Relaxed);
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| installer(1, &|at| at));
+            scope.spawn(|| installer(2, &|at| at));
+            scope.spawn(|| installer(3, &|at| batches - 1 - at));
+        });
+        assert_eq!(installed.into_inner(), memory.pages(), "{backing:?}");
+        for page in 0..memory.pages() {
+            assert!((1..=3).contains(&page_byte(&memory, PageIndex(page))));
+        }
+        uffd.finish().expect("finished");
+    });
+}
+
+#[test]
+fn removed_pages_are_told_and_fault_again() {
+    let memory = memory(Backing::Anon).expect("memory");
+    let uffd = Uffd::register(&memory).expect("registered");
+    let run = PageRange::new(PageIndex(512), 64);
+    assert_eq!(uffd.install(run.first, &content(run)).expect("installed").installed_pages(), 64);
+    let given_up = PageRange::new(PageIndex(520), 8);
+    thread::scope(|scope| {
+        // The kernel holds the balloon up until its event is read; installing gets nowhere then.
+        let balloon = scope.spawn(|| memory.release(given_up).expect("released"));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut next = PageIndex(1024);
+        loop {
+            let done = uffd.install(next, &content(PageRange::new(next, 1))).expect("no failure");
+            if done.retry().is_some() {
+                break;
+            }
+            next.0 += 1;
+            assert!(Instant::now() < deadline && next.0 < 2048, "the balloon never came");
+        }
+        assert_eq!(wait(&uffd), [SinkEvent::Removed(given_up)]);
+        balloon.join().expect("balloon");
+        assert_eq!(uffd.install(next, &content(PageRange::new(next, 1))).expect("installed").retry(), None);
+
+        let reader = scope.spawn(|| page_byte(&memory, PageIndex(523)));
+        let events = wait(&uffd);
+        assert!(matches!(events[..], [SinkEvent::Fault { page: PageIndex(523), write: false, .. }]));
+        assert_eq!(uffd.install_zero(PageRange::new(PageIndex(523), 1)).expect("done").installed_pages(), 1);
+        assert_eq!(reader.join().expect("reader"), 0);
+    });
+    assert_eq!(page_byte(&memory, PageIndex(519)), (519 % 250 + 1) as u8);
+    uffd.finish().expect("finished");
+}
+
+/// Reads a page by a system call: a signal elsewhere is an error here.
+fn read_by_kernel(memory: &GuestMemory, page: PageIndex) -> io::Result<usize> {
+    let (near, _far) = std::os::unix::net::UnixStream::pair().expect("sockets");
+    let slice = memory.slice(PageRange::new(page, 1)).expect("a page");
+    vectored::send(&near, &[IoPart::Guest(slice)])
+}
+
+fn lost_pages(how: impl Fn(&Uffd, PageRange)) {
+    every_backing(|backing, memory, uffd| {
+        let there = memory.unit(PageIndex(512)).expect("unit");
+        assert_eq!(uffd.install(there.first, &content(there)).expect("installed").retry(), None);
+        let lost = PageRange::new(there.first, there.pages * 2);
+        thread::scope(|scope| {
+            let page = PageIndex(there.first.0 + there.pages);
+            let waiter = scope.spawn({
+                let memory = &memory;
+                move || read_by_kernel(memory, page)
+            });
+            assert!(matches!(wait(&uffd)[..], [SinkEvent::Fault { .. }]));
+            for part in
+                (0..2).map(|part| PageRange::new(PageIndex(lost.first.0 + part * there.pages), there.pages))
+            {
+                how(&uffd, part);
+            }
+            let error = waiter.join().expect("waiter").expect_err("lost");
+            assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "{backing:?}");
+        });
+        assert_eq!(page_byte(&memory, there.first), content(there)[0], "{backing:?}");
+        // The others wait as before.
+        thread::scope(|scope| {
+            let page = memory.unit(PageIndex(2000)).expect("unit").first;
+            let reader = scope.spawn(|| page_byte(&memory, PageIndex(2000)));
+            assert!(matches!(wait(&uffd)[..], [SinkEvent::Fault { page: waits, .. }] if waits == page));
+            assert_eq!(uffd.install_zero(memory.unit(page).expect("unit")).expect("done").retry(), None);
+            assert_eq!(reader.join().expect("reader"), 0);
+        });
+        drop(uffd);
+        // Nobody finished it: what never came is an error, not zero.
+        let error = read_by_kernel(&memory, PageIndex(100)).expect_err("never came");
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "{backing:?}");
+    });
+}
+
+#[test]
+fn lost_pages_are_an_error_to_their_waiters_only() {
+    lost_pages(|uffd, range| uffd.poison(range).expect("poisoned"));
+}
+
+#[test]
+fn lost_pages_on_a_kernel_without_poison() {
+    lost_pages(|uffd, range| uffd.forbid(range).expect("forbidden"));
+}
+
+#[test]
+fn a_descriptor_that_was_handed_over_works() {
+    every_backing(|backing, memory, own| {
+        let windows = own.windows.clone();
+        let uffd =
+            Uffd::adopt(own.as_fd().try_clone_to_owned().expect("duplicated"), windows).expect("adopted");
+        let unit = memory.unit(PageIndex(1024)).expect("unit");
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| page_byte(&memory, unit.first));
+            assert!(matches!(wait(&uffd)[..], [SinkEvent::Fault { .. }]));
+            assert_eq!(uffd.install(unit.first, &content(unit)).expect("installed").retry(), None);
+            assert_eq!(reader.join().expect("reader"), content(unit)[0], "{backing:?}");
+        });
+        uffd.finish().expect("finished");
+        own.finish().expect("finished");
+        let window = own.windows[0];
+        for bad in [
+            Window { pages: 0, ..window },
+            Window { address: window.address + 1, ..window },
+            Window { first: PageIndex(u32::MAX), ..window },
+            Window { address: u64::MAX - 4095, ..window },
+        ] {
+            assert_eq!(check(&[bad]).expect_err("bad").kind, ErrorKind::Input);
+        }
+        assert!(check(&[window, Window { first: PageIndex(512), ..window }]).is_err(), "same addresses");
+    });
+}
+
+#[test]
+fn pages_that_there_are_not_are_refused() {
+    every_backing(|backing, memory, uffd| {
+        let input = |outcome: Result<InstallOutcome>| outcome.expect_err("refused").kind == ErrorKind::Input;
+        assert!(input(uffd.install(PageIndex(memory.pages()), &[0; PAGE_BYTES])));
+        assert!(input(uffd.install(PageIndex(0), &[0; PAGE_BYTES - 1])));
+        assert!(input(uffd.install(PageIndex(0), &[])));
+        assert!(input(uffd.install_zero(PageRange::new(PageIndex(500), 13))));
+        assert!(input(uffd.install_zero(PageRange::new(PageIndex(0), 513))));
+        if backing == Backing::Hugetlb2M {
+            assert!(input(uffd.install(PageIndex(0), &[0; PAGE_BYTES])), "half a huge page");
+        }
+        uffd.finish().expect("finished");
+    });
+}
