@@ -16,5 +16,7 @@ pub mod sink;
 pub mod uffd;
 pub mod wire;
 pub mod pace;
+pub mod transport;
+pub mod vmd;
 
 pub use error::{Error, ErrorKind, Result};

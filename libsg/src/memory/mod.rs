@@ -7,6 +7,7 @@
 //! are pointer and length, and [`vectored`] sends from and receives into them without a copy.
 
 mod mapping;
+mod page_slice;
 mod presence;
 mod raw;
 pub mod vectored;
@@ -17,6 +18,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use mapping::{BackingFile, Mapping};
+pub use page_slice::PageSlice;
 pub use presence::PresenceMap;
 pub use raw::{GuestSlice, SlotSlice};
 

@@ -9,6 +9,7 @@
 //! that the caller has not bounded.
 
 pub mod entry;
+pub mod handshake;
 pub mod header;
 pub mod message;
 

@@ -1,0 +1,49 @@
+//! What the kernel knows of a connection's path, asked not too often.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use crate::pace::TcpInfo;
+
+/// How long a sample is good for: a round trip of a local network, many batches.
+const SAMPLE_EVERY: Duration = Duration::from_millis(1);
+
+/// The last sample of a connection's path.
+#[derive(Debug, Default)]
+pub struct TcpPath {
+    info: TcpInfo,
+    sampled: Option<Instant>,
+}
+
+impl TcpPath {
+    /// Without a sample yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks the kernel, unless it was asked within the last millisecond. A socket that is broken
+    /// keeps its last sample: reading or writing it tells.
+    pub fn refresh(&mut self, socket: impl AsFd, now: Instant) -> &TcpInfo {
+        if self.sampled.is_none_or(|sampled| now.saturating_duration_since(sampled) >= SAMPLE_EVERY) {
+            self.sampled = Some(now);
+            if let Ok(info) = TcpInfo::read(socket) {
+                self.info = info;
+            }
+        }
+        &self.info
+    }
+
+    /// The last sample; all zero before the first.
+    #[must_use]
+    pub const fn info(&self) -> &TcpInfo {
+        &self.info
+    }
+
+    /// How long what we send waits in queues, for [`crate::wire::Header::delay_us`].
+    #[must_use]
+    pub fn delay_us(&self) -> Option<u32> {
+        // All ones on the wire is "not known"; a delay of more than an hour is none of ours.
+        self.info.queue_delay().map(|delay| delay.as_micros().min(u128::from(u32::MAX - 1)) as u32)
+    }
+}

@@ -1,0 +1,133 @@
+//! Waiting for several descriptors at once, and waking who waits.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Descriptors that one [`wait`] can watch: the bits of its answer.
+pub const WAIT_MAX: usize = 64;
+
+/// Waits until one of the descriptors is readable, or writable where the flag beside it asks for
+/// that, or broken, or `timeout` is over. Nanosecond resolution.
+///
+/// Bit n of the answer says that the n-th is ready. `None` is a descriptor that is always ready:
+/// the call then only looks. An interruption by a signal counts as time over.
+///
+/// # Errors
+/// [`ErrorKind::Input`] for more than [`WAIT_MAX`]; [`ErrorKind::System`] when the kernel refuses.
+pub fn wait(on: &[(Option<BorrowedFd<'_>>, bool)], timeout: Duration) -> Result<u64> {
+    if on.len() > WAIT_MAX {
+        return Err(Error::new(ErrorKind::Input, format!("{} descriptors to wait for", on.len())));
+    }
+    let mut ready = 0;
+    let mut polled = Vec::with_capacity(on.len());
+    for (at, (fd, wants_write)) in on.iter().enumerate() {
+        match fd {
+            None => ready |= 1 << at,
+            Some(fd) => {
+                let flags = if *wants_write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+                polled.push(PollFd::from_borrowed_fd(*fd, flags));
+            }
+        }
+    }
+    let timeout = if ready == 0 { timeout } else { Duration::ZERO };
+    match rustix::event::poll(&mut polled, Some(&timespec(timeout))) {
+        Ok(_) => {}
+        Err(Errno::INTR) => return Ok(ready),
+        Err(errno) => return Err(errno.into()),
+    }
+    let mut polled = polled.iter();
+    for (at, (fd, _)) in on.iter().enumerate() {
+        if fd.is_some() && polled.next().is_some_and(|fd| !fd.revents().is_empty()) {
+            ready |= 1 << at;
+        }
+    }
+    Ok(ready)
+}
+
+/// Waits until the descriptor takes bytes, whatever there may be to read.
+pub(super) fn wait_writable(fd: impl AsFd, timeout: Duration) -> Result<()> {
+    let mut polled = [PollFd::new(&fd, PollFlags::OUT)];
+    match rustix::event::poll(&mut polled, Some(&timespec(timeout))) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn timespec(timeout: Duration) -> Timespec {
+    // A day is longer than any timer of ours, and not more than the kernel can count.
+    let timeout = timeout.min(Duration::from_secs(86_400));
+    Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) }
+}
+
+/// Ends another thread's [`wait`]: readable from [`Self::wake`] until [`Self::drain`]. Clones are
+/// the same.
+#[derive(Clone, Debug)]
+pub struct Waker {
+    event: Arc<OwnedFd>,
+}
+
+impl Waker {
+    /// One that nobody has woken yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the kernel gives no eventfd.
+    pub fn new() -> Result<Self> {
+        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { event: Arc::new(event) })
+    }
+
+    /// Makes it readable. May be called any number of times, from any thread.
+    pub fn wake(&self) {
+        // The counter can only be full, and then it is readable already.
+        let _ = rustix::io::write(&*self.event, &1_u64.to_ne_bytes());
+    }
+
+    /// Makes it unreadable again. Call it before looking for what one was woken for.
+    pub fn drain(&self) {
+        // There can only be nothing to read.
+        let _ = rustix::io::read(&*self.event, &mut [0_u8; 8]);
+    }
+}
+
+impl AsFd for Waker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn wakes_and_times_out() {
+        let (one, two) = (Waker::new().expect("eventfd"), Waker::new().expect("eventfd"));
+        let on = [(Some(one.as_fd()), false), (Some(two.as_fd()), false)];
+        let start = Instant::now();
+        assert_eq!(wait(&on, Duration::from_millis(5)).expect("waits"), 0);
+        assert!(start.elapsed() >= Duration::from_millis(5));
+        let other = two.clone();
+        let thread = std::thread::spawn(move || other.wake());
+        assert_eq!(wait(&on, Duration::from_secs(10)).expect("waits"), 0b10);
+        thread.join().expect("joined");
+        two.drain();
+        assert_eq!(wait(&on, Duration::ZERO).expect("waits"), 0);
+    }
+
+    #[test]
+    fn without_a_descriptor_it_does_not_wait() {
+        let waker = Waker::new().expect("eventfd");
+        let on = [(None, true), (Some(waker.as_fd()), true)];
+        // An eventfd that is not full is writable.
+        assert_eq!(wait(&on, Duration::from_secs(10)).expect("looks"), 0b11);
+        assert!(wait(&[(None, false); WAIT_MAX + 1], Duration::ZERO).is_err());
+    }
+}
