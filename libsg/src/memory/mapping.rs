@@ -249,6 +249,27 @@ impl Mapping {
         })
     }
 
+    /// Forgets everything: all of it is missing afterwards, not only zero, and poison is lifted.
+    ///
+    /// `present` are the parts that have memory, in bytes: huge pages are given back only there,
+    /// since giving back a hole would cost its reservation.
+    pub(super) fn empty(&self, present: impl Iterator<Item = (usize, usize)>) -> Result<()> {
+        if self.huge && self.file.is_some() {
+            for (offset, bytes) in present {
+                self.release(offset, bytes)?;
+            }
+        } else {
+            self.release(0, self.bytes)?;
+        }
+        // A file's pages are gone by now; this clears what only the page table holds.
+        match self.advise(0, self.bytes, Advice::LinuxDontNeed) {
+            // Kernels before 5.18 do not take it for huge pages, and have no poison either.
+            Err(rustix::io::Errno::INVAL) | Ok(()) => Ok(()),
+            Err(errno) => Err(Error::new(ErrorKind::System, "memory could not be emptied")
+                .because(std::io::Error::from(errno))),
+        }
+    }
+
     /// Leaves the memory out of core dumps: it is somebody else's.
     ///
     /// # Errors

@@ -126,8 +126,9 @@ impl GuestMemory {
         Ok(Self { regions: placed.into() })
     }
 
-    /// A second mapping of the same memory, for receiving into it behind the back of the first.
-    /// `None` when a region has no file behind it.
+    /// A second mapping of the same memory. `None` when a region has no file behind it.
+    ///
+    /// It is no way around userfaultfd: what is written through it is there for the first at once.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel refuses.
@@ -279,6 +280,20 @@ impl GuestMemory {
         let region = self.region_of(range.first).ok_or_else(|| outside(range))?;
         let offset = (range.first.0 - region.first.0) as usize * PAGE_BYTES;
         region.mapping.release(offset, range.pages as usize * PAGE_BYTES)
+    }
+
+    /// Forgets everything: every page is missing afterwards, not only zero.
+    pub(crate) fn empty(&self) -> Result<()> {
+        for region in &*self.regions {
+            let mut map = PresenceMap::new(self.pages());
+            if region.mapping.is_huge() {
+                presence::scan(&region.mapping, region.first, &mut map)?;
+            }
+            region.mapping.empty(map.runs().map(|run| {
+                ((run.first.0 - region.first.0) as usize * PAGE_BYTES, run.pages as usize * PAGE_BYTES)
+            }))?;
+        }
+        Ok(())
     }
 
     /// Lets nobody touch pages any more: see [`Mapping::forbid`].

@@ -11,6 +11,7 @@
 mod raw;
 mod steps;
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
@@ -74,12 +75,26 @@ pub struct Uffd {
 }
 
 impl Uffd {
-    /// Registers memory of this process. From now on, whoever touches a missing page of it waits
-    /// until it is installed, vCPUs included.
+    /// Empties memory of this process and registers it. From now on, whoever touches a page of it
+    /// waits until it is installed, vCPUs included.
+    ///
+    /// What a VMM put there before (firmware, a kernel) is part of what arrives, so that it is
+    /// dropped here: a page that stayed would win over the one that comes.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel refuses; the message names what grants it.
     pub fn register(memory: &GuestMemory) -> Result<Self> {
+        memory.empty()?;
+        Self::register_over(memory)
+    }
+
+    /// Registers memory of this process and keeps what it holds: every page that is there, be it one
+    /// of zeros that was only read, counts as installed. For memory that was filled in rounds, of
+    /// which what is out of date was given up ([`GuestMemory::release`]).
+    ///
+    /// # Errors
+    /// As [`Self::register`].
+    pub fn register_over(memory: &GuestMemory) -> Result<Self> {
         let features = FeatureFlags::EVENT_REMOVE
             | FeatureFlags::THREAD_ID
             | FeatureFlags::MISSING_SHMEM
@@ -345,6 +360,16 @@ impl PageSink for Uffd {
 impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.descriptor.as_fd()
+    }
+}
+
+impl fmt::Debug for Uffd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Uffd")
+            .field("descriptor", &self.descriptor)
+            .field("windows", &self.windows)
+            .field("finished", &self.finished)
+            .finish_non_exhaustive()
     }
 }
 

@@ -118,6 +118,35 @@ fn runs_of_pages_go_in_and_what_is_there_stays() {
 }
 
 #[test]
+fn what_was_there_before_is_dropped_or_kept() {
+    every_backing(|backing, memory, uffd| {
+        // Never finished: poisons all pages, which the next registration lifts.
+        drop(uffd);
+        let first = memory.unit(PageIndex(0)).expect("unit");
+        let second = memory.unit(PageIndex(512)).expect("unit");
+        let uffd = Uffd::register(&memory).expect("registered");
+        assert_eq!(uffd.install(second.first, &content(second)).expect("installed").retry(), None);
+        uffd.finish().expect("finished");
+        drop(uffd);
+        assert_eq!(page_byte(&memory, first.first), 0, "{backing:?}");
+
+        let uffd = Uffd::register_over(&memory).expect("registered");
+        assert_eq!(uffd.install_zero(first).expect("there").installed_pages(), 0, "{backing:?}");
+        assert_eq!(page_byte(&memory, second.first), content(second)[0]);
+        uffd.finish().expect("finished");
+        drop(uffd);
+
+        let uffd = Uffd::register(&memory).expect("registered");
+        for unit in [first, second] {
+            let done = uffd.install(unit.first, &vec![7; unit.pages as usize * PAGE_BYTES]);
+            assert_eq!(done.expect("installed").installed_pages(), unit.pages, "{backing:?}");
+            assert_eq!(page_byte(&memory, unit.first), 7);
+        }
+        uffd.finish().expect("finished");
+    });
+}
+
+#[test]
 fn two_installers_install_every_page_once() {
     every_backing(|backing, memory, uffd| {
         let installed = AtomicU32::new(0);
