@@ -10,11 +10,11 @@ pub(crate) const SLICE_TIME: Duration = Duration::from_micros(150);
 const SLICE_BYTES_MIN: u64 = 4 << 10;
 
 /// Largest slice: the 64 pages of one batch.
-const SLICE_BYTES_MAX: u64 = 256 << 10;
+pub(crate) const SLICE_BYTES_MAX: u64 = 256 << 10;
 
 /// How long unused tokens are kept. A thread on a busy core wakes late, by up to about this; without the
 /// allowance each late wake-up would be lost rate, with more of it the catching up would fill the queue.
-const BURST_TIME: Duration = Duration::from_micros(1000);
+const BURST_TIME: Duration = Duration::from_micros(3000);
 
 /// The bytes that a sender at `rate` bytes/s (`None`: unlimited) puts on the wire at once.
 #[must_use]
@@ -41,6 +41,7 @@ pub(crate) fn time_of(bytes: f64, rate: u64) -> Duration {
 pub struct TokenBucket {
     rate: Option<u64>,
     level: f64,
+    lost: f64,
     filled_at: Instant,
 }
 
@@ -48,7 +49,7 @@ impl TokenBucket {
     /// A full bucket at `rate` bytes/s; `None` is unlimited.
     #[must_use]
     pub fn new(now: Instant, rate: Option<u64>) -> Self {
-        let mut bucket = Self { rate, level: 0.0, filled_at: now };
+        let mut bucket = Self { rate, level: 0.0, lost: 0.0, filled_at: now };
         bucket.level = bucket.burst();
         bucket
     }
@@ -108,6 +109,18 @@ impl TokenBucket {
         time_of(1.0 - self.level, rate).max(Duration::from_nanos(100))
     }
 
+    /// Bytes that could have been taken since the last call and were not: the bucket was full.
+    pub(crate) fn take_lost(&mut self, now: Instant) -> u64 {
+        self.refill(now);
+        std::mem::take(&mut self.lost) as u64
+    }
+
+    /// Bytes that can be taken now without debt; `u64::MAX` when unlimited.
+    pub(crate) fn level(&mut self, now: Instant) -> u64 {
+        self.refill(now);
+        self.rate.map_or(u64::MAX, |_| self.level as u64)
+    }
+
     fn burst(&self) -> f64 {
         self.rate.map_or(0.0, |rate| bytes_in(rate, BURST_TIME).max(2 * slice_bytes(Some(rate))) as f64)
     }
@@ -116,7 +129,9 @@ impl TokenBucket {
         let elapsed = now.saturating_duration_since(self.filled_at);
         self.filled_at = self.filled_at.max(now);
         if let Some(rate) = self.rate {
-            self.level = (self.level + rate as f64 * elapsed.as_secs_f64()).min(self.burst());
+            let level = self.level + rate as f64 * elapsed.as_secs_f64();
+            self.level = level.min(self.burst());
+            self.lost += level - self.level;
         }
     }
 }

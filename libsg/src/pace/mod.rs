@@ -24,4 +24,4 @@ pub use delay::{Aggregate, LinkReading, aggregate, own_delay};
 pub use rate::{RateFinder, Reading};
 pub use shared::{Acquire, Class, Hungry, LinkId, SharedPacer};
 pub use socket::{Dscp, mark_bulk, mark_urgent, precise_timers, quick_ack, set_congestion, sleep_until};
-pub use tcp_info::TcpInfo;
+pub use tcp_info::{TcpInfo, smooth};

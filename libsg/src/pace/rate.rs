@@ -43,7 +43,7 @@ const MEASURE_TIME_MIN: Duration = Duration::from_millis(25);
 const QUEUE_DELAY_MAX: Duration = Duration::from_millis(2);
 
 /// Drain rates as shares of the measured rate: between these, the longer the queue the lower.
-const DRAIN_SHARE: (f64, f64) = (0.5, 0.9);
+const DRAIN_SHARE: (f64, f64) = (0.6, 0.9);
 
 /// The delay that is drained at the lower of the two.
 const DRAIN_DELAY: Duration = Duration::from_millis(20);
@@ -68,7 +68,7 @@ const PROBE_STEP_TIME: Duration = Duration::from_millis(100);
 const PROBE_STEP: (f64, f64, f64) = (0.006, 1.5, 0.25);
 
 /// Share of the rate that must be delivered for calm to mean anything.
-const USED_SHARE: f64 = 0.93;
+const USED_SHARE: f64 = 0.9;
 
 /// Steps without use after which probing ends.
 const PROBE_UNUSED_STEPS: u32 = 5;
@@ -79,8 +79,17 @@ const ESTIMATES: usize = 3;
 /// Two queues at cruising speed within this time: the estimate is too large.
 const REPEAT_TIME: Duration = Duration::from_millis(1_500);
 
-/// What the estimate is multiplied by when that happens and no measurement was possible.
-const STEP_BACK: f64 = 0.99;
+/// What is left of the estimate at least when that happens: a stalled core looks like a slow link too.
+const FALL_SHARE_MIN: f64 = 0.8;
+
+/// A queue with more than one in so many readings limited by the sender is not measured by.
+const LIMITED_PARTS: u32 = 5;
+
+/// Weight of one reading in the usual delay of calm times, and how much of it is allowed for.
+const USUAL_DELAY: (f64, f64) = (1.0 / 64.0, 2.0);
+
+/// The most that is allowed for.
+const USUAL_DELAY_MAX: Duration = Duration::from_millis(1);
 
 /// Time over which the delivered rate is taken for everything but capacity, and its longest memory.
 const HISTORY_TIME: Duration = Duration::from_millis(500);
@@ -119,10 +128,14 @@ struct Queue {
     from: (Instant, u64),
     last: (Instant, u64),
     readings: u32,
+    /// Readings at which less was sent than allowed: what was delivered says little then.
+    limited: u32,
     delay: Duration,
     /// The rate under which it arose; `None` is unpaced.
     paced: Option<f64>,
     cruising: bool,
+    /// The rate as it was when draining began: the end of the queue is seen late, and then counts too much.
+    measured: Option<f64>,
 }
 
 impl Queue {
@@ -132,6 +145,9 @@ impl Queue {
 
     /// Bytes/s delivered while it stood, if that was long enough to say.
     fn rate(&self, at_least: Duration) -> Option<f64> {
+        if self.measured.is_some() {
+            return self.measured;
+        }
         let time = self.time();
         let rate = (self.last.1 - self.from.1) as f64 / time.as_secs_f64();
         (time >= at_least && rate > 0.0).then(|| rate.min(self.paced.unwrap_or(f64::MAX)))
@@ -150,6 +166,8 @@ pub struct RateFinder {
     cruise_queue_at: Option<Instant>,
     /// Delay that is not ours.
     floor: Duration,
+    /// Delay in calm times, in seconds: the time a busy host takes to see an acknowledgement.
+    usual_delay: f64,
     base_rtt: Duration,
     history: VecDeque<(Instant, u64)>,
 }
@@ -172,6 +190,7 @@ impl RateFinder {
             queue: None,
             cruise_queue_at: None,
             floor: Duration::ZERO,
+            usual_delay: 0.0,
             base_rtt: Duration::ZERO,
             history: VecDeque::new(),
         }
@@ -208,6 +227,9 @@ impl RateFinder {
             if let Some(delay) = reading.queue_delay {
                 self.see((now, reading.delivered), delay);
             }
+            if let (true, Some(queue)) = (reading.app_limited, &mut self.queue) {
+                queue.limited += 1;
+            }
         } else if self.delivered_rate(now, self.paced_time(PROBE_STEP_TIME)) == 0.0 {
             self.queue = None;
         }
@@ -215,8 +237,8 @@ impl RateFinder {
             Phase::Startup => self.startup(),
             Phase::Measure => self.measure(now),
             Phase::Drain { .. } => self.drain(now, now.saturating_duration_since(before.0)),
-            Phase::Cruise { since } => self.cruise(now, since, reading.app_limited),
-            Phase::Probe { .. } => self.probe(now, reading.app_limited),
+            Phase::Cruise { since } => self.cruise(now, since),
+            Phase::Probe { .. } => self.probe(now),
         }
         self.rate()
     }
@@ -231,6 +253,8 @@ impl RateFinder {
         let Some(queue) = self.queue else { return self.start_cruise(now) };
         let pace = queue.paced.is_some();
         if queue.time() >= self.paced_time(MEASURE_TIME) || (pace && queue.delay > QUEUE_DELAY_MAX) {
+            let measured = queue.rate(self.paced_time(MEASURE_TIME_MIN));
+            self.queue = Some(Queue { measured, ..queue });
             self.phase = Phase::Drain { since: now, stuck: Duration::ZERO, least: Duration::MAX };
             return self.drain(now, Duration::ZERO);
         }
@@ -262,17 +286,17 @@ impl RateFinder {
         }
     }
 
-    fn cruise(&mut self, now: Instant, since: Instant, app_limited: bool) {
+    fn cruise(&mut self, now: Instant, since: Instant) {
         if self.queue_stands() {
             self.phase = Phase::Measure;
-        } else if !self.is_used(now, app_limited) {
+        } else if !self.is_used(now) {
             self.phase = Phase::Cruise { since: now };
         } else if now.saturating_duration_since(since) >= self.paced_time(CRUISE_TIME) {
             self.phase = Phase::Probe { step: 0, unused: 0, next_at: now };
         }
     }
 
-    fn probe(&mut self, now: Instant, app_limited: bool) {
+    fn probe(&mut self, now: Instant) {
         let Phase::Probe { step, unused, next_at } = self.phase else { return };
         if self.queue_stands() {
             self.phase = Phase::Measure;
@@ -282,7 +306,7 @@ impl RateFinder {
             return;
         }
         let next_at = now + self.paced_time(PROBE_STEP_TIME);
-        if self.is_used(now, app_limited) {
+        if self.is_used(now) {
             let up = (PROBE_STEP.0 * PROBE_STEP.1.powi(step as i32)).min(PROBE_STEP.2);
             if let Some(rate) = self.rate {
                 self.set_rate(rate * (1.0 + up));
@@ -304,6 +328,10 @@ impl RateFinder {
         self.floor = self.floor.min(delay);
         let delay = delay - self.floor;
         let high = self.queue_delay();
+        if matches!(self.phase, Phase::Cruise { .. }) {
+            let sample = delay.min(high).as_secs_f64();
+            self.usual_delay += (sample - self.usual_delay) * USUAL_DELAY.0;
+        }
         match &mut self.queue {
             Some(queue) if delay > high / 2 => {
                 queue.last = present;
@@ -319,9 +347,11 @@ impl RateFinder {
                     from: present,
                     last: present,
                     readings: 1,
+                    limited: 0,
                     delay,
                     paced: self.rate,
                     cruising: matches!(self.phase, Phase::Cruise { .. }),
+                    measured: None,
                 });
             }
             None => {}
@@ -331,20 +361,30 @@ impl RateFinder {
     /// Takes from a queue that is gone what it has to say.
     fn queue_is_over(&mut self, queue: Queue) {
         self.queue = None;
-        if !matches!(self.phase, Phase::Measure | Phase::Drain { .. }) {
+        match (self.phase, queue.paced) {
+            // It went away although we sent on at the same rate: a lump of ours after a late wake-up, or
+            // somebody else's. So the link carries more than this rate.
+            (Phase::Measure, Some(paced)) if queue.time() < self.paced_time(MEASURE_TIME_MIN) => {
+                if self.estimate().is_some_and(|estimate| paced > estimate) {
+                    self.add_estimate(paced);
+                }
+            }
+            (Phase::Measure | Phase::Drain { .. }, _) => self.learn(&queue),
+            _ => {}
+        }
+    }
+
+    fn learn(&mut self, queue: &Queue) {
+        let again = self.cruised_into_queue(queue);
+        let Some(mut rate) = queue.rate(self.paced_time(MEASURE_TIME_MIN)) else { return };
+        if queue.paced.is_some() && queue.limited * LIMITED_PARTS > queue.readings {
             return;
         }
-        let again = self.cruised_into_queue(&queue);
-        match queue.rate(self.paced_time(MEASURE_TIME_MIN)) {
-            Some(rate) => {
-                if again {
-                    self.estimates.clear();
-                }
-                self.add_estimate(rate);
-            }
-            None if again => self.step_back(),
-            None => {}
+        if again {
+            rate = rate.max(self.estimate().unwrap_or(0.0) * FALL_SHARE_MIN);
+            self.estimates.clear();
         }
+        self.add_estimate(rate);
     }
 
     /// Whether this queue arose at cruising speed soon after another that did.
@@ -354,12 +394,6 @@ impl RateFinder {
         }
         let earlier = self.cruise_queue_at.replace(queue.last.0);
         earlier.is_some_and(|at| queue.from.0.saturating_duration_since(at) < self.paced_time(REPEAT_TIME))
-    }
-
-    fn step_back(&mut self) {
-        for estimate in &mut self.estimates {
-            *estimate *= STEP_BACK;
-        }
     }
 
     fn start_cruise(&mut self, now: Instant) {
@@ -399,7 +433,8 @@ impl RateFinder {
     /// The delay from which on a queue is one: beyond what a slice of ours takes by itself.
     fn queue_delay(&self) -> Duration {
         let Some(rate) = self.rate() else { return QUEUE_DELAY_STARTUP + self.base_rtt / 32 };
-        QUEUE_DELAY + time_of(slice_bytes(Some(rate)) as f64, rate) + self.base_rtt / 32
+        let usual = Duration::from_secs_f64(self.usual_delay * USUAL_DELAY.1).min(USUAL_DELAY_MAX);
+        QUEUE_DELAY + usual + time_of(slice_bytes(Some(rate)) as f64, rate) + self.base_rtt / 32
     }
 
     /// A time for short and fast paths, stretched to one on which each change takes a round trip to show, or
@@ -409,9 +444,9 @@ impl RateFinder {
         time + 4 * self.base_rtt + SLICES_PER_TIME * slice.saturating_sub(SLICE_TIME)
     }
 
-    fn is_used(&self, now: Instant, app_limited: bool) -> bool {
+    fn is_used(&self, now: Instant) -> bool {
         let delivered = self.delivered_rate(now, self.paced_time(PROBE_STEP_TIME));
-        !app_limited && self.rate.is_some_and(|rate| delivered >= rate * USED_SHARE)
+        self.rate.is_some_and(|rate| delivered >= rate * USED_SHARE)
     }
 
     /// Bytes/s delivered over the last `time`.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::bucket::{TokenBucket, slice_bytes, time_of};
+use super::bucket::{SLICE_BYTES_MAX, TokenBucket, slice_bytes, time_of};
 use super::delay::{Aggregate, LinkReading, aggregate};
 use super::rate::{RateFinder, Reading};
 use super::socket::sleep_until;
@@ -21,6 +21,9 @@ const TURN_TIME: Duration = Duration::from_micros(700);
 
 /// How often bulk looks whether direct is still hungry.
 const YIELD_TIME: Duration = Duration::from_millis(1);
+
+/// More than one in so many bytes not sent although they might have been is less than pacing allows.
+const LOST_PARTS: u64 = 50;
 
 /// Waiting threads that are given different times to come back at.
 const TURNS_MAX: u32 = 4;
@@ -39,7 +42,7 @@ pub enum Class {
 /// The answer to [`SharedPacer::acquire`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Acquire {
-    /// Send so many bytes now. At most what was asked for, at most one slice, at least one byte.
+    /// Send so many bytes now. At most what was asked for, at least one byte.
     Grant(u64),
     /// Ask again then.
     WaitUntil(Instant),
@@ -74,8 +77,6 @@ struct Inner {
     direct_turn_until: Option<Instant>,
     /// The latest time that was given to a waiting thread.
     promised: Instant,
-    /// Somebody had to wait since the last tick.
-    held_back: bool,
     links: Vec<Option<Link>>,
     delivered: u64,
     shared: Aggregate,
@@ -102,7 +103,6 @@ impl SharedPacer {
                 direct_hungry: 0,
                 direct_turn_until: None,
                 promised: now,
-                held_back: false,
                 links: Vec::new(),
                 delivered: 0,
                 shared: Aggregate::default(),
@@ -220,12 +220,10 @@ impl Inner {
         if class == Class::Bulk
             && let Some(at) = self.direct_first(now)
         {
-            self.held_back = true;
             return Acquire::WaitUntil(at);
         }
         let wait = self.link.wait(now).max(self.limit.wait(now));
         if wait > Duration::ZERO {
-            self.held_back = true;
             let at = self.turn(now + wait, time_of(slice as f64, rate));
             if class == Class::Direct {
                 self.direct_turn_until = Some(at + TURN_TIME);
@@ -235,7 +233,9 @@ impl Inner {
         if class == Class::Direct {
             self.direct_turn_until = None;
         }
-        let granted = bytes.min(slice);
+        // Whoever comes late finds what gathered meanwhile, and takes it in one call.
+        let gathered = self.link.level(now).min(self.limit.level(now)).min(SLICE_BYTES_MAX);
+        let granted = bytes.min(slice.max(gathered));
         self.charge(class, granted, now);
         Acquire::Grant(granted)
     }
@@ -277,17 +277,17 @@ impl Inner {
             link.earlier = link.present;
         }
         self.delivered += self.shared.moved;
+        // The link's tokens ran over: nobody had data, or came too late, or the operator's limit is the lower.
+        let app_limited = self.link.take_lost(now) > self.shared.moved / LOST_PARTS;
         let rate = self.finder.tick(
             now,
             Reading {
                 delivered: self.delivered,
                 queue_delay: self.shared.queue_delay,
                 base_rtt: self.shared.base_rtt,
-                // Where a slice takes longer than a tick, somebody still waits for the last one.
-                app_limited: !self.held_back && self.promised < now,
+                app_limited,
             },
         );
-        self.held_back = false;
         self.ticked_at = now;
         self.link.set_rate(now, rate);
     }

@@ -1,4 +1,5 @@
-//! What the kernel knows of a connection: `TCP_INFO`. The only unsafe code of pacing: one `getsockopt`.
+//! What the kernel knows of a connection (`TCP_INFO`) and how fast it lets it send. The only unsafe code of
+//! pacing: one `getsockopt` and one `setsockopt` that no library offers.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -126,6 +127,31 @@ impl TcpInfo {
     }
 }
 
+/// How much faster than the pacing rate the kernel may send what it was given: a thread that woke late
+/// catches up, and its lump still leaves spread out.
+const SMOOTH_SHARE: f64 = 1.2;
+
+/// Lets the kernel spread each grant over time, for a pacing rate in bytes/s; `None` lets it go. Pacing in
+/// user space decides how much leaves, which the kernel cannot share over sockets; the kernel's timers decide
+/// when within a grant, whatever keeps a thread from running.
+///
+/// # Errors
+/// The socket is closed, or the kernel is older than 4.20.
+pub fn smooth(socket: impl AsFd, rate: Option<u64>) -> io::Result<()> {
+    let most: u64 = rate.map_or(u64::MAX, |rate| (rate as f64 * SMOOTH_SHARE) as u64);
+    // SAFETY: the kernel reads the 8 bytes of `most`, which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            (&raw const most).cast(),
+            size_of::<u64>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 impl From<&Raw> for TcpInfo {
     fn from(raw: &Raw) -> Self {
         Self {
@@ -168,6 +194,15 @@ mod test {
         assert!(info.rtt_us > 0 && info.min_rtt_us > 0 && info.min_rtt_us < 10_000_000, "{info:?}");
         assert!(info.queue_delay().is_some());
         assert!(TcpInfo::read(std::fs::File::open("/dev/null").unwrap()).is_err());
+    }
+
+    #[test]
+    fn smoothing_sets_and_lifts_the_kernels_rate() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        smooth(&near, Some(1_000_000)).unwrap();
+        smooth(&near, None).unwrap();
+        assert!(smooth(std::fs::File::open("/dev/null").unwrap(), None).is_err());
     }
 
     #[test]

@@ -65,6 +65,7 @@ struct Sim {
     flight: VecDeque<(Instant, f64, f64)>,
     sent: f64,
     acked: f64,
+    acked_before: f64,
     srtt_extra: f64,
     ticked_at: Instant,
     stalled_until: Instant,
@@ -90,6 +91,7 @@ impl Sim {
             flight: VecDeque::new(),
             sent: 0.0,
             acked: 0.0,
+            acked_before: 0.0,
             srtt_extra: 0.0,
             ticked_at: start,
             stalled_until: start,
@@ -205,8 +207,9 @@ impl Sim {
             delivered: ((self.acked / lump).floor() * lump) as u64,
             queue_delay: Some(Duration::from_secs_f64(delay)),
             base_rtt: self.path.base_rtt,
-            app_limited: false,
+            app_limited: self.bucket.take_lost(self.now) as f64 > (self.acked - self.acked_before) / 50.0,
         };
+        self.acked_before = self.acked;
         let rate = self.finder.tick(self.now, reading);
         self.bucket.set_rate(self.now, rate);
     }
