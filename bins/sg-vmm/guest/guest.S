@@ -8,13 +8,13 @@
 #   r8   shadow table: 32 bits a page, expected version, bit 31 = page of the common seed
 #   r9   the order being worked on
 #   r10  seed of this VM's pages          r11  seed of common pages
-#   r12  state of the random numbers      r13  where sequential writing is (position)
-#   r14  where verification is (position) r15  number of vCPUs
-#   rsp  positions in the working set     rbp  page of position 0
-#   rdi  page                             rbx  its address
+#   r12  state of the random numbers      r13  position of sequential writing
+#   r14  address that is verified next    r15  bytes from one page of this vCPU to its next
+#   rsp  positions in the working set     rbp  address of position 0
+#   rbx  the page's address               rdi  offset of its shadow entry
 #   rsi  version                          rax, rcx, rdx  scratch
 #
-# A vCPU's positions count the pages that it owns: page = rbp + position * r15.
+# A vCPU's positions count the pages that it owns: address = rbp + position * r15.
 # `page_format.rs` holds the same format for the VMM; a test proves that both agree.
 
         .intel_syntax noprefix
@@ -51,45 +51,27 @@ start:                                  # rbx: nonzero on the vCPU that greets
 next:
         in      eax, PORT_ORDER
         mov     r9d, eax
-        test    al, ORDER_VERIFY
-        jnz     verify
         test    al, ORDER_RANDOM
-        jnz     random
-        test    al, ORDER_WRITE
-        jz      next                    # nothing to do: a heartbeat
-sequential:
-        mov     rdi, r13
-        inc     r13
-        cmp     r13, rsp
-        jb      check
-        xor     r13d, r13d
-        jmp     check
-random:
+        jz      not_random
         imul    r12, qword ptr [rip + multiplier]
-        add     r12, 0x3c6ef35f
         mov     rax, r12
         mul     rsp                     # the high half is uniform below rsp
-        mov     rdi, rdx
-
-check:                                  # rdi: position
-        imul    rdi, r15
-        add     rdi, rbp
-check_page:                             # rdi: page
-        mov     rbx, rdi
-        shl     rbx, 12
-        mov     esi, [r8 + rdi * 4]
-        lea     rax, [rbx + HEAD_MAGIC]
-        mov     rcx, r10
+check:                                  # rdx: position
+        mov     rbx, rdx
+        imul    rbx, r15
+        add     rbx, rbp
+check_page:                             # rbx: address
+        mov     rdi, rbx
+        shr     rdi, 10
+        mov     esi, [r8 + rdi]
+        lea     rdx, [rbx + r10]
         test    esi, esi
-        cmovs   rcx, r11
-        xor     rcx, rax
+        jle     special                 # of the common seed, or untouched
+mix:
+        imul    rdx, rdx, K
+        lea     rax, [rbx + HEAD_MAGIC]
+        lea     rcx, [rdx + rsi]
         imul    rcx, rcx, K
-        mov     rdx, rcx                # kept for the checksum of the next version
-        and     esi, 0x7fffffff
-        jz      untouched
-        add     rcx, rsi
-        imul    rcx, rcx, K
-        ror     rcx, 29
         cmp     [rbx], rax
         jne     mismatch
         cmp     [rbx + VERSION], rsi
@@ -98,15 +80,12 @@ check_page:                             # rdi: page
         jne     mismatch
         cmp     [rbx + TAIL], rsi
         jne     mismatch
-good:
         test    r9b, ORDER_WRITE
         jz      verified
+write:
         inc     esi
-        inc     dword ptr [r8 + rdi * 4]
-        lea     rcx, [rdx + rsi]
-        imul    rcx, rcx, K
-        ror     rcx, 29
-        mov     [rbx], rax
+        inc     dword ptr [r8 + rdi]
+        add     rcx, K                  # the checksum of the next version
         mov     [rbx + VERSION], rsi
         mov     [rbx + CHECKSUM], rcx
         mov     [rbx + TAIL], rsi
@@ -115,27 +94,52 @@ good:
 verified:
         sub     r9d, ORDER_COUNT
         jb      next
-        jmp     verify_one
+verify_one:
+        mov     rbx, r14
+        add     r14, r15
+        jmp     check_page
+
+not_random:
+        test    al, ORDER_VERIFY
+        jnz     verify
+        test    al, ORDER_WRITE
+        jz      next                    # nothing to do: a heartbeat
+        mov     rdx, r13
+        inc     r13
+        cmp     r13, rsp
+        jb      check
+        xor     r13d, r13d
+        jmp     check
 verify:
         test    al, ORDER_RESTART
         jz      verify_one
-        xor     r14d, r14d
-verify_one:
-        mov     rdi, r14
-        inc     r14
-        jmp     check
+        mov     r14, rbp
+        jmp     verify_one
 
-untouched:                              # version 0: every word must be zero; rsi is
-        cmp     [rbx], rsi
+special:
+        lea     rdx, [rbx + r11]
+        and     esi, 0x7fffffff
+        jnz     mix
+        cmp     [rbx], rsi              # version 0: every word must be zero, as rsi is
         jne     mismatch
         cmp     [rbx + VERSION], rsi
         jne     mismatch
         cmp     [rbx + CHECKSUM], rsi
         jne     mismatch
         cmp     [rbx + TAIL], rsi
-        je      good
+        jne     mismatch
+        test    r9b, ORDER_WRITE
+        jz      verified
+        lea     rax, [rbx + HEAD_MAGIC]
+        mov     [rbx], rax
+        lea     rcx, [rbx + r10]
+        imul    rcx, rcx, K
+        imul    rcx, rcx, K
+        jmp     write
 
 mismatch:                               # tell the VMM (it reads rdi, rsi, rcx) and the console
+        mov     rdi, rbx
+        shr     rdi, 12
         mov     rcx, [rbx + VERSION]
         out     PORT_MISMATCH, al
         lea     rsi, [rip + complaint]
@@ -161,21 +165,20 @@ mismatch:                               # tell the VMM (it reads rdi, rsi, rcx) 
         out     dx, al
         # Repair: write what was expected, so that each mismatch is reported once.
         mov     esi, [r8 + rdi * 4]
-        lea     rax, [rbx + HEAD_MAGIC]
         mov     rcx, r10
         test    esi, esi
         cmovs   rcx, r11
-        xor     rcx, rax
+        add     rcx, rbx
         imul    rcx, rcx, K
+        lea     rax, [rbx + HEAD_MAGIC]
         and     esi, 0x7fffffff
-        add     rcx, rsi
-        imul    rcx, rcx, K
-        ror     rcx, 29
-        test    esi, esi
         jnz     5f
         xor     eax, eax
         xor     ecx, ecx
-5:      mov     [rbx], rax
+        jmp     6f
+5:      add     rcx, rsi
+        imul    rcx, rcx, K
+6:      mov     [rbx], rax
         mov     [rbx + VERSION], rsi
         mov     [rbx + CHECKSUM], rcx
         mov     [rbx + TAIL], rsi

@@ -138,9 +138,8 @@ pub fn expected(index: u64, shadow: u32, seed: u64) -> [u64; 4] {
     if version == 0 {
         return [0; 4];
     }
-    let head = index << 12 | HEAD_MAGIC;
-    let mixed = (head ^ seed).wrapping_mul(K);
-    [head, version, mixed.wrapping_add(version).wrapping_mul(K).rotate_right(29), version]
+    let mixed = (index << 12).wrapping_add(seed).wrapping_mul(K);
+    [index << 12 | HEAD_MAGIC, version, mixed.wrapping_add(version).wrapping_mul(K), version]
 }
 
 /// Spreads the bits of a small number over 64 (splitmix64).

@@ -20,7 +20,7 @@ const WORDS: [u64; 4] = [0, VERSION_WORD as u64, CHECKSUM_WORD as u64, TAIL_WORD
 pub struct ThreadVcpu {
     registers: GuestRegisters,
     memory: Arc<Memory>,
-    pages: u64,
+    bytes: u64,
     director: Director,
     serial: Serial,
     greet: bool,
@@ -40,7 +40,7 @@ impl ThreadVcpu {
         Self {
             registers: GuestRegisters::new(&layout, &config.format(), vcpu),
             memory,
-            pages: layout.pages,
+            bytes: config.memory_bytes,
             director,
             serial,
             greet: vcpu == 0,
@@ -52,32 +52,38 @@ impl ThreadVcpu {
         let registers = &mut self.registers;
         if what & order::VERIFY != 0 {
             if what & order::RESTART != 0 {
-                registers.verify = 0;
+                registers.verify = registers.first;
             }
             for _ in 0..=what >> order::COUNT_SHIFT {
-                let position = self.registers.verify % self.registers.owned.max(1);
-                self.registers.verify = position + 1;
-                self.operate(position, false);
+                let address = self.registers.verify;
+                // A state that was loaded may have any cursor: past the end there is no page.
+                if address >= self.bytes {
+                    break;
+                }
+                self.registers.verify += self.registers.stride;
+                self.operate(address, false);
             }
         } else if what & order::RANDOM != 0 {
-            registers.random =
-                registers.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(0x3c6e_f35f);
+            registers.random = registers.random.wrapping_mul(6_364_136_223_846_793_005);
             let position = (u128::from(registers.random) * u128::from(registers.working_set)) >> 64;
-            self.operate(position as u64, what & order::WRITE != 0);
+            self.operate(self.address(position as u64), what & order::WRITE != 0);
         } else if what & order::WRITE != 0 {
             let position = registers.sequential;
             registers.sequential = (position + 1) % registers.working_set.max(1);
-            self.operate(position, true);
+            self.operate(self.address(position), true);
         }
     }
 
-    /// Checks the page at `position`, then writes it if told so.
-    fn operate(&self, position: u64, write: bool) {
-        let page = self.registers.first_page + position * self.registers.vcpus;
+    fn address(&self, position: u64) -> u64 {
+        self.registers.first + position * self.registers.stride
+    }
+
+    /// Checks the page at `address`, then writes it if told so.
+    fn operate(&self, address: u64, write: bool) {
+        let page = address / PAGE_BYTES_U64;
         let entry = self.registers.shadow + page * 4;
         let shadow = self.memory.load32(entry);
         let seed = if shadow & SHADOW_COMMON == 0 { self.registers.seed } else { self.registers.common_seed };
-        let address = page * PAGE_BYTES_U64;
         let want = expected(page, shadow, seed);
         let found = WORDS.map(|word| self.memory.load(address + word * 8));
         if found != want {
@@ -122,16 +128,11 @@ impl Vcpu for ThreadVcpu {
                 "this VM's vCPUs are threads, the state is one of KVM: use --vcpu kvm on both sides",
             );
         };
-        let ours = &self.registers;
-        let same = (ours.shadow, ours.vcpus, ours.first_page, ours.working_set, ours.owned)
-            == (
-                registers.shadow,
-                registers.vcpus,
-                registers.first_page,
-                registers.working_set,
-                registers.owned,
-            );
-        if !same || registers.sequential >= self.pages || registers.verify > self.pages {
+        let shape = |r: &GuestRegisters| (r.shadow, r.stride, r.first, r.working_set);
+        if shape(&self.registers) != shape(registers)
+            || registers.sequential >= registers.working_set
+            || !registers.verify.wrapping_sub(registers.first).is_multiple_of(registers.stride)
+        {
             return refuse("the state is one of a VM that is built differently");
         }
         self.registers = *registers;

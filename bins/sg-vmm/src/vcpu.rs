@@ -1,6 +1,7 @@
 //! What the VM needs of a vCPU, whoever runs it.
 
 use libsg::Result;
+use libsg::page::PAGE_BYTES_U64;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Layout;
@@ -66,20 +67,18 @@ pub struct GuestRegisters {
     pub seed: u64,
     /// Seed of common pages.
     pub common_seed: u64,
-    /// State of the random numbers.
+    /// State of the random numbers: odd, multiplied for each one.
     pub random: u64,
     /// Position of sequential writing.
     pub sequential: u64,
-    /// Position of verification.
+    /// Address that is verified next.
     pub verify: u64,
-    /// Number of vCPUs.
-    pub vcpus: u64,
-    /// Page of position 0.
-    pub first_page: u64,
+    /// Bytes from one page of the vCPU to its next.
+    pub stride: u64,
+    /// Address of position 0.
+    pub first: u64,
     /// Positions in the working set.
     pub working_set: u64,
-    /// Pages the vCPU owns.
-    pub owned: u64,
 }
 
 impl GuestRegisters {
@@ -90,13 +89,12 @@ impl GuestRegisters {
             shadow: layout.shadow_offset(0),
             seed: format.seed(),
             common_seed: COMMON_SEED,
-            random: format.seed() ^ (vcpu + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            random: format.seed() ^ (vcpu + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             sequential: 0,
-            verify: 0,
-            vcpus: layout.vcpus,
-            first_page: layout.workload + vcpu,
+            verify: (layout.workload + vcpu) * PAGE_BYTES_U64,
+            stride: layout.vcpus * PAGE_BYTES_U64,
+            first: (layout.workload + vcpu) * PAGE_BYTES_U64,
             working_set: layout.owned(vcpu, layout.working_set),
-            owned: layout.owned(vcpu, layout.workload_pages()),
         }
     }
 }

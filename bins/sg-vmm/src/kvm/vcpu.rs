@@ -79,8 +79,8 @@ impl KvmVcpu {
             r12: start.random,
             r13: start.sequential,
             r14: start.verify,
-            r15: start.vcpus,
-            rbp: start.first_page,
+            r15: start.stride,
+            rbp: start.first,
             rsp: start.working_set,
             ..Default::default()
         };
