@@ -11,7 +11,7 @@ use crate::cli::RunArguments;
 use crate::control::{Controlled, Server, error_value};
 use crate::memory::Memory;
 use crate::serial::Serial;
-use crate::vm::Vm;
+use crate::vm::{Verifier, Vm};
 
 /// Version of the report's form.
 const REPORT_SCHEMA: u32 = 1;
@@ -53,7 +53,7 @@ struct Vmm {
 pub fn run(arguments: &RunArguments) -> Result<u8> {
     let config = arguments.config()?;
     let serial = arguments.serial.as_deref().map_or_else(|| Ok(Serial::default()), Serial::open)?;
-    let memory = Memory::new(config.memory_bytes, config.backing)?;
+    let memory = Memory::allocate(&config)?;
     let vm = Vm::new(config, Arc::new(memory), &serial)?;
     let (end, ends) = bounded(1);
     let vmm = Arc::new(Vmm { vm, end, ended: false.into() });
@@ -122,11 +122,19 @@ impl Vmm {
 }
 
 impl Controlled for Vmm {
-    fn command(&self, name: &str, _arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
+    fn command(&self, name: &str, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
         match name {
             "stats" => Ok(object(json!({ "guest": self.vm.stats() }))),
             "report" => Ok(self.report()),
-            "verify" => Ok(object(json!({ "guest": self.vm.verify(|| self.ending())? }))),
+            "verify" => {
+                let by = match arguments.get("by") {
+                    None => Verifier::Guest,
+                    Some(by) => serde_json::from_value(by.clone()).map_err(|e| {
+                        Error::new(ErrorKind::Input, "\"by\" is \"guest\" or \"vmm\"").because(e)
+                    })?,
+                };
+                Ok(object(json!({ "guest": self.vm.verify(by, || self.ending())? })))
+            }
             "pause" => {
                 let began = std::time::Instant::now();
                 let state = self.vm.pause()?;

@@ -1,7 +1,8 @@
 //! What a VM is made of. Travels in the manifest, so that the destination builds the same VM.
 
 use clap::ValueEnum;
-use libsg::page::PAGE_BYTES_U64;
+use libsg::manifest::{Manifest, Region};
+use libsg::page::{InstallUnit, PAGE_BYTES_U64};
 use libsg::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
@@ -103,6 +104,37 @@ impl VmConfig {
             return refuse("fewer pages than vCPUs".into());
         }
         Ok(())
+    }
+
+    /// What libsg has to know of the VM: its memory; the rest of `self` travels inside, opaque.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] when the configuration is out of bounds.
+    pub fn manifest(&self) -> Result<Manifest> {
+        self.check()?;
+        let unit = match self.backing {
+            BackingKind::Hugetlb => InstallUnit::Huge2M,
+            BackingKind::Anon | BackingKind::Memfd => InstallUnit::Page,
+        };
+        let length_bytes = self.memory_bytes;
+        let region = Region { name: "ram".into(), guest_address: Some(0), length_bytes, unit };
+        let vm_config = postcard::to_stdvec(self)
+            .map_err(|e| Error::new(ErrorKind::Input, "the configuration cannot be encoded").because(e))?;
+        Ok(Manifest { vm: self.name.clone(), regions: vec![region], vm_config })
+    }
+
+    /// The VM that a manifest of [`Self::manifest`] describes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] when it is not such a manifest, or out of bounds.
+    pub fn from_manifest(manifest: &Manifest) -> Result<Self> {
+        manifest.check()?;
+        let config: Self = postcard::from_bytes(&manifest.vm_config)
+            .map_err(|e| Error::new(ErrorKind::Input, "the manifest is not one of an sg-vmm").because(e))?;
+        if config.manifest()?.regions != manifest.regions {
+            return Err(Error::new(ErrorKind::Input, "the manifest's regions are not those of its VM"));
+        }
+        Ok(config)
     }
 
     /// Which pages hold what at the start.
@@ -215,6 +247,19 @@ pub mod test {
         ] {
             assert!(bad.check().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_manifest_rebuilds_the_vm() {
+        let config = VmConfig { backing: BackingKind::Hugetlb, common: 0.3, ..small(VcpuKind::Kvm) };
+        let manifest = config.manifest().expect("manifest");
+        assert_eq!(VmConfig::from_manifest(&manifest).expect("a VM"), config);
+        let mut other = manifest.clone();
+        other.regions[0].length_bytes *= 2;
+        assert!(VmConfig::from_manifest(&other).is_err());
+        let mut other = manifest;
+        other.vm_config.truncate(9);
+        assert!(VmConfig::from_manifest(&other).is_err());
     }
 
     #[test]

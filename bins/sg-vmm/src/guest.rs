@@ -59,7 +59,7 @@ pub fn fill(config: &VmConfig, memory: &Memory) -> u64 {
     let layout = Layout::of(config);
     for page in 0..layout.shadow {
         if let Some(words) = fixed_page(&layout, page).filter(|words| words.iter().any(|w| *w != 0)) {
-            put(memory, page, &words);
+            memory.store_page(page, &words);
         }
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(FILL_THREADS_MAX) as u64;
@@ -85,15 +85,9 @@ fn fill_range(config: &VmConfig, layout: &Layout, memory: &Memory, pages: std::o
             continue;
         }
         format.page(page, &mut words);
-        put(memory, page, &words);
+        memory.store_page(page, &words);
         memory.store32(layout.shadow_offset(page), format.shadow(page));
         filled += 1;
     }
     filled
-}
-
-fn put(memory: &Memory, page: u64, words: &[u64; PAGE_WORDS]) {
-    for (offset, word) in (page * PAGE_BYTES_U64..).step_by(8).zip(words) {
-        memory.store(offset, *word);
-    }
 }

@@ -1,63 +1,54 @@
-//! Guest memory of this VMM: one mapping that the VMM, its vCPUs and KVM share.
+//! Guest memory word by word, as vCPUs that are threads and the VMM's own checks need it. The
+//! memory itself is libsg's [`GuestMemory`].
 #![allow(unsafe_code)]
 
-use std::ffi::c_void;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use libsg::memory::{Backing, GuestMemory};
+use libsg::page::{PAGE_BYTES_U64, PageIndex};
 use libsg::{Error, ErrorKind, Result};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use crate::config::BackingKind;
+use crate::config::{BackingKind, VmConfig};
+use crate::page_format::PAGE_WORDS;
 
-/// A mapping of guest memory. Others (vCPUs, the kernel) change it at any time: it is reached word
-/// by word, never as a slice.
+/// The memory of one VM: a single region. Others (vCPUs, the kernel) change it at any time.
 pub struct Memory {
-    base: *mut c_void,
-    bytes: usize,
-    _fd: Option<OwnedFd>,
+    guest: GuestMemory,
+    base: *mut u8,
+    bytes: u64,
 }
 
-// SAFETY: the mapping lives as long as `self` and every access to it is atomic.
+// SAFETY: `base` points into `guest`, which lives as long, and every access through it is atomic.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Maps fresh zero memory.
+    /// Fresh zero memory for this VM.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel has none of this kind.
-    pub fn new(bytes: u64, backing: BackingKind) -> Result<Self> {
-        let bytes = usize::try_from(bytes).map_err(|_| Error::new(ErrorKind::Input, "too much memory"))?;
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        let (fd, shared) = match backing {
-            BackingKind::Anon => (None, MapFlags::PRIVATE | MapFlags::NORESERVE),
-            BackingKind::Memfd => (Some(MemfdFlags::CLOEXEC), MapFlags::SHARED),
-            BackingKind::Hugetlb => {
-                (Some(MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB), MapFlags::SHARED)
-            }
+    pub fn allocate(config: &VmConfig) -> Result<Self> {
+        let backing = match config.backing {
+            BackingKind::Anon => Backing::Anon,
+            BackingKind::Memfd => Backing::Memfd,
+            BackingKind::Hugetlb => Backing::Hugetlb2M,
         };
-        let fd = match fd {
-            Some(flags) => {
-                let fd = memfd_create("guest", flags)?;
-                ftruncate(&fd, bytes as u64)?;
-                Some(fd)
-            }
-            None => None,
+        let guest = GuestMemory::allocate(&config.manifest()?, backing)?;
+        let [region] = guest.regions() else {
+            return Err(Error::new(ErrorKind::Input, "this VM's memory is one region"));
         };
-        let map = || match &fd {
-            // SAFETY: a fresh mapping where the kernel likes; nothing existing is replaced.
-            Some(fd) => unsafe { mmap(std::ptr::null_mut(), bytes, prot, shared, fd, 0) },
-            // SAFETY: as above.
-            None => unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, prot, shared) },
-        };
-        let base = map().map_err(|e| {
-            Error::new(ErrorKind::System, format!("cannot map {bytes} bytes of {backing:?} memory"))
-                .because(std::io::Error::from(e))
-        })?;
-        Ok(Self { base, bytes, _fd: fd })
+        let bytes = region.mapping().len() as u64;
+        let base = guest
+            .host_address(PageIndex(0))
+            .ok_or_else(|| Error::new(ErrorKind::Input, "this VM has no memory"))?;
+        Ok(Self { guest, base, bytes })
+    }
+
+    /// The same memory as libsg has it.
+    #[must_use]
+    pub fn guest(&self) -> &GuestMemory {
+        &self.guest
     }
 
     /// Where the memory begins in this process.
@@ -69,16 +60,16 @@ impl Memory {
     /// Its length.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.bytes as u64
+        self.bytes
     }
 
     fn at<T>(&self, offset: u64) -> *mut T {
         let end = offset.checked_add(size_of::<T>() as u64);
         assert!(
-            end.is_some_and(|end| end <= self.bytes as u64) && offset.is_multiple_of(align_of::<T>() as u64),
+            end.is_some_and(|end| end <= self.bytes) && offset.is_multiple_of(align_of::<T>() as u64),
             "guest memory has no byte {offset:#x}"
         );
-        // SAFETY: just checked to lie inside the mapping.
+        // SAFETY: just checked to lie inside the one mapping that starts at `base`.
         unsafe { self.base.byte_add(offset as usize).cast() }
     }
 
@@ -108,18 +99,27 @@ impl Memory {
         unsafe { AtomicU32::from_ptr(self.at(offset)) }.store(word, Ordering::Relaxed);
     }
 
+    /// A whole page.
+    pub fn load_page(&self, page: u64, words: &mut [u64; PAGE_WORDS]) {
+        let from = self.at::<[u64; PAGE_WORDS]>(page * PAGE_BYTES_U64).cast::<u64>();
+        for (index, word) in words.iter_mut().enumerate() {
+            // SAFETY: `at` checked the whole page; every access to the mapping is atomic.
+            *word = unsafe { AtomicU64::from_ptr(from.add(index)) }.load(Ordering::Relaxed);
+        }
+    }
+
+    /// Writes a whole page.
+    pub fn store_page(&self, page: u64, words: &[u64; PAGE_WORDS]) {
+        let to = self.at::<[u64; PAGE_WORDS]>(page * PAGE_BYTES_U64).cast::<u64>();
+        for (index, word) in words.iter().enumerate() {
+            // SAFETY: as in `load_page`.
+            unsafe { AtomicU64::from_ptr(to.add(index)) }.store(*word, Ordering::Relaxed);
+        }
+    }
+
     /// Inverts one byte.
     pub fn flip(&self, offset: u64) {
         // SAFETY: as in `load`.
         unsafe { AtomicU8::from_ptr(self.at(offset)) }.fetch_xor(0xff, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours and its last user (a KVM VM holds the memory alive) is gone.
-        if let Err(error) = unsafe { munmap(self.base, self.bytes) } {
-            tracing::warn!(%error, "guest memory stays mapped");
-        }
     }
 }

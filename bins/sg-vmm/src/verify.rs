@@ -1,40 +1,86 @@
-//! The VMM's own check of guest memory, beside the guest's: every byte that never changes.
+//! The VMM's own check of guest memory, beside the guest's.
 //!
-//! The guest checks head, version and tail of each page against its shadow table; it would take it
-//! minutes to look at every byte. The VMM does that from outside, while the guest runs: the two
-//! parts do not overlap, so that a wrong byte is found once.
+//! The guest checks head, version and tail of each page against its shadow table: of every page it
+//! touches, and of all pages in a pass of its own. The VMM checks the bytes that never change while
+//! the guest runs, and for a pass without the guest (which is much faster where the guest's code is
+//! emulated) what the guest would: a page that seems wrong then may just be being written, and is
+//! looked at again with the vCPUs stopped.
+//!
+//! In either kind of pass the parts do not overlap, so that a wrong byte is found once.
 
 use libsg::page::PAGE_BYTES_U64;
 
 use crate::config::{Layout, VmConfig};
 use crate::guest;
 use crate::memory::Memory;
-use crate::page_format::{BODY_WORD, PAGE_WORDS, SHADOW_COMMON, TAIL_WORD};
+use crate::page_format::{
+    BODY_WORD, CHECKSUM_WORD, PAGE_WORDS, PageFormat, SHADOW_COMMON, TAIL_WORD, VERSION_WORD, expected,
+};
 
-/// Compares every byte of guest memory that never changes with what it must be. Returns the pages
-/// that differ. `stop` ends it early.
-pub fn fixed_bytes(config: &VmConfig, memory: &Memory, stop: impl Fn() -> bool) -> Vec<u64> {
+/// How often a page that is just being written is read again before it is suspected.
+const TRIES: u32 = 3;
+
+/// What the VMM found.
+#[derive(Debug, Default)]
+pub struct Findings {
+    /// Pages with wrong bytes where none ever change.
+    pub wrong: Vec<u64>,
+    /// Pages whose head, version or tail may be wrong.
+    pub suspects: Vec<u64>,
+}
+
+/// Compares guest memory with what it must be: every byte that never changes, and with `heads` the
+/// rest as well. `stop` ends it early, and is told how many pages are done.
+pub fn look(config: &VmConfig, memory: &Memory, heads: bool, stop: impl Fn(u64) -> bool) -> Findings {
     let (layout, format) = (Layout::of(config), config.format());
-    let mut words = [0; PAGE_WORDS];
-    let mut wrong = Vec::new();
+    let mut findings = Findings::default();
+    let (mut want, mut found) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
     for page in 0..layout.pages {
-        if page % 1024 == 0 && stop() {
+        if page.is_multiple_of(1024) && stop(page) {
             break;
         }
+        memory.load_page(page, &mut found);
         let same = if page >= layout.workload {
-            format.body(page, &mut words);
-            compare(memory, page, &words, BODY_WORD..TAIL_WORD)
-        } else if let Some(words) = guest::fixed_page(&layout, page) {
-            compare(memory, page, &words, 0..PAGE_WORDS)
+            if heads && (0..TRIES).all(|_| !is_current(&layout, &format, memory, page)) {
+                findings.suspects.push(page);
+            }
+            format.body(page, &mut want);
+            found[BODY_WORD..TAIL_WORD] == want[BODY_WORD..TAIL_WORD]
+        } else if let Some(want) = guest::fixed_page(&layout, page) {
+            found == want
         } else {
             shadow_padding_is_zero(&layout, memory, page)
         };
         if !same {
             tracing::error!(page, "mismatch: the VMM found wrong bytes in a page");
-            wrong.push(page);
+            findings.wrong.push(page);
         }
     }
-    wrong
+    findings
+}
+
+/// With the vCPUs stopped: which of the suspects are wrong. Those are repaired as the guest would
+/// do it, so that it does not report them a second time.
+pub fn judge(config: &VmConfig, memory: &Memory, mut suspects: Vec<u64>) -> Vec<u64> {
+    let (layout, format) = (Layout::of(config), config.format());
+    suspects.retain(|&page| !is_current(&layout, &format, memory, page));
+    for &page in &suspects {
+        tracing::error!(page, "mismatch: the VMM found a page that is not the version it must be");
+        let shadow = memory.load32(layout.shadow_offset(page));
+        for (word, value) in MUTABLE.into_iter().zip(expected(page, shadow, format.seed_of(shadow))) {
+            memory.store(page * PAGE_BYTES_U64 + word as u64 * 8, value);
+        }
+    }
+    suspects
+}
+
+/// The words of a page that change, in the order of [`expected`].
+const MUTABLE: [usize; 4] = [0, VERSION_WORD, CHECKSUM_WORD, TAIL_WORD];
+
+fn is_current(layout: &Layout, format: &PageFormat, memory: &Memory, page: u64) -> bool {
+    let shadow = memory.load32(layout.shadow_offset(page));
+    let want = expected(page, shadow, format.seed_of(shadow));
+    MUTABLE.map(|word| memory.load(page * PAGE_BYTES_U64 + word as u64 * 8)) == want
 }
 
 /// How often the guest has written, from its shadow table: what its vCPUs counted must be the same.
@@ -46,11 +92,6 @@ pub fn writes_in_shadow(config: &VmConfig, memory: &Memory) -> u64 {
         u64::from(now.wrapping_sub(format.shadow(page) & !SHADOW_COMMON))
     };
     (layout.workload..layout.pages).map(written).sum()
-}
-
-fn compare(memory: &Memory, page: u64, words: &[u64; PAGE_WORDS], part: std::ops::Range<usize>) -> bool {
-    let base = page * PAGE_BYTES_U64;
-    part.into_iter().all(|word| memory.load(base + word as u64 * 8) == words[word])
 }
 
 /// Entries of the shadow table that belong to no workload page.

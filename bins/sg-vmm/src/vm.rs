@@ -40,7 +40,20 @@ pub struct Vm {
     kick_signal: i32,
     fill_pages: AtomicU64,
     host_mismatches: AtomicU64,
-    host_passes: AtomicU64,
+    verifying: Mutex<()>,
+    /// Pages of the last pass, if the VMM made it.
+    verified_by_vmm: AtomicU64,
+    passes: AtomicU64,
+}
+
+/// Who checks in a pass what changes of each page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verifier {
+    /// The guest itself, between its operations
+    Guest,
+    /// The VMM, from outside; faster where the guest's code is emulated
+    Vmm,
 }
 
 /// Where the vCPUs are.
@@ -98,7 +111,9 @@ impl Vm {
             kick_signal: raw::kick_signal()?,
             fill_pages: AtomicU64::new(0),
             host_mismatches: AtomicU64::new(0),
-            host_passes: AtomicU64::new(0),
+            verifying: Mutex::new(()),
+            verified_by_vmm: AtomicU64::new(0),
+            passes: AtomicU64::new(0),
         })
     }
 
@@ -279,24 +294,52 @@ impl Vm {
         }
     }
 
-    /// Has the guest check all its pages once more, while the VMM checks every byte that never
-    /// changes. Returns when both are done, or when `give_up` says so.
+    /// Checks every page once more: the guest or the VMM what changes, the VMM in any case every
+    /// byte that never does. Returns when all is done, or when `give_up` says so.
     ///
     /// # Errors
     /// [`ErrorKind::Cancelled`] when given up, [`ErrorKind::Vm`] when a vCPU failed.
-    pub fn verify(&self, give_up: impl Fn() -> bool) -> Result<GuestStats> {
-        let pass = self.gate.want_pass();
-        let wrong = verify::fixed_bytes(&self.config, &self.memory, &give_up);
-        self.host_mismatches.fetch_add(wrong.len() as u64, Ordering::Relaxed);
-        while self.counters.iter().any(|c| c.passes.load(Ordering::Acquire) < pass) {
+    pub fn verify(&self, by: Verifier, give_up: impl Fn() -> bool) -> Result<GuestStats> {
+        let _one_at_a_time = self.verifying.lock();
+        self.failed()?;
+        self.verified_by_vmm.store(0, Ordering::Relaxed);
+        let pass = (by == Verifier::Guest).then(|| self.gate.want_pass());
+        let stop = |page| {
+            if by == Verifier::Vmm {
+                self.verified_by_vmm.store(page, Ordering::Relaxed);
+            }
+            give_up()
+        };
+        let found = verify::look(&self.config, &self.memory, by == Verifier::Vmm, stop);
+        let wrong = found.wrong.len() + self.judge(found.suspects)?;
+        self.host_mismatches.fetch_add(wrong as u64, Ordering::Relaxed);
+        let waits = |c: &Arc<VcpuCounters>| pass.is_some_and(|pass| c.passes.load(Ordering::Acquire) < pass);
+        while give_up() || self.counters.iter().any(waits) {
             self.failed()?;
             if give_up() {
                 return Err(Error::new(ErrorKind::Cancelled, "the verification pass was given up"));
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        self.host_passes.fetch_add(1, Ordering::Relaxed);
+        if by == Verifier::Vmm {
+            self.verified_by_vmm.store(Layout::of(&self.config).pages, Ordering::Relaxed);
+        }
+        self.passes.fetch_add(1, Ordering::Relaxed);
         Ok(self.stats())
+    }
+
+    /// How many of these pages are really wrong, found out with the vCPUs stopped for a moment.
+    fn judge(&self, suspects: Vec<u64>) -> Result<usize> {
+        if suspects.is_empty() {
+            return Ok(0);
+        }
+        let running = self.is_running();
+        self.stop()?;
+        let wrong = verify::judge(&self.config, &self.memory, suspects);
+        if running {
+            self.run()?;
+        }
+        Ok(wrong.len())
     }
 
     /// With the vCPUs stopped: whether the versions in memory add up to the writes that the vCPUs
@@ -323,7 +366,7 @@ impl Vm {
     /// What the guest did so far.
     #[must_use]
     pub fn stats(&self) -> GuestStats {
-        let running = matches!(&*self.engine.lock(), Engine::Running(_));
+        let running = self.is_running();
         let window = self.window.lock().clone();
         let ops = self.total(|c| &c.ops);
         let elapsed_s = monotonic_ns().saturating_sub(window.since_ns) as f64 / 1e9;
@@ -332,9 +375,13 @@ impl Vm {
             c.longest_gap_ns.load(Ordering::Relaxed).max(open)
         };
         let longest = self.counters.iter().map(gap).max().unwrap_or(0);
-        let passes = self.counters.iter().map(|c| c.passes.load(Ordering::Acquire)).min().unwrap_or(0);
         let system = Layout::of(&self.config).workload;
-        let verified = self.total(|c| &c.verified);
+        let verified_pages = match (self.verified_by_vmm.load(Ordering::Relaxed), self.total(|c| &c.verified))
+        {
+            (0, 0) => 0,
+            (0, verified) => verified + system,
+            (by_vmm, _) => by_vmm,
+        };
         GuestStats {
             ops,
             writes: self.total(|c| &c.writes),
@@ -345,13 +392,17 @@ impl Vm {
             },
             longest_pause_ms: longest as f64 / 1e6,
             mismatches: self.total(|c| &c.mismatches) + self.host_mismatches.load(Ordering::Relaxed),
-            verified_pages: verified + if verified > 0 { system } else { 0 },
-            verify_passes: passes.min(self.host_passes.load(Ordering::Relaxed)),
+            verified_pages,
+            verify_passes: self.passes.load(Ordering::Relaxed),
             fill_pages: self.fill_pages.load(Ordering::Relaxed),
             pages: self.config.memory_bytes / libsg::page::PAGE_BYTES_U64,
             running,
             failure: self.failure.lock().clone(),
         }
+    }
+
+    fn is_running(&self) -> bool {
+        matches!(&*self.engine.lock(), Engine::Running(_))
     }
 
     fn total(&self, counter: impl Fn(&VcpuCounters) -> &AtomicU64) -> u64 {

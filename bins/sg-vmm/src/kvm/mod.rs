@@ -50,8 +50,8 @@ impl KvmVm {
     /// # Errors
     /// As [`Self::new`].
     pub fn probe() -> Result<()> {
-        let memory = Memory::new(crate::config::HUGE_BYTES, crate::config::BackingKind::Anon)?;
-        Self::new(Arc::new(memory))?.vm.create_vcpu(0).map_err(refused("a vCPU"))?;
+        let vm = Kvm::new().map_err(refused("opening /dev/kvm"))?.create_vm().map_err(refused("a VM"))?;
+        vm.create_vcpu(0).map_err(refused("a vCPU"))?;
         Ok(())
     }
 }
