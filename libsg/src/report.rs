@@ -2,11 +2,13 @@
 //! and the whole. Each duration says from which event to which. A value that is not known is `null`
 //! in JSON, never absent.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
 use crate::latency::LatencyHistogram;
-use crate::page::PageRange;
+use crate::page::{PAGE_BYTES_U64, PageRange};
 
 /// Version of the report's keys: raised when one changes its meaning. Keys are added freely.
 pub const SCHEMA: u32 = 1;
@@ -280,6 +282,11 @@ pub struct Report {
     pub transport: Option<String>,
     /// Best of three plain TCP streams over the same shaped path in this run, megabits of payload a second.
     pub link_mbps: Option<f64>,
+    /// The same of each sink whose own link is slower than the source's, by node.
+    pub sinks_mbps: BTreeMap<String, f64>,
+    /// What a fault costs at least: a plain request and a page in answer, destination to source, over the same
+    /// links while they are idle (median), plus one install.
+    pub idle_fault_us: Option<f64>,
     /// (present pages - zero pages) x 4096 bytes at `link_mbps`.
     pub line_rate_bound_s: Option<f64>,
     /// See [`SourceReport::eviction_s`].
@@ -315,6 +322,13 @@ pub struct Report {
 }
 
 impl Report {
+    /// Sets `link_mbps`, and from it `line_rate_bound_s`.
+    pub fn set_link(&mut self, mbps: f64) {
+        self.link_mbps = Some(mbps);
+        let filled = self.pages.present.map(|present| present.saturating_sub(self.pages.zero.unwrap_or(0)));
+        self.line_rate_bound_s = filled.map(|pages| (pages * PAGE_BYTES_U64) as f64 * 8e-6 / mbps);
+    }
+
     /// Merges what both ends told; either may be missing (it was killed, or never came so far).
     #[must_use]
     pub fn merged(source: Option<&SourceReport>, destination: Option<&DestinationReport>) -> Self {
@@ -439,6 +453,11 @@ mod test {
             (report.intermediaries[0].bytes_in, report.intermediaries[0].bytes_out),
             (Some(600), Some(600))
         );
+        let mut timed = report.clone();
+        timed.pages.present = Some(1000);
+        timed.pages.zero = Some(500);
+        timed.set_link(4.096);
+        assert_eq!(timed.line_rate_bound_s.map(|s| (s * 1e6).round()), Some(4e6));
         assert_eq!(report.cpu_s, Ends { source: Some(0.5), destination: None });
 
         let lost = DestinationReport {

@@ -1,7 +1,10 @@
 //! The command line.
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use std::path::PathBuf;
 
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::events::{Harm, Injection, When};
 use crate::lab::node::INTERMEDIARIES_MAX;
 use crate::lab::{CongestionControl, LabSpec, Queue};
 use crate::units::{Rate, Size};
@@ -18,6 +21,12 @@ pub struct Cli {
 /// What to do.
 #[derive(Subcommand)]
 pub enum Command {
+    /// One experiment: a VM, or several, from a source to a destination
+    Migrate(Box<MigrateArgs>),
+    /// The same busy VM to a slow destination, by post-copy and by scatter-gather, side by side
+    Demo(DemoArgs),
+    /// The rows of the acceptance table: `row want got pass|FAIL`, medians of interleaved runs
+    Accept(AcceptArgs),
     /// Builds the hosts and measures their links, without any VM
     Link(LabArgs),
 }
@@ -64,6 +73,165 @@ impl LabArgs {
     }
 }
 
+/// The demo.
+#[derive(Args, Clone, Debug)]
+pub struct DemoArgs {
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value_t = crate::demo::MEMORY)]
+    pub memory: Size,
+    /// How many intermediaries
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=i64::from(INTERMEDIARIES_MAX)))]
+    pub intermediaries: u8,
+}
+
+/// The acceptance table.
+#[derive(Args, Clone, Debug)]
+pub struct AcceptArgs {
+    /// Only this row (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub row: Vec<String>,
+    /// Only says which rows there are
+    #[arg(long)]
+    pub list: bool,
+    /// Runs of each experiment [default: 3]
+    #[arg(long, value_name = "N")]
+    pub runs: Option<usize>,
+}
+
+/// One experiment.
+#[derive(Args, Clone, Debug)]
+pub struct MigrateArgs {
+    /// The hosts and their links
+    #[command(flatten)]
+    pub lab: LabArgs,
+    /// The VM
+    #[command(flatten)]
+    pub vm: VmArgs,
+    /// How the memory leaves the source
+    #[arg(long, default_value = "scatter-gather")]
+    pub mode: Mode,
+    /// Limits what enters the destination in the background, the direct path included; 0 = unlimited
+    #[arg(long, value_name = "RATE", default_value = "0")]
+    pub gather_limit: Rate,
+    /// Memory of the destination (a cgroup); the rest goes to a swap file
+    #[arg(long, value_name = "SIZE")]
+    pub destination_memory: Option<Size>,
+    /// So many equal VMs at once
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub vms: u8,
+    /// SIGKILL a node's processes at an event, or some time after it (repeatable)
+    #[arg(long, value_name = "NODE@EVENT[+MS]")]
+    pub kill: Vec<When>,
+    /// SIGSTOP a node's processes (repeatable)
+    #[arg(long, value_name = "NODE@EVENT[+MS]")]
+    pub stop: Vec<When>,
+    /// Take a node's link down (repeatable)
+    #[arg(long, value_name = "NODE@EVENT[+MS]")]
+    pub cut: Vec<When>,
+    /// When the run is over
+    #[arg(long, default_value = "gathered")]
+    pub until: Until,
+    /// Do it so many times; the report then has `runs`, `median`, `min` and `max`
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub repeat: u32,
+    /// Where the report goes, - for standard output
+    #[arg(long, value_name = "PATH")]
+    pub json: Option<PathBuf>,
+    /// Where events go, a line of JSON each, flushed before they are acted on
+    #[arg(long, value_name = "PATH")]
+    pub events: Option<PathBuf>,
+}
+
+/// The VM.
+#[derive(Args, Clone, Debug)]
+pub struct VmArgs {
+    /// Guest memory
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    pub memory: Size,
+    /// What the guest does: idle, sequential, random or reader
+    #[arg(long, default_value = "random")]
+    pub workload: String,
+    /// Memory that the guest works on [default: all]
+    #[arg(long, value_name = "SIZE")]
+    pub working_set: Option<Size>,
+    /// Guest operations a second; 0 = as many as it can
+    #[arg(long, value_name = "PAGES_PER_S", default_value_t = 10_000)]
+    pub write_rate: u64,
+    /// Fraction of pages that are zero at the start
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    pub zero_fraction: f64,
+    /// Fraction of pages whose content every VM has alike
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    pub common: f64,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub vcpus: u16,
+    /// How vCPUs are run: kvm, thread, or auto (kvm where there is one)
+    #[arg(long, default_value = "auto")]
+    pub vcpu: String,
+    /// What guest memory is made of: anon, memfd or hugetlb
+    #[arg(long, default_value = "anon")]
+    pub backing: String,
+    /// What the guest's content and choices come from
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// How the memory leaves the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// To the destination as fast as it takes it, the rest to intermediaries
+    ScatterGather,
+    /// To the destination only
+    PostCopy,
+}
+
+impl Mode {
+    /// The name in reports and requests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ScatterGather => "scatter-gather",
+            Self::PostCopy => "post-copy",
+        }
+    }
+}
+
+/// When a run is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Until {
+    /// The source holds nothing that anyone needs
+    Evicted,
+    /// The destination holds every page, and the guest has verified them all
+    Gathered,
+}
+
+impl MigrateArgs {
+    /// The defaults, as on an empty command line.
+    pub fn new() -> Self {
+        #[derive(Parser)]
+        struct Bare {
+            #[command(flatten)]
+            args: MigrateArgs,
+        }
+        Bare::parse_from(["sg-bench"]).args
+    }
+
+    /// The lab to build.
+    pub fn lab_spec(&self) -> LabSpec {
+        // Everything that does not fit must fit into swap, with room for the process itself.
+        let swap = Size(self.vm.memory.0 * u64::from(self.vms) + (256 << 20));
+        self.lab.spec(self.destination_memory.map(|limit| (limit, swap)))
+    }
+
+    /// What to do to whom when.
+    pub fn injections(&self) -> Vec<Injection> {
+        let each = |harm, whens: &[When]| -> Vec<Injection> {
+            whens.iter().map(|when| Injection { harm, when: when.clone() }).collect()
+        };
+        [each(Harm::Kill, &self.kill), each(Harm::Stop, &self.stop), each(Harm::Cut, &self.cut)].concat()
+    }
+}
+
 fn on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
@@ -86,7 +254,7 @@ mod test {
     fn rates_default_to_the_link_rate() {
         let cli = Cli::try_parse_from(["sg-bench", "link", "--link-rate", "2gbit", "--shape", "off"])
             .expect("parses");
-        let Command::Link(args) = cli.command;
+        let Command::Link(args) = cli.command else { panic!("another command") };
         let spec = args.spec(None);
         assert_eq!((spec.destination_rate, spec.shape), (Rate::mbit(2000), false));
     }

@@ -4,12 +4,22 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
+mod accept;
 mod cli;
+mod cluster;
+mod control;
+mod demo;
+mod events;
+mod experiment;
+mod follow;
 mod interrupt;
 mod lab;
 mod link;
+mod process;
 mod stats;
 mod stream;
+mod table;
+mod ui;
 mod units;
 
 fn main() -> ExitCode {
@@ -21,10 +31,13 @@ fn main() -> ExitCode {
         .init();
     let cli = cli::Cli::parse();
     let done = interrupt::listen().and_then(|()| match cli.command {
-        cli::Command::Link(args) => link::run(&args),
+        cli::Command::Migrate(args) => experiment::command(&args),
+        cli::Command::Demo(args) => demo::run(&args),
+        cli::Command::Accept(args) => accept::run(&args),
+        cli::Command::Link(args) => link::run(&args).map(|()| 0),
     });
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) if error.is::<interrupt::Interrupted>() => ExitCode::from(interrupt::EXIT_CODE),
         Err(error) => {
             eprintln!("sg-bench: {error:#}");

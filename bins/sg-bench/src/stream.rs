@@ -26,7 +26,8 @@ pub fn link_mbps(lab: &Lab, from: Node, to: Node) -> Result<f64> {
     Ok(best)
 }
 
-fn one_stream(lab: &Lab, from: Node, to: Node) -> Result<f64> {
+/// Megabits of payload a second of one plain TCP stream.
+pub fn one_stream(lab: &Lab, from: Node, to: Node) -> Result<f64> {
     let (sender, receiver) = connect(lab, from, to)?;
     std::thread::scope(|scope| {
         let receiving = scope.spawn(move || receive_for_a_while(receiver));

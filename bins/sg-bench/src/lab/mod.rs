@@ -110,10 +110,9 @@ impl Lab {
         if self.shape { net::inside(&self.prefix.name(node), work) } else { Ok(work()) }
     }
 
-    /// Takes a host's link down.
-    pub fn cut(&self, node: Node) -> Result<()> {
-        anyhow::ensure!(self.shape, "without namespaces there is no link to cut");
-        net::cut(&self.prefix.name(node))
+    /// A host's network namespace; `None` without shaping.
+    pub fn namespace(&self, node: Node) -> Option<String> {
+        self.shape.then(|| self.prefix.name(node))
     }
 
     /// The destination's memory limit.

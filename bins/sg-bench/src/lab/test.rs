@@ -41,7 +41,7 @@ fn hosts_reach_each_other_and_leave_nothing_behind() {
         lab.on(node, || TcpStream::connect((address, 7701))).expect("enters").expect("connects");
         listener.accept().expect("accepts");
     }
-    lab.cut(Node::Destination).expect("cuts");
+    net::cut(&lab.namespace(Node::Destination).expect("has one")).expect("cuts");
     lab.on(Node::Destination, || TcpStream::connect((address, 7701)))
         .expect("enters")
         .expect_err("the link is down");
@@ -80,5 +80,5 @@ fn without_shaping_hosts_are_loopback_addresses() {
     let listener = TcpListener::bind((address, 0)).expect("binds");
     TcpStream::connect(listener.local_addr().expect("has one")).expect("connects");
     assert_ne!(address, lab.address(Node::Source));
-    assert!(lab.cut(Node::Source).is_err());
+    assert_eq!(lab.namespace(Node::Source), None);
 }

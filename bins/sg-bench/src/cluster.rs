@@ -1,0 +1,241 @@
+//! The processes of a run on their hosts: intermediaries, and a pair of VMMs for each VM.
+
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::cli::{MigrateArgs, Mode};
+use crate::control::Control;
+use crate::events::Events;
+use crate::interrupt;
+use crate::lab::{Lab, Node};
+use crate::process::Process;
+use crate::units::Size;
+
+const DESTINATION_PORT: u16 = 7700;
+const INTERMEDIARY_PORT: u16 = 7701;
+/// Ports between the destinations of two VMs.
+const PORT_STEP: u16 = 10;
+
+/// How long a process may take until it serves; filling memory is added to it.
+const START_LIMIT: Duration = Duration::from_secs(20);
+/// How fast a guest fills its memory at least, on a busy machine.
+const FILL_BYTES_PER_S: u64 = 64 << 20;
+
+/// One end of one VM.
+pub struct Vmm {
+    /// The process.
+    pub process: Process,
+    /// Its socket.
+    pub control: Control,
+    socket: PathBuf,
+}
+
+/// Both ends of one VM.
+pub struct Pair {
+    /// Where it starts.
+    pub source: Vmm,
+    /// Where it goes.
+    pub destination: Vmm,
+    to: SocketAddr,
+}
+
+/// All of them.
+pub struct Cluster {
+    /// `i1`, `i2`, …
+    pub intermediaries: Vec<Process>,
+    /// One for each VM.
+    pub pairs: Vec<Pair>,
+    peers: Vec<SocketAddr>,
+}
+
+impl Cluster {
+    /// Starts everything and waits until the guests have filled their memory and everybody listens.
+    pub fn start(lab: &Lab, args: &MigrateArgs, events: &Arc<Events>) -> Result<Self> {
+        let secret = lab.directory().join("secret");
+        let bytes: [u8; 32] = libsg::ids::random_bytes()?;
+        std::fs::write(&secret, bytes.map(|byte| format!("{byte:02x}")).concat())?;
+        let secret = secret.display().to_string();
+
+        let mut cluster = Self { intermediaries: Vec::new(), pairs: Vec::new(), peers: Vec::new() };
+        for &node in lab.nodes() {
+            if let Some(namespace) = lab.namespace(node) {
+                events.add_link(node, namespace);
+            }
+            if matches!(node, Node::Intermediary(_)) && args.mode != Mode::PostCopy {
+                cluster.add_intermediary(lab, node, args, &secret, events)?;
+            }
+        }
+        for vm in 0..usize::from(args.vms) {
+            cluster.add_pair(lab, vm, args, &secret, events)?;
+        }
+        cluster.wait_until_ready(lab, args)?;
+        Ok(cluster)
+    }
+
+    fn add_intermediary(
+        &mut self,
+        lab: &Lab,
+        node: Node,
+        args: &MigrateArgs,
+        secret: &str,
+        events: &Events,
+    ) -> Result<()> {
+        let name = node.to_string();
+        let address = SocketAddr::new(lab.address(node), INTERMEDIARY_PORT);
+        // Each could take everything alone, with a quarter to spare.
+        let memory = Size(args.vm.memory.0 * u64::from(args.vms) / 4 * 5);
+        let arguments = words(&format!("serve --memory {} --listen {address} --name {name}", memory.0))
+            .chain(["--secret".into(), secret.into()])
+            .collect::<Vec<_>>();
+        let process = Process::spawn(lab, node, &name, "sg", &arguments, |_| {})?;
+        events.add_process(node, process.pid())?;
+        self.intermediaries.push(process);
+        self.peers.push(address);
+        Ok(())
+    }
+
+    fn add_pair(
+        &mut self,
+        lab: &Lab,
+        vm: usize,
+        args: &MigrateArgs,
+        secret: &str,
+        events: &Arc<Events>,
+    ) -> Result<()> {
+        let port = DESTINATION_PORT + PORT_STEP * u16::try_from(vm)?;
+        let to = SocketAddr::new(lab.address(Node::Destination), port);
+        let what = &args.vm;
+        let incoming = format!("run --incoming {to} --vcpu {} --backing {}", what.vcpu, what.backing);
+        let outgoing = format!(
+            "run --memory {} --workload {} --working-set {} --write-rate {} --zero-fraction {} --common {} \
+             --vcpus {} --vcpu {} --backing {} --seed {} --name vm{vm}",
+            what.memory.0,
+            what.workload,
+            what.working_set.unwrap_or(Size(0)).0,
+            what.write_rate,
+            what.zero_fraction,
+            what.common,
+            what.vcpus,
+            what.vcpu,
+            what.backing,
+            what.seed + vm as u64,
+        );
+        let destination = Vmm::spawn(lab, Node::Destination, vm, &incoming, secret, events)?;
+        if let Some(memory) = lab.memory() {
+            memory.admit(destination.process.pid().as_raw_pid().cast_unsigned())?;
+        }
+        let source = Vmm::spawn(lab, Node::Source, vm, &outgoing, secret, events)?;
+        self.pairs.push(Pair { source, destination, to });
+        Ok(())
+    }
+
+    fn wait_until_ready(&mut self, lab: &Lab, args: &MigrateArgs) -> Result<()> {
+        let filling = Duration::from_secs(args.vm.memory.0 * u64::from(args.vms) / FILL_BYTES_PER_S);
+        let until = Instant::now() + START_LIMIT + filling;
+        for (process, address) in self.intermediaries.iter().zip(&self.peers) {
+            wait_for(process, until, || {
+                lab.on(Node::Source, || TcpStream::connect_timeout(address, Duration::from_secs(1)).is_ok())
+            })?;
+        }
+        for pair in &mut self.pairs {
+            for vmm in [&mut pair.destination, &mut pair.source] {
+                let (socket, control) = (&vmm.socket, &mut vmm.control);
+                wait_for(&vmm.process, until, || {
+                    Ok(socket.exists()
+                        && control.request(&json!({"do": "report"}), Duration::from_secs(5)).is_ok())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has every VM start to leave; the time at which the first was told.
+    pub fn go(&mut self, args: &MigrateArgs) -> Result<Instant> {
+        for pair in &mut self.pairs {
+            if !args.gather_limit.is_unlimited() {
+                let limit = json!({"do": "limit", "gather": args.gather_limit.to_string()});
+                pair.destination.control.request(&limit, START_LIMIT)?;
+            }
+        }
+        let start = Instant::now();
+        for pair in &mut self.pairs {
+            let intermediaries: Vec<String> = self.peers.iter().map(ToString::to_string).collect();
+            let request = json!({
+                "do": "start", "mode": args.mode.name(), "to": pair.to.to_string(),
+                "intermediaries": intermediaries,
+            });
+            pair.source.control.request(&request, START_LIMIT)?;
+        }
+        Ok(start)
+    }
+
+    /// Ends every process in order; the intermediaries, which hold nothing any more, by SIGTERM.
+    pub fn stop(mut self) -> Result<()> {
+        for pair in &mut self.pairs {
+            for vmm in [&mut pair.source, &mut pair.destination] {
+                if !vmm.process.has_ended() {
+                    // One that does not answer is killed when it is dropped.
+                    let _ = vmm.control.ask("quit");
+                }
+            }
+        }
+        for process in &self.intermediaries {
+            process.signal(Signal::TERM)?;
+        }
+        for process in &self.intermediaries {
+            if !process.wait(Duration::from_secs(2))? {
+                tracing::warn!("{} does not end: it still holds pages of a volume", process.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// The ends of the logs of all processes that ended, or of all.
+    pub fn logs(&self) -> String {
+        let vmms = self.pairs.iter().flat_map(|pair| [&pair.source.process, &pair.destination.process]);
+        vmms.chain(&self.intermediaries).map(Process::log_tail).collect()
+    }
+}
+
+impl Vmm {
+    fn spawn(
+        lab: &Lab,
+        node: Node,
+        vm: usize,
+        arguments: &str,
+        secret: &str,
+        events: &Arc<Events>,
+    ) -> Result<Self> {
+        let name = if vm == 0 { node.to_string() } else { format!("{node}-{}", vm + 1) };
+        let socket = lab.directory().join(format!("{name}.control"));
+        let arguments: Vec<String> = words(arguments)
+            .chain(["--secret".into(), secret.into(), "--control".into(), socket.display().to_string()])
+            .collect();
+        let told = Arc::clone(events);
+        let process =
+            Process::spawn(lab, node, &name, "sg-vmm", &arguments, move |line| told.line(vm, node, line))?;
+        events.add_process(node, process.pid())?;
+        Ok(Self { control: Control::new(&socket), process, socket })
+    }
+}
+
+fn words(line: &str) -> impl Iterator<Item = String> + '_ {
+    line.split_whitespace().map(str::to_owned)
+}
+
+fn wait_for(process: &Process, until: Instant, mut ready: impl FnMut() -> Result<bool>) -> Result<()> {
+    while !ready()? {
+        process.check().context("a process of the run failed to start")?;
+        if Instant::now() > until {
+            bail!("{} does not get ready:\n{}", process.name, process.log_tail());
+        }
+        interrupt::sleep(Duration::from_millis(10))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,245 @@
+//! One run: hosts, links measured, processes, migration followed to its end, verified, reported.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use libsg::report::{Host, Report, Status};
+
+use crate::cli::{MigrateArgs, Until};
+use crate::cluster::Cluster;
+use crate::events::{Events, Harm};
+use crate::follow::Following;
+use crate::lab::{Lab, Node};
+use crate::ui::Ui;
+use crate::units::Rate;
+use crate::{interrupt, stream};
+
+/// What the links of a run carry.
+struct Links {
+    mbps: f64,
+    sinks_mbps: BTreeMap<String, f64>,
+    idle_fault_us: f64,
+}
+
+/// Runs one experiment.
+///
+/// # Errors
+/// When it could not be carried out, or was interrupted. A migration that fails is a report.
+pub fn run(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
+    ensure!(
+        args.lab.shape || args.cut.is_empty(),
+        "--cut needs namespaces: without (--shape off) there is no link to cut"
+    );
+    let lab = Lab::create(&args.lab_spec())?;
+    let links = measure(&lab, args)?;
+    let (events, occurred) = Events::new(args.events.as_deref(), args.injections())?;
+    let mut cluster = Cluster::start(&lab, args, &events)?;
+    interrupt::check()?;
+    let start = cluster.go(args)?;
+    let mut following = Following::new(args, start, &occurred);
+    let followed = following.follow(&mut cluster, ui);
+    ui.end();
+    if let Err(error) = followed {
+        return Err(if error.is::<interrupt::Interrupted>() { error } else { error.context(cluster.logs()) });
+    }
+    let mut reports = following.reports(&mut cluster, args.until)?;
+    for report in &mut reports {
+        report.set_link(links.mbps);
+        report.sinks_mbps.clone_from(&links.sinks_mbps);
+        report.idle_fault_us = Some(links.idle_fault_us);
+        add_usage(report, &cluster);
+    }
+    if reports.iter().any(|report| report.status != Status::Ok) {
+        ui.say(&cluster.logs());
+    }
+    cluster.stop()?;
+    Ok(whole(reports, following.host()))
+}
+
+fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
+    let spec = args.lab_spec();
+    // Unlimited is the fastest, though its number is zero.
+    let speed = |node| match spec.rate_of(node) {
+        Rate::UNLIMITED => u64::MAX,
+        Rate(bits) => bits,
+    };
+    let sinks = || lab.nodes().iter().copied().filter(|node| *node != Node::Source);
+    let best = sinks().rev().max_by_key(|node| speed(*node)).context("a lab has a destination")?;
+    let mut sinks_mbps = BTreeMap::new();
+    for node in sinks().filter(|node| spec.shape && speed(*node) < speed(Node::Source)) {
+        interrupt::check()?;
+        sinks_mbps.insert(node.to_string(), stream::one_stream(lab, Node::Source, node)?);
+    }
+    Ok(Links {
+        mbps: stream::link_mbps(lab, Node::Source, best)?,
+        sinks_mbps,
+        idle_fault_us: stream::idle_round_trip_us(lab, Node::Destination, Node::Source)?,
+    })
+}
+
+/// Whether a run's link measured what it was set to: 0.93 to 0.97 of it, the rest being headers.
+pub fn link_is_fit(args: &MigrateArgs, report: &Report) -> bool {
+    let spec = args.lab_spec();
+    let fastest_sink = if spec.intermediaries > 0 {
+        fastest(spec.destination_rate, spec.intermediary_rate)
+    } else {
+        spec.destination_rate
+    };
+    let nominal = match (spec.link_rate.is_unlimited(), fastest_sink.is_unlimited()) {
+        _ if !spec.shape => return true,
+        (true, true) => return true,
+        (false, true) => spec.link_rate,
+        (true, false) => fastest_sink,
+        (false, false) => spec.link_rate.min(fastest_sink),
+    };
+    report.link_mbps.is_some_and(|mbps| (0.93..=0.97).contains(&(mbps / nominal.as_mbps())))
+}
+
+fn fastest(a: Rate, b: Rate) -> Rate {
+    if a.is_unlimited() || b.is_unlimited() { Rate::UNLIMITED } else { a.max(b) }
+}
+
+/// What the processes used, where they did not tell themselves.
+fn add_usage(report: &mut Report, cluster: &Cluster) {
+    if let Some(pair) = cluster.pairs.first() {
+        let (from, to) = (pair.source.process.usage(), pair.destination.process.usage());
+        report.cpu_s.source = report.cpu_s.source.or(from.cpu_s);
+        report.cpu_s.destination = report.cpu_s.destination.or(to.cpu_s);
+        report.peak_rss_bytes.source = report.peak_rss_bytes.source.or(from.peak_rss_bytes);
+        report.peak_rss_bytes.destination = report.peak_rss_bytes.destination.or(to.peak_rss_bytes);
+    }
+    for process in &cluster.intermediaries {
+        let usage = process.usage();
+        // An id is the name, or the name and an incarnation: `i1#3f2a90bc`.
+        let is_it = |id: &str| id.split('#').next() == Some(&process.name);
+        if let Some(entry) = report.intermediaries.iter_mut().find(|entry| is_it(&entry.id)) {
+            (entry.cpu_s, entry.peak_rss_bytes) = (usage.cpu_s, usage.peak_rss_bytes);
+        }
+    }
+}
+
+/// The report of one VM is the whole; those of several are parts of one.
+fn whole(mut reports: Vec<Report>, host: Host) -> Report {
+    if reports.len() == 1 {
+        return reports.remove(0);
+    }
+    let status = reports.iter().map(|r| &r.status).find(|s| **s != Status::Ok);
+    let first = reports.first();
+    let mut report = Report {
+        schema: libsg::report::SCHEMA,
+        status: status.cloned().unwrap_or_default(),
+        mode: first.and_then(|r| r.mode.clone()),
+        seed: first.and_then(|r| r.seed),
+        transport: first.and_then(|r| r.transport.clone()),
+        sinks_mbps: first.map(|r| r.sinks_mbps.clone()).unwrap_or_default(),
+        idle_fault_us: first.and_then(|r| r.idle_fault_us),
+        eviction_s: host.eviction_s,
+        total_migration_s: host.total_migration_s,
+        host: Some(host),
+        ..Report::default()
+    };
+    let sum = |of: fn(&Report) -> Option<u64>| reports.iter().map(of).sum::<Option<u64>>();
+    report.pages.total = sum(|r| r.pages.total);
+    report.pages.present = sum(|r| r.pages.present);
+    report.pages.zero = sum(|r| r.pages.zero);
+    report.bytes.direct = sum(|r| r.bytes.direct);
+    report.bytes.staged = sum(|r| r.bytes.staged);
+    report.bytes.gathered = sum(|r| r.bytes.gathered);
+    if let Some(mbps) = reports.first().and_then(|r| r.link_mbps) {
+        report.set_link(mbps);
+    }
+    report.vms = Some(reports);
+    report
+}
+
+/// How long a run may take: four times what the slowest of its rates asks for, and then some.
+pub fn time_limit(args: &MigrateArgs) -> Duration {
+    let spec = args.lab_spec();
+    let slowest = [spec.link_rate, spec.destination_rate, args.gather_limit]
+        .into_iter()
+        .filter(|rate| !rate.is_unlimited())
+        .min()
+        .unwrap_or(Rate::mbit(400));
+    let bits = args.vm.memory.0 * u64::from(args.vms) * 8;
+    let swapping = if args.destination_memory.is_some() { 300 } else { 0 };
+    match args.until {
+        Until::Gathered => Duration::from_secs(60 + swapping + bits * 4 / slowest.0),
+        // The destination may be as slow as it likes; post-copy waits for it nevertheless.
+        Until::Evicted => Duration::from_secs(60 + bits * 4 / slowest.0.max(100_000_000)),
+    }
+}
+
+/// `sg-bench migrate`: so many runs, and the report where it is wanted. The exit code.
+pub fn command(args: &MigrateArgs) -> Result<u8> {
+    let mut ui = Ui::new();
+    if let Some(path) = &args.events {
+        std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    for when in &args.kill {
+        let harmless = matches!(when.node, Node::Intermediary(n) if n > args.lab.intermediaries);
+        ensure!(!harmless, "there is no {} to {:?}", when.node, Harm::Kill);
+    }
+    let mut reports = Vec::new();
+    for run_number in 1..=args.repeat {
+        ui.begin(&format!("{} {}, run {run_number} of {}", args.mode.name(), args.vm.memory, args.repeat));
+        reports.push(run(args, &mut ui)?);
+    }
+    let worst = reports.iter().map(|report| exit_code(&report.status)).max().unwrap_or(0);
+    let values = reports.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>()?;
+    let json = match &values[..] {
+        [one] => one.clone(),
+        all => serde_json::json!({
+            "runs": all,
+            "median": crate::stats::fold(all, &crate::stats::median),
+            "min": crate::stats::fold(all, &|v| crate::stats::spread(v).map(|s| s.0)),
+            "max": crate::stats::fold(all, &|v| crate::stats::spread(v).map(|s| s.1)),
+        }),
+    };
+    match args.json.as_deref() {
+        Some(path) if path == Path::new("-") => println!("{json}"),
+        Some(path) => std::fs::write(path, json.to_string())
+            .with_context(|| format!("cannot write {}", path.display()))?,
+        None => {
+            for report in &reports {
+                print!("{}", crate::table::of(&[("", report)]));
+            }
+        }
+    }
+    if let Some(Status::Failed(failure)) = reports.iter().map(|r| &r.status).find(|s| **s != Status::Ok) {
+        eprintln!("sg-bench: the migration failed: {}", failure.message);
+    }
+    Ok(worst)
+}
+
+/// 0 done, 1 failed but nothing lost, 3 something was lost, 4 cancelled.
+pub fn exit_code(status: &Status) -> u8 {
+    match status {
+        Status::Ok => 0,
+        Status::Failed(failure) if !failure.lost.is_empty() => 3,
+        Status::Failed(failure) => match failure.kind {
+            libsg::ErrorKind::Lost => 3,
+            libsg::ErrorKind::Cancelled => 4,
+            _ => 1,
+        },
+    }
+}
+
+/// Fails when a run went wrong in a way that makes its figures worthless.
+pub fn check_valid(report: &Report, until: Until) -> Result<()> {
+    if let Status::Failed(failure) = &report.status {
+        bail!("the migration failed: {}", failure.message);
+    }
+    let guest = &report.guest;
+    ensure!(guest.mismatches == Some(0), "{:?} pages did not read as written", guest.mismatches);
+    if until == Until::Gathered {
+        ensure!(
+            guest.verified_pages.is_some() && guest.verified_pages >= guest.fill_pages,
+            "the guest verified {:?} of {:?} pages",
+            guest.verified_pages,
+            guest.fill_pages
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,270 @@
+//! Follows a migration from the outside: events as they come, both ends' progress each 100 ms.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use crossbeam::channel::{Receiver, RecvTimeoutError};
+use libsg::ErrorKind;
+use libsg::report::{Bytes, DestinationReport, Failure, Guest, Host, Report, Sample, SourceReport, Status};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::cli::{MigrateArgs, Until};
+use crate::cluster::{Cluster, Pair};
+use crate::events::{Harm, Occurred};
+use crate::experiment::time_limit;
+use crate::interrupt;
+use crate::lab::Node;
+use crate::ui::Ui;
+
+const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+/// What a verification pass goes over at least, on a busy or swapping machine.
+const VERIFY_BYTES_PER_S: u64 = 4 << 20;
+
+/// What is known of one VM.
+#[derive(Default)]
+struct Followed {
+    evicted: Option<Instant>,
+    gathered: Option<Instant>,
+    failed: Option<Failure>,
+    source: Option<SourceReport>,
+    samples: Vec<Sample>,
+}
+
+/// A run that goes on.
+pub struct Following<'a> {
+    args: &'a MigrateArgs,
+    start: Instant,
+    occurred: &'a Receiver<Occurred>,
+    vms: Vec<Followed>,
+}
+
+impl<'a> Following<'a> {
+    /// From its start.
+    pub fn new(args: &'a MigrateArgs, start: Instant, occurred: &'a Receiver<Occurred>) -> Self {
+        let vms = (0..args.vms).map(|_| Followed::default()).collect();
+        Self { args, start, occurred, vms }
+    }
+
+    /// To its end: evicted or gathered, as the arguments want, or failed.
+    ///
+    /// # Errors
+    /// A process ended that nobody killed, the run takes too long, or was interrupted.
+    pub fn follow(&mut self, cluster: &mut Cluster, ui: &mut Ui) -> Result<()> {
+        let limit = time_limit(self.args);
+        let mut next_sample = self.start;
+        loop {
+            interrupt::check()?;
+            self.take_events(next_sample, ui);
+            if self.is_over() {
+                // The last sample shows the end.
+                self.sample(cluster, ui);
+                return Ok(());
+            }
+            if Instant::now() >= next_sample {
+                next_sample = Instant::now() + SAMPLE_EVERY;
+                self.sample(cluster, ui);
+                self.check_processes(cluster)?;
+            }
+            if self.start.elapsed() > limit {
+                bail!("no end after {} s", limit.as_secs());
+            }
+        }
+    }
+
+    fn take_events(&mut self, until: Instant, ui: &Ui) {
+        loop {
+            match self.occurred.recv_deadline(until) {
+                Ok(occurred) => self.take(&occurred, ui),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return,
+            }
+            if self.is_over() {
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, occurred: &Occurred, ui: &Ui) {
+        let message = occurred.line["message"].as_str().unwrap_or_default();
+        let Some(vm) = self.vms.get_mut(occurred.vm) else { return };
+        if occurred.node == Node::Source && !occurred.line["report"].is_null() {
+            vm.source = part(&occurred.line, "report");
+        }
+        match &*occurred.event {
+            "evicted" if vm.evicted.is_none() => vm.evicted = Some(occurred.at),
+            "gathered" if vm.gathered.is_none() => vm.gathered = Some(occurred.at),
+            "lost" => {
+                let lost = serde_json::from_value(occurred.line["pages"].clone()).unwrap_or_default();
+                let message = format!("pages were lost, {} tells", occurred.node);
+                vm.failed = Some(Failure { kind: ErrorKind::Lost, message, lost });
+            }
+            "failed" if vm.failed.is_none() => {
+                let kind = serde_json::from_value(occurred.line["kind"].clone()).unwrap_or(ErrorKind::System);
+                let message = format!("{}: {message}", occurred.node);
+                vm.failed = Some(Failure { kind, message, lost: Vec::new() });
+            }
+            "warning" | "node-lost" => {
+                let at = occurred.at.saturating_duration_since(self.start).as_secs_f64();
+                ui.say(&format!("  {at:6.1} s  {}: {message}", occurred.node));
+            }
+            _ => {}
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.vms.iter().all(|vm| {
+            vm.failed.is_some()
+                || match self.args.until {
+                    Until::Evicted => vm.evicted.is_some(),
+                    Until::Gathered => vm.gathered.is_some() && (vm.evicted.is_some() || self.kills_source()),
+                }
+        })
+    }
+
+    fn kills_source(&self) -> bool {
+        self.args.kill.iter().any(|when| when.node == Node::Source)
+    }
+
+    /// A process that ended without being told to, or killed by plan, makes the run worthless.
+    fn check_processes(&self, cluster: &Cluster) -> Result<()> {
+        let planned = |node: Node| {
+            self.args.injections().iter().any(|plan| plan.harm == Harm::Kill && plan.when.node == node)
+        };
+        for (pair, vm) in cluster.pairs.iter().zip(&self.vms) {
+            if !planned(Node::Source) && vm.evicted.is_none() {
+                pair.source.process.check()?;
+            }
+            if !planned(Node::Destination) && vm.failed.is_none() {
+                pair.destination.process.check()?;
+            }
+        }
+        for (process, number) in cluster.intermediaries.iter().zip(1..) {
+            if !planned(Node::Intermediary(number)) {
+                process.check()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sample(&mut self, cluster: &mut Cluster, ui: &mut Ui) {
+        let t_s = self.start.elapsed().as_secs_f64();
+        for (pair, vm) in cluster.pairs.iter_mut().zip(&mut self.vms) {
+            let before = vm.samples.last().cloned().unwrap_or_default();
+            vm.samples.push(sample_of(pair, &before, t_s, vm.evicted.is_some()));
+        }
+        let latest: Vec<&Sample> = self.vms.iter().filter_map(|vm| vm.samples.last()).collect();
+        ui.show(&together(&latest, t_s));
+    }
+
+    /// Each VM's report; verified first, when it was to be gathered.
+    pub fn reports(&mut self, cluster: &mut Cluster, until: Until) -> Result<Vec<Report>> {
+        let mut reports = Vec::new();
+        for (pair, vm) in cluster.pairs.iter_mut().zip(&mut self.vms) {
+            reports.push(report_of(pair, vm, self.args, self.start, until)?);
+        }
+        Ok(reports)
+    }
+
+    /// First start to the last VM's end.
+    pub fn host(&self) -> Host {
+        let last = |of: fn(&Followed) -> Option<Instant>| {
+            let ends: Option<Vec<Instant>> = self.vms.iter().map(of).collect();
+            ends?.into_iter().max().map(|end| (end - self.start).as_secs_f64())
+        };
+        let bytes = self.vms.iter().filter_map(|vm| vm.samples.last());
+        let bytes = bytes.map(|s| Some(s.bytes.direct.unwrap_or(0) + s.bytes.staged?));
+        Host {
+            eviction_s: last(|vm| vm.evicted),
+            total_migration_s: last(|vm| vm.gathered),
+            bytes: bytes.sum(),
+        }
+    }
+}
+
+fn part<T: DeserializeOwned>(answer: &Value, key: &str) -> Option<T> {
+    match &answer[key] {
+        Value::Null => None,
+        value => serde_json::from_value(value.clone())
+            .inspect_err(|error| tracing::warn!("the VMM's {key} is not what it must be: {error}"))
+            .ok(),
+    }
+}
+
+/// What both ends know now; where one does not answer (any more), what it knew before.
+fn sample_of(pair: &mut Pair, before: &Sample, t_s: f64, evicted: bool) -> Sample {
+    let from = pair.source.control.ask("progress").ok();
+    let to = pair.destination.control.ask("progress").ok();
+    let from: Sample = from.and_then(|answer| part(&answer, "sample")).unwrap_or_default();
+    let to: Sample = to.and_then(|answer| part(&answer, "sample")).unwrap_or_default();
+    let evicted_percent = if evicted { Some(100.0) } else { from.evicted_percent };
+    Sample {
+        t_s,
+        guest_ops: to.guest_ops.max(from.guest_ops).max(before.guest_ops),
+        bytes: Bytes {
+            direct: from.bytes.direct.max(to.bytes.direct).max(before.bytes.direct),
+            staged: from.bytes.staged.or(before.bytes.staged),
+            gathered: to.bytes.gathered.or(before.bytes.gathered),
+            ..Bytes::default()
+        },
+        faults: to.faults.or(before.faults),
+        evicted_percent: evicted_percent.or(before.evicted_percent),
+        gathered_percent: to.gathered_percent.or(before.gathered_percent),
+    }
+}
+
+/// Several VMs at one moment: sums, and means of percents.
+fn together(samples: &[&Sample], t_s: f64) -> Sample {
+    let sum = |of: fn(&Sample) -> Option<u64>| samples.iter().filter_map(|s| of(s)).reduce(|a, b| a + b);
+    let mean = |of: fn(&Sample) -> Option<f64>| {
+        let known: Vec<f64> = samples.iter().filter_map(|s| of(s)).collect();
+        (!known.is_empty()).then(|| known.iter().sum::<f64>() / samples.len() as f64)
+    };
+    Sample {
+        t_s,
+        guest_ops: sum(|s| s.guest_ops),
+        bytes: Bytes {
+            direct: sum(|s| s.bytes.direct),
+            staged: sum(|s| s.bytes.staged),
+            gathered: sum(|s| s.bytes.gathered),
+            ..Bytes::default()
+        },
+        faults: sum(|s| s.faults),
+        evicted_percent: mean(|s| s.evicted_percent),
+        gathered_percent: mean(|s| s.gathered_percent),
+    }
+}
+
+fn report_of(
+    pair: &mut Pair,
+    vm: &mut Followed,
+    args: &MigrateArgs,
+    start: Instant,
+    until: Until,
+) -> Result<Report> {
+    let mut guest: Option<Guest> = None;
+    if until == Until::Gathered && vm.failed.is_none() {
+        let limit = Duration::from_secs(60 + args.vm.memory.0 / VERIFY_BYTES_PER_S);
+        let answer = pair.destination.control.request(&json!({"do": "verify"}), limit);
+        guest = part(&answer.context("the guest's verification of every page")?, "guest");
+    }
+    let from = pair.source.control.request(&json!({"do": "report"}), Duration::from_secs(5)).ok();
+    let to = pair.destination.control.request(&json!({"do": "report"}), Duration::from_secs(5)).ok();
+    let source = from.and_then(|answer| part(&answer, "source")).or(vm.source.take());
+    let destination: Option<DestinationReport> = to.as_ref().and_then(|answer| part(answer, "destination"));
+    let mut report = Report::merged(source.as_ref(), destination.as_ref());
+    report.mode = Some(args.mode.name().to_owned());
+    report.seed = Some(args.vm.seed);
+    report.transport = Some("tcp".to_owned());
+    report.guest = guest.or_else(|| to.as_ref().and_then(|answer| part(answer, "guest"))).unwrap_or_default();
+    // Where an end could not tell any more, this process's clock did see the event.
+    let seen = |at: Option<Instant>| at.map(|at| (at - start).as_secs_f64());
+    report.eviction_s = report.eviction_s.or(seen(vm.evicted));
+    report.total_migration_s = report.total_migration_s.or(seen(vm.gathered));
+    report.samples = std::mem::take(&mut vm.samples);
+    if let Some(failure) = vm.failed.take()
+        && report.status == Status::Ok
+    {
+        report.status = Status::Failed(failure);
+    }
+    Ok(report)
+}

@@ -1,0 +1,82 @@
+//! Reports side by side, for people.
+
+use std::fmt::Write as _;
+
+use libsg::report::{Report, Status};
+
+/// One line for each figure, one column for each report.
+pub fn of(reports: &[(&str, &Report)]) -> String {
+    let rows: [(&str, fn(&Report) -> String); 12] = [
+        ("eviction time", |r| seconds(r.eviction_s)),
+        ("  at the link's rate", |r| seconds(r.line_rate_bound_s)),
+        ("total migration time", |r| seconds(r.total_migration_s)),
+        ("downtime", |r| known(r.downtime_s, |s| format!("{:.1} ms", s * 1e3))),
+        ("guest's longest pause", |r| known(r.guest.longest_pause_ms, |ms| format!("{ms:.1} ms"))),
+        ("direct", |r| megabytes(r.bytes.direct)),
+        ("to intermediaries", |r| megabytes(r.bytes.staged)),
+        ("from intermediaries", |r| megabytes(r.bytes.gathered)),
+        ("faults", |r| known(r.faults.count, |n| n.to_string())),
+        ("  half within", |r| known(r.faults.p50_us, |us| format!("{us:.0} us"))),
+        ("  99 of 100 within", |r| known(r.faults.p99_us, |us| format!("{us:.0} us"))),
+        ("self-check", verdict),
+    ];
+    let mut text = String::new();
+    if reports.iter().any(|(title, _)| !title.is_empty()) {
+        let titles: String = reports.iter().map(|(title, _)| format!("{title:>22}")).collect();
+        let _ = writeln!(text, "{:22}{titles}", "");
+    }
+    for (name, cell) in rows {
+        let cells: String = reports.iter().map(|(_, report)| format!("{:>22}", cell(report))).collect();
+        let _ = writeln!(text, "{name:22}{cells}");
+    }
+    text
+}
+
+fn known<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
+    value.map_or_else(|| "-".to_owned(), show)
+}
+
+fn seconds(value: Option<f64>) -> String {
+    known(value, |s| format!("{s:.2} s"))
+}
+
+fn megabytes(value: Option<u64>) -> String {
+    known(value, |bytes| format!("{:.0} MB", bytes as f64 / 1e6))
+}
+
+/// Whether the guest found every page as it had written it.
+fn verdict(report: &Report) -> String {
+    let guest = &report.guest;
+    match (&report.status, guest.mismatches, guest.verified_pages) {
+        (Status::Failed(failure), ..) => format!("FAILED ({:?})", failure.kind),
+        (_, Some(0), Some(pages)) if pages > 0 && Some(pages) >= guest.fill_pages => {
+            format!("{pages} pages good")
+        }
+        (_, Some(0), Some(pages)) => format!("only {pages} verified"),
+        (_, Some(wrong), _) => format!("{wrong} pages WRONG"),
+        (_, None, _) => "not checked".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use libsg::report::Guest;
+
+    #[test]
+    fn columns_and_verdicts() {
+        let mut report = Report { eviction_s: Some(3.5), ..Report::default() };
+        assert_eq!(verdict(&report), "not checked");
+        report.guest =
+            Guest { mismatches: Some(0), verified_pages: Some(9), fill_pages: Some(9), ..Guest::default() };
+        assert_eq!(verdict(&report), "9 pages good");
+        report.guest.verified_pages = Some(8);
+        assert_eq!(verdict(&report), "only 8 verified");
+        report.guest.mismatches = Some(1);
+        assert_eq!(verdict(&report), "1 pages WRONG");
+        let text = of(&[("post-copy", &report), ("scatter-gather", &report)]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines.iter().all(|line| line.len() == 66), "{text}");
+        assert!(lines[1].starts_with("eviction time") && lines[1].ends_with("3.50 s"));
+    }
+}
