@@ -27,6 +27,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// The rows of the acceptance table: `row want got pass|FAIL`, medians of interleaved runs
     Accept(AcceptArgs),
+    /// What the pieces of the page path cost on this machine
+    Micro,
     /// Builds the hosts and measures their links, without any VM
     Link(LabArgs),
 }

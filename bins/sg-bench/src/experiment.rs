@@ -14,7 +14,7 @@ use crate::follow::Following;
 use crate::lab::{Lab, Node};
 use crate::ui::Ui;
 use crate::units::Rate;
-use crate::{interrupt, stream};
+use crate::{interrupt, micro, stream};
 
 /// What the links of a run carry.
 struct Links {
@@ -75,7 +75,8 @@ fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
     Ok(Links {
         mbps: stream::link_mbps(lab, Node::Source, best)?,
         sinks_mbps,
-        idle_fault_us: stream::idle_round_trip_us(lab, Node::Destination, Node::Source)?,
+        idle_fault_us: stream::idle_round_trip_us(lab, Node::Destination, Node::Source)?
+            + micro::install_us()?,
     })
 }
 

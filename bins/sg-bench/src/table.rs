@@ -4,9 +4,12 @@ use std::fmt::Write as _;
 
 use libsg::report::{Report, Status};
 
+/// How a figure is shown.
+type Cell = fn(&Report) -> String;
+
 /// One line for each figure, one column for each report.
 pub fn of(reports: &[(&str, &Report)]) -> String {
-    let rows: [(&str, fn(&Report) -> String); 12] = [
+    let rows: [(&str, Cell); 12] = [
         ("eviction time", |r| seconds(r.eviction_s)),
         ("  at the link's rate", |r| seconds(r.line_rate_bound_s)),
         ("total migration time", |r| seconds(r.total_migration_s)),

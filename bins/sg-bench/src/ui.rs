@@ -24,8 +24,6 @@ pub enum Ui {
         /// The sample of that line.
         shown: Sample,
     },
-    /// Not at all.
-    Silent,
 }
 
 /// The bars of one run.
@@ -62,7 +60,6 @@ impl Ui {
                 eprintln!("{what}");
                 (*title, *last, *shown) = (what.to_owned(), None, Sample::default());
             }
-            Self::Silent => {}
         }
     }
 
@@ -73,7 +70,6 @@ impl Ui {
                 let _ = multi.println(text);
             }
             Self::Lines { .. } => eprintln!("{text}"),
-            Self::Silent => {}
         }
     }
 
@@ -88,7 +84,7 @@ impl Ui {
                     (*last, *shown) = (Some(now), sample.clone());
                 }
             }
-            Self::Bars { bars: None, .. } | Self::Silent => {}
+            Self::Bars { bars: None, .. } => {}
         }
     }
 

@@ -5,18 +5,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{Result, anyhow};
-use libsg::page::PAGE_BYTES_U64;
 
 /// Bytes of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
-
-impl Size {
-    /// Whole pages.
-    pub fn pages(self) -> u64 {
-        self.0 / PAGE_BYTES_U64
-    }
-}
 
 impl FromStr for Size {
     type Err = anyhow::Error;
@@ -118,7 +110,6 @@ mod test {
         }
         assert_eq!(Size(1 << 30).to_string(), "1G");
         assert_eq!(Size((1 << 20) * 384).to_string(), "384M");
-        assert_eq!(Size(1 << 30).pages(), 262_144);
     }
 
     #[test]

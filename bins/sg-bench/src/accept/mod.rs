@@ -88,16 +88,22 @@ pub fn run(args: &AcceptArgs) -> Result<u8> {
     let (mut results, mut ui, mut failed) = (Results::default(), Ui::new(), false);
     println!("{:34} {:>16} {:>10}  {:17} ", "row", "want", "got", "spread");
     for row in &rows {
-        let wanted: Vec<Variant> =
-            rows::variants(row.family).into_iter().filter(|v| row.uses(v.name)).collect();
-        let missing: Vec<Variant> =
-            wanted.into_iter().filter(|variant| !results.0.contains_key(variant.name)).collect();
-        run_interleaved(&missing, args.runs.unwrap_or(RUNS), &mut results, &mut ui)?;
+        for family in row.families {
+            // Everything that any row wants of a family is run in turn with the rest of it.
+            let mut missing = rows::variants(*family);
+            missing.retain(|variant| !results.0.contains_key(variant.name) && wanted(&rows, variant.name));
+            run_interleaved(&missing, args.runs.unwrap_or(RUNS), &mut results, &mut ui)?;
+        }
         for part in &row.parts {
             failed |= !print(row, part, &results);
         }
     }
     Ok(u8::from(failed))
+}
+
+/// Whether any of the rows asked for needs the variant.
+fn wanted(rows: &[Row], variant: &str) -> bool {
+    rows.iter().any(|row| row.uses(variant))
 }
 
 /// A B A B A B: what drifts on the machine meets all alike.
