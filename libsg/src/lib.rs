@@ -18,5 +18,6 @@ pub mod wire;
 pub mod pace;
 pub mod transport;
 pub mod vmd;
+pub mod server;
 
 pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,4 @@
+//! The VMD server.
+mod bits;
+pub mod index;
+pub mod slots;
