@@ -1,4 +1,6 @@
 //! The VMD server.
 mod bits;
+pub mod arena;
 pub mod index;
 pub mod slots;
+pub mod volumes;

@@ -1,0 +1,374 @@
+//! Which volumes there are and what may be done to them: a pure core, without lock or clock.
+//!
+//! A volume is open, then sealed, then claimed, and at last dissolved. Its epoch only rises; who comes with an
+//! older one is refused. What is dissolved is remembered for a while, so that a late request
+//! does not bring it to life again.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::ids::{Checksum, Epoch, VolumeId};
+use crate::limits;
+use crate::manifest::Manifest;
+use crate::wire::Status;
+use crate::wire::message::{Member, VolumeState};
+
+/// Dissolved volumes that are remembered; the oldest is forgotten for the newest.
+const DISSOLVED_MAX: usize = 4096;
+
+/// What a request does to a volume, as far as epochs and states go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Looks at pages or the index: any state but dissolved, any epoch but an older one.
+    Read,
+    /// Changes pages, index or state: the writer's own epoch, while the volume is open.
+    Write,
+}
+
+/// A volume's opaque state.
+#[derive(Clone, Debug)]
+pub struct StateBlob {
+    /// The bytes.
+    pub bytes: Arc<[u8]>,
+    /// Of the bytes.
+    pub checksum: Checksum,
+}
+
+/// What is known of a volume. `P` is what the server keeps with it.
+#[derive(Debug)]
+pub struct Volume<P> {
+    /// What it consists of.
+    pub manifest: Manifest,
+    /// Its intermediaries; the list only grows.
+    pub members: Vec<Member>,
+    /// The writer's epoch.
+    pub epoch: Epoch,
+    /// Where it stands; never [`VolumeState::Dissolved`].
+    pub state: VolumeState,
+    /// Whether COMMIT was written.
+    pub committed: bool,
+    /// The VM's state, once it is here.
+    pub blob: Option<StateBlob>,
+    /// When it was created here.
+    pub created: Instant,
+    /// The server's own.
+    pub payload: P,
+}
+
+/// The volumes of an intermediary.
+#[derive(Debug)]
+pub struct Volumes<P> {
+    live: BTreeMap<VolumeId, Volume<P>>,
+    dissolved: VecDeque<VolumeId>,
+    volumes_max: usize,
+}
+
+impl<P> Volumes<P> {
+    /// None yet, and at most so many at once.
+    #[must_use]
+    pub const fn new(volumes_max: usize) -> Self {
+        Self { live: BTreeMap::new(), dissolved: VecDeque::new(), volumes_max }
+    }
+
+    /// Every volume, by id.
+    pub fn iter(&self) -> impl Iterator<Item = (VolumeId, &Volume<P>)> {
+        self.live.iter().map(|(id, volume)| (*id, volume))
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.live.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    /// The volume, whatever its epoch.
+    ///
+    /// # Errors
+    /// [`Status::State`] for one that was dissolved, else [`Status::NoVolume`].
+    pub fn get(&self, id: VolumeId) -> Result<&Volume<P>, Status> {
+        self.live.get(&id).ok_or_else(|| self.missing(id))
+    }
+
+    /// The volume, for one who comes with this epoch.
+    ///
+    /// # Errors
+    /// As [`Self::get`]; [`Status::Fenced`] for an older epoch; [`Status::State`] for a write that the volume's
+    /// state does not allow, or under an epoch that was not claimed here.
+    pub fn admit(&self, id: VolumeId, epoch: Epoch, access: Access) -> Result<&Volume<P>, Status> {
+        let volume = self.get(id)?;
+        volume.admit(epoch, access).map(|()| volume)
+    }
+
+    fn admit_mut(&mut self, id: VolumeId, epoch: Epoch, access: Access) -> Result<&mut Volume<P>, Status> {
+        let missing = self.missing(id);
+        let volume = self.live.get_mut(&id).ok_or(missing)?;
+        volume.admit(epoch, access).map(|()| volume)
+    }
+
+    fn missing(&self, id: VolumeId) -> Status {
+        if self.dissolved.contains(&id) { Status::State } else { Status::NoVolume }
+    }
+
+    /// Creates the volume; whether it is new. Done again under the same epoch it changes nothing.
+    ///
+    /// # Errors
+    /// [`Status::Malformed`] for an id or epoch of zero, [`Status::Fenced`] for an older epoch than it has,
+    /// [`Status::State`] when it was dissolved or has a newer one, [`Status::Busy`] at the limit.
+    pub fn create(
+        &mut self,
+        id: VolumeId,
+        epoch: Epoch,
+        (manifest, members): (Manifest, Vec<Member>),
+        payload: P,
+        now: Instant,
+    ) -> Result<bool, Status> {
+        if id.0 == 0 || epoch.0 == 0 {
+            return Err(Status::Malformed);
+        }
+        if let Some(volume) = self.live.get(&id) {
+            let same = volume.manifest == manifest && volume.epoch == epoch;
+            return if epoch < volume.epoch {
+                Err(Status::Fenced)
+            } else if same {
+                Ok(false)
+            } else {
+                Err(Status::State)
+            };
+        }
+        if self.dissolved.contains(&id) {
+            return Err(Status::State);
+        }
+        if self.live.len() >= self.volumes_max {
+            return Err(Status::Busy);
+        }
+        let volume = Volume {
+            manifest,
+            members,
+            epoch,
+            state: VolumeState::Open,
+            committed: false,
+            blob: None,
+            created: now,
+            payload,
+        };
+        self.live.insert(id, volume);
+        Ok(true)
+    }
+
+    /// The volume gained members.
+    ///
+    /// # Errors
+    /// As [`Self::admit`] for a write; [`Status::Malformed`] unless the list begins with the present one. A
+    /// shorter list that the present one begins with is an old request, and changes nothing.
+    pub fn set_members(&mut self, id: VolumeId, epoch: Epoch, members: Vec<Member>) -> Result<(), Status> {
+        let volume = self.admit_mut(id, epoch, Access::Write)?;
+        if members.len() > limits::MEMBERS_MAX {
+            return Err(Status::Malformed);
+        }
+        if members.starts_with(&volume.members) {
+            volume.members = members;
+            return Ok(());
+        }
+        if volume.members.starts_with(&members) { Ok(()) } else { Err(Status::Malformed) }
+    }
+
+    /// Keeps the VM's state, instead of what was kept before, which is returned.
+    ///
+    /// # Errors
+    /// As [`Self::admit`] for a write.
+    pub fn set_blob(
+        &mut self,
+        id: VolumeId,
+        epoch: Epoch,
+        blob: StateBlob,
+    ) -> Result<Option<StateBlob>, Status> {
+        Ok(self.admit_mut(id, epoch, Access::Write)?.blob.replace(blob))
+    }
+
+    /// The source never runs the VM again. Done again it changes nothing.
+    ///
+    /// # Errors
+    /// As [`Self::admit`]; [`Status::State`] for a newer epoch than the volume's.
+    pub fn commit(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        let volume = self.admit_mut(id, epoch, Access::Read)?;
+        if epoch != volume.epoch {
+            return Err(Status::State);
+        }
+        volume.committed = true;
+        Ok(())
+    }
+
+    /// No more pages come. Done again it changes nothing.
+    ///
+    /// # Errors
+    /// As [`Self::admit`]; [`Status::State`] when it was claimed.
+    pub fn seal(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        let volume = self.admit_mut(id, epoch, Access::Read)?;
+        if epoch != volume.epoch || volume.state == VolumeState::Claimed {
+            return Err(Status::State);
+        }
+        volume.state = VolumeState::Sealed;
+        Ok(())
+    }
+
+    /// A new owner: whoever comes with an older epoch is refused from now on.
+    ///
+    /// # Errors
+    /// As [`Self::get`]; [`Status::Fenced`] unless the epoch is above the present one.
+    pub fn claim(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        let missing = self.missing(id);
+        let volume = self.live.get_mut(&id).ok_or(missing)?;
+        if epoch <= volume.epoch {
+            return Err(Status::Fenced);
+        }
+        volume.epoch = epoch;
+        volume.state = VolumeState::Claimed;
+        Ok(())
+    }
+
+    /// Forgets the volume, which is returned. `None`: there was none, or there is none any more.
+    ///
+    /// # Errors
+    /// [`Status::Fenced`] for an older epoch.
+    pub fn dissolve(&mut self, id: VolumeId, epoch: Epoch) -> Result<Option<Volume<P>>, Status> {
+        match self.admit(id, epoch, Access::Read) {
+            Err(Status::Fenced) => return Err(Status::Fenced),
+            Err(_) => return Ok(None),
+            Ok(_) => {}
+        }
+        if self.dissolved.len() >= DISSOLVED_MAX {
+            self.dissolved.pop_front();
+        }
+        self.dissolved.push_back(id);
+        Ok(self.live.remove(&id))
+    }
+}
+
+impl<P> Volume<P> {
+    fn admit(&self, epoch: Epoch, access: Access) -> Result<(), Status> {
+        if epoch < self.epoch {
+            return Err(Status::Fenced);
+        }
+        let writable = self.state == VolumeState::Open && epoch == self.epoch;
+        if access == Access::Write && !writable { Err(Status::State) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use std::net::SocketAddr;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ids::NodeId;
+    use crate::manifest::Region;
+    use crate::page::InstallUnit;
+
+    fn manifest() -> Manifest {
+        let region =
+            Region { name: "ram".into(), guest_address: None, length_bytes: 8192, unit: InstallUnit::Page };
+        Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() }
+    }
+
+    fn member(n: u16) -> Member {
+        let node = NodeId { name: format!("i{n}"), incarnation: 1 };
+        Member { node, address: SocketAddr::from(([127, 0, 0, 1], n)) }
+    }
+
+    fn create(volumes: &mut Volumes<()>, id: u128, epoch: u64) -> Result<bool, Status> {
+        volumes.create(VolumeId(id), Epoch(epoch), (manifest(), vec![member(1)]), (), Instant::now())
+    }
+
+    #[test]
+    fn create_and_dissolve_may_be_done_again() {
+        let mut volumes = Volumes::new(2);
+        assert_eq!(create(&mut volumes, 0, 1), Err(Status::Malformed));
+        assert_eq!(create(&mut volumes, 1, 2), Ok(true));
+        assert_eq!(create(&mut volumes, 1, 2), Ok(false));
+        assert_eq!(create(&mut volumes, 1, 1), Err(Status::Fenced));
+        assert_eq!(create(&mut volumes, 1, 3), Err(Status::State));
+        assert_eq!(create(&mut volumes, 2, 1), Ok(true));
+        assert_eq!(create(&mut volumes, 3, 1), Err(Status::Busy));
+        assert_eq!(volumes.dissolve(VolumeId(1), Epoch(1)).err(), Some(Status::Fenced));
+        assert!(volumes.dissolve(VolumeId(1), Epoch(2)).unwrap().is_some());
+        assert!(volumes.dissolve(VolumeId(1), Epoch(2)).unwrap().is_none());
+        assert!(volumes.dissolve(VolumeId(9), Epoch(1)).unwrap().is_none());
+        assert_eq!(create(&mut volumes, 1, 2), Err(Status::State), "it does not come to life again");
+        assert_eq!(volumes.get(VolumeId(1)).err(), Some(Status::State));
+        assert_eq!(volumes.get(VolumeId(9)).err(), Some(Status::NoVolume));
+        assert_eq!(volumes.len(), 1);
+    }
+
+    #[test]
+    fn a_replaced_writer_is_refused() {
+        let mut volumes = Volumes::new(2);
+        let (id, old, new) = (VolumeId(1), Epoch(1), Epoch(2));
+        create(&mut volumes, 1, 1).unwrap();
+        let admit = |volumes: &Volumes<()>, epoch, access| volumes.admit(id, epoch, access).map(|_| ());
+        assert_eq!(admit(&volumes, old, Access::Write), Ok(()));
+        assert_eq!(admit(&volumes, new, Access::Write), Err(Status::State), "not claimed here");
+        volumes.commit(id, old).unwrap();
+        volumes.seal(id, old).unwrap();
+        volumes.seal(id, old).unwrap();
+        assert_eq!(admit(&volumes, old, Access::Write), Err(Status::State));
+        assert_eq!(admit(&volumes, old, Access::Read), Ok(()));
+        assert_eq!(volumes.claim(id, old), Err(Status::Fenced));
+        volumes.claim(id, new).unwrap();
+        assert_eq!(volumes.claim(id, new), Err(Status::Fenced), "once");
+        assert_eq!(admit(&volumes, old, Access::Read), Err(Status::Fenced));
+        assert_eq!(volumes.commit(id, old), Err(Status::Fenced));
+        assert_eq!(volumes.seal(id, new), Err(Status::State));
+        assert!(volumes.get(id).unwrap().committed);
+    }
+
+    #[test]
+    fn members_only_grow() {
+        let mut volumes = Volumes::new(2);
+        let (id, epoch) = (VolumeId(1), Epoch(1));
+        create(&mut volumes, 1, 1).unwrap();
+        volumes.set_members(id, epoch, vec![member(1), member(2)]).unwrap();
+        volumes.set_members(id, epoch, vec![member(1)]).unwrap();
+        assert_eq!(volumes.get(id).unwrap().members.len(), 2);
+        assert_eq!(volumes.set_members(id, epoch, vec![member(2), member(1)]), Err(Status::Malformed));
+    }
+
+    proptest! {
+        #[test]
+        fn epochs_and_states_only_go_forward(ops in prop::collection::vec((0..6_u8, 1..3_u128, 1..5_u64), 1..60)) {
+            let mut volumes = Volumes::new(2);
+            let rank = |state| match state {
+                VolumeState::Open => 0,
+                VolumeState::Sealed => 1,
+                VolumeState::Claimed => 2,
+                VolumeState::Dissolved => 3,
+            };
+            let mut last: BTreeMap<u128, (u64, u8, bool)> = BTreeMap::new();
+            for (op, id, epoch) in ops {
+                let (volume, at) = (VolumeId(id), Epoch(epoch));
+                let _ = match op {
+                    0 => create(&mut volumes, id, epoch).map(|_| ()),
+                    1 => volumes.commit(volume, at),
+                    2 => volumes.seal(volume, at),
+                    3 => volumes.claim(volume, at),
+                    4 => volumes.dissolve(volume, at).map(|_| ()),
+                    _ => volumes.set_members(volume, at, vec![member(1)]),
+                };
+                let now = match volumes.get(volume) {
+                    Ok(known) => (known.epoch.0, rank(known.state), known.committed),
+                    Err(Status::State) => (u64::MAX, 3, true),
+                    Err(_) => continue,
+                };
+                let before = last.insert(id, now).unwrap_or_default();
+                prop_assert!(now.0 >= before.0 && now.1 >= before.1 && now.2 >= before.2, "{before:?} {now:?}");
+            }
+        }
+    }
+}
