@@ -1,0 +1,548 @@
+//! Which pages go where next: the pure core of scatter.
+//!
+//! Scatter is a pull. Every sink that has room asks [`Planner::next`] for its next batch, so a slow
+//! intermediary takes less and stalls nobody, and bandwidth adds up. The planner sweeps the memory in
+//! order; pages that come back (a node died, had no room, or lost a checksum) are swept again. When
+//! nothing is left to sweep, batches that are older than a few acknowledgement times go to whoever
+//! asks as well: the first acknowledgement wins.
+//!
+//! No socket, thread, clock or lock in here: events and time come in, work comes out.
+
+use std::time::{Duration, Instant};
+
+use super::batch::Batch;
+use super::table::{PageState, PageTable};
+use crate::ids::{Checksum, MemberIndex, Placement, Round};
+use crate::limits::{BATCH_PAGES, INDEX_RANGE_PAGES};
+use crate::manifest::Manifest;
+use crate::page::{InstallUnit, PageIndex, PageRange};
+use crate::wire::{GetEntry, IndexEntry};
+
+/// Other sinks that a late batch is given to, beyond the first.
+const HEDGES_MAX: u8 = 2;
+
+/// Pages of zeros told in one go: what one entry of a page frame can say.
+const ZERO_RUN_PAGES_MAX: u32 = u16::MAX as u32 & !511;
+
+/// Who takes batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Sink {
+    /// The destination.
+    Direct,
+    /// The destination, for pages that the guest waits for.
+    Urgent,
+    /// An intermediary.
+    Member(MemberIndex),
+}
+
+/// Names a batch in flight. Never used twice in a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BatchId(u64);
+
+/// What a sink is given to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Send these pages.
+    Pages(BatchId, Batch),
+    /// These pages are zero: tell the index (or, directly, the destination).
+    Zeros(BatchId, PageRange),
+}
+
+/// How a fault is to be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultAnswer {
+    /// Send these pages (one, or a whole install unit), and acknowledge the batch.
+    Send(BatchId, PageRange),
+    /// The source has not got it yet.
+    NotYet,
+    /// There is no such page.
+    Unknown,
+}
+
+/// Pages by what became of them, for progress and report. Distinct pages, but for the last two.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Installed by the destination as it came from the source.
+    pub direct: u64,
+    /// Stored at intermediaries.
+    pub staged: u64,
+    /// Present and zero.
+    pub zero: u64,
+    /// Sent a second way because the first was late.
+    pub hedged: u64,
+    /// Sent again because a node or connection was lost, or had no room.
+    pub resent: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    id: BatchId,
+    sink: Sink,
+    batch: Cargo,
+    since: Instant,
+    hedges: u8,
+    /// Pages of it that the direct path sends as zero.
+    zeros: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Cargo {
+    Pages(Batch),
+    Zeros(PageRange),
+}
+
+impl Cargo {
+    fn contains(&self, page: PageIndex) -> bool {
+        match self {
+            Self::Pages(batch) => batch.contains(page),
+            Self::Zeros(range) => range.positions().contains(&page.as_usize()),
+        }
+    }
+}
+
+/// A region as the sweep sees it.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    pages: PageRange,
+    unit: InstallUnit,
+}
+
+/// The planner: the state of every page and of every batch in flight.
+#[derive(Debug)]
+pub struct Planner {
+    table: PageTable,
+    spans: Vec<Span>,
+    in_flight: Vec<InFlight>,
+    cursor: PageIndex,
+    /// The group of the last fault: direct goes on there, since guests touch neighbours.
+    near_fault: Option<PageIndex>,
+    next_id: u64,
+    tally: Tally,
+    round: Round,
+}
+
+impl Planner {
+    /// A planner for a volume, with every page still waiting for its source.
+    #[must_use]
+    pub fn new(manifest: &Manifest, with_members: bool) -> Self {
+        let spans = manifest.placed_regions().map(|(first, region)| Span {
+            pages: PageRange::new(first, (region.length_bytes / crate::page::PAGE_BYTES_U64) as u32),
+            unit: region.unit,
+        });
+        Self {
+            table: PageTable::new(manifest.pages(), with_members),
+            spans: spans.collect(),
+            in_flight: Vec::with_capacity(256),
+            cursor: PageIndex(0),
+            near_fault: None,
+            next_id: 1,
+            tally: Tally::default(),
+            round: Round(0),
+        }
+    }
+
+    /// These pages can be sent from now on.
+    pub fn available(&mut self, range: PageRange) {
+        self.enter(range, PageState::Unsent);
+    }
+
+    /// These pages are zero and have no memory at the source.
+    pub fn absent(&mut self, range: PageRange) {
+        self.enter(range, PageState::Absent);
+    }
+
+    fn enter(&mut self, range: PageRange, state: PageState) {
+        for page in range.iter() {
+            if self.table.state(page) == PageState::Waiting {
+                self.table.set(page, state);
+            }
+        }
+        self.cursor = self.cursor.min(range.first);
+    }
+
+    /// The next work for a sink that has room. `hedge_after` is how long a batch may be in flight
+    /// before it is given to another sink too, once there is nothing else to do.
+    pub fn next(&mut self, sink: Sink, now: Instant, hedge_after: Duration) -> Option<Work> {
+        if sink == Sink::Direct
+            && let Some(near) = self.near_fault.take()
+            && let Some(work) = self.sweep_group(sink, near, now)
+        {
+            self.near_fault = Some(near);
+            return Some(work);
+        }
+        if let Some(page) = self.table.next_to_send(self.cursor) {
+            self.cursor = page;
+            if let Some(work) = self.sweep_group(sink, page, now) {
+                return Some(work);
+            }
+        } else {
+            self.cursor = PageIndex(self.table.pages());
+        }
+        self.hedge(sink, now, hedge_after)
+    }
+
+    /// Work from the group that `page` lies in.
+    fn sweep_group(&mut self, sink: Sink, page: PageIndex, now: Instant) -> Option<Work> {
+        let span = self.span(page)?;
+        if self.table.state(page) == PageState::Absent {
+            let left = span.pages.first.0 + span.pages.pages - page.0;
+            let run = self.table.run(page, PageState::Absent, left.min(ZERO_RUN_PAGES_MAX));
+            for page in run.iter() {
+                self.table.set(page, PageState::ZeroTold);
+            }
+            return Some(Work::Zeros(self.launch(sink, Cargo::Zeros(run), now), run));
+        }
+        let batch = self.unsent_in(group(span, page), span.unit);
+        if batch.is_empty() {
+            return None;
+        }
+        for page in batch.iter() {
+            self.table.set(page, PageState::Sending);
+        }
+        Some(Work::Pages(self.launch(sink, Cargo::Pages(batch), now), batch))
+    }
+
+    fn unsent_in(&self, group: PageRange, unit: InstallUnit) -> Batch {
+        let mut batch = Batch::empty(group.first);
+        for page in group.iter() {
+            if self.table.state(page) == PageState::Unsent {
+                batch.insert(page);
+            }
+        }
+        // A unit of several pages goes out whole or not at all.
+        if unit != InstallUnit::Page && batch.pages() != group.pages {
+            return Batch::empty(group.first);
+        }
+        batch
+    }
+
+    fn launch(&mut self, sink: Sink, batch: Cargo, since: Instant) -> BatchId {
+        let id = BatchId(self.next_id);
+        self.next_id += 1;
+        self.in_flight.push(InFlight { id, sink, batch, since, hedges: 0, zeros: 0 });
+        id
+    }
+
+    /// The oldest batch of another sink that is late.
+    fn hedge(&mut self, sink: Sink, now: Instant, hedge_after: Duration) -> Option<Work> {
+        let late = |flight: &InFlight| {
+            flight.sink != sink
+                && flight.hedges < HEDGES_MAX
+                && now.saturating_duration_since(flight.since) >= hedge_after
+        };
+        let flight = self.in_flight.iter_mut().filter(|flight| late(flight)).min_by_key(|flight| flight.since)?;
+        flight.hedges += 1;
+        match flight.batch {
+            Cargo::Zeros(range) => Some(Work::Zeros(self.launch(sink, Cargo::Zeros(range), now), range)),
+            Cargo::Pages(mut batch) => {
+                for page in batch.iter() {
+                    if self.table.state(page) != PageState::Sending {
+                        batch.remove(page);
+                    }
+                }
+                if batch.is_empty() {
+                    return None;
+                }
+                self.tally.hedged += u64::from(batch.pages());
+                Some(Work::Pages(self.launch(sink, Cargo::Pages(batch), now), batch))
+            }
+        }
+    }
+
+    /// The guest waits for a page that it asked of the source. Whatever became of it, the source
+    /// that still has it gives it: that is the shortest way.
+    pub fn fault(&mut self, page: PageIndex, now: Instant) -> FaultAnswer {
+        let Some(span) = self.span(page) else { return FaultAnswer::Unknown };
+        let unit = unit_of(span, page);
+        self.near_fault = Some(group(span, page).first);
+        match self.table.state(page) {
+            PageState::Waiting => return FaultAnswer::NotYet,
+            PageState::Unsent => {
+                for page in unit.iter() {
+                    self.table.set(page, PageState::Sending);
+                }
+            }
+            _ => {}
+        }
+        let mut batch = Batch::empty(unit.first);
+        unit.iter().for_each(|page| batch.insert(page));
+        FaultAnswer::Send(self.launch(Sink::Urgent, Cargo::Pages(batch), now), unit)
+    }
+
+    /// An intermediary answered a batch: which pages it stored, where. Appends the index entries
+    /// that are to be put, and the placements that nobody needs as the page is safe otherwise.
+    pub fn stored(
+        &mut self,
+        id: BatchId,
+        pages: impl IntoIterator<Item = (PageIndex, Checksum, Option<Placement>)>,
+        entries: &mut Vec<IndexEntry>,
+        losers: &mut Vec<GetEntry>,
+    ) {
+        let Some(flight) = self.land(id) else { return };
+        for (page, checksum, placement) in pages {
+            let Some(placement) = placement else { continue };
+            if self.table.state(page) == PageState::Sending {
+                self.table.set(page, PageState::Stored);
+                self.table.place(page, placement, checksum);
+                self.tally.staged += 1;
+                entries.push(IndexEntry::at(page, self.round, placement, checksum));
+            } else {
+                losers.push(GetEntry { page, placement });
+            }
+        }
+        self.take_back(&flight);
+    }
+
+    /// Pages of a batch turned out to be zero and are told to the index instead. The rest of the
+    /// batch goes on.
+    pub fn found_zero(&mut self, id: BatchId, pages: impl IntoIterator<Item = PageIndex>) -> u32 {
+        let Some(at) = self.in_flight.iter().position(|flight| flight.id == id) else { return 0 };
+        let mut found = 0;
+        for page in pages {
+            if let Cargo::Pages(batch) = &mut self.in_flight[at].batch {
+                batch.remove(page);
+            }
+            if self.table.state(page) == PageState::Sending {
+                self.table.set(page, PageState::ZeroTold);
+                self.tally.zero += 1;
+                found += 1;
+            }
+        }
+        if matches!(self.in_flight[at].batch, Cargo::Pages(batch) if batch.is_empty()) {
+            self.in_flight.swap_remove(at);
+        }
+        found
+    }
+
+    /// So many pages of a batch for the destination turned out to be zero, and travel as that.
+    pub fn sent_as_zero(&mut self, id: BatchId, pages: u32) {
+        if let Some(flight) = self.in_flight.iter_mut().find(|flight| flight.id == id) {
+            flight.zeros = pages;
+        }
+    }
+
+    /// A run of absent pages was handed to the index; its entries answer for it from now on.
+    pub fn zeros_told(&mut self, id: BatchId) {
+        self.land(id);
+    }
+
+    /// An index server acknowledged entries.
+    pub fn indexed(&mut self, entries: &[IndexEntry]) {
+        for entry in entries {
+            for page in entry.range().iter() {
+                match (self.table.state(page), entry.placement) {
+                    (PageState::ZeroTold, None) => self.table.set(page, PageState::Zero),
+                    (PageState::Stored, Some(at))
+                        if self.table.placement(page).is_some_and(|(now, _)| now == at) =>
+                    {
+                        self.table.set(page, PageState::Staged);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// The destination acknowledged a direct or urgent batch, without these pages.
+    pub fn installed(&mut self, id: BatchId, failed: &[PageIndex]) {
+        let Some(flight) = self.land(id) else { return };
+        match flight.batch {
+            Cargo::Zeros(range) => range.iter().for_each(|page| self.table.set(page, PageState::Installed)),
+            Cargo::Pages(batch) => {
+                let before = self.tally.direct;
+                for page in batch.iter().filter(|page| !failed.contains(page)) {
+                    self.install(page);
+                }
+                let zeros = u64::from(flight.zeros).min(self.tally.direct - before);
+                self.tally.direct -= zeros;
+                self.tally.zero += zeros;
+            }
+        }
+        self.take_back(&flight);
+    }
+
+    /// The destination says, after a reconnect, that it holds these pages.
+    pub fn held(&mut self, range: PageRange) {
+        for page in range.iter().filter(|page| page.0 < self.table.pages()) {
+            self.install(page);
+        }
+    }
+
+    fn install(&mut self, page: PageIndex) {
+        let before = self.table.state(page);
+        if before == PageState::Installed {
+            return;
+        }
+        // Zero pages count as zero, staged ones as staged, however they were acknowledged.
+        if matches!(before, PageState::Sending | PageState::Unsent) {
+            self.tally.direct += 1;
+        }
+        self.table.set(page, PageState::Installed);
+    }
+
+    /// A batch will not be acknowledged: no room, or its connection was lost.
+    pub fn failed(&mut self, id: BatchId) {
+        if let Some(flight) = self.land(id) {
+            self.take_back(&flight);
+        }
+    }
+
+    /// Everything in flight at this sink will not be acknowledged.
+    pub fn sink_lost(&mut self, sink: Sink) {
+        while let Some(at) = self.in_flight.iter().position(|flight| flight.sink == sink) {
+            let flight = self.in_flight.swap_remove(at);
+            self.take_back(&flight);
+        }
+    }
+
+    /// An intermediary died. Pages that lay there are sent again; entries of other pages, which its
+    /// index held, are to be put elsewhere: they are handed to `reindex`, run by run.
+    pub fn member_lost(
+        &mut self,
+        member: MemberIndex,
+        was_owner: impl Fn(PageIndex) -> bool,
+        mut reindex: impl FnMut(IndexEntry),
+    ) {
+        self.sink_lost(Sink::Member(member));
+        for page in (0..self.table.pages()).map(PageIndex) {
+            if self.table.lies_at(page, member) {
+                self.tally.staged -= 1;
+                self.tally.resent += 1;
+                self.table.set(page, PageState::Unsent);
+                self.cursor = self.cursor.min(page);
+            } else if was_owner(page) {
+                match self.table.state(page) {
+                    PageState::Staged | PageState::Stored => {
+                        if let Some((placement, checksum)) = self.table.placement(page) {
+                            self.table.set(page, PageState::Stored);
+                            reindex(IndexEntry::at(page, self.round, placement, checksum));
+                        }
+                    }
+                    PageState::Zero | PageState::ZeroTold => {
+                        self.table.set(page, PageState::ZeroTold);
+                        reindex(IndexEntry::zero(page, 1, self.round));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Every intermediary is gone: what only an index could make safe is sent to the destination.
+    pub fn members_gone(&mut self) {
+        for page in (0..self.table.pages()).map(PageIndex) {
+            match self.table.state(page) {
+                PageState::Stored | PageState::Staged => self.table.set(page, PageState::Unsent),
+                PageState::ZeroTold | PageState::Zero => self.table.set(page, PageState::Absent),
+                _ => continue,
+            }
+            self.cursor = self.cursor.min(page);
+        }
+    }
+
+    /// Whether every page is safe.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.table.safe() == self.table.pages()
+    }
+
+    /// Pages that are safe, and pages in all.
+    #[must_use]
+    pub fn progress(&self) -> (u32, u32) {
+        (self.table.safe(), self.table.pages())
+    }
+
+    /// What became of the pages so far.
+    #[must_use]
+    pub const fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// The round that is being scattered.
+    #[must_use]
+    pub const fn round(&self) -> Round {
+        self.round
+    }
+
+    /// Bytes allocated for the books.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.table.bytes() + self.in_flight.capacity() * size_of::<InFlight>()
+    }
+
+    /// When the oldest batch in flight was handed out.
+    #[must_use]
+    pub fn oldest_in_flight(&self) -> Option<Instant> {
+        self.in_flight.iter().map(|flight| flight.since).min()
+    }
+
+    fn land(&mut self, id: BatchId) -> Option<InFlight> {
+        let at = self.in_flight.iter().position(|flight| flight.id == id)?;
+        Some(self.in_flight.swap_remove(at))
+    }
+
+    /// Whatever of a batch that left the air is still on nobody's way becomes unsent again.
+    fn take_back(&mut self, flight: &InFlight) {
+        let orphan = |planner: &Self, page: PageIndex, state: PageState| {
+            planner.table.state(page) == state && !planner.in_flight.iter().any(|f| f.batch.contains(page))
+        };
+        match flight.batch {
+            Cargo::Pages(batch) => {
+                for page in batch.iter() {
+                    if orphan(self, page, PageState::Sending) {
+                        self.table.set(page, PageState::Unsent);
+                        self.tally.resent += 1;
+                        self.cursor = self.cursor.min(page);
+                    }
+                }
+            }
+            Cargo::Zeros(range) => {
+                for page in range.iter() {
+                    if orphan(self, page, PageState::ZeroTold) {
+                        self.table.set(page, PageState::Absent);
+                        self.cursor = self.cursor.min(page);
+                    }
+                }
+            }
+        }
+    }
+
+    fn span(&self, page: PageIndex) -> Option<Span> {
+        let after = self.spans.partition_point(|span| span.pages.first <= page);
+        let span = *self.spans.get(after.checked_sub(1)?)?;
+        span.pages.positions().contains(&page.as_usize()).then_some(span)
+    }
+}
+
+/// The pages that are swept together with `page`: 64, or a whole install unit.
+fn group(span: Span, page: PageIndex) -> PageRange {
+    let pages = match span.unit {
+        InstallUnit::Page => BATCH_PAGES as u32,
+        unit @ InstallUnit::Huge2M => unit.pages(),
+    };
+    let first = page.0 - (page.0 - span.pages.first.0) % pages;
+    let end = span.pages.first.0 + span.pages.pages;
+    PageRange::new(PageIndex(first), pages.min(end - first))
+}
+
+fn unit_of(span: Span, page: PageIndex) -> PageRange {
+    let pages = span.unit.pages();
+    PageRange::new(PageIndex(page.0 - (page.0 - span.pages.first.0) % pages), pages)
+}
+
+/// Cuts a run of zero pages where index ranges end, so that each piece has one owner.
+pub fn zero_entries(range: PageRange, round: Round) -> impl Iterator<Item = IndexEntry> {
+    let end = range.first.0 + range.pages;
+    let mut at = range.first.0;
+    std::iter::from_fn(move || {
+        let first = at;
+        (first < end).then(|| {
+            at = end.min((first / INDEX_RANGE_PAGES + 1).saturating_mul(INDEX_RANGE_PAGES));
+            IndexEntry::zero(PageIndex(first), at - first, round)
+        })
+    })
+}
+
+#[cfg(test)]
+#[path = "planner_test.rs"]
+mod test;
