@@ -15,6 +15,7 @@ pub mod source;
 pub mod sink;
 pub mod uffd;
 pub mod wire;
+pub mod scatter;
 pub mod pace;
 pub mod transport;
 pub mod vmd;

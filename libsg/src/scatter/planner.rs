@@ -209,9 +209,9 @@ impl Planner {
                 batch.insert(page);
             }
         }
-        // A unit of several pages goes out whole or not at all.
-        if unit != InstallUnit::Page && batch.pages() != group.pages {
-            return Batch::empty(group.first);
+        // A unit of several pages goes out whole, by one path.
+        if unit != InstallUnit::Page && !batch.is_empty() {
+            group.iter().for_each(|page| batch.insert(page));
         }
         batch
     }
@@ -230,9 +230,11 @@ impl Planner {
                 && flight.hedges < HEDGES_MAX
                 && now.saturating_duration_since(flight.since) >= hedge_after
         };
-        let flight = self.in_flight.iter_mut().filter(|flight| late(flight)).min_by_key(|flight| flight.since)?;
+        let flight =
+            self.in_flight.iter_mut().filter(|flight| late(flight)).min_by_key(|flight| flight.since)?;
         flight.hedges += 1;
-        match flight.batch {
+        let cargo = flight.batch;
+        match cargo {
             Cargo::Zeros(range) => Some(Work::Zeros(self.launch(sink, Cargo::Zeros(range), now), range)),
             Cargo::Pages(mut batch) => {
                 for page in batch.iter() {
@@ -363,7 +365,8 @@ impl Planner {
 
     /// The destination says, after a reconnect, that it holds these pages.
     pub fn held(&mut self, range: PageRange) {
-        for page in range.iter().filter(|page| page.0 < self.table.pages()) {
+        let pages = self.table.pages();
+        for page in range.iter().filter(|page| page.0 < pages) {
             self.install(page);
         }
     }
@@ -411,7 +414,8 @@ impl Planner {
                 self.table.set(page, PageState::Unsent);
                 self.cursor = self.cursor.min(page);
             } else if was_owner(page) {
-                match self.table.state(page) {
+                let state = self.table.state(page);
+                match state {
                     PageState::Staged | PageState::Stored => {
                         if let Some((placement, checksum)) = self.table.placement(page) {
                             self.table.set(page, PageState::Stored);

@@ -10,7 +10,12 @@ const HEDGE_AFTER: Duration = Duration::from_millis(100);
 const MEMBERS: u16 = 3;
 
 fn manifest(small_pages: u64, huge_units: u64) -> Manifest {
-    let region = |name: &str, length_bytes, unit| Region { name: name.into(), guest_address: None, length_bytes, unit };
+    let region = |name: &str, length_bytes, unit| Region {
+        name: name.into(),
+        guest_address: None,
+        length_bytes,
+        unit,
+    };
     let mut regions = vec![region("ram", small_pages * 4096, InstallUnit::Page)];
     if huge_units > 0 {
         regions.push(region("huge", huge_units << 21, InstallUnit::Huge2M));
@@ -64,7 +69,9 @@ fn late_batches_go_elsewhere_and_the_first_answer_wins() {
     assert_eq!(planner.next(member(1), now, HEDGE_AFTER), None);
     let later = now + HEDGE_AFTER;
     assert_eq!(planner.next(member(0), later, HEDGE_AFTER), None, "not to the one that is late");
-    let Some(Work::Pages(fast, again)) = planner.next(member(1), later, HEDGE_AFTER) else { panic!("hedged") };
+    let Some(Work::Pages(fast, again)) = planner.next(member(1), later, HEDGE_AFTER) else {
+        panic!("hedged")
+    };
     assert_eq!(again, batch);
     assert_eq!(store(&mut planner, 1, fast, again), 0);
     assert!(planner.is_done());
@@ -89,7 +96,9 @@ fn a_dead_member_costs_what_lay_there_and_what_its_index_held() {
     assert_eq!(planner.progress().0, 0);
     planner.indexed(&moved);
     assert_eq!(planner.progress().0, 64);
-    let Some(Work::Pages(id, batch)) = planner.next(member(1), now, HEDGE_AFTER) else { panic!("sent again") };
+    let Some(Work::Pages(id, batch)) = planner.next(member(1), now, HEDGE_AFTER) else {
+        panic!("sent again")
+    };
     store(&mut planner, 1, id, batch);
     assert!(planner.is_done());
 }
@@ -100,7 +109,9 @@ fn zero_pages_need_an_index_entry_only() {
     let mut planner = Planner::new(&manifest(2048, 0), true);
     planner.absent(PageRange::new(PageIndex(0), 2047));
     planner.available(PageRange::new(PageIndex(2047), 1));
-    let Some(Work::Zeros(id, range)) = planner.next(member(0), now, HEDGE_AFTER) else { panic!("zeros first") };
+    let Some(Work::Zeros(id, range)) = planner.next(member(0), now, HEDGE_AFTER) else {
+        panic!("zeros first")
+    };
     assert_eq!(range, PageRange::new(PageIndex(0), 2047));
     planner.zeros_told(id);
     let entries: Vec<_> = zero_entries(range, Round(0)).collect();
