@@ -487,8 +487,11 @@ impl Planner {
 
     /// Whatever of a batch that left the air is still on nobody's way becomes unsent again.
     fn take_back(&mut self, flight: &InFlight) {
+        // A page that is told as zero is not on its way in a batch of bytes, nor the reverse.
         let orphan = |planner: &Self, page: PageIndex, state: PageState| {
-            planner.table.state(page) == state && !planner.in_flight.iter().any(|f| f.batch.contains(page))
+            let same = |f: &&InFlight| matches!(f.batch, Cargo::Zeros(_)) == (state == PageState::ZeroTold);
+            planner.table.state(page) == state
+                && !planner.in_flight.iter().filter(same).any(|f| f.batch.contains(page))
         };
         match flight.batch {
             Cargo::Pages(batch) => {

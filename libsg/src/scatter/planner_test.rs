@@ -184,7 +184,8 @@ proptest! {
             }
         }
         finish(&mut planner, open, unindexed, start + Duration::from_secs(60));
-        prop_assert!(planner.is_done());
+        let left: Vec<_> = all(&planner).iter().map(|p| (p, planner.table.state(p))).filter(|(_, s)| !s.is_safe()).collect();
+        prop_assert!(planner.is_done(), "left over: {:?} {:?}", &left[..left.len().min(3)], planner.in_flight);
     }
 }
 
