@@ -11,7 +11,7 @@
 use parking_lot::Mutex;
 
 use crate::error::Result;
-use crate::memory::{GuestMemory, GuestSlice, PresenceMap};
+use crate::memory::{GuestMemory, PageSlice, PresenceMap};
 use crate::page::{PageIndex, PageRange};
 
 /// Whether a page can be had again after its outcome was told.
@@ -75,15 +75,7 @@ pub trait PageSource: Send + Sync {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Input`] for a page that is not available.
-    fn slice(&self, range: PageRange) -> Result<GuestSlice<'_>>;
-
-    /// Whether an available page is zero.
-    ///
-    /// # Errors
-    /// As [`Self::slice`].
-    fn is_zero(&self, page: PageIndex) -> Result<bool> {
-        Ok(self.slice(PageRange::new(page, 1))?.is_zero())
-    }
+    fn slice(&self, range: PageRange) -> Result<PageSlice>;
 
     /// Tells what became of pages, once for each page that was available: after [`Outcome::Safe`] a
     /// source that holds copies drops them.
@@ -134,10 +126,10 @@ impl PageSource for MemorySource {
         Ok(())
     }
 
-    fn slice(&self, range: PageRange) -> Result<GuestSlice<'_>> {
+    fn slice(&self, range: PageRange) -> Result<PageSlice> {
         // A run that leaves its region is cut there; a page that does not exist is an error.
         let run = self.memory.run(range.first, range.pages).unwrap_or(range);
-        self.memory.slice(run)
+        PageSlice::guest(&self.memory, run)
     }
 
     fn outcome(&self, _range: PageRange, _outcome: Outcome) {}
@@ -171,7 +163,7 @@ mod test {
         assert_eq!(source.available(&mut runs).expect("told"), Supply::Complete);
         assert_eq!(runs.len(), 2);
         assert_eq!(source.slice(runs[0]).expect("available").len(), 2 * PAGE_BYTES);
-        assert!(!source.is_zero(PageIndex(12)).expect("available"));
+        assert!(!source.slice(runs[1]).expect("available").is_zero_page(0));
         assert!(source.slice(PageRange::new(PageIndex(16), 1)).is_err());
         source.want(PageIndex(6)).expect("nothing to do");
         source.outcome(runs[0], Outcome::Safe);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::vectored::IoPart;
 use super::{GuestMemory, Mapping};
 use crate::error::{Error, ErrorKind, Result};
+use crate::ids::Checksum;
 use crate::page::{PAGE_BYTES, PageRange};
 
 /// Contiguous bytes, usually a run of pages, with what keeps them mapped. A clone is the same bytes.
@@ -101,6 +102,34 @@ impl PageSlice {
             Owner::Bytes(bytes) => return IoPart::Bytes(&bytes[self.offset..self.offset + self.bytes]),
         };
         IoPart::Guest(slice.expect("the bounds were checked when the slice was made"))
+    }
+
+    /// Whether the `page`-th page of it is all zero; no page is.
+    #[must_use]
+    pub fn is_zero_page(&self, page: usize) -> bool {
+        match self.page(page) {
+            IoPart::Bytes(bytes) => bytes.iter().all(|byte| *byte == 0),
+            IoPart::Guest(slice) => slice.is_zero(),
+        }
+    }
+
+    /// The checksum of the `page`-th page of it.
+    #[must_use]
+    pub fn page_checksum(&self, page: usize) -> Checksum {
+        match self.page(page) {
+            IoPart::Bytes(bytes) => Checksum::of(bytes),
+            IoPart::Guest(slice) => slice.checksum(),
+        }
+    }
+
+    fn page(&self, page: usize) -> IoPart<'_> {
+        match self.io() {
+            IoPart::Bytes(bytes) => {
+                let start = bytes.len().min(page * PAGE_BYTES);
+                IoPart::Bytes(&bytes[start..bytes.len().min(start + PAGE_BYTES)])
+            }
+            IoPart::Guest(slice) => IoPart::Guest(slice.skip(page * PAGE_BYTES).take(PAGE_BYTES)),
+        }
     }
 
     /// Copies the bytes out.

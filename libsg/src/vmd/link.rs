@@ -57,6 +57,9 @@ pub enum Request<'a> {
         /// Those of this round and above stay.
         below: Round,
     },
+    /// Give slots back whose pages another way made safe first (at most
+    /// [`crate::limits::BATCH_PAGES_MAX`] at a time). The index is left alone.
+    Drop(&'a [GetEntry]),
     /// Rare requests: volumes and their states.
     Control(&'a VmdRequest),
     /// Store the VM's opaque state with the volume, here.
@@ -84,7 +87,7 @@ pub enum Reply<'a> {
     },
     /// To `Locate`.
     Located(&'a [IndexEntry]),
-    /// To `Discard`, `PutState`.
+    /// To `Discard`, `Drop`, `PutState`.
     Done,
     /// To `Control`.
     Control(VmdReply),
@@ -109,6 +112,8 @@ pub struct PathSample {
     pub delivered_bytes: u64,
     /// How long what we send waits in queues, as our kernel measures it.
     pub send_delay: Option<Duration>,
+    /// The least round trip of what we send; zero where it is not known.
+    pub base_rtt: Duration,
     /// How long what the peer sends us waits in queues, as it last reported it.
     pub receive_delay: Option<Duration>,
     /// Bytes received since the link was made.

@@ -77,10 +77,15 @@ pub enum Kind {
     Ping = 39,
     /// The answer to `Ping`.
     Pong = 40,
+    /// Client to intermediary: nobody needs what lies at these placements: a table of
+    /// [`super::GetEntry`]. The index is left alone.
+    Drop = 41,
+    /// Answer: their slots are free, those that were there.
+    DropReply = 42,
 }
 
 impl Kind {
-    const ALL: [Self; 27] = [
+    const ALL: [Self; 29] = [
         Self::Hello,
         Self::Challenge,
         Self::Auth,
@@ -108,6 +113,8 @@ impl Kind {
         Self::Holdings,
         Self::Ping,
         Self::Pong,
+        Self::Drop,
+        Self::DropReply,
     ];
 
     fn decode(value: u16) -> Result<Self, Malformed> {
@@ -124,13 +131,13 @@ impl Kind {
             Self::Hello | Self::Challenge | Self::Auth | Self::Welcome | Self::Refused => 256,
             Self::Put | Self::GetReply | Self::Pages => limits::BODY_BYTES_MAX,
             Self::PutReply | Self::PagesAck | Self::Fault => limits::BATCH_PAGES_MAX * 8,
-            Self::Get => limits::BATCH_PAGES_MAX * 16,
+            Self::Get | Self::Drop => limits::BATCH_PAGES_MAX * 16,
             Self::PutIndex | Self::LocateReply | Self::Announce => limits::INDEX_ENTRIES_MAX * 24,
             Self::Locate | Self::Holdings => limits::INDEX_ENTRIES_MAX * 8,
             Self::Discard => 16,
             Self::Vmd | Self::VmdReply | Self::Talk | Self::State => limits::CONTROL_BYTES_MAX,
             Self::Credit => 8,
-            Self::PutIndexReply | Self::DiscardReply | Self::Ping | Self::Pong => 0,
+            Self::PutIndexReply | Self::DiscardReply | Self::DropReply | Self::Ping | Self::Pong => 0,
         }
     }
 }
