@@ -297,6 +297,12 @@ impl Mapping {
         )
     }
 
+    /// Asks the kernel to put the memory into swap.
+    #[cfg(test)]
+    pub(super) fn page_out(&self) {
+        self.advise(0, self.bytes, Advice::LinuxPageOut).expect("advised");
+    }
+
     fn advise(&self, offset: usize, bytes: usize, advice: Advice) -> rustix::io::Result<()> {
         let slot = self.slot(offset, bytes).ok_or(rustix::io::Errno::INVAL)?;
         // SAFETY: the range is inside the mapping. Of the advice given in this file only DontNeed

@@ -114,6 +114,29 @@ fn presence_is_what_was_written_and_reads_nothing() {
     });
 }
 
+/// Bytes of this process in swap (of its shared memory too).
+fn swapped() -> u64 {
+    let smaps = std::fs::read_to_string("/proc/self/smaps_rollup").expect("read");
+    let line = smaps.lines().find_map(|line| line.strip_prefix("Swap:")).expect("a line");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
+#[test]
+fn pages_in_swap_are_present() {
+    for backing in [Backing::Anon, Backing::Memfd] {
+        let memory = memory(backing).expect("memory");
+        let written = PageRange::new(PageIndex(520), 300);
+        memory.copy_in(written, &vec![1; 300 * PAGE_BYTES]).expect("written");
+        let before = swapped();
+        memory.regions()[1].mapping().page_out();
+        let map = memory.presence().expect("scanned");
+        assert_eq!(map.runs().collect::<Vec<_>>(), [written], "{backing:?}");
+        if swapped() <= before {
+            eprintln!("SKIPPED pages_in_swap_are_present, part {backing:?}: no page went to swap");
+        }
+    }
+}
+
 #[test]
 fn presence_without_scan_request_is_the_same() {
     let memory = memory(Backing::Anon).expect("memory");
