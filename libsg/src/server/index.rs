@@ -389,6 +389,12 @@ impl Index {
     }
 }
 
+impl std::fmt::Debug for Index {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} pages in {} extents", self.pages(), self.extents.len())
+    }
+}
+
 fn bounds(range: PageRange) -> (u64, u64) {
     let first = u64::from(range.first.0);
     (first, first + u64::from(range.pages))

@@ -142,6 +142,7 @@ pub struct Slots {
     leases: HashMap<VolumeId, Lease>,
     chunks_max: u64,
     chunks_held: u64,
+    leases_ever: u64,
     stored: u64,
 }
 
@@ -160,6 +161,7 @@ impl Slots {
             leases: HashMap::new(),
             chunks_max,
             chunks_held: 0,
+            leases_ever: 0,
             stored: 0,
         }
     }
@@ -271,6 +273,7 @@ impl Slots {
         }));
         lease.chunks.push(number);
         lease.open.push(number);
+        self.leases_ever += 1;
         Ok(())
     }
 
@@ -428,6 +431,12 @@ impl Slots {
         self.ready.len()
     }
 
+    /// Chunks that were leased since the beginning: where it stands still, nobody writes much.
+    #[must_use]
+    pub fn leases(&self) -> u64 {
+        self.leases_ever
+    }
+
     /// Nobody writes any more: chunks that wait for a lease are to be given back.
     pub fn drop_ready(&mut self) {
         self.leaving.extend(self.ready.drain(..).map(ChunkNumber));
@@ -503,6 +512,12 @@ impl Slots {
                 moved.at = at;
             }
         }
+    }
+}
+
+impl std::fmt::Debug for Slots {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} pages in {} chunks of {}", self.stored, self.chunks_held, self.chunks_max)
     }
 }
 

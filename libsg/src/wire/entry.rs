@@ -366,6 +366,50 @@ impl Entry for GetEntry {
     }
 }
 
+/// Pages of a range that are to be dropped where they are of an older round: the body of `Discard`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiscardEntry {
+    /// Which pages.
+    pub range: PageRange,
+    /// Those of this round and above stay.
+    pub below: Round,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawDiscard {
+    first: U32,
+    pages: U32,
+    below: U16,
+    reserved: [u8; 6],
+}
+
+const _: () = assert!(size_of::<RawDiscard>() == 16);
+
+impl Entry for DiscardEntry {
+    const BYTES: usize = size_of::<RawDiscard>();
+
+    fn encode(&self, out: &mut [u8]) {
+        let raw = RawDiscard {
+            first: self.range.first.0.into(),
+            pages: self.range.pages.into(),
+            below: self.below.0.into(),
+            reserved: [0; 6],
+        };
+        out[..Self::BYTES].copy_from_slice(raw.as_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let raw = RawDiscard::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
+        if raw.reserved != [0; 6] {
+            return Err(Malformed::Reserved);
+        }
+        let range = PageRange::new(PageIndex(raw.first.get()), raw.pages.get());
+        check_run(range.first, range.pages, Encoding::Zero)?;
+        Ok(Self { range, below: Round(raw.below.get()) })
+    }
+}
+
 impl Entry for PageRange {
     const BYTES: usize = 8;
 
@@ -451,6 +495,7 @@ mod test {
             round_trip(IndexEntry::zero(page, run.into(), Round(round)));
             round_trip(GetEntry { page, placement: place });
             round_trip(PageRange::new(page, run.into()));
+            round_trip(DiscardEntry { range: PageRange::new(page, run.into()), below: Round(round) });
             round_trip(page);
             round_trip(Some(place));
             round_trip(None::<Placement>);
@@ -462,6 +507,7 @@ mod test {
             let _ = decode_table::<IndexEntry>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<GetEntry>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<PageRange>(&bytes, count, &mut Vec::new());
+            let _ = decode_table::<DiscardEntry>(&bytes, count, &mut Vec::new());
         }
     }
 

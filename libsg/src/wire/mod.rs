@@ -13,7 +13,7 @@ pub mod handshake;
 pub mod header;
 pub mod message;
 
-pub use entry::{Encoding, GetEntry, IndexEntry, PageEntry};
+pub use entry::{DiscardEntry, Encoding, GetEntry, IndexEntry, PageEntry};
 pub use header::{HEADER_BYTES, Header, Kind, Status};
 
 /// Versions of the wire protocol, newest first.

@@ -1,0 +1,384 @@
+//! One client's connection: requests in, answers out, one after the other.
+//!
+//! Page bytes go from the socket straight into their slots, and from the slots straight to the socket. No lock is
+//! held meanwhile: the slots are the session's until it says that they are filled, and pinned until they are sent.
+//! Whatever ends a session, what it held is freed by the values that hold it.
+
+use std::sync::atomic::Ordering;
+
+use super::budget::Budget;
+use super::slots::SlotRun;
+use super::store::Store;
+use super::stream::{Limit, Stream};
+use super::volumes::StateBlob;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Checksum, Epoch, Placement, VolumeId};
+use crate::limits;
+use crate::memory::vectored::IoPart;
+use crate::pace::TcpInfo;
+use crate::page::{PAGE_BYTES, PageRange};
+use crate::transport::{Channel, Frame, StateAssembler};
+use crate::wire::entry::{self, Entry, decode_table, encode_table};
+use crate::wire::handshake::Purpose;
+use crate::wire::message::{self, VmdReply, VmdRequest};
+use crate::wire::{
+    DiscardEntry, Encoding, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, Malformed, PageEntry, Status,
+};
+
+/// A client's connection.
+pub(super) struct Session<'c> {
+    store: &'c Store,
+    channel: &'c Channel,
+    stream: Stream<'c>,
+    state: StateParts<'c>,
+    buffers: Buffers,
+    statistics: &'c (dyn Fn() -> VmdReply + 'c),
+}
+
+/// Kept from request to request, so that a batch allocates nothing that grows with its pages.
+#[derive(Default)]
+struct Buffers {
+    body: Vec<u8>,
+    answer: Vec<u8>,
+    pages: Vec<PageEntry>,
+    wanted: Vec<GetEntry>,
+    index: Vec<IndexEntry>,
+    ranges: Vec<PageRange>,
+    placements: Vec<Option<Placement>>,
+    runs: Vec<SlotRun>,
+}
+
+/// The pieces of a VM's state that came, and the budget they took.
+struct StateParts<'c> {
+    budget: &'c Budget,
+    assembler: StateAssembler,
+    taken: u64,
+    refused: bool,
+}
+
+impl Drop for StateParts<'_> {
+    fn drop(&mut self) {
+        self.budget.give(self.taken);
+    }
+}
+
+impl<'c> Session<'c> {
+    pub(super) fn new(
+        store: &'c Store,
+        channel: &'c Channel,
+        (limit_in, limit_out): (&'c Limit, &'c Limit),
+        statistics: &'c (dyn Fn() -> VmdReply + 'c),
+    ) -> Self {
+        let state =
+            StateParts { budget: store.budget(), assembler: StateAssembler::new(), taken: 0, refused: false };
+        let stream = Stream::new(channel, limit_in, limit_out);
+        Self { store, channel, stream, state, buffers: Buffers::default(), statistics }
+    }
+
+    /// Serves the client until it closes the connection.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Protocol`] for bytes that no honest client sends, after which the client is told so and
+    /// the connection is of no further use; [`ErrorKind::Unreachable`] when it broke.
+    pub(super) fn serve(&mut self) -> Result<()> {
+        let served = self.serve_all();
+        if let Err(error) = &served
+            && error.kind == ErrorKind::Protocol
+        {
+            let header = Header { status: Status::Malformed, ..Header::new(Kind::Refused) };
+            // Whoever sends nonsense may be gone already.
+            let _ = self.stream.write(&mut [IoPart::Bytes(&header.encode())], &|| false);
+        }
+        served
+    }
+
+    fn serve_all(&mut self) -> Result<()> {
+        let purpose = self.channel.greeting().purpose;
+        if !matches!(purpose, Purpose::VmdBulk | Purpose::VmdUrgent | Purpose::Operator) {
+            return Err(Error::new(ErrorKind::Protocol, "a migration's connection came to an intermediary"));
+        }
+        let mut bytes = [0; HEADER_BYTES];
+        while self.stream.read(&mut bytes)? {
+            let header = Header::decode(&bytes)?;
+            self.check(&header)?;
+            match header.kind {
+                Kind::Put => self.put(&header)?,
+                Kind::Get => self.get(&header)?,
+                Kind::PutIndex => self.put_index(&header)?,
+                Kind::Locate => self.locate(&header)?,
+                Kind::Discard => self.discard(&header)?,
+                Kind::Vmd => self.vmd(&header)?,
+                Kind::State => self.take_state(&header)?,
+                Kind::Ping => self.reply(&header, Kind::Pong, Status::Ok, 0, &[])?,
+                other => return Err(unexpected(other)),
+            }
+        }
+        Ok(())
+    }
+
+    /// A client speaks of the volume, under the epoch and in the version that its handshake named.
+    fn check(&self, header: &Header) -> Result<()> {
+        let greeting = self.channel.greeting();
+        let same = header.volume == greeting.volume && header.epoch == greeting.epoch;
+        if header.version != greeting.version || (!same && greeting.purpose != Purpose::Operator) {
+            return Err(Error::new(
+                ErrorKind::Protocol,
+                "a frame about another volume, epoch or version than the connection's",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Reads the whole body, of a kind that has no page bytes.
+    fn read_body(&mut self, header: &Header) -> Result<()> {
+        self.buffers.body.resize(header.body_bytes as usize, 0);
+        read_whole(&mut self.stream, &mut self.buffers.body)
+    }
+
+    fn put(&mut self, header: &Header) -> Result<()> {
+        let count = usize::from(header.count);
+        let table_bytes = count * PageEntry::BYTES;
+        if count > limits::BATCH_PAGES_MAX || table_bytes > header.body_bytes as usize {
+            return Err(Malformed::Bounds("entries of a batch").into());
+        }
+        self.buffers.body.resize(table_bytes, 0);
+        read_whole(&mut self.stream, &mut self.buffers.body)?;
+        decode_table(&self.buffers.body, count, &mut self.buffers.pages)?;
+        let page_bytes = header.body_bytes as usize - table_bytes;
+        if entry::page_bytes(&self.buffers.pages) != page_bytes {
+            return Err(Malformed::Bounds("bytes of a batch").into());
+        }
+        if self.buffers.pages.iter().any(|entry| entry.encoding == Encoding::Gone) {
+            return Err(Malformed::Bounds("encoding of a page that is put").into());
+        }
+        match self.store_pages(header, page_bytes)? {
+            Ok(()) => {
+                self.buffers.answer.clear();
+                encode_table(self.buffers.placements.iter().copied(), &mut self.buffers.answer);
+                let answer = std::mem::take(&mut self.buffers.answer);
+                let replied = self.reply(header, Kind::PutReply, Status::Ok, header.count, &answer);
+                self.buffers.answer = answer;
+                replied
+            }
+            Err(status) => self.reply(header, Kind::PutReply, status, 0, &[]),
+        }
+    }
+
+    /// Receives the pages of the batch whose table is in the buffers, into slots of their own.
+    fn store_pages(&mut self, header: &Header, page_bytes: usize) -> Result<Result<(), Status>> {
+        let Self { store, stream, buffers, .. } = self;
+        let pages = &buffers.pages;
+        let raw = pages.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
+        let runs = std::mem::take(&mut buffers.runs);
+        let filling = match store.fill(header.volume, header.epoch, raw, runs) {
+            Ok(filling) => filling,
+            Err(status) => {
+                stream.skip(page_bytes)?;
+                return Ok(Err(status));
+            }
+        };
+        if raw == pages.len() {
+            for run in filling.runs() {
+                stream.read_slots(store.arena().slots(*run)?)?;
+            }
+        } else {
+            let mut free = filling.runs().iter().flat_map(|run| run.iter());
+            for entry in pages {
+                let slot = if entry.encoding == Encoding::Raw { free.next() } else { None };
+                match slot {
+                    Some(first) => stream.read_slots(store.arena().slots(SlotRun { first, slots: 1 })?)?,
+                    None => stream.skip(usize::from(entry.encoded_bytes))?,
+                }
+            }
+        }
+        store.bytes_in.fetch_add((raw * PAGE_BYTES) as u64, Ordering::Relaxed);
+        match filling.finish(header.epoch, pages, &mut buffers.placements) {
+            Ok(runs) => {
+                buffers.runs = runs;
+                Ok(Ok(()))
+            }
+            Err(status) => Ok(Err(status)),
+        }
+    }
+
+    fn get(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        let Self { store, stream, buffers, .. } = self;
+        let count = usize::from(header.count);
+        if count > limits::BATCH_PAGES_MAX {
+            return Err(Malformed::Bounds("entries of a batch").into());
+        }
+        decode_table(&buffers.body, count, &mut buffers.wanted)?;
+        let of = (header.volume, header.epoch);
+        let pinned = match store.pin(of, &buffers.wanted, &mut buffers.pages, &mut buffers.runs) {
+            Ok(pinned) => pinned,
+            Err(status) => return self.reply(header, Kind::GetReply, status, 0, &[]),
+        };
+        let page_bytes = entry::page_bytes(&buffers.pages);
+        buffers.answer.clear();
+        buffers.answer.resize(HEADER_BYTES, 0);
+        encode_table(buffers.pages.iter().copied(), &mut buffers.answer);
+        let answer = Header {
+            count: header.count,
+            body_bytes: (buffers.answer.len() - HEADER_BYTES + page_bytes) as u32,
+            delay_us: queueing_delay_us(self.channel),
+            ..header.answer(Kind::GetReply)
+        };
+        buffers.answer[..HEADER_BYTES].copy_from_slice(&answer.encode());
+        let mut parts = Vec::with_capacity(buffers.runs.len() + 1);
+        parts.push(IoPart::Bytes(&buffers.answer));
+        for run in &buffers.runs {
+            parts.push(IoPart::Guest(store.arena().slots(*run)?.readable()));
+        }
+        stream.write(&mut parts, &|| !pinned.in_the_way())?;
+        store.bytes_out.fetch_add(page_bytes as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn put_index(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        decode_table(&self.buffers.body, header.count.into(), &mut self.buffers.index)?;
+        let status = done(self.store.put_index(header.volume, header.epoch, &self.buffers.index));
+        self.reply(header, Kind::PutIndexReply, status, 0, &[])
+    }
+
+    fn locate(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        let Self { store, buffers, .. } = self;
+        decode_table(&buffers.body, header.count.into(), &mut buffers.ranges)?;
+        let Header { volume, epoch, .. } = *header;
+        let (most, index) = (limits::INDEX_ENTRIES_MAX, &mut buffers.index);
+        match store.locate(volume, epoch, &buffers.ranges, most, index) {
+            Ok(()) => {
+                buffers.answer.clear();
+                encode_table(buffers.index.iter().copied(), &mut buffers.answer);
+                let answer = std::mem::take(&mut buffers.answer);
+                let entries = buffers.index.len() as u16;
+                let replied = self.reply(header, Kind::LocateReply, Status::Ok, entries, &answer);
+                self.buffers.answer = answer;
+                replied
+            }
+            Err(status) => self.reply(header, Kind::LocateReply, status, 0, &[]),
+        }
+    }
+
+    fn discard(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        let DiscardEntry { range, below } = DiscardEntry::decode(&self.buffers.body)?;
+        let status = done(self.store.discard(header.volume, header.epoch, range, below));
+        self.reply(header, Kind::DiscardReply, status, 0, &[])
+    }
+
+    fn vmd(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        let (volume, epoch) = (header.volume, header.epoch);
+        let answer = match VmdRequest::decode(&self.buffers.body)? {
+            VmdRequest::GetState => return self.send_state(header),
+            VmdRequest::Describe => self.store.describe(volume).map(VmdReply::Volume),
+            VmdRequest::Statistics => Ok((self.statistics)()),
+            request => self.change(request, volume, epoch).map(|()| VmdReply::Done),
+        };
+        let (status, reply) = match answer {
+            Ok(reply) => (Status::Ok, reply),
+            Err(status) => (status, VmdReply::Done),
+        };
+        self.reply_vmd(header, status, &reply)
+    }
+
+    fn change(&mut self, request: VmdRequest, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        match request {
+            VmdRequest::Create { manifest, members } => self.store.create(volume, epoch, manifest, members),
+            VmdRequest::Members(members) => self.store.set_members(volume, epoch, members),
+            VmdRequest::PutState { bytes, checksum } => self.keep_state(volume, epoch, bytes, checksum),
+            VmdRequest::Commit => self.store.commit(volume, epoch),
+            VmdRequest::Seal => self.store.seal(volume, epoch),
+            VmdRequest::Claim { epoch } => self.store.claim(volume, epoch),
+            VmdRequest::Dissolve => self.store.dissolve(volume, epoch),
+            VmdRequest::Describe | VmdRequest::GetState | VmdRequest::Statistics => Ok(()),
+        }
+    }
+
+    /// A piece of the VM's state. What does not fit the budget is dropped, and refused at the end.
+    fn take_state(&mut self, header: &Header) -> Result<()> {
+        let bytes = u64::from(header.body_bytes);
+        if self.state.refused || !self.state.budget.take(bytes) {
+            self.state.refused = true;
+            return self.stream.skip(header.body_bytes as usize);
+        }
+        self.state.taken += bytes;
+        self.read_body(header)?;
+        self.state.assembler.push(Frame { header: *header, body: &self.buffers.body })
+    }
+
+    fn keep_state(
+        &mut self,
+        volume: VolumeId,
+        epoch: Epoch,
+        bytes: u64,
+        checksum: u32,
+    ) -> Result<(), Status> {
+        let fresh = StateParts {
+            budget: self.state.budget,
+            assembler: StateAssembler::new(),
+            taken: 0,
+            refused: false,
+        };
+        let mut parts = std::mem::replace(&mut self.state, fresh);
+        if parts.refused {
+            return Err(Status::Full);
+        }
+        let whole = parts.assembler.finish(bytes, Checksum(checksum)).map_err(|_| Status::Malformed)?;
+        let blob = StateBlob { bytes: whole.into(), checksum: Checksum(checksum) };
+        self.store.put_state(volume, epoch, blob)?;
+        // The bytes are the volume's from now on.
+        parts.taken = 0;
+        Ok(())
+    }
+
+    fn send_state(&mut self, header: &Header) -> Result<()> {
+        let blob = match self.store.state(header.volume) {
+            Ok(blob) => blob,
+            Err(status) => return self.reply_vmd(header, status, &VmdReply::Done),
+        };
+        let pieces = blob.bytes.len().div_ceil(limits::CONTROL_BYTES_MAX).max(1);
+        for piece in 0..pieces {
+            let at = piece * limits::CONTROL_BYTES_MAX;
+            let bytes = &blob.bytes[at..blob.bytes.len().min(at + limits::CONTROL_BYTES_MAX)];
+            self.reply(header, Kind::State, Status::Ok, u16::from(piece + 1 == pieces), bytes)?;
+        }
+        let end = VmdReply::State { bytes: blob.bytes.len() as u64, checksum: blob.checksum.0 };
+        self.reply_vmd(header, Status::Ok, &end)
+    }
+
+    fn reply_vmd(&mut self, header: &Header, status: Status, reply: &VmdReply) -> Result<()> {
+        let body = message::encode(reply)?;
+        self.reply(header, Kind::VmdReply, status, 0, &body)
+    }
+
+    fn reply(&mut self, to: &Header, kind: Kind, status: Status, count: u16, body: &[u8]) -> Result<()> {
+        let header = Header { status, count, body_bytes: body.len() as u32, ..to.answer(kind) };
+        let bytes = header.encode();
+        self.stream.write(&mut [IoPart::Bytes(&bytes), IoPart::Bytes(body)], &|| true)
+    }
+}
+
+fn read_whole(stream: &mut Stream<'_>, body: &mut [u8]) -> Result<()> {
+    if body.is_empty() || stream.read(body)? {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Unreachable, "the peer closed the connection within a frame"))
+}
+
+fn unexpected(kind: Kind) -> Error {
+    Error::new(ErrorKind::Protocol, format!("a {kind:?} frame where none belongs"))
+}
+
+fn done(result: Result<(), Status>) -> Status {
+    result.err().unwrap_or(Status::Ok)
+}
+
+/// How long what we send on this connection waits in queues, as the kernel measures it.
+fn queueing_delay_us(channel: &Channel) -> Option<u32> {
+    let delay = TcpInfo::read(channel).ok()?.queue_delay()?;
+    u32::try_from(delay.as_micros()).ok()
+}

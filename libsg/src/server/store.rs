@@ -1,0 +1,542 @@
+//! All that an intermediary holds, behind locks that are never kept over input or output.
+//!
+//! Order of the locks: a volume's index, then the volumes, then the slots. A claim takes all three, so that what
+//! the replaced writer had under way is either done before it or refused after it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::arena::Arena;
+use super::budget::Budget;
+use super::index::{BLOCK_BYTES, Index};
+use super::slots::{ChunkNumber, Owner, Refusal, SlotRun, Slots};
+use super::volumes::{Access, StateBlob, Volumes};
+use crate::error::Result;
+use crate::ids::{Epoch, MemberIndex, NodeId, Placement, Round, VolumeId};
+use crate::manifest::Manifest;
+use crate::page::{PAGE_BYTES, PAGE_BYTES_U64, PageRange};
+use crate::wire::message::{Member, NodeStatistics, VolumeInfo, VolumeSummary};
+use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, Status};
+
+/// Chunks whose memory is touched ahead of the writers: what a 10 Gb/s link fills in 13 ms.
+const CHUNKS_AHEAD: usize = 8;
+
+/// Memory that was touched for nobody goes back after this long without a write.
+const AHEAD_FOR: Duration = Duration::from_secs(1);
+
+/// Index and states may take this part of the memory limit beside the pages, and [`BOOKS_BYTES_MIN`].
+const BOOKS_SHARE: u64 = 8;
+const BOOKS_BYTES_MIN: u64 = 128 << 20;
+
+/// What a volume has beside its pages.
+#[derive(Debug)]
+pub(super) struct Books {
+    index: Mutex<Index>,
+    budget: Arc<Budget>,
+}
+
+impl Drop for Books {
+    fn drop(&mut self) {
+        self.budget.give((self.index.get_mut().blocks() * BLOCK_BYTES) as u64);
+    }
+}
+
+/// What would be lost with an intermediary.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Holding {
+    /// Which volume, and how many of its pages are here.
+    pub summary: VolumeSummary,
+    /// Pages that the index here knows of.
+    pub indexed_pages: u64,
+    /// Whether the VM's state is here.
+    pub has_state: bool,
+}
+
+impl Holding {
+    /// Whether anything is here but the volume's name.
+    #[must_use]
+    pub const fn matters(&self) -> bool {
+        self.summary.stored_pages > 0 || self.indexed_pages > 0 || self.has_state
+    }
+}
+
+/// All that an intermediary holds.
+#[derive(Debug)]
+pub(super) struct Store {
+    node: NodeId,
+    zone: Option<String>,
+    limit_bytes: u64,
+    arena: Arena,
+    slots: Mutex<Slots>,
+    /// Slots were taken, chunks are leaving, or the server closes.
+    stirred: Condvar,
+    closing: AtomicBool,
+    volumes: Mutex<Volumes<Arc<Books>>>,
+    budget: Arc<Budget>,
+    stored_ever: AtomicU64,
+    canary_flip: Option<u64>,
+    pub(super) bytes_in: AtomicU64,
+    pub(super) bytes_out: AtomicU64,
+}
+
+impl Store {
+    pub(super) fn new(
+        node: NodeId,
+        zone: Option<String>,
+        limit_bytes: u64,
+        volumes_max: usize,
+        canary_flip: Option<u64>,
+    ) -> Result<Self> {
+        let slots = Slots::new(limit_bytes);
+        Ok(Self {
+            node,
+            zone,
+            limit_bytes,
+            arena: Arena::new(slots.numbers_max())?,
+            slots: Mutex::new(slots),
+            stirred: Condvar::new(),
+            closing: AtomicBool::new(false),
+            volumes: Mutex::new(Volumes::new(volumes_max)),
+            budget: Arc::new(Budget::new(limit_bytes / BOOKS_SHARE + BOOKS_BYTES_MIN)),
+            stored_ever: AtomicU64::new(0),
+            canary_flip,
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn node(&self) -> &NodeId {
+        &self.node
+    }
+
+    pub(super) fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    pub(super) fn budget(&self) -> &Arc<Budget> {
+        &self.budget
+    }
+
+    fn me(&self, members: &[Member]) -> Option<MemberIndex> {
+        members.iter().position(|member| member.node == self.node).map(|at| MemberIndex(at as u16))
+    }
+
+    /// Slots to receive `pages` pages into; they are free again when the value is dropped unfinished.
+    pub(super) fn fill(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        pages: usize,
+        mut runs: Vec<SlotRun>,
+    ) -> Result<Filling<'_>, Status> {
+        runs.clear();
+        let volumes = self.volumes.lock();
+        volumes.admit(volume, epoch, Access::Write)?;
+        let mut slots = self.slots.lock();
+        drop(volumes);
+        let taken = slots.allocate(volume, pages, &mut runs);
+        let stir = slots.ready_chunks() < CHUNKS_AHEAD;
+        drop(slots);
+        if stir {
+            self.stirred.notify_one();
+        }
+        match taken {
+            Ok(()) => Ok(Filling { store: self, runs, volume }),
+            Err(Refusal::Full) => Err(Status::Full),
+            Err(Refusal::NoVolume) => Err(Status::NoVolume),
+        }
+    }
+
+    /// Finds pages and keeps them where they are until the value is dropped: one of `entries` for each of
+    /// `wanted`, and `runs` with the bytes of those that are here, in order.
+    pub(super) fn pin(
+        &self,
+        (volume, epoch): (VolumeId, Epoch),
+        wanted: &[GetEntry],
+        entries: &mut Vec<PageEntry>,
+        runs: &mut Vec<SlotRun>,
+    ) -> Result<Pinned<'_>, Status> {
+        entries.clear();
+        runs.clear();
+        let volumes = self.volumes.lock();
+        let me = self.me(&volumes.admit(volume, epoch, Access::Read)?.members);
+        let mut slots = self.slots.lock();
+        drop(volumes);
+        let mut pinned = Vec::new();
+        for get in wanted {
+            let place = get.placement;
+            let owner = slots
+                .read(volume, get.page, place.slot, place.generation)
+                .filter(|_| me == Some(place.member));
+            let Some(owner) = owner else {
+                entries.push(PageEntry::gone(get.page));
+                continue;
+            };
+            entries.push(PageEntry::raw(get.page, owner.round, owner.checksum));
+            let chunk = ChunkNumber::of(place.slot);
+            if pinned.last() != Some(&chunk) {
+                slots.pin(chunk);
+                pinned.push(chunk);
+            }
+            match runs.last_mut() {
+                Some(run)
+                    if run.first.0 + run.slots == place.slot.0 && ChunkNumber::of(run.first) == chunk =>
+                {
+                    run.slots += 1;
+                }
+                _ => runs.push(SlotRun { first: place.slot, slots: 1 }),
+            }
+        }
+        Ok(Pinned { store: self, chunks: pinned })
+    }
+
+    pub(super) fn create(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        manifest: Manifest,
+        members: Vec<Member>,
+    ) -> Result<(), Status> {
+        let books = Arc::new(Books { index: Mutex::default(), budget: Arc::clone(&self.budget) });
+        let vm = manifest.vm.clone();
+        let mut volumes = self.volumes.lock();
+        if volumes.create(volume, epoch, (manifest, members), books, Instant::now())? {
+            self.slots.lock().open(volume);
+            tracing::info!(%volume, vm, epoch = epoch.0, "volume created");
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_members(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        members: Vec<Member>,
+    ) -> Result<(), Status> {
+        self.volumes.lock().set_members(volume, epoch, members)
+    }
+
+    pub(super) fn commit(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        self.volumes.lock().commit(volume, epoch)?;
+        tracing::info!(%volume, "committed: the VM never runs at its source again");
+        Ok(())
+    }
+
+    pub(super) fn seal(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        self.volumes.lock().seal(volume, epoch)?;
+        tracing::info!(%volume, "sealed");
+        Ok(())
+    }
+
+    pub(super) fn claim(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
+        let index = books.index.lock();
+        self.volumes.lock().claim(volume, epoch)?;
+        drop(index);
+        tracing::info!(%volume, epoch = epoch.0, "claimed");
+        Ok(())
+    }
+
+    pub(super) fn dissolve(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        let mut volumes = self.volumes.lock();
+        let gone = volumes.dissolve(volume, epoch)?;
+        let pages = self.slots.lock().dissolve(volume);
+        drop(volumes);
+        self.stirred.notify_one();
+        if let Some(gone) = gone {
+            let state_bytes = gone.blob.as_ref().map_or(0, |blob| blob.bytes.len() as u64);
+            self.budget.give(state_bytes);
+            tracing::info!(%volume, vm = gone.manifest.vm, pages, "volume dissolved");
+        }
+        Ok(())
+    }
+
+    /// Keeps the VM's state; its bytes were taken from the budget, and go back with it.
+    pub(super) fn put_state(&self, volume: VolumeId, epoch: Epoch, blob: StateBlob) -> Result<(), Status> {
+        let replaced = self.volumes.lock().set_blob(volume, epoch, blob)?;
+        if let Some(replaced) = replaced {
+            self.budget.give(replaced.bytes.len() as u64);
+        }
+        Ok(())
+    }
+
+    pub(super) fn state(&self, volume: VolumeId) -> Result<StateBlob, Status> {
+        self.volumes.lock().get(volume)?.blob.clone().ok_or(Status::State)
+    }
+
+    pub(super) fn put_index(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        entries: &[IndexEntry],
+    ) -> Result<(), Status> {
+        self.with_index(volume, epoch, Access::Write, |index, pages| {
+            let inside = |entry: &IndexEntry| u64::from(entry.page.0) + u64::from(entry.run_pages) <= pages;
+            if !entries.iter().all(inside) {
+                return Err(Status::Malformed);
+            }
+            let before = index.blocks();
+            let mut reserved = 0;
+            let put = index.put(entries, &mut || {
+                let granted = self.budget.take(BLOCK_BYTES as u64);
+                reserved += usize::from(granted);
+                granted
+            });
+            // Blocks that became runs of zeros are gone again.
+            self.budget.give(((before + reserved - index.blocks()) * BLOCK_BYTES) as u64);
+            put.map_err(|_| Status::Full)
+        })
+    }
+
+    pub(super) fn locate(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        ranges: &[PageRange],
+        entries_max: usize,
+        out: &mut Vec<IndexEntry>,
+    ) -> Result<(), Status> {
+        out.clear();
+        self.with_index(volume, epoch, Access::Read, |index, _| {
+            ranges.iter().for_each(|range| index.locate(*range, entries_max, out));
+            Ok(())
+        })
+    }
+
+    pub(super) fn discard(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        range: PageRange,
+        below: Round,
+    ) -> Result<(), Status> {
+        self.with_index(volume, epoch, Access::Write, |index, _| {
+            let before = index.blocks();
+            index.discard(range, below);
+            let after = index.blocks();
+            // The ends of the range may cut a run of zeros: two blocks that are counted, not asked for.
+            self.budget.take_anyway((after.saturating_sub(before) * BLOCK_BYTES) as u64);
+            self.budget.give((before.saturating_sub(after) * BLOCK_BYTES) as u64);
+            Ok(())
+        })?;
+        let chunks = self.slots.lock().chunks_of(volume);
+        for nth in (0..chunks).rev() {
+            self.slots.lock().discard_in(volume, nth, range, below);
+        }
+        self.stirred.notify_one();
+        Ok(())
+    }
+
+    fn with_index<T>(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        access: Access,
+        act: impl FnOnce(&mut Index, u64) -> Result<T, Status>,
+    ) -> Result<T, Status> {
+        let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
+        let mut index = books.index.lock();
+        let pages = self.volumes.lock().admit(volume, epoch, access)?.manifest.pages();
+        act(&mut index, u64::from(pages))
+    }
+
+    pub(super) fn describe(&self, volume: VolumeId) -> Result<VolumeInfo, Status> {
+        let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
+        let indexed_pages = books.index.lock().pages();
+        let volumes = self.volumes.lock();
+        let known = volumes.get(volume)?;
+        Ok(VolumeInfo {
+            volume,
+            manifest: known.manifest.clone(),
+            members: known.members.clone(),
+            epoch: known.epoch,
+            state: known.state,
+            committed: known.committed,
+            has_state: known.blob.is_some(),
+            stored_pages: self.slots.lock().stored_pages_of(volume),
+            indexed_pages,
+            age_s: known.created.elapsed().as_secs(),
+        })
+    }
+
+    /// What would be lost if this server went now.
+    pub(super) fn holdings(&self) -> Vec<Holding> {
+        let volumes = self.volumes.lock();
+        let found: Vec<_> = volumes
+            .iter()
+            .map(|(id, volume)| {
+                let stored_pages = self.slots.lock().stored_pages_of(id);
+                let summary = VolumeSummary {
+                    volume: id,
+                    vm: volume.manifest.vm.clone(),
+                    state: volume.state,
+                    committed: volume.committed,
+                    stored_pages,
+                    age_s: volume.created.elapsed().as_secs(),
+                };
+                (summary, volume.blob.is_some(), Arc::clone(&volume.payload))
+            })
+            .collect();
+        drop(volumes);
+        let holding = |(summary, has_state, books): (_, _, Arc<Books>)| Holding {
+            summary,
+            has_state,
+            indexed_pages: books.index.lock().pages(),
+        };
+        found.into_iter().map(holding).collect()
+    }
+
+    pub(super) fn statistics(&self, connections: u32) -> NodeStatistics {
+        let volumes = self.holdings().into_iter().map(|holding| holding.summary).collect();
+        let slots = self.slots.lock();
+        NodeStatistics {
+            node: self.node.clone(),
+            zone: self.zone.clone(),
+            limit_bytes: self.limit_bytes,
+            used_bytes: slots.stored_pages() * PAGE_BYTES_U64,
+            arena_bytes: slots.arena_bytes(),
+            bytes_in: self.bytes_in.load(Ordering::Relaxed),
+            bytes_out: self.bytes_out.load(Ordering::Relaxed),
+            connections,
+            volumes,
+        }
+    }
+
+    /// The work of the thread that touches memory ahead of the writers and gives it back behind
+    /// them. Returns once [`Self::close`] was called.
+    pub(super) fn tend_memory(&self) {
+        let mut slots = self.slots.lock();
+        let mut written = false;
+        loop {
+            while let Some(chunk) = slots.next_leaving() {
+                MutexGuard::unlocked(&mut slots, || self.arena.give_back(chunk));
+                slots.given_back(chunk);
+            }
+            if self.closing.load(Ordering::Acquire) {
+                return;
+            }
+            while written && slots.ready_chunks() < CHUNKS_AHEAD {
+                let Some(chunk) = slots.prepare() else { break };
+                let touched = MutexGuard::unlocked(&mut slots, || self.arena.touch(chunk));
+                slots.prepared(chunk);
+                if let Err(error) = touched {
+                    tracing::warn!(error = error.chain(), "memory cannot be touched ahead of need");
+                    break;
+                }
+            }
+            let before = slots.leases();
+            let waited = self.stirred.wait_for(&mut slots, AHEAD_FOR);
+            written = slots.leases() != before || (written && !waited.timed_out());
+            if waited.timed_out() && !written {
+                slots.drop_ready();
+            }
+        }
+    }
+
+    pub(super) fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.stirred.notify_all();
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// For the test canary: damages the n-th page that was ever stored.
+    fn canary(&self, slot: SlotRun) {
+        let Some(nth) = self.canary_flip else { return };
+        if self.stored_ever.fetch_add(1, Ordering::Relaxed) + 1 != nth {
+            return;
+        }
+        if let Ok(memory) = self.arena.slots(slot) {
+            let byte = memory.skip(PAGE_BYTES / 2).take(1);
+            let mut value = [0];
+            byte.readable().copy_to(&mut value);
+            byte.copy_from(&[!value[0]]);
+            tracing::warn!(slot = slot.first.0, "test canary: flipped a byte of a stored page");
+        }
+    }
+}
+
+/// Slots that pages are received into.
+pub(super) struct Filling<'s> {
+    store: &'s Store,
+    runs: Vec<SlotRun>,
+    volume: VolumeId,
+}
+
+impl Filling<'_> {
+    /// The slots, in the order of the pages.
+    pub(super) fn runs(&self) -> &[SlotRun] {
+        &self.runs
+    }
+
+    /// The bytes are in: from now on any client can read them. Gives the placement of each raw entry, and the
+    /// vector of runs for the next batch.
+    pub(super) fn finish(
+        mut self,
+        epoch: Epoch,
+        entries: &[PageEntry],
+        placements: &mut Vec<Option<Placement>>,
+    ) -> Result<Vec<SlotRun>, Status> {
+        placements.clear();
+        let store = self.store;
+        for slot in self.runs.iter().flat_map(|run| run.iter()) {
+            store.canary(SlotRun { first: slot, slots: 1 });
+        }
+        let volumes = store.volumes.lock();
+        let known = volumes.admit(self.volume, epoch, Access::Write)?;
+        let member = store.me(&known.members).ok_or(Status::State)?;
+        let mut slots = store.slots.lock();
+        let mut free = self.runs.iter().flat_map(|run| run.iter());
+        for entry in entries {
+            let slot = if entry.encoding == Encoding::Raw { free.next() } else { None };
+            placements.push(slot.and_then(|slot| {
+                let owner = Owner { page: entry.page, checksum: entry.checksum, round: entry.round };
+                let generation = slots.store(slot, owner)?;
+                Some(Placement { member, slot, generation })
+            }));
+        }
+        drop(slots);
+        drop(volumes);
+        Ok(std::mem::take(&mut self.runs))
+    }
+}
+
+impl Drop for Filling<'_> {
+    fn drop(&mut self) {
+        if self.runs.is_empty() {
+            return;
+        }
+        let mut slots = self.store.slots.lock();
+        self.runs.iter().flat_map(|run| run.iter()).for_each(|slot| slots.free(slot));
+        drop(slots);
+        self.store.stirred.notify_one();
+    }
+}
+
+/// Chunks that are being sent from.
+pub(super) struct Pinned<'s> {
+    store: &'s Store,
+    chunks: Vec<ChunkNumber>,
+}
+
+impl Pinned<'_> {
+    /// Whether a volume that was dissolved cannot give its memory back because of this.
+    pub(super) fn in_the_way(&self) -> bool {
+        let slots = self.store.slots.lock();
+        self.chunks.iter().any(|chunk| slots.condemned(*chunk))
+    }
+}
+
+impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        let mut slots = self.store.slots.lock();
+        self.chunks.iter().for_each(|chunk| slots.unpin(*chunk));
+        drop(slots);
+        self.store.stirred.notify_one();
+    }
+}

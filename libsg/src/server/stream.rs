@@ -1,0 +1,221 @@
+//! A session's end of its connection: whole pieces in and out, waiting as long as it takes.
+//!
+//! One direction at a time is enough: clients never wait while they write, so a session that waits for its
+//! answers to be taken stops only a client that reads nothing, and holds no more than one answer for it.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::SlotSlice;
+use crate::memory::vectored::{self, IoPart, IoPartMut};
+use crate::pace::{self, TokenBucket};
+use crate::page::PAGE_BYTES;
+use crate::transport::{self, Channel};
+
+/// Bytes read beyond what is asked for: the next header and table come with a batch's last pages.
+const AHEAD_BYTES: usize = 2048;
+
+/// How often a session that waits looks whether it still should.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// What the operator allows, over all connections of the server.
+#[derive(Debug)]
+pub(super) struct Limit(Mutex<TokenBucket>);
+
+impl Limit {
+    /// So many bytes a second; zero is unlimited.
+    pub(super) fn new(bytes_per_s: u64) -> Self {
+        let rate = (bytes_per_s > 0).then_some(bytes_per_s);
+        Self(Mutex::new(TokenBucket::new(Instant::now(), rate)))
+    }
+
+    /// Waits until some of `bytes` may move, and says how many.
+    fn wait(&self, bytes: usize) -> usize {
+        let mut bucket = self.0.lock();
+        let Some(rate) = bucket.rate() else { return bytes };
+        let slice = bytes.min(pace::slice_bytes(Some(rate)) as usize);
+        loop {
+            match bucket.take(Instant::now(), slice as u64) {
+                Ok(()) => return slice,
+                Err(wait) => parking_lot::MutexGuard::unlocked(&mut bucket, || {
+                    std::thread::sleep(wait.min(LOOK_EVERY));
+                }),
+            }
+        }
+    }
+
+    fn give_back(&self, bytes: usize) {
+        if bytes > 0 {
+            self.0.lock().give_back(bytes as u64);
+        }
+    }
+}
+
+/// A session's end of its connection.
+pub(super) struct Stream<'c> {
+    channel: &'c Channel,
+    limit_in: &'c Limit,
+    limit_out: &'c Limit,
+    ahead: [u8; AHEAD_BYTES],
+    /// The part of `ahead` that was not given out.
+    from: usize,
+    to: usize,
+}
+
+impl<'c> Stream<'c> {
+    pub(super) fn new(channel: &'c Channel, limit_in: &'c Limit, limit_out: &'c Limit) -> Self {
+        Self { channel, limit_in, limit_out, ahead: [0; AHEAD_BYTES], from: 0, to: 0 }
+    }
+
+    /// Fills `out`. `false` when the peer closed before its first byte.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unreachable`] when the connection broke or ended in between.
+    pub(super) fn read(&mut self, mut out: &mut [u8]) -> Result<bool> {
+        let wanted = out.len();
+        loop {
+            let ready = self.ahead.get(self.from..self.to).unwrap_or_default();
+            let take = ready.len().min(out.len());
+            let (head, rest) = out.split_at_mut(take);
+            head.copy_from_slice(&ready[..take]);
+            self.from += take;
+            out = rest;
+            if out.is_empty() {
+                return Ok(true);
+            }
+            let first = out.len() == wanted;
+            let got = self.receive(out.len(), IoPartMut::Bytes(&mut *out))?;
+            if got == 0 {
+                return if first { Ok(false) } else { Err(ended()) };
+            }
+            out = &mut out[got..];
+        }
+    }
+
+    /// Fills a run of slots, straight from the socket.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(super) fn read_slots(&mut self, mut slots: SlotSlice<'_>) -> Result<()> {
+        let ready = self.ahead.get(self.from..self.to).unwrap_or_default();
+        let take = ready.len().min(slots.len());
+        slots.take(take).copy_from(&ready[..take]);
+        self.from += take;
+        slots = slots.skip(take);
+        while !slots.is_empty() {
+            let allowed = self.limit_in.wait(slots.len());
+            let got = self.receive(slots.len(), IoPartMut::Slot(slots.take(allowed)))?;
+            if got == 0 {
+                return Err(ended());
+            }
+            self.limit_in.give_back(allowed.saturating_sub(got));
+            slots = slots.skip(got);
+        }
+        Ok(())
+    }
+
+    /// Drops `bytes` bytes that come.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub(super) fn skip(&mut self, mut bytes: usize) -> Result<()> {
+        let mut sink = [0; PAGE_BYTES];
+        while bytes > 0 {
+            let piece = bytes.min(sink.len());
+            if !self.read(&mut sink[..piece])? {
+                return Err(ended());
+            }
+            bytes -= piece;
+        }
+        Ok(())
+    }
+
+    /// Receives once into `part`, which wants `missing` bytes, and ahead behind it when it is all that is
+    /// missing. Gives the bytes of `part`; zero is the end.
+    fn receive(&mut self, missing: usize, part: IoPartMut<'_>) -> Result<usize> {
+        let wanted = part.len();
+        self.from = 0;
+        self.to = 0;
+        let ahead = if wanted == missing { &mut self.ahead[..] } else { &mut [] };
+        let mut parts = [part, IoPartMut::Bytes(ahead)];
+        loop {
+            match vectored::recv(self.channel, &mut parts) {
+                Ok(got) => {
+                    self.to = got.saturating_sub(wanted);
+                    if got >= PAGE_BYTES {
+                        // An acknowledgement that waits would look like a queue to the sender.
+                        let _ = pace::quick_ack(self.channel);
+                    }
+                    return Ok(got.min(wanted));
+                }
+                Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => {
+                    transport::wait(&[(Some(self.channel.as_fd()), false)], LOOK_EVERY)?;
+                }
+                Err(cause) => return Err(cause.into()),
+            }
+        }
+    }
+
+    /// Writes all of it. `patience` is asked about once a second while the peer takes nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unreachable`] when the connection broke, or patience is over.
+    pub(super) fn write(&mut self, parts: &mut [IoPart<'_>], patience: &dyn Fn() -> bool) -> Result<()> {
+        let mut rest = parts;
+        let mut left: usize = rest.iter().map(IoPart::len).sum();
+        while left > 0 {
+            let allowed = self.limit_out.wait(left);
+            let sent = self.send(rest, allowed, patience)?;
+            self.limit_out.give_back(allowed.saturating_sub(sent));
+            left -= sent;
+            rest = IoPart::advance(rest, sent);
+        }
+        Ok(())
+    }
+
+    fn send(&self, parts: &[IoPart<'_>], bytes_max: usize, patience: &dyn Fn() -> bool) -> Result<usize> {
+        let mut some = [IoPart::Bytes(&[]); vectored::IO_PARTS_MAX];
+        let (mut count, mut bytes) = (0, 0);
+        for (slot, part) in some.iter_mut().zip(parts) {
+            let take = part.len().min(bytes_max - bytes);
+            *slot = match part {
+                IoPart::Bytes(own) => IoPart::Bytes(&own[..take]),
+                IoPart::Guest(guest) => IoPart::Guest(guest.take(take)),
+            };
+            (count, bytes) = (count + 1, bytes + take);
+            if bytes == bytes_max {
+                break;
+            }
+        }
+        loop {
+            match vectored::send(self.channel, &some[..count]) {
+                Ok(sent) => return Ok(sent),
+                Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => {
+                    if !writable_soon(self.channel)? && !patience() {
+                        let what = "the peer takes no answer, and its volume was dissolved";
+                        return Err(Error::new(ErrorKind::Unreachable, what));
+                    }
+                }
+                Err(cause) => return Err(cause.into()),
+            }
+        }
+    }
+}
+
+/// Waits until the socket takes bytes; `false` when it did not for a while.
+fn writable_soon(socket: impl AsFd) -> Result<bool> {
+    let timeout = Timespec { tv_sec: LOOK_EVERY.as_secs() as i64, tv_nsec: 0 };
+    match rustix::event::poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&timeout)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(rustix::io::Errno::INTR) => Ok(true),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn ended() -> Error {
+    Error::new(ErrorKind::Unreachable, "the peer closed the connection within a frame")
+}
