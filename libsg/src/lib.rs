@@ -20,5 +20,6 @@ pub mod pace;
 pub mod transport;
 pub mod vmd;
 pub mod server;
+pub mod migrate;
 
 pub use error::{Error, ErrorKind, Result};

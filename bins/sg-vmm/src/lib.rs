@@ -18,6 +18,7 @@ pub mod thread_vcpu;
 pub mod saved;
 pub mod verify;
 pub mod vm;
+pub mod migration;
 pub mod control;
 pub mod cli;
 pub mod app;

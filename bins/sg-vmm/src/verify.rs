@@ -8,7 +8,7 @@
 //!
 //! In either kind of pass the parts do not overlap, so that a wrong byte is found once.
 
-use libsg::page::PAGE_BYTES_U64;
+use libsg::page::{PAGE_BYTES_U64, PageRange};
 
 use crate::config::{Layout, VmConfig};
 use crate::guest;
@@ -30,14 +30,26 @@ pub struct Findings {
 }
 
 /// Compares guest memory with what it must be: every byte that never changes, and with `heads` the
-/// rest as well. `stop` ends it early, and is told how many pages are done.
-pub fn look(config: &VmConfig, memory: &Memory, heads: bool, stop: impl Fn(u64) -> bool) -> Findings {
+/// rest as well, but for pages that are lost. `stop` ends it early, and is told how many pages are
+/// done.
+pub fn look(
+    config: &VmConfig,
+    memory: &Memory,
+    lost: &[PageRange],
+    heads: bool,
+    stop: impl Fn(u64) -> bool,
+) -> Findings {
+    let is_lost = |page: u64| lost.iter().any(|run| run.positions().contains(&(page as usize)));
     let (layout, format) = (Layout::of(config), config.format());
     let mut findings = Findings::default();
     let (mut want, mut found) = ([0; PAGE_WORDS], [0; PAGE_WORDS]);
     for page in 0..layout.pages {
         if page.is_multiple_of(1024) && stop(page) {
             break;
+        }
+        let shadow_page = layout.shadow_offset(page) / PAGE_BYTES_U64;
+        if !lost.is_empty() && (is_lost(page) || is_lost(shadow_page)) {
+            continue;
         }
         memory.load_page(page, &mut found);
         let same = if page >= layout.workload {

@@ -1,11 +1,12 @@
 //! The VM: memory, vCPUs and their threads; paused, saved, loaded and run as a whole.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
+use libsg::page::{PAGE_BYTES_U64, PageRange};
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 
@@ -40,6 +41,8 @@ pub struct Vm {
     kick_signal: i32,
     fill_pages: AtomicU64,
     host_mismatches: AtomicU64,
+    retired: AtomicBool,
+    lost: Mutex<Vec<PageRange>>,
     verifying: Mutex<()>,
     /// Pages of the last pass, if the VMM made it.
     verified_by_vmm: AtomicU64,
@@ -111,6 +114,8 @@ impl Vm {
             kick_signal: raw::kick_signal()?,
             fill_pages: AtomicU64::new(0),
             host_mismatches: AtomicU64::new(0),
+            retired: AtomicBool::new(false),
+            lost: Mutex::default(),
             verifying: Mutex::new(()),
             verified_by_vmm: AtomicU64::new(0),
             passes: AtomicU64::new(0),
@@ -137,9 +142,13 @@ impl Vm {
     /// Starts the vCPUs. Does nothing when they run.
     ///
     /// # Errors
-    /// [`ErrorKind::Vm`] after a vCPU was lost, [`ErrorKind::System`] when no thread can be started.
+    /// [`ErrorKind::Vm`] after [`Self::retire`] or when a vCPU was lost, [`ErrorKind::System`] when no
+    /// thread can be started.
     pub fn run(&self) -> Result<()> {
         let mut engine = self.engine.lock();
+        if self.retired.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Vm, "the VM has moved: it never runs here again"));
+        }
         let vcpus = match std::mem::replace(&mut *engine, Engine::Lost) {
             Engine::Parked(vcpus) => vcpus,
             Engine::Running(running) => {
@@ -310,7 +319,7 @@ impl Vm {
             }
             give_up()
         };
-        let found = verify::look(&self.config, &self.memory, by == Verifier::Vmm, stop);
+        let found = verify::look(&self.config, &self.memory, &self.lost(), by == Verifier::Vmm, stop);
         let wrong = found.wrong.len() + self.judge(found.suspects)?;
         self.host_mismatches.fetch_add(wrong as u64, Ordering::Relaxed);
         let waits = |c: &Arc<VcpuCounters>| pass.is_some_and(|pass| c.passes.load(Ordering::Acquire) < pass);
@@ -349,6 +358,40 @@ impl Vm {
         let counted = self.total(|c| &c.writes);
         let open = self.total(|c| &c.open_writes);
         (counted..=counted + open).contains(&verify::writes_in_shadow(&self.config, &self.memory))
+    }
+
+    /// The VM has moved: nothing runs it here again. It is paused already.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
+    /// These pages are lost for good: the VMM does not read them, a vCPU that does gets an error.
+    pub fn lose(&self, pages: &[PageRange]) {
+        tracing::error!(pages = ?pages, "pages are lost");
+        self.lost.lock().extend_from_slice(pages);
+    }
+
+    /// The pages that are lost.
+    #[must_use]
+    pub fn lost(&self) -> Vec<PageRange> {
+        self.lost.lock().clone()
+    }
+
+    /// A canary: makes one page of the workload wrong, between two operations of the guest. Exactly
+    /// one mismatch must follow.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] when the workload has no such page; as [`Self::stop`].
+    pub fn spoil(&self, page: u64) -> Result<()> {
+        let layout = Layout::of(&self.config);
+        if !(layout.workload..layout.pages).contains(&page) {
+            let why = format!("page {page} is not one of {} to {}", layout.workload, layout.pages - 1);
+            return Err(Error::new(ErrorKind::Input, why));
+        }
+        let running = self.is_running();
+        self.stop()?;
+        self.memory.flip(page * PAGE_BYTES_U64 + 8);
+        if running { self.run() } else { Ok(()) }
     }
 
     /// Inverts one byte of guest memory: a canary that verification must find.
@@ -395,7 +438,7 @@ impl Vm {
             verified_pages,
             verify_passes: self.passes.load(Ordering::Relaxed),
             fill_pages: self.fill_pages.load(Ordering::Relaxed),
-            pages: self.config.memory_bytes / libsg::page::PAGE_BYTES_U64,
+            pages: self.config.memory_bytes / PAGE_BYTES_U64,
             running,
             failure: self.failure.lock().clone(),
         }

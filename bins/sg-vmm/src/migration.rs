@@ -1,0 +1,109 @@
+//! This VM under libsg's seams: one that leaves ([`Leaving`]), one that arrives ([`Arriving`]).
+
+use std::sync::Arc;
+
+use libsg::manifest::Manifest;
+use libsg::migrate::{IncomingVm, OutgoingVm};
+use libsg::page::PageRange;
+use libsg::sink::PageSink;
+use libsg::uffd::Uffd;
+use libsg::{Error, ErrorKind, Result};
+use parking_lot::Mutex;
+
+use crate::config::VmConfig;
+use crate::memory::Memory;
+use crate::serial::Serial;
+use crate::vm::Vm;
+
+/// The VM at the source.
+pub struct Leaving(Arc<Vm>);
+
+impl Leaving {
+    /// A VM that runs here. Its rates and its longest pause are measured from now on.
+    #[must_use]
+    pub fn new(vm: Arc<Vm>) -> Self {
+        vm.begin_window();
+        Self(vm)
+    }
+}
+
+impl OutgoingVm for Leaving {
+    fn pause(&mut self) -> Result<Vec<u8>> {
+        self.0.pause()
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.0.run()
+    }
+
+    fn committed(&mut self) {
+        self.0.retire();
+    }
+}
+
+/// Where the VM that arrives is to be found; shared with who controls it.
+#[derive(Clone, Default)]
+pub struct Berth(Arc<Mutex<Option<Arc<Vm>>>>);
+
+impl Berth {
+    /// The VM, once it is built and as long as it is not abandoned.
+    #[must_use]
+    pub fn vm(&self) -> Option<Arc<Vm>> {
+        self.0.lock().clone()
+    }
+
+    /// Puts a VM there.
+    pub fn place(&self, vm: Arc<Vm>) {
+        *self.0.lock() = Some(vm);
+    }
+
+    fn expect(&self) -> Result<Arc<Vm>> {
+        self.vm().ok_or_else(|| Error::new(ErrorKind::Vm, "no VM has been prepared"))
+    }
+}
+
+/// The VM at the destination.
+pub struct Arriving {
+    berth: Berth,
+    serial: Serial,
+}
+
+impl Arriving {
+    /// A VM that will be built in `berth` when its manifest comes.
+    #[must_use]
+    pub fn new(berth: Berth, serial: Serial) -> Self {
+        Self { berth, serial }
+    }
+}
+
+impl IncomingVm for Arriving {
+    fn prepare(&mut self, manifest: &Manifest) -> Result<Arc<dyn PageSink>> {
+        let config = VmConfig::from_manifest(manifest)?;
+        let memory = Memory::allocate(&config)?;
+        let sink = Uffd::register(memory.guest())?;
+        self.berth.place(Arc::new(Vm::new(config, Arc::new(memory), &self.serial)?));
+        Ok(Arc::new(sink))
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<()> {
+        self.berth.expect()?.load(state)
+    }
+
+    fn run(&mut self) -> Result<()> {
+        self.berth.expect()?.run()
+    }
+
+    fn abandon(&mut self) {
+        *self.berth.0.lock() = None;
+    }
+
+    fn lost(&mut self, pages: &[PageRange]) {
+        if let Some(vm) = self.berth.vm() {
+            vm.lose(pages);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "migration_test.rs"]
+mod test;
