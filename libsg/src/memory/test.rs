@@ -15,38 +15,39 @@ fn memory(backing: Backing) -> Option<GuestMemory> {
         unit: InstallUnit::Huge2M,
     };
     let regions = vec![region("low", 1), region("high", 2), region("rom", 1)];
-    if backing == Backing::Hugetlb2M && !huge_pages(16) {
-        return None;
-    }
     let manifest = Manifest { vm: "vm".into(), regions, vm_config: Vec::new() };
-    Some(GuestMemory::allocate(&manifest, backing).expect("memory"))
+    let allocate = || GuestMemory::allocate(&manifest, backing);
+    if backing == Backing::Hugetlb2M { on_huge_pages(allocate) } else { Some(allocate().expect("memory")) }
 }
 
-/// Asks the kernel for free huge pages; says by name what is left out without them.
-pub(crate) fn huge_pages(wanted: u64) -> bool {
+/// Allocates from huge pages, of which it has the kernel reserve more when there are too few: other
+/// tests run at the same time. Says by name what is left out when there are none.
+pub(crate) fn on_huge_pages<T>(allocate: impl Fn() -> Result<T>) -> Option<T> {
     const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+    /// What one test needs at most, and again as much for what it gives back meanwhile.
+    const SPARE: u64 = 16;
     let read = |file: &str| -> u64 {
         let text = std::fs::read_to_string(format!("{POOL}/{file}")).unwrap_or_default();
         text.trim().parse().unwrap_or(0)
     };
-    let unreserved = || read("free_hugepages").saturating_sub(read("resv_hugepages"));
-    // Tests run side by side: each asks for its own, on top of what there is.
-    for _ in 0..3 {
-        if unreserved() >= wanted {
-            return true;
+    let mut refused = String::from("the pool is exhausted");
+    for _ in 0..8 {
+        if read("free_hugepages") >= read("resv_hugepages") + SPARE {
+            match allocate() {
+                Ok(memory) => return Some(memory),
+                Err(error) => refused = error.chain(),
+            }
         }
-        let more = read("nr_hugepages") + wanted;
-        if std::fs::write(format!("{POOL}/nr_hugepages"), more.to_string()).is_err() {
+        let more = read("nr_hugepages") + SPARE;
+        if let Err(error) = std::fs::write(format!("{POOL}/nr_hugepages"), more.to_string()) {
+            refused = error.to_string();
             break;
         }
     }
     let thread = std::thread::current();
-    let test = thread.name().unwrap_or("a test").to_owned();
-    if unreserved() < wanted {
-        eprintln!("SKIPPED {test}, part hugetlb: no {wanted} free 2 MiB huge pages, and none to be reserved");
-        return false;
-    }
-    true
+    let test = thread.name().unwrap_or("a test");
+    eprintln!("SKIPPED {test}, part hugetlb: no 2 MiB huge pages to be had: {refused}");
+    None
 }
 
 fn every_backing(test: impl Fn(Backing, GuestMemory)) {
@@ -167,8 +168,7 @@ fn what_another_mapping_wrote_is_present() {
 fn huge_pages_do_not_back_small_units() {
     let region =
         Region { name: "ram".into(), guest_address: None, length_bytes: 2 << 20, unit: InstallUnit::Page };
-    if huge_pages(1) {
-        let mapping = Mapping::hugetlb("ram", 2 << 20).expect("memory");
+    if let Some(mapping) = on_huge_pages(|| Mapping::hugetlb("ram", 2 << 20)) {
         assert!(GuestMemory::from_mappings(vec![(region.clone(), mapping)]).is_err());
     }
     let short = Mapping::anonymous(4096).expect("memory");
