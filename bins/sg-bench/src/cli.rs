@@ -150,8 +150,8 @@ pub struct VmArgs {
     /// Guest memory
     #[arg(long, value_name = "SIZE", default_value = "1G")]
     pub memory: Size,
-    /// What the guest does: idle, sequential, random or reader
-    #[arg(long, default_value = "random")]
+    /// What the guest does
+    #[arg(long, default_value = "random", value_parser = ["idle", "sequential", "random", "reader"])]
     pub workload: String,
     /// Memory that the guest works on [default: all]
     #[arg(long, value_name = "SIZE")]
@@ -160,19 +160,19 @@ pub struct VmArgs {
     #[arg(long, value_name = "PAGES_PER_S", default_value_t = 10_000)]
     pub write_rate: u64,
     /// Fraction of pages that are zero at the start
-    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    #[arg(long, value_name = "F", default_value_t = 0.0, value_parser = fraction)]
     pub zero_fraction: f64,
     /// Fraction of pages whose content every VM has alike
-    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    #[arg(long, value_name = "F", default_value_t = 0.0, value_parser = fraction)]
     pub common: f64,
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub vcpus: u16,
-    /// How vCPUs are run: kvm, thread, or auto (kvm where there is one)
-    #[arg(long, default_value = "auto")]
+    /// How vCPUs are run; auto = kvm where it can be used
+    #[arg(long, default_value = "auto", value_parser = ["kvm", "thread", "auto"])]
     pub vcpu: String,
-    /// What guest memory is made of: anon, memfd or hugetlb
-    #[arg(long, default_value = "anon")]
+    /// What guest memory is made of
+    #[arg(long, default_value = "anon", value_parser = ["anon", "memfd", "hugetlb"])]
     pub backing: String,
     /// What the guest's content and choices come from
     #[arg(long, default_value_t = 1)]
@@ -234,6 +234,10 @@ impl MigrateArgs {
     }
 }
 
+fn fraction(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|f| (0.0..=1.0).contains(f)).ok_or_else(|| "not a number from 0 to 1".into())
+}
+
 fn on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
@@ -250,6 +254,18 @@ mod test {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_values_are_refused_before_anything_is_built() {
+        for wrong in
+            ["--workload=x", "--zero-fraction=2", "--vms=0", "--repeat=0", "--kill=i1", "--memory=1X"]
+        {
+            assert!(Cli::try_parse_from(["sg-bench", "migrate", wrong]).is_err(), "{wrong}");
+        }
+        let plain = MigrateArgs::new();
+        assert_eq!((plain.vm.memory, plain.lab.intermediaries, plain.vms), (Size(1 << 30), 2, 1));
+        assert!(plain.injections().is_empty());
     }
 
     #[test]

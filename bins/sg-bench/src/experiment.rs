@@ -9,7 +9,7 @@ use libsg::report::{Host, Report, Status};
 
 use crate::cli::{MigrateArgs, Until};
 use crate::cluster::Cluster;
-use crate::events::{Events, Harm};
+use crate::events::Events;
 use crate::follow::Following;
 use crate::lab::{Lab, Node};
 use crate::ui::Ui;
@@ -178,9 +178,14 @@ pub fn command(args: &MigrateArgs) -> Result<u8> {
     if let Some(path) = &args.events {
         std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
     }
-    for when in &args.kill {
-        let harmless = matches!(when.node, Node::Intermediary(n) if n > args.lab.intermediaries);
-        ensure!(!harmless, "there is no {} to {:?}", when.node, Harm::Kill);
+    for injection in args.injections() {
+        let node = injection.when.node;
+        let absent = matches!(node, Node::Intermediary(n) if n > args.lab.intermediaries);
+        ensure!(
+            !absent,
+            "there is no {node} in this experiment (--intermediaries {})",
+            args.lab.intermediaries
+        );
     }
     let mut reports = Vec::new();
     for run_number in 1..=args.repeat {

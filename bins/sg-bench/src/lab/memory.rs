@@ -102,18 +102,31 @@ fn is_v1() -> bool {
 
 fn make_swap(path: &Path, size: Size) -> Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    // Written out, not just sized: the kernel refuses a swap file with holes.
-    let block = vec![0; 1 << 20];
-    for _ in 0..size.0.div_ceil(1 << 20) {
-        file.write_all(&block).context("no room for the swap file")?;
+    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    // Allocated at once where the file system can, which ext4 and xfs swap to. Others must have it written out:
+    // the kernel refuses a swap file with holes.
+    let allocated = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size.0);
+    if allocated.is_err() {
+        write_out(&file, size)?;
     }
-    file.sync_data()?;
+    run("mkswap", path)?;
+    if allocated.is_ok() && run("swapon", path).is_ok() {
+        return Ok(());
+    }
+    write_out(&file, size)?;
     run("mkswap", path)?;
     run("swapon", path).context(
         "a destination with little memory needs swap, and the kernel refused the swap file: root is needed, \
          and TMPDIR must be on a disk whose file system supports swap files (not tmpfs, overlayfs or btrfs)",
     )
+}
+
+fn write_out(mut file: &fs::File, size: Size) -> Result<()> {
+    let block = vec![0; 1 << 20];
+    for _ in 0..size.0.div_ceil(1 << 20) {
+        file.write_all(&block).context("no room for the swap file")?;
+    }
+    file.sync_data().context("no room for the swap file")
 }
 
 fn run(program: &str, file: &Path) -> Result<()> {
