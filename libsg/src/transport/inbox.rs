@@ -34,6 +34,8 @@ pub struct Inbox {
     unread: Range<usize>,
     /// Header of the frame at the front of `unread`, once it is there.
     header: Option<Header>,
+    /// Body of the frame that was given out last.
+    last: Range<usize>,
     received_bytes: u64,
 }
 
@@ -64,7 +66,7 @@ impl Inbox {
     }
 
     /// Whether [`Self::poll`] would give a frame; reads until it would, or nothing more is there.
-    pub(super) fn has_frame(&mut self, socket: impl AsFd) -> Result<bool> {
+    pub(crate) fn has_frame(&mut self, socket: impl AsFd) -> Result<bool> {
         loop {
             if self.missing_bytes()? == 0 {
                 return Ok(true);
@@ -75,11 +77,17 @@ impl Inbox {
         }
     }
 
+    /// The body of the frame that was given out last; nothing once more was read.
+    pub(crate) fn last_body(&self) -> &[u8] {
+        &self.buffer[self.last.clone()]
+    }
+
     fn take(&mut self) -> Option<Frame<'_>> {
         let header = self.header.take()?;
         let start = self.unread.start + HEADER_BYTES;
         let end = start + header.body_bytes as usize;
         self.unread.start = end;
+        self.last = start..end;
         Some(Frame { header, body: &self.buffer[start..end] })
     }
 
@@ -104,6 +112,7 @@ impl Inbox {
     /// Reads once. `false` when nothing was there.
     fn read(&mut self, socket: impl AsFd) -> Result<bool> {
         let missing = self.missing_bytes()?;
+        self.last = 0..0;
         self.make_room(missing);
         let end = self.buffer.len().min(self.unread.end + missing + READ_AHEAD_BYTES);
         let room = &mut self.buffer[self.unread.end..end];

@@ -4,5 +4,9 @@
 //! all backends is written once above it.
 
 pub mod link;
+mod memory;
+mod tcp;
 
 pub use link::{Class, Completion, Connector, Link, PathSample, Reply, Request, Ticket};
+pub use memory::{MemoryConnector, MemoryLink, MemoryNode};
+pub use tcp::{TcpConnector, TcpLink};

@@ -1,0 +1,391 @@
+//! The in-memory backend: intermediaries that are values in this process. The model of what an
+//! intermediary does, written to be obviously right; every other backend is compared with it by
+//! the conformance suite.
+
+mod link;
+mod volume;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::link::{Class, Connector, Link};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{
+    Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId, random_bytes,
+};
+use crate::page::{PAGE_BYTES_U64, PageIndex, PageRange};
+use crate::wire::message::{Member, NodeStatistics, VmdReply, VmdRequest, VolumeState, VolumeSummary};
+use crate::wire::{GetEntry, IndexEntry, PageEntry, Status};
+pub use link::MemoryLink;
+use volume::Volume;
+
+/// An intermediary in this process. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct MemoryNode {
+    address: SocketAddr,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug)]
+struct State {
+    node: NodeId,
+    alive: bool,
+    limit_pages: u64,
+    volumes: HashMap<VolumeId, Volume>,
+    slots: Vec<Slot>,
+    free: Vec<SlotIndex>,
+    bytes_in: u64,
+    bytes_out: u64,
+}
+
+#[derive(Debug)]
+struct Slot {
+    generation: Generation,
+    content: Option<Content>,
+}
+
+#[derive(Debug)]
+struct Content {
+    volume: VolumeId,
+    page: PageIndex,
+    round: Round,
+    checksum: Checksum,
+    bytes: Box<[u8]>,
+}
+
+impl MemoryNode {
+    /// An intermediary that gives at most `limit_pages` pages.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the kernel gives no random bytes.
+    pub fn new(name: &str, address: SocketAddr, limit_pages: u64) -> Result<Self> {
+        let node = NodeId { name: name.into(), incarnation: u64::from_le_bytes(random_bytes()?) };
+        let state = State::new(node, limit_pages);
+        Ok(Self { address, state: Arc::new(Mutex::new(state)) })
+    }
+
+    /// Who it is now, and where.
+    #[must_use]
+    pub fn member(&self) -> Member {
+        Member { node: self.state.lock().node.clone(), address: self.address }
+    }
+
+    /// It dies: every link to it fails, and whatever it held is lost.
+    pub fn kill(&self) {
+        let mut state = self.state.lock();
+        let mut dead = State::new(state.node.clone(), state.limit_pages);
+        dead.alive = false;
+        *state = dead;
+    }
+
+    /// It comes back under its name and address, as somebody else, empty.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the kernel gives no random bytes.
+    pub fn restart(&self) -> Result<()> {
+        let incarnation = u64::from_le_bytes(random_bytes()?);
+        let mut state = self.state.lock();
+        let node = NodeId { name: state.node.name.clone(), incarnation };
+        *state = State::new(node, state.limit_pages);
+        Ok(())
+    }
+
+    /// Flips a byte of every page it holds: what a checksum must notice.
+    pub fn corrupt(&self) {
+        for slot in &mut self.state.lock().slots {
+            if let Some(content) = &mut slot.content {
+                content.bytes[100] ^= 1;
+            }
+        }
+    }
+}
+
+/// Makes links to nodes of this process, by their addresses.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryConnector {
+    nodes: Arc<Mutex<HashMap<SocketAddr, MemoryNode>>>,
+}
+
+impl MemoryConnector {
+    /// Without any nodes.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes a node reachable.
+    pub fn add(&self, node: &MemoryNode) {
+        self.nodes.lock().insert(node.address, node.clone());
+    }
+
+    /// A new node of this name at the next free address, reachable at once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the kernel gives no random bytes.
+    pub fn node(&self, name: &str, limit_pages: u64) -> Result<MemoryNode> {
+        let mut nodes = self.nodes.lock();
+        // 192.0.2.0/24 is set aside for documentation: nobody listens there.
+        let port = 1 + nodes.len() as u16;
+        let node = MemoryNode::new(name, SocketAddr::from(([192, 0, 2, 1], port)), limit_pages)?;
+        nodes.insert(node.address, node.clone());
+        Ok(node)
+    }
+}
+
+impl Connector for MemoryConnector {
+    fn connect(
+        &self,
+        address: SocketAddr,
+        volume: VolumeId,
+        epoch: Epoch,
+        _class: Class,
+        _timeout: Duration,
+    ) -> Result<Box<dyn Link>> {
+        let node = self.nodes.lock().get(&address).cloned();
+        let unreachable =
+            || Error::new(ErrorKind::Unreachable, format!("connecting to {address}: nobody is there"));
+        let node = node.ok_or_else(unreachable)?;
+        if !node.state.lock().alive {
+            return Err(unreachable());
+        }
+        Ok(Box::new(MemoryLink::new(node.member(), node.state, volume, epoch)))
+    }
+}
+
+/// The volume and epoch of whoever asks.
+#[derive(Clone, Copy, Debug)]
+struct Asker {
+    volume: VolumeId,
+    epoch: Epoch,
+}
+
+impl State {
+    fn new(node: NodeId, limit_pages: u64) -> Self {
+        Self {
+            node,
+            alive: true,
+            limit_pages,
+            volumes: HashMap::new(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            bytes_in: 0,
+            bytes_out: 0,
+        }
+    }
+
+    fn used_pages(&self) -> u64 {
+        (self.slots.len() - self.free.len()) as u64
+    }
+
+    /// The volume, for somebody whose epoch is not older than its own.
+    fn volume(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
+        let volume = self.volumes.get_mut(&asker.volume).ok_or(Status::NoVolume)?;
+        if asker.epoch < volume.epoch {
+            return Err(Status::Fenced);
+        }
+        match volume.state {
+            VolumeState::Dissolved => Err(Status::State),
+            _ => Ok(volume),
+        }
+    }
+
+    /// The volume, for somebody who writes pages or index entries.
+    fn writable(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
+        let volume = self.volume(asker)?;
+        match volume.state {
+            VolumeState::Open => Ok(volume),
+            _ => Err(Status::State),
+        }
+    }
+
+    fn put(
+        &mut self,
+        asker: Asker,
+        entries: &[PageEntry],
+        bytes: &[u8],
+    ) -> Result<Vec<Option<Placement>>, Status> {
+        let volume = self.writable(asker)?;
+        let (member, pages) = (volume.member, volume.manifest.pages());
+        if entries.iter().any(|entry| entry.page.0 >= pages) {
+            return Err(Status::Malformed);
+        }
+        let mut placements = Vec::with_capacity(entries.len());
+        let mut rest = bytes;
+        for entry in entries {
+            let (page, after) = rest.split_at_checked(entry.encoded_bytes.into()).ok_or(Status::Malformed)?;
+            rest = after;
+            placements.push(self.store(asker.volume, member, entry, page));
+        }
+        Ok(placements)
+    }
+
+    /// Stores a page in a slot of its own. `None` without room, or without bytes.
+    fn store(
+        &mut self,
+        volume: VolumeId,
+        member: MemberIndex,
+        entry: &PageEntry,
+        bytes: &[u8],
+    ) -> Option<Placement> {
+        if entry.encoding != crate::wire::Encoding::Raw {
+            // No page is kept by its content here: the client sends it raw.
+            return None;
+        }
+        let slot = match self.free.pop() {
+            Some(slot) => slot,
+            None if self.used_pages() < self.limit_pages => {
+                self.slots.push(Slot { generation: Generation(0), content: None });
+                SlotIndex(self.slots.len() as u32 - 1)
+            }
+            None => return None,
+        };
+        self.bytes_in += bytes.len() as u64;
+        let at = &mut self.slots[slot.0 as usize];
+        at.generation = Generation(at.generation.0.checked_add(1).unwrap_or(1));
+        let PageEntry { page, round, checksum, .. } = *entry;
+        at.content = Some(Content { volume, page, round, checksum, bytes: bytes.into() });
+        Some(Placement { member, slot, generation: at.generation })
+    }
+
+    fn free_slots(&mut self, gone: impl Fn(&Content) -> bool) {
+        for (number, slot) in self.slots.iter_mut().enumerate() {
+            if slot.content.as_ref().is_some_and(&gone) {
+                slot.content = None;
+                self.free.push(SlotIndex(number as u32));
+            }
+        }
+    }
+
+    fn get(&mut self, asker: Asker, entries: &[GetEntry]) -> Result<(Vec<PageEntry>, Vec<u8>), Status> {
+        let member = self.volume(asker)?.member;
+        let (mut out, mut bytes) = (Vec::new(), Vec::new());
+        for GetEntry { page, placement } in entries {
+            let slot = self.slots.get(placement.slot.0 as usize);
+            let slot =
+                slot.filter(|slot| slot.generation == placement.generation && placement.member == member);
+            let content = slot.and_then(|slot| slot.content.as_ref());
+            match content.filter(|content| content.volume == asker.volume && content.page == *page) {
+                Some(content) => {
+                    out.push(PageEntry::raw(*page, content.round, content.checksum));
+                    bytes.extend_from_slice(&content.bytes);
+                }
+                None => out.push(PageEntry::gone(*page)),
+            }
+        }
+        self.bytes_out += bytes.len() as u64;
+        Ok((out, bytes))
+    }
+
+    fn put_index(&mut self, asker: Asker, entries: &[IndexEntry]) -> Result<(), Status> {
+        let volume = self.writable(asker)?;
+        let pages = u64::from(volume.manifest.pages());
+        if entries.iter().any(|entry| u64::from(entry.page.0) + u64::from(entry.run_pages) > pages) {
+            return Err(Status::Malformed);
+        }
+        entries.iter().for_each(|entry| volume.index(entry));
+        Ok(())
+    }
+
+    fn locate(&mut self, asker: Asker, range: PageRange) -> Result<Vec<IndexEntry>, Status> {
+        Ok(self.volume(asker)?.locate(range))
+    }
+
+    fn discard(&mut self, asker: Asker, range: PageRange, below: Round) -> Result<(), Status> {
+        let volume = self.volume(asker)?;
+        if volume.state == VolumeState::Sealed {
+            return Err(Status::State);
+        }
+        volume.discard(range, below);
+        let positions = range.positions();
+        self.free_slots(|content| {
+            content.volume == asker.volume
+                && positions.contains(&content.page.as_usize())
+                && content.round < below
+        });
+        Ok(())
+    }
+
+    fn put_state(&mut self, asker: Asker, state: Vec<u8>) -> Result<(), Status> {
+        self.writable(asker)?.blob = Some(state);
+        Ok(())
+    }
+
+    fn get_state(&mut self, asker: Asker) -> Result<Vec<u8>, Status> {
+        // Whoever may read the volume may read its state, whatever epoch it believes in.
+        let volume = self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?;
+        volume.blob.clone().ok_or(Status::State)
+    }
+
+    fn control(&mut self, asker: Asker, request: &VmdRequest) -> Result<VmdReply, Status> {
+        match request {
+            VmdRequest::Create { manifest, members } => {
+                if let Some(volume) = self.volumes.get(&asker.volume) {
+                    return match asker.epoch.cmp(&volume.epoch) {
+                        std::cmp::Ordering::Less => Err(Status::Fenced),
+                        std::cmp::Ordering::Equal if volume.state == VolumeState::Open => Ok(VmdReply::Done),
+                        _ => Err(Status::State),
+                    };
+                }
+                let volume = Volume::new(asker.epoch, manifest.clone(), members.clone(), &self.node)?;
+                self.volumes.insert(asker.volume, volume);
+            }
+            VmdRequest::Members(members) => self.volume(asker)?.set_members(members)?,
+            VmdRequest::Describe => {
+                let stored = self.stored_pages(asker.volume);
+                let volume = self.volumes.get(&asker.volume).ok_or(Status::NoVolume)?;
+                return Ok(VmdReply::Volume(volume.describe(asker.volume, stored)));
+            }
+            VmdRequest::Commit => self.volume(asker)?.committed = true,
+            VmdRequest::Seal => self.volume(asker)?.seal()?,
+            VmdRequest::Claim { epoch } => {
+                self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.claim(*epoch)?
+            }
+            VmdRequest::Dissolve => self.dissolve(asker)?,
+            VmdRequest::Statistics => return Ok(VmdReply::Statistics(self.statistics())),
+            VmdRequest::PutState { .. } | VmdRequest::GetState => return Err(Status::Malformed),
+        }
+        Ok(VmdReply::Done)
+    }
+
+    fn dissolve(&mut self, asker: Asker) -> Result<(), Status> {
+        let Some(volume) = self.volumes.get_mut(&asker.volume) else { return Err(Status::NoVolume) };
+        if asker.epoch < volume.epoch {
+            return Err(Status::Fenced);
+        }
+        volume.dissolve();
+        self.free_slots(|content| content.volume == asker.volume);
+        Ok(())
+    }
+
+    fn stored_pages(&self, volume: VolumeId) -> u64 {
+        self.slots.iter().filter(|slot| slot.content.as_ref().is_some_and(|c| c.volume == volume)).count()
+            as u64
+    }
+
+    fn statistics(&self) -> NodeStatistics {
+        let summary = |(id, volume): (&VolumeId, &Volume)| VolumeSummary {
+            volume: *id,
+            vm: volume.manifest.vm.clone(),
+            state: volume.state,
+            committed: volume.committed,
+            stored_pages: self.stored_pages(*id),
+            age_s: volume.age_s(),
+        };
+        let live = self.volumes.iter().filter(|(_, volume)| volume.state != VolumeState::Dissolved);
+        NodeStatistics {
+            node: self.node.clone(),
+            zone: None,
+            limit_bytes: self.limit_pages * PAGE_BYTES_U64,
+            used_bytes: self.used_pages() * PAGE_BYTES_U64,
+            arena_bytes: self.slots.len() as u64 * PAGE_BYTES_U64,
+            bytes_in: self.bytes_in,
+            bytes_out: self.bytes_out,
+            connections: 0,
+            volumes: live.map(summary).collect(),
+        }
+    }
+}

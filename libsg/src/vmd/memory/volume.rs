@@ -1,0 +1,152 @@
+//! What an intermediary knows of a volume, and how the volume moves from state to state.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use crate::ids::{Checksum, Epoch, MemberIndex, NodeId, Placement, Round, VolumeId};
+use crate::limits;
+use crate::manifest::Manifest;
+use crate::page::{PageIndex, PageRange};
+use crate::wire::message::{Member, VolumeInfo, VolumeState};
+use crate::wire::{Encoding, IndexEntry, Status};
+
+/// A volume at one intermediary.
+#[derive(Debug)]
+pub(super) struct Volume {
+    pub epoch: Epoch,
+    pub state: VolumeState,
+    pub committed: bool,
+    pub manifest: Manifest,
+    /// Which of the members this intermediary is.
+    pub member: MemberIndex,
+    pub blob: Option<Vec<u8>>,
+    members: Vec<Member>,
+    /// Page by page; a zero page has no placement.
+    index: BTreeMap<u32, Known>,
+    created: Instant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Known {
+    round: Round,
+    placement: Option<Placement>,
+    checksum: Checksum,
+}
+
+impl Volume {
+    /// A new one. Whoever is not among its members keeps none of it.
+    pub fn new(
+        epoch: Epoch,
+        manifest: Manifest,
+        members: Vec<Member>,
+        node: &NodeId,
+    ) -> Result<Self, Status> {
+        let at = members.iter().position(|member| member.node == *node).ok_or(Status::State)?;
+        Ok(Self {
+            epoch,
+            state: VolumeState::Open,
+            committed: false,
+            manifest,
+            member: MemberIndex(at as u16),
+            blob: None,
+            members,
+            index: BTreeMap::new(),
+            created: Instant::now(),
+        })
+    }
+
+    pub fn age_s(&self) -> u64 {
+        self.created.elapsed().as_secs()
+    }
+
+    /// The list only grows.
+    pub fn set_members(&mut self, members: &[Member]) -> Result<(), Status> {
+        if !members.starts_with(&self.members) {
+            return Err(Status::State);
+        }
+        self.members = members.to_vec();
+        Ok(())
+    }
+
+    pub fn seal(&mut self) -> Result<(), Status> {
+        match self.state {
+            VolumeState::Open | VolumeState::Sealed => {
+                self.state = VolumeState::Sealed;
+                Ok(())
+            }
+            VolumeState::Claimed | VolumeState::Dissolved => Err(Status::State),
+        }
+    }
+
+    pub fn claim(&mut self, epoch: Epoch) -> Result<(), Status> {
+        if epoch <= self.epoch {
+            return Err(Status::Fenced);
+        }
+        self.epoch = epoch;
+        self.state = VolumeState::Claimed;
+        Ok(())
+    }
+
+    pub fn dissolve(&mut self) {
+        self.state = VolumeState::Dissolved;
+        self.blob = None;
+        self.index = BTreeMap::new();
+    }
+
+    /// Takes what the entry says of its pages, unless that is older than what is known. Of the same
+    /// round the later one holds: a page that was lost with an intermediary is put again elsewhere.
+    pub fn index(&mut self, entry: &IndexEntry) {
+        let IndexEntry { round, placement, checksum, .. } = *entry;
+        for page in entry.range().iter() {
+            let known = self.index.entry(page.0).or_insert(Known { round, placement, checksum });
+            if known.round <= round {
+                *known = Known { round, placement, checksum };
+            }
+        }
+    }
+
+    pub fn discard(&mut self, range: PageRange, below: Round) {
+        let positions = range.positions();
+        self.index.retain(|page, known| !positions.contains(&(*page as usize)) || known.round >= below);
+    }
+
+    /// What is known of the range, neighbouring zero pages of one round as one entry.
+    pub fn locate(&self, range: PageRange) -> Vec<IndexEntry> {
+        let mut out: Vec<IndexEntry> = Vec::new();
+        let end = range.first.0.saturating_add(range.pages);
+        for (page, known) in self.index.range(range.first.0..end) {
+            let entry = match known.placement {
+                Some(placement) => IndexEntry::at(PageIndex(*page), known.round, placement, known.checksum),
+                None => IndexEntry::zero(PageIndex(*page), 1, known.round),
+            };
+            let goes_on = |last: &IndexEntry| {
+                (last.encoding, entry.encoding) == (Encoding::Zero, Encoding::Zero)
+                    && last.round == entry.round
+                    && last.page.0 + last.run_pages == *page
+            };
+            if out.last().is_some_and(goes_on) {
+                out.last_mut().into_iter().for_each(|last| last.run_pages += 1);
+            } else if out.len() < limits::INDEX_ENTRIES_MAX {
+                out.push(entry);
+            } else {
+                break;
+            }
+        }
+        out
+    }
+
+    pub fn describe(&self, volume: VolumeId, stored_pages: u64) -> VolumeInfo {
+        VolumeInfo {
+            volume,
+            manifest: self.manifest.clone(),
+            members: self.members.clone(),
+            epoch: self.epoch,
+            state: self.state,
+            committed: self.committed,
+            has_state: self.blob.is_some(),
+            stored_pages,
+            indexed_pages: self.index.len() as u64,
+            age_s: self.age_s(),
+        }
+    }
+}

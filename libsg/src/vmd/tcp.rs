@@ -1,0 +1,325 @@
+//! The TCP backend: a link is one connection on which any number of requests are outstanding.
+
+mod answer;
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use super::link::{Class, Completion, Connector, Link, PathSample, Reply, Request, Ticket};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Epoch, Placement, Sequence, VolumeId};
+use crate::limits;
+use crate::memory::PageSlice;
+use crate::page::PAGE_BYTES;
+use crate::transport::{
+    Channel, Inbox, Outbox, PoolSecret, StateAssembler, TcpPath, dial, push_state, refusal,
+};
+use crate::wire::entry::encode_table;
+use crate::wire::handshake::Purpose;
+use crate::wire::message::{self, Member, VmdRequest};
+use crate::wire::{DiscardEntry, Encoding, Header, IndexEntry, Kind, PageEntry, Status};
+use answer::{Answer, Asked, Expected, Outstanding};
+
+/// Makes TCP links, all with one pool secret.
+#[derive(Clone, Debug)]
+pub struct TcpConnector {
+    secret: PoolSecret,
+}
+
+impl TcpConnector {
+    /// For a pool with this secret.
+    #[must_use]
+    pub const fn new(secret: PoolSecret) -> Self {
+        Self { secret }
+    }
+}
+
+impl Connector for TcpConnector {
+    fn connect(
+        &self,
+        address: SocketAddr,
+        volume: VolumeId,
+        epoch: Epoch,
+        class: Class,
+        timeout: Duration,
+    ) -> Result<Box<dyn Link>> {
+        let purpose = match class {
+            Class::Urgent => Purpose::VmdUrgent,
+            Class::Bulk if volume == VolumeId(0) => Purpose::Operator,
+            Class::Bulk => Purpose::VmdBulk,
+        };
+        let channel = dial(address, purpose, volume, epoch, &self.secret, timeout)?;
+        Ok(Box::new(TcpLink::new(channel)))
+    }
+}
+
+/// A connection to one intermediary.
+#[derive(Debug)]
+pub struct TcpLink {
+    channel: Channel,
+    member: Member,
+    inbox: Inbox,
+    outbox: Outbox,
+    path: TcpPath,
+    receive_delay: Option<Duration>,
+    outstanding: Outstanding,
+    /// Where requests' tables are encoded, used again and again.
+    table: Vec<u8>,
+    /// Where answers' tables are decoded, used again and again.
+    entries: Vec<PageEntry>,
+    located: Vec<IndexEntry>,
+    stored: Vec<Option<Placement>>,
+    /// Why the link is of no further use, until `progress` has said so.
+    failed: Option<Error>,
+    /// Whether it was said.
+    dead: bool,
+}
+
+impl TcpLink {
+    /// Over a connection on which nothing but the handshake has happened.
+    #[must_use]
+    pub fn new(channel: Channel) -> Self {
+        let member = Member { node: channel.node().clone(), address: channel.peer_address() };
+        Self {
+            channel,
+            member,
+            inbox: Inbox::new(),
+            outbox: Outbox::new(),
+            path: TcpPath::new(),
+            receive_delay: None,
+            outstanding: Outstanding::default(),
+            table: Vec::new(),
+            entries: Vec::new(),
+            located: Vec::new(),
+            stored: Vec::new(),
+            failed: None,
+            dead: false,
+        }
+    }
+
+    fn check_alive(&mut self) -> Result<()> {
+        match self.failed.take() {
+            Some(error) => {
+                self.dead = true;
+                Err(error)
+            }
+            None if self.dead => {
+                Err(Error::new(ErrorKind::Unreachable, "the link has failed before").at(&self.member.node))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Queues a frame whose table is in `self.table`.
+    fn push(&mut self, kind: Kind, count: usize, slices: &[PageSlice]) -> Result<()> {
+        let now = Instant::now();
+        self.path.refresh(&self.channel, now);
+        let header = Header {
+            sequence: Sequence(self.outstanding.next()),
+            count: count as u16,
+            delay_us: self.path.delay_us(),
+            ..self.channel.header(kind)
+        };
+        self.outbox.push_frame(header, &self.table, slices.iter().cloned())?;
+        Ok(())
+    }
+
+    fn push_control(&mut self, request: &VmdRequest) -> Result<()> {
+        self.table.clear();
+        self.table.extend(message::encode(request)?);
+        self.push(Kind::Vmd, 0, &[])
+    }
+
+    /// Queues the frames of a request. Returns what its answer must be, and the bytes that it moves there and back.
+    fn enqueue(&mut self, request: Request<'_>) -> Result<(Expected, usize)> {
+        self.table.clear();
+        match request {
+            Request::Put { entries, slices, copies } => {
+                check_put(entries, slices, copies)?;
+                encode_table(entries.iter().copied(), &mut self.table);
+                self.push(Kind::Put, entries.len(), slices)?;
+                let pages: usize = slices.iter().map(PageSlice::len).sum();
+                Ok((Expected::Stored(entries.len()), self.table.len() + pages))
+            }
+            Request::PutIndex(entries) => {
+                at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;
+                encode_table(entries.iter().copied(), &mut self.table);
+                self.push(Kind::PutIndex, entries.len(), &[])?;
+                Ok((Expected::Indexed, self.table.len()))
+            }
+            Request::Get(entries) => {
+                at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
+                encode_table(entries.iter().copied(), &mut self.table);
+                self.push(Kind::Get, entries.len(), &[])?;
+                let mut pages = self.outstanding.page_list();
+                pages.extend(entries.iter().map(|entry| entry.page));
+                Ok((Expected::Pages(pages), self.table.len() + entries.len() * PAGE_BYTES))
+            }
+            Request::Locate(range) => {
+                encode_table([range], &mut self.table);
+                self.push(Kind::Locate, 1, &[])?;
+                Ok((Expected::Located(range), self.table.len()))
+            }
+            Request::Discard { range, below } => {
+                encode_table([DiscardEntry { range, below }], &mut self.table);
+                self.push(Kind::Discard, 1, &[])?;
+                Ok((Expected::Discarded, self.table.len()))
+            }
+            Request::Control(request) => {
+                let expected = Expected::control(request)
+                    .ok_or_else(|| Error::new(ErrorKind::Input, "the state blob has requests of its own"))?;
+                self.push_control(request)?;
+                Ok((expected, self.table.len()))
+            }
+            Request::PutState(state) => {
+                let header = Header {
+                    sequence: Sequence(self.outstanding.next()),
+                    ..self.channel.header(Kind::State)
+                };
+                let (bytes, checksum) = push_state(&mut self.outbox, header, state)?;
+                self.push_control(&VmdRequest::PutState { bytes, checksum: checksum.0 })?;
+                Ok((Expected::StateStored, state.len()))
+            }
+            Request::GetState => {
+                self.push_control(&VmdRequest::GetState)?;
+                Ok((Expected::State(StateAssembler::new()), self.table.len()))
+            }
+        }
+    }
+
+    /// Looks at frames until one ends a request. `None` when no whole frame is there.
+    fn next_answer(&mut self) -> Result<Option<(Ticket, Result<Answer>)>> {
+        while let Some(frame) = self.inbox.poll(&self.channel)? {
+            let header = frame.header;
+            if let Some(delay_us) = header.delay_us {
+                self.receive_delay = Some(Duration::from_micros(delay_us.into()));
+            }
+            if header.kind == Kind::Refused {
+                return Err(refusal(header.status));
+            }
+            let greeting = self.channel.greeting();
+            if header.version != greeting.version || header.volume != greeting.volume {
+                return Err(Error::new(ErrorKind::Protocol, "an answer about something else than was asked"));
+            }
+            let sequence = header.sequence.0;
+            let asked = self.outstanding.get(sequence).ok_or_else(|| {
+                Error::new(ErrorKind::Protocol, "an answer to a request that is not outstanding")
+            })?;
+            if header.kind == Kind::State {
+                asked.expected.take_piece(frame)?;
+                continue;
+            }
+            asked.expected.check_kind(header.kind)?;
+            let answer = if header.status == Status::Ok {
+                let tables = (&mut self.entries, &mut self.located, &mut self.stored);
+                Ok(asked.expected.check(frame, tables)?)
+            } else {
+                Err(refusal(header.status).at(&self.member.node))
+            };
+            self.outstanding.finish(sequence);
+            return Ok(Some((Ticket(sequence), answer)));
+        }
+        Ok(None)
+    }
+}
+
+impl Link for TcpLink {
+    fn member(&self) -> &Member {
+        &self.member
+    }
+
+    fn submit(&mut self, request: Request<'_>) -> Result<Ticket> {
+        self.check_alive()?;
+        let (expected, bytes) = self.enqueue(request)?;
+        Ok(Ticket(self.outstanding.add(Asked { expected, bytes })))
+    }
+
+    fn progress(&mut self, write_bytes_max: usize) -> Result<usize> {
+        self.check_alive()?;
+        self.path.refresh(&self.channel, Instant::now());
+        match self.outbox.flush(&self.channel, write_bytes_max) {
+            Ok(written) => Ok(written),
+            Err(error) => {
+                self.dead = true;
+                Err(error.at(&self.member.node))
+            }
+        }
+    }
+
+    fn completion(&mut self) -> Option<Completion<'_>> {
+        if self.dead || self.failed.is_some() {
+            return None;
+        }
+        let (ticket, answer) = match self.next_answer() {
+            Ok(next) => next?,
+            Err(error) => {
+                self.failed = Some(error.at(&self.member.node));
+                return None;
+            }
+        };
+        let result = answer.map(|answer| match answer {
+            Answer::Stored => Reply::Stored(&self.stored),
+            Answer::Indexed => Reply::Indexed,
+            Answer::Pages { bytes_at } => {
+                Reply::Pages { entries: &self.entries, bytes: &self.inbox.last_body()[bytes_at..] }
+            }
+            Answer::Located => Reply::Located(&self.located),
+            Answer::Done => Reply::Done,
+            Answer::Control(reply) => Reply::Control(reply),
+            Answer::State(state) => Reply::State(state),
+        });
+        Some(Completion { ticket, result })
+    }
+
+    fn queued_bytes(&self) -> usize {
+        self.outbox.queued_bytes()
+    }
+
+    fn outstanding_bytes(&self) -> usize {
+        self.outstanding.bytes()
+    }
+
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        // A failed link is always ready: the caller's next look is told so.
+        (self.failed.is_none()).then(|| self.channel.as_fd())
+    }
+
+    fn path(&self) -> PathSample {
+        let info = self.path.info();
+        PathSample {
+            delivered_bytes: info.bytes_acked,
+            send_delay: info.queue_delay(),
+            receive_delay: self.receive_delay,
+            received_bytes: self.inbox.received_bytes(),
+        }
+    }
+}
+
+/// What every backend refuses of a `Put` before it sends anything.
+pub(super) fn check_put(entries: &[PageEntry], slices: &[PageSlice], copies: u8) -> Result<()> {
+    if copies == 0 {
+        return Err(Error::new(ErrorKind::Input, "no copies of a batch are wanted"));
+    }
+    if copies > 1 {
+        return Err(refusal(Status::Copies));
+    }
+    at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
+    let said: usize = entries.iter().map(|entry| usize::from(entry.encoded_bytes)).sum();
+    let given: usize = slices.iter().map(PageSlice::len).sum();
+    let stored = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Reference);
+    if said != given || !entries.iter().all(stored) {
+        let message =
+            format!("{given} bytes of pages for a table that says {said}, or pages that have no bytes");
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    Ok(())
+}
+
+pub(super) fn at_most(entries: usize, max: usize) -> Result<()> {
+    if entries == 0 || entries > max {
+        let message = format!("a request with {entries} entries, not 1 to {max}");
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    Ok(())
+}

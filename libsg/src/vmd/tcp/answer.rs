@@ -1,0 +1,320 @@
+//! What was asked on a connection, and whether an answer is one to it. An intermediary that lies
+//! about its answer is a protocol error, never a panic.
+
+use std::collections::VecDeque;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Checksum, Placement};
+use crate::page::{PageIndex, PageRange};
+use crate::transport::{Frame, StateAssembler};
+use crate::wire::entry::{decode_pages, decode_table};
+use crate::wire::message::{VmdReply, VmdRequest};
+use crate::wire::{Encoding, IndexEntry, Kind, PageEntry};
+
+/// A request whose answer has not come.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub expected: Expected,
+    /// Page and table bytes that it moves, there and back.
+    pub bytes: usize,
+}
+
+/// What the answer must be.
+#[derive(Debug)]
+pub(super) enum Expected {
+    /// So many placements.
+    Stored(usize),
+    Indexed,
+    /// These pages, in this order.
+    Pages(Vec<PageIndex>),
+    /// Entries inside of this range.
+    Located(PageRange),
+    Discarded,
+    /// The state was stored.
+    StateStored,
+    /// A control message without content.
+    Done,
+    Volume,
+    Statistics,
+    State(StateAssembler),
+}
+
+/// A checked answer. Its tables are where [`Expected::check`] was told to put them.
+#[derive(Debug)]
+pub(super) enum Answer {
+    Stored,
+    Indexed,
+    Pages {
+        /// Where in the frame's body the page bytes begin.
+        bytes_at: usize,
+    },
+    Located,
+    Done,
+    Control(VmdReply),
+    State(Vec<u8>),
+}
+
+/// Where answers' tables are decoded to.
+pub(super) type Tables<'t> =
+    (&'t mut Vec<PageEntry>, &'t mut Vec<IndexEntry>, &'t mut Vec<Option<Placement>>);
+
+impl Expected {
+    /// What answers a control request; `None` for those that are no plain control requests.
+    pub fn control(request: &VmdRequest) -> Option<Self> {
+        match request {
+            VmdRequest::Create { .. }
+            | VmdRequest::Members(_)
+            | VmdRequest::Commit
+            | VmdRequest::Seal
+            | VmdRequest::Claim { .. }
+            | VmdRequest::Dissolve => Some(Self::Done),
+            VmdRequest::Describe => Some(Self::Volume),
+            VmdRequest::Statistics => Some(Self::Statistics),
+            VmdRequest::PutState { .. } | VmdRequest::GetState => None,
+        }
+    }
+
+    pub fn check_kind(&self, kind: Kind) -> Result<()> {
+        let wanted = match self {
+            Self::Stored(_) => Kind::PutReply,
+            Self::Indexed => Kind::PutIndexReply,
+            Self::Pages(_) => Kind::GetReply,
+            Self::Located(_) => Kind::LocateReply,
+            Self::Discarded => Kind::DiscardReply,
+            Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
+                Kind::VmdReply
+            }
+        };
+        if kind != wanted {
+            return Err(Error::new(ErrorKind::Protocol, format!("a {kind:?} where a {wanted:?} belongs")));
+        }
+        Ok(())
+    }
+
+    /// Takes a piece of state.
+    pub fn take_piece(&mut self, frame: Frame<'_>) -> Result<()> {
+        match self {
+            Self::State(assembler) => assembler.push(frame),
+            _ => Err(Error::new(ErrorKind::Protocol, "a piece of state that nobody asked for")),
+        }
+    }
+
+    /// Checks the answer of a request that went well.
+    pub fn check(&mut self, frame: Frame<'_>, (entries, located, stored): Tables<'_>) -> Result<Answer> {
+        let count = usize::from(frame.header.count);
+        match self {
+            Self::Stored(asked) => {
+                same(count == *asked, "another number of placements than of pages")?;
+                decode_table(frame.body, count, stored)?;
+                Ok(Answer::Stored)
+            }
+            Self::Indexed => Ok(Answer::Indexed),
+            Self::Pages(pages) => {
+                same(count == pages.len(), "another number of pages than was asked for")?;
+                let bytes = decode_pages(frame.body, count, entries)?;
+                let right = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Gone);
+                let asked =
+                    pages.iter().zip(&*entries).all(|(page, entry)| *page == entry.page && right(entry));
+                same(asked, "other pages than were asked for")?;
+                Ok(Answer::Pages { bytes_at: frame.body.len() - bytes.len() })
+            }
+            Self::Located(range) => {
+                decode_table(frame.body, count, located)?;
+                check_located(located, *range)?;
+                Ok(Answer::Located)
+            }
+            Self::Discarded => Ok(Answer::Done),
+            Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
+                self.check_control(VmdReply::decode(frame.body)?)
+            }
+        }
+    }
+
+    fn check_control(&mut self, reply: VmdReply) -> Result<Answer> {
+        match (self, reply) {
+            (Self::StateStored, VmdReply::Done) => Ok(Answer::Done),
+            (Self::Done, VmdReply::Done) => Ok(Answer::Control(VmdReply::Done)),
+            (Self::Volume, reply @ VmdReply::Volume(_))
+            | (Self::Statistics, reply @ VmdReply::Statistics(_)) => Ok(Answer::Control(reply)),
+            (Self::State(assembler), VmdReply::State { bytes, checksum }) => {
+                Ok(Answer::State(assembler.finish(bytes, Checksum(checksum))?))
+            }
+            _ => Err(Error::new(ErrorKind::Protocol, "a message that does not answer what was asked")),
+        }
+    }
+}
+
+/// Entries are ascending, do not overlap, and lie in the range that was asked for.
+fn check_located(entries: &[IndexEntry], range: PageRange) -> Result<()> {
+    let end_of = |range: PageRange| u64::from(range.first.0) + u64::from(range.pages);
+    let mut from = u64::from(range.first.0);
+    for entry in entries {
+        same(u64::from(entry.page.0) >= from, "index entries that are not ascending in the range")?;
+        from = end_of(entry.range());
+    }
+    same(from <= end_of(range), "index entries outside of the range")
+}
+
+fn same(holds: bool, otherwise: &str) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::new(ErrorKind::Protocol, otherwise)) }
+}
+
+/// Requests by sequence number, from 1 on. Answers may come in any order.
+#[derive(Debug)]
+pub(super) struct Outstanding {
+    /// Sequence number of the first in `asked`.
+    first: u64,
+    asked: VecDeque<Option<Asked>>,
+    bytes: usize,
+    /// Page lists of requests that ended, to be used again.
+    spare: Vec<Vec<PageIndex>>,
+}
+
+/// Page lists that are kept for later.
+const SPARE_MAX: usize = 64;
+
+impl Default for Outstanding {
+    fn default() -> Self {
+        Self { first: 1, asked: VecDeque::new(), bytes: 0, spare: Vec::new() }
+    }
+}
+
+impl Outstanding {
+    /// The number of the next request.
+    pub fn next(&self) -> u64 {
+        self.first + self.asked.len() as u64
+    }
+
+    /// Notes a request under [`Self::next`].
+    pub fn add(&mut self, asked: Asked) -> u64 {
+        let sequence = self.next();
+        self.bytes += asked.bytes;
+        self.asked.push_back(Some(asked));
+        sequence
+    }
+
+    /// The request of this number; `None` unless it is outstanding.
+    pub fn get(&mut self, sequence: u64) -> Option<&mut Asked> {
+        let at = usize::try_from(sequence.checked_sub(self.first)?).ok()?;
+        self.asked.get_mut(at)?.as_mut()
+    }
+
+    /// Forgets a request that ended.
+    pub fn finish(&mut self, sequence: u64) {
+        let at = sequence.checked_sub(self.first).and_then(|at| usize::try_from(at).ok());
+        let Some(asked) = at.and_then(|at| self.asked.get_mut(at)).and_then(Option::take) else { return };
+        self.bytes -= asked.bytes;
+        if let Expected::Pages(mut pages) = asked.expected
+            && self.spare.len() < SPARE_MAX
+        {
+            pages.clear();
+            self.spare.push(pages);
+        }
+        while let Some(None) = self.asked.front() {
+            self.asked.pop_front();
+            self.first += 1;
+        }
+    }
+
+    /// Bytes of all that are outstanding.
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// An empty list of pages.
+    pub fn page_list(&mut self) -> Vec<PageIndex> {
+        self.spare.pop().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::ids::{Generation, MemberIndex, Round, SlotIndex};
+    use crate::wire::Header;
+    use crate::wire::entry::encode_table;
+
+    fn asked(expected: Expected) -> Asked {
+        Asked { expected, bytes: 10 }
+    }
+
+    #[test]
+    fn requests_end_in_any_order_and_once() {
+        let mut outstanding = Outstanding::default();
+        for n in 1..=4 {
+            assert_eq!(outstanding.add(asked(Expected::Indexed)), n);
+        }
+        assert_eq!(outstanding.bytes(), 40);
+        for n in [3, 1, 4] {
+            assert!(outstanding.get(n).is_some());
+            outstanding.finish(n);
+            assert!(outstanding.get(n).is_none());
+            outstanding.finish(n);
+        }
+        assert_eq!((outstanding.bytes(), outstanding.next()), (10, 5));
+        assert!(
+            outstanding.get(0).is_none()
+                && outstanding.get(5).is_none()
+                && outstanding.get(u64::MAX).is_none()
+        );
+        outstanding.finish(2);
+        assert_eq!((outstanding.bytes(), outstanding.asked.len()), (0, 0));
+        assert_eq!(outstanding.add(asked(Expected::Indexed)), 5);
+    }
+
+    fn checked(mut expected: Expected, kind: Kind, count: u16, body: &[u8]) -> Result<Answer> {
+        let header = Header { count, ..Header::new(kind) };
+        expected.check_kind(kind)?;
+        expected.check(Frame { header, body }, (&mut Vec::new(), &mut Vec::new(), &mut Vec::new()))
+    }
+
+    #[test]
+    fn lies_are_protocol_errors() {
+        let place = Placement { member: MemberIndex(0), slot: SlotIndex(1), generation: Generation(1) };
+        let mut placements = Vec::new();
+        encode_table([Some(place), None], &mut placements);
+        assert!(checked(Expected::Stored(2), Kind::PutReply, 2, &placements).is_ok());
+        let refused = |answer: Result<Answer>| {
+            assert_eq!(answer.expect_err("a lie").kind, ErrorKind::Protocol);
+        };
+        refused(checked(Expected::Stored(3), Kind::PutReply, 2, &placements));
+        refused(checked(Expected::Stored(2), Kind::PutReply, 2, &placements[1..]));
+        refused(checked(Expected::Stored(2), Kind::GetReply, 2, &placements));
+
+        let pages = || Expected::Pages(vec![PageIndex(5), PageIndex(6)]);
+        let reply = |entries: [PageEntry; 2]| {
+            let mut body = Vec::new();
+            encode_table(entries, &mut body);
+            body
+        };
+        let gone = |page| PageEntry::gone(PageIndex(page));
+        assert!(checked(pages(), Kind::GetReply, 2, &reply([gone(5), gone(6)])).is_ok());
+        refused(checked(pages(), Kind::GetReply, 2, &reply([gone(6), gone(5)])));
+        refused(checked(
+            pages(),
+            Kind::GetReply,
+            2,
+            &reply([gone(5), PageEntry::zero(PageIndex(6), 1, Round(0))]),
+        ));
+        let raw = PageEntry::raw(PageIndex(6), Round(0), Checksum(0));
+        refused(checked(pages(), Kind::GetReply, 2, &reply([gone(5), raw])));
+        refused(checked(Expected::Volume, Kind::VmdReply, 0, &[0]));
+        refused(checked(Expected::State(StateAssembler::new()), Kind::VmdReply, 0, &[0]));
+    }
+
+    #[test]
+    fn index_entries_stay_in_what_was_asked_for() {
+        let range = PageRange::new(PageIndex(10), 10);
+        let run = |first, pages| IndexEntry::zero(PageIndex(first), pages, Round(0));
+        check_located(&[run(10, 2), run(15, 5)], range).expect("good");
+        check_located(&[], range).expect("good");
+        for bad in [
+            [run(9, 1), run(12, 1)],
+            [run(10, 3), run(12, 1)],
+            [run(12, 1), run(11, 1)],
+            [run(10, 1), run(19, 2)],
+        ] {
+            assert!(check_located(&bad, range).is_err(), "{bad:?}");
+        }
+    }
+}
