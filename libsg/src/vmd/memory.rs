@@ -17,9 +17,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{
     Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId, random_bytes,
 };
+use crate::manifest::Manifest;
 use crate::page::{PAGE_BYTES_U64, PageIndex, PageRange};
 use crate::wire::message::{Member, NodeStatistics, VmdReply, VmdRequest, VolumeState, VolumeSummary};
-use crate::wire::{GetEntry, IndexEntry, PageEntry, Status};
+use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, Status};
 pub use link::MemoryLink;
 use volume::Volume;
 
@@ -193,13 +194,19 @@ impl State {
         }
     }
 
-    /// The volume, for somebody who writes pages or index entries.
+    /// The volume, for its writer: under its own epoch, while it is open.
     fn writable(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
         let volume = self.volume(asker)?;
-        match volume.state {
-            VolumeState::Open => Ok(volume),
-            _ => Err(Status::State),
+        if volume.state == VolumeState::Open && volume.epoch == asker.epoch {
+            return Ok(volume);
         }
+        Err(Status::State)
+    }
+
+    /// The volume, for its owner, whatever state it is in.
+    fn owned(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
+        let volume = self.volume(asker)?;
+        if volume.epoch == asker.epoch { Ok(volume) } else { Err(Status::State) }
     }
 
     fn put(
@@ -208,10 +215,12 @@ impl State {
         entries: &[PageEntry],
         bytes: &[u8],
     ) -> Result<Vec<Option<Placement>>, Status> {
+        let node = self.node.clone();
         let volume = self.writable(asker)?;
-        let (member, pages) = (volume.member, volume.manifest.pages());
-        if entries.iter().any(|entry| entry.page.0 >= pages) {
-            return Err(Status::Malformed);
+        let member = volume.member(&node).ok_or(Status::State)?;
+        let raw = entries.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
+        if self.used_pages() + raw as u64 > self.limit_pages {
+            return Err(Status::Full);
         }
         let mut placements = Vec::with_capacity(entries.len());
         let mut rest = bytes;
@@ -223,7 +232,7 @@ impl State {
         Ok(placements)
     }
 
-    /// Stores a page in a slot of its own. `None` without room, or without bytes.
+    /// Stores a page in a slot of its own. `None` without bytes.
     fn store(
         &mut self,
         volume: VolumeId,
@@ -231,18 +240,14 @@ impl State {
         entry: &PageEntry,
         bytes: &[u8],
     ) -> Option<Placement> {
-        if entry.encoding != crate::wire::Encoding::Raw {
+        if entry.encoding != Encoding::Raw {
             // No page is kept by its content here: the client sends it raw.
             return None;
         }
-        let slot = match self.free.pop() {
-            Some(slot) => slot,
-            None if self.used_pages() < self.limit_pages => {
-                self.slots.push(Slot { generation: Generation(0), content: None });
-                SlotIndex(self.slots.len() as u32 - 1)
-            }
-            None => return None,
-        };
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { generation: Generation(0), content: None });
+            SlotIndex(self.slots.len() as u32 - 1)
+        });
         self.bytes_in += bytes.len() as u64;
         let at = &mut self.slots[slot.0 as usize];
         at.generation = Generation(at.generation.0.checked_add(1).unwrap_or(1));
@@ -261,23 +266,43 @@ impl State {
     }
 
     fn get(&mut self, asker: Asker, entries: &[GetEntry]) -> Result<(Vec<PageEntry>, Vec<u8>), Status> {
-        let member = self.volume(asker)?.member;
+        let node = self.node.clone();
+        let member = self.volume(asker)?.member(&node);
         let (mut out, mut bytes) = (Vec::new(), Vec::new());
-        for GetEntry { page, placement } in entries {
-            let slot = self.slots.get(placement.slot.0 as usize);
-            let slot =
-                slot.filter(|slot| slot.generation == placement.generation && placement.member == member);
-            let content = slot.and_then(|slot| slot.content.as_ref());
-            match content.filter(|content| content.volume == asker.volume && content.page == *page) {
+        for entry in entries {
+            match self.content(asker.volume, member, entry) {
                 Some(content) => {
-                    out.push(PageEntry::raw(*page, content.round, content.checksum));
+                    out.push(PageEntry::raw(entry.page, content.round, content.checksum));
                     bytes.extend_from_slice(&content.bytes);
                 }
-                None => out.push(PageEntry::gone(*page)),
+                None => out.push(PageEntry::gone(entry.page)),
             }
         }
         self.bytes_out += bytes.len() as u64;
         Ok((out, bytes))
+    }
+
+    /// What lies under a placement, if it is that page of that volume.
+    fn content(&self, volume: VolumeId, member: Option<MemberIndex>, at: &GetEntry) -> Option<&Content> {
+        let GetEntry { page, placement } = at;
+        let slot = self.slots.get(placement.slot.0 as usize)?;
+        if slot.generation != placement.generation || member != Some(placement.member) {
+            return None;
+        }
+        slot.content.as_ref().filter(|content| content.volume == volume && content.page == *page)
+    }
+
+    /// Frees the slots that hold these pages.
+    fn give_back(&mut self, asker: Asker, entries: &[GetEntry]) -> Result<(), Status> {
+        let node = self.node.clone();
+        let member = self.writable(asker)?.member(&node);
+        for entry in entries {
+            if self.content(asker.volume, member, entry).is_some() {
+                self.slots[entry.placement.slot.0 as usize].content = None;
+                self.free.push(entry.placement.slot);
+            }
+        }
+        Ok(())
     }
 
     fn put_index(&mut self, asker: Asker, entries: &[IndexEntry]) -> Result<(), Status> {
@@ -295,10 +320,7 @@ impl State {
     }
 
     fn discard(&mut self, asker: Asker, range: PageRange, below: Round) -> Result<(), Status> {
-        let volume = self.volume(asker)?;
-        if volume.state == VolumeState::Sealed {
-            return Err(Status::State);
-        }
+        let volume = self.writable(asker)?;
         volume.discard(range, below);
         let positions = range.positions();
         self.free_slots(|content| {
@@ -322,25 +344,15 @@ impl State {
 
     fn control(&mut self, asker: Asker, request: &VmdRequest) -> Result<VmdReply, Status> {
         match request {
-            VmdRequest::Create { manifest, members } => {
-                if let Some(volume) = self.volumes.get(&asker.volume) {
-                    return match asker.epoch.cmp(&volume.epoch) {
-                        std::cmp::Ordering::Less => Err(Status::Fenced),
-                        std::cmp::Ordering::Equal if volume.state == VolumeState::Open => Ok(VmdReply::Done),
-                        _ => Err(Status::State),
-                    };
-                }
-                let volume = Volume::new(asker.epoch, manifest.clone(), members.clone(), &self.node)?;
-                self.volumes.insert(asker.volume, volume);
-            }
-            VmdRequest::Members(members) => self.volume(asker)?.set_members(members)?,
+            VmdRequest::Create { manifest, members } => self.create(asker, manifest, members)?,
+            VmdRequest::Members(members) => self.writable(asker)?.set_members(members)?,
             VmdRequest::Describe => {
                 let stored = self.stored_pages(asker.volume);
-                let volume = self.volumes.get(&asker.volume).ok_or(Status::NoVolume)?;
+                let volume = self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?;
                 return Ok(VmdReply::Volume(volume.describe(asker.volume, stored)));
             }
-            VmdRequest::Commit => self.volume(asker)?.committed = true,
-            VmdRequest::Seal => self.volume(asker)?.seal()?,
+            VmdRequest::Commit => self.owned(asker)?.committed = true,
+            VmdRequest::Seal => self.owned(asker)?.seal()?,
             VmdRequest::Claim { epoch } => {
                 self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.claim(*epoch)?
             }
@@ -351,8 +363,26 @@ impl State {
         Ok(VmdReply::Done)
     }
 
+    fn create(&mut self, asker: Asker, manifest: &Manifest, members: &[Member]) -> Result<(), Status> {
+        if asker.volume.0 == 0 || asker.epoch.0 == 0 {
+            return Err(Status::Malformed);
+        }
+        let Some(volume) = self.volumes.get(&asker.volume) else {
+            let volume = Volume::new(asker.epoch, manifest.clone(), members.to_vec());
+            self.volumes.insert(asker.volume, volume);
+            return Ok(());
+        };
+        let again = volume.epoch == asker.epoch && volume.manifest == *manifest;
+        match volume.state {
+            VolumeState::Dissolved => Err(Status::State),
+            _ if asker.epoch < volume.epoch => Err(Status::Fenced),
+            _ if again => Ok(()),
+            _ => Err(Status::State),
+        }
+    }
+
     fn dissolve(&mut self, asker: Asker) -> Result<(), Status> {
-        let Some(volume) = self.volumes.get_mut(&asker.volume) else { return Err(Status::NoVolume) };
+        let Some(volume) = self.volumes.get_mut(&asker.volume) else { return Ok(()) };
         if asker.epoch < volume.epoch {
             return Err(Status::Fenced);
         }

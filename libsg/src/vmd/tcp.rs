@@ -166,6 +166,12 @@ impl TcpLink {
                 self.push(Kind::Discard, 1, &[])?;
                 Ok((Expected::Discarded, self.table.len()))
             }
+            Request::Drop(entries) => {
+                at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
+                encode_table(entries.iter().copied(), &mut self.table);
+                self.push(Kind::Drop, entries.len(), &[])?;
+                Ok((Expected::Dropped, self.table.len()))
+            }
             Request::Control(request) => {
                 let expected = Expected::control(request)
                     .ok_or_else(|| Error::new(ErrorKind::Input, "the state blob has requests of its own"))?;
@@ -290,6 +296,7 @@ impl Link for TcpLink {
         PathSample {
             delivered_bytes: info.bytes_acked,
             send_delay: info.queue_delay(),
+            base_rtt: info.base_rtt().unwrap_or_default(),
             receive_delay: self.receive_delay,
             received_bytes: self.inbox.received_bytes(),
         }

@@ -429,34 +429,6 @@ impl Entry for PageRange {
     }
 }
 
-/// What a `Discard` asks for, its whole body.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DiscardEntry {
-    /// Of which pages.
-    pub range: PageRange,
-    /// Those of this round and above stay.
-    pub below: Round,
-}
-
-impl Entry for DiscardEntry {
-    const BYTES: usize = 16;
-
-    fn encode(&self, out: &mut [u8]) {
-        out[..Self::BYTES].fill(0);
-        self.range.encode(out);
-        out[8..10].copy_from_slice(&self.below.0.to_le_bytes());
-    }
-
-    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let bytes: &[u8; Self::BYTES] = bytes.try_into().map_err(|_| Malformed::Truncated)?;
-        if bytes[10..] != [0; 6] {
-            return Err(Malformed::Reserved);
-        }
-        let below = Round(u16::from_le_bytes([bytes[8], bytes[9]]));
-        Ok(Self { range: PageRange::decode(&bytes[..8])?, below })
-    }
-}
-
 impl Entry for PageIndex {
     const BYTES: usize = 4;
 

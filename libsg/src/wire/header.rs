@@ -46,7 +46,7 @@ pub enum Kind {
     Locate = 22,
     /// Answer: a table of [`super::IndexEntry`], of those of the asked pages that are known here.
     LocateReply = 23,
-    /// Client to intermediary: drop pages of a range that are below a round: one [`super::DiscardEntry`].
+    /// Client to intermediary: drop pages of a range that are below a round.
     Discard = 24,
     /// Answer: dropped.
     DiscardReply = 25,

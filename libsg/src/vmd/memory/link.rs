@@ -54,6 +54,7 @@ enum Owned {
     Get(Vec<GetEntry>),
     Locate(PageRange),
     Discard(PageRange, Round),
+    Drop(Vec<GetEntry>),
     Control(VmdRequest),
     PutState(Vec<u8>),
     GetState,
@@ -114,6 +115,7 @@ impl MemoryLink {
             }
             Owned::Locate(range) => state.locate(asker, range).map(Answer::Located),
             Owned::Discard(range, below) => state.discard(asker, range, below).map(|()| Answer::Done),
+            Owned::Drop(entries) => state.give_back(asker, &entries).map(|()| Answer::Done),
             Owned::Control(request) => state.control(asker, &request).map(Answer::Control),
             Owned::PutState(bytes) => state.put_state(asker, bytes).map(|()| Answer::Done),
             Owned::GetState => state.get_state(asker).map(Answer::State),
@@ -142,6 +144,10 @@ fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
         }
         Request::Locate(range) => (Owned::Locate(range), PageRange::BYTES),
         Request::Discard { range, below } => (Owned::Discard(range, below), 16),
+        Request::Drop(entries) => {
+            at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
+            (Owned::Drop(entries.to_vec()), entries.len() * GetEntry::BYTES)
+        }
         Request::Control(request) => (Owned::Control(request.clone()), 0),
         Request::PutState(state) if state.len() > limits::STATE_BYTES_MAX => {
             return Err(Error::new(ErrorKind::Input, format!("{} bytes of state are too many", state.len())));

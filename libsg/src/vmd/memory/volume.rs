@@ -17,8 +17,6 @@ pub(super) struct Volume {
     pub state: VolumeState,
     pub committed: bool,
     pub manifest: Manifest,
-    /// Which of the members this intermediary is.
-    pub member: MemberIndex,
     pub blob: Option<Vec<u8>>,
     members: Vec<Member>,
     /// Page by page; a zero page has no placement.
@@ -34,37 +32,36 @@ struct Known {
 }
 
 impl Volume {
-    /// A new one. Whoever is not among its members keeps none of it.
-    pub fn new(
-        epoch: Epoch,
-        manifest: Manifest,
-        members: Vec<Member>,
-        node: &NodeId,
-    ) -> Result<Self, Status> {
-        let at = members.iter().position(|member| member.node == *node).ok_or(Status::State)?;
-        Ok(Self {
+    /// A new one.
+    pub fn new(epoch: Epoch, manifest: Manifest, members: Vec<Member>) -> Self {
+        Self {
             epoch,
             state: VolumeState::Open,
             committed: false,
             manifest,
-            member: MemberIndex(at as u16),
             blob: None,
             members,
             index: BTreeMap::new(),
             created: Instant::now(),
-        })
+        }
+    }
+
+    /// Which of the members an intermediary is.
+    pub fn member(&self, node: &NodeId) -> Option<MemberIndex> {
+        self.members.iter().position(|member| member.node == *node).map(|at| MemberIndex(at as u16))
     }
 
     pub fn age_s(&self) -> u64 {
         self.created.elapsed().as_secs()
     }
 
-    /// The list only grows.
+    /// The list only grows. One that the present list begins with is an old request.
     pub fn set_members(&mut self, members: &[Member]) -> Result<(), Status> {
-        if !members.starts_with(&self.members) {
-            return Err(Status::State);
+        if members.starts_with(&self.members) {
+            self.members = members.to_vec();
+        } else if !self.members.starts_with(members) {
+            return Err(Status::Malformed);
         }
-        self.members = members.to_vec();
         Ok(())
     }
 

@@ -30,6 +30,7 @@ pub(super) enum Expected {
     /// Entries inside of this range.
     Located(PageRange),
     Discarded,
+    Dropped,
     /// The state was stored.
     StateStored,
     /// A control message without content.
@@ -81,6 +82,7 @@ impl Expected {
             Self::Pages(_) => Kind::GetReply,
             Self::Located(_) => Kind::LocateReply,
             Self::Discarded => Kind::DiscardReply,
+            Self::Dropped => Kind::DropReply,
             Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
                 Kind::VmdReply
             }
@@ -123,7 +125,7 @@ impl Expected {
                 check_located(located, *range)?;
                 Ok(Answer::Located)
             }
-            Self::Discarded => Ok(Answer::Done),
+            Self::Discarded | Self::Dropped => Ok(Answer::Done),
             Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
                 self.check_control(VmdReply::decode(frame.body)?)
             }
