@@ -168,16 +168,15 @@ impl<'c> Session<'c> {
     fn store_pages(&mut self, header: &Header, page_bytes: usize) -> Result<Result<(), Status>> {
         let Self { store, stream, buffers, .. } = self;
         let pages = &buffers.pages;
-        let raw = pages.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
         let runs = std::mem::take(&mut buffers.runs);
-        let filling = match store.fill(header.volume, header.epoch, raw, runs) {
+        let filling = match store.fill(header.volume, header.epoch, pages, runs) {
             Ok(filling) => filling,
             Err(status) => {
                 stream.skip(page_bytes)?;
                 return Ok(Err(status));
             }
         };
-        if raw == pages.len() {
+        if filling.slots() == pages.len() {
             for run in filling.runs() {
                 stream.read_slots(store.arena().slots(*run)?)?;
             }
@@ -191,7 +190,7 @@ impl<'c> Session<'c> {
                 }
             }
         }
-        store.bytes_in.fetch_add((raw * PAGE_BYTES) as u64, Ordering::Relaxed);
+        store.bytes_in.fetch_add((filling.slots() * PAGE_BYTES) as u64, Ordering::Relaxed);
         match filling.finish(header.epoch, pages, &mut buffers.placements) {
             Ok(runs) => {
                 buffers.runs = runs;

@@ -70,14 +70,9 @@ pub struct Owner {
     pub round: Round,
 }
 
-/// Why no slots were given.
+/// The volume is not known here, or was dissolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The volume is not known here, or was dissolved.
-    NoVolume,
-    /// The limit is reached.
-    Full,
-}
+pub struct NoVolume;
 
 /// An owner with its generation, in 12 bytes: with three bits a slot, what a page costs here.
 #[derive(Clone, Copy)]
@@ -195,43 +190,39 @@ impl Slots {
         self.leases.entry(volume).or_default();
     }
 
-    /// Takes `count` slots for the volume, in as few runs as there are; they are appended to `runs`.
-    /// Each ends in [`Self::store`] or [`Self::free`].
+    /// Takes `count` slots for the volume, in as few runs as there are, or fewer when the limit is
+    /// reached. They are appended to `runs`; each ends in [`Self::store`] or [`Self::free`]. Gives how many there are.
     ///
     /// # Errors
-    /// No such volume, or no room; then nothing is taken.
+    /// No such volume.
     pub fn allocate(
         &mut self,
         volume: VolumeId,
         count: usize,
         runs: &mut Vec<SlotRun>,
-    ) -> Result<(), Refusal> {
-        let before = runs.len();
-        let mut missing = count;
-        while missing > 0 {
-            match self.take_run(volume, missing) {
-                Ok(Some(run)) => {
-                    missing -= run.slots as usize;
+    ) -> Result<usize, NoVolume> {
+        let mut taken = 0;
+        while taken < count {
+            match self.take_run(volume, count - taken)? {
+                Some(run) => {
+                    taken += run.slots as usize;
                     runs.push(run);
                 }
-                Ok(None) => {}
-                Err(refusal) => {
-                    for run in runs.drain(before..) {
-                        run.iter().for_each(|slot| self.free(slot));
-                    }
-                    return Err(refusal);
-                }
+                None if self.has_open(volume) || self.lease_chunk(volume) => {}
+                None => break,
             }
         }
-        Ok(())
+        Ok(taken)
+    }
+
+    fn has_open(&self, volume: VolumeId) -> bool {
+        self.leases.get(&volume).is_some_and(|lease| !lease.open.is_empty())
     }
 
     /// One run from the last listed chunk; `None` when it had none and is listed no more.
-    fn take_run(&mut self, volume: VolumeId, longest: usize) -> Result<Option<SlotRun>, Refusal> {
-        let lease = self.leases.get_mut(&volume).ok_or(Refusal::NoVolume)?;
-        let Some(&number) = lease.open.last() else {
-            return self.lease_chunk(volume).map(|()| None);
-        };
+    fn take_run(&mut self, volume: VolumeId, longest: usize) -> Result<Option<SlotRun>, NoVolume> {
+        let lease = self.leases.get_mut(&volume).ok_or(NoVolume)?;
+        let Some(&number) = lease.open.last() else { return Ok(None) };
         let Entry::Leased(chunk) = &mut self.entries[number as usize] else {
             lease.open.pop();
             return Ok(None);
@@ -250,13 +241,11 @@ impl Slots {
         Ok(Some(SlotRun { first, slots: slots as u32 }))
     }
 
-    fn lease_chunk(&mut self, volume: VolumeId) -> Result<(), Refusal> {
-        let number = match self.ready.pop_front() {
-            Some(number) => number,
-            None => self.hold_number().ok_or(Refusal::Full)?,
-        };
+    /// One more chunk for the volume; `false` at the limit.
+    fn lease_chunk(&mut self, volume: VolumeId) -> bool {
+        let Some(number) = self.ready.pop_front().or_else(|| self.hold_number()) else { return false };
         let (Entry::Idle { spent } | Entry::Vacant { spent }) = self.entries[number as usize] else {
-            return Err(Refusal::Full);
+            return false;
         };
         let lease = self.leases.entry(volume).or_default();
         self.entries[number as usize] = Entry::Leased(Box::new(Chunk {
@@ -274,7 +263,7 @@ impl Slots {
         lease.chunks.push(number);
         lease.open.push(number);
         self.leases_ever += 1;
-        Ok(())
+        true
     }
 
     /// A number that has no memory yet, from now on idle and counted.

@@ -12,8 +12,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::arena::Arena;
 use super::budget::Budget;
 use super::index::{BLOCK_BYTES, Index};
-use super::slots::{ChunkNumber, Owner, Refusal, SlotRun, Slots};
-use super::volumes::{Access, StateBlob, Volumes};
+use super::slots::{ChunkNumber, NoVolume, Owner, SlotRun, Slots};
+use super::volumes::{Access, StateBlob, Volume, Volumes};
 use crate::error::Result;
 use crate::ids::{Epoch, MemberIndex, NodeId, Placement, Round, VolumeId};
 use crate::manifest::Manifest;
@@ -124,29 +124,34 @@ impl Store {
         members.iter().position(|member| member.node == self.node).map(|at| MemberIndex(at as u16))
     }
 
-    /// Slots to receive `pages` pages into; they are free again when the value is dropped unfinished.
+    /// Slots to receive the raw ones of `entries` into, or for as many of them as there is room. They are free again
+    /// when the value is dropped unfinished.
     pub(super) fn fill(
         &self,
         volume: VolumeId,
         epoch: Epoch,
-        pages: usize,
+        entries: &[PageEntry],
         mut runs: Vec<SlotRun>,
     ) -> Result<Filling<'_>, Status> {
         runs.clear();
         let volumes = self.volumes.lock();
-        volumes.admit(volume, epoch, Access::Write)?;
+        let pages = u64::from(volumes.admit(volume, epoch, Access::Write)?.manifest.pages());
+        let inside = |entry: &PageEntry| u64::from(entry.page.0) + u64::from(entry.run_pages) <= pages;
+        if !entries.iter().all(inside) {
+            return Err(Status::Malformed);
+        }
+        let raw = entries.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
         let mut slots = self.slots.lock();
         drop(volumes);
-        let taken = slots.allocate(volume, pages, &mut runs);
+        let taken = slots.allocate(volume, raw, &mut runs);
         let stir = slots.ready_chunks() < CHUNKS_AHEAD;
         drop(slots);
         if stir {
             self.stirred.notify_one();
         }
         match taken {
-            Ok(()) => Ok(Filling { store: self, runs, volume }),
-            Err(Refusal::Full) => Err(Status::Full),
-            Err(Refusal::NoVolume) => Err(Status::NoVolume),
+            Ok(slots) => Ok(Filling { store: self, runs, volume, slots }),
+            Err(NoVolume) => Err(Status::NoVolume),
         }
     }
 
@@ -200,6 +205,8 @@ impl Store {
         manifest: Manifest,
         members: Vec<Member>,
     ) -> Result<(), Status> {
+        // Whoever is not among a volume's members keeps none of it.
+        self.me(&members).ok_or(Status::State)?;
         let books = Arc::new(Books { index: Mutex::default(), budget: Arc::clone(&self.budget) });
         let vm = manifest.vm.clone();
         let mut volumes = self.volumes.lock();
@@ -313,7 +320,7 @@ impl Store {
         range: PageRange,
         below: Round,
     ) -> Result<(), Status> {
-        self.with_index(volume, epoch, Access::Write, |index, _| {
+        self.with_index(volume, epoch, Access::Discard, |index, _| {
             let before = index.blocks();
             index.discard(range, below);
             let after = index.blocks();
@@ -344,22 +351,16 @@ impl Store {
     }
 
     pub(super) fn describe(&self, volume: VolumeId) -> Result<VolumeInfo, Status> {
-        let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
+        let volumes = self.volumes.lock();
+        if let Some(gone) = volumes.dissolved(volume) {
+            return Ok(info(volume, gone, 0, 0));
+        }
+        let books = Arc::clone(&volumes.get(volume)?.payload);
+        drop(volumes);
         let indexed_pages = books.index.lock().pages();
         let volumes = self.volumes.lock();
-        let known = volumes.get(volume)?;
-        Ok(VolumeInfo {
-            volume,
-            manifest: known.manifest.clone(),
-            members: known.members.clone(),
-            epoch: known.epoch,
-            state: known.state,
-            committed: known.committed,
-            has_state: known.blob.is_some(),
-            stored_pages: self.slots.lock().stored_pages_of(volume),
-            indexed_pages,
-            age_s: known.created.elapsed().as_secs(),
-        })
+        let stored_pages = self.slots.lock().stored_pages_of(volume);
+        Ok(info(volume, volumes.get(volume)?, stored_pages, indexed_pages))
     }
 
     /// What would be lost if this server went now.
@@ -461,14 +462,35 @@ impl Store {
     }
 }
 
+fn info<P>(id: VolumeId, volume: &Volume<P>, stored_pages: u64, indexed_pages: u64) -> VolumeInfo {
+    VolumeInfo {
+        volume: id,
+        manifest: volume.manifest.clone(),
+        members: volume.members.clone(),
+        epoch: volume.epoch,
+        state: volume.state,
+        committed: volume.committed,
+        has_state: volume.blob.is_some(),
+        stored_pages,
+        indexed_pages,
+        age_s: volume.created.elapsed().as_secs(),
+    }
+}
+
 /// Slots that pages are received into.
 pub(super) struct Filling<'s> {
     store: &'s Store,
     runs: Vec<SlotRun>,
     volume: VolumeId,
+    slots: usize,
 }
 
 impl Filling<'_> {
+    /// How many slots there are.
+    pub(super) fn slots(&self) -> usize {
+        self.slots
+    }
+
     /// The slots, in the order of the pages.
     pub(super) fn runs(&self) -> &[SlotRun] {
         &self.runs

@@ -15,15 +15,17 @@ use crate::wire::Status;
 use crate::wire::message::{Member, VolumeState};
 
 /// Dissolved volumes that are remembered; the oldest is forgotten for the newest.
-const DISSOLVED_MAX: usize = 4096;
+const DISSOLVED_MAX: usize = 256;
 
 /// What a request does to a volume, as far as epochs and states go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Looks at pages or the index: any state but dissolved, any epoch but an older one.
     Read,
-    /// Changes pages, index or state: the writer's own epoch, while the volume is open.
+    /// Adds pages, index entries or state: the writer's own epoch, while the volume is open.
     Write,
+    /// Drops pages: any epoch but an older one, unless the volume is sealed.
+    Discard,
 }
 
 /// A volume's opaque state.
@@ -44,7 +46,7 @@ pub struct Volume<P> {
     pub members: Vec<Member>,
     /// The writer's epoch.
     pub epoch: Epoch,
-    /// Where it stands; never [`VolumeState::Dissolved`].
+    /// Where it stands.
     pub state: VolumeState,
     /// Whether COMMIT was written.
     pub committed: bool,
@@ -60,7 +62,7 @@ pub struct Volume<P> {
 #[derive(Debug)]
 pub struct Volumes<P> {
     live: BTreeMap<VolumeId, Volume<P>>,
-    dissolved: VecDeque<VolumeId>,
+    dissolved: VecDeque<(VolumeId, Volume<()>)>,
     volumes_max: usize,
 }
 
@@ -113,7 +115,12 @@ impl<P> Volumes<P> {
     }
 
     fn missing(&self, id: VolumeId) -> Status {
-        if self.dissolved.contains(&id) { Status::State } else { Status::NoVolume }
+        if self.dissolved(id).is_some() { Status::State } else { Status::NoVolume }
+    }
+
+    /// What is remembered of a volume that was dissolved: without the VM's state and configuration.
+    pub fn dissolved(&self, id: VolumeId) -> Option<&Volume<()>> {
+        self.dissolved.iter().find(|(other, _)| *other == id).map(|(_, volume)| volume)
     }
 
     /// Creates the volume; whether it is new. Done again under the same epoch it changes nothing.
@@ -133,7 +140,8 @@ impl<P> Volumes<P> {
             return Err(Status::Malformed);
         }
         if let Some(volume) = self.live.get(&id) {
-            let same = volume.manifest == manifest && volume.epoch == epoch;
+            let same =
+                volume.manifest == manifest && volume.epoch == epoch && volume.state == VolumeState::Open;
             return if epoch < volume.epoch {
                 Err(Status::Fenced)
             } else if same {
@@ -142,7 +150,7 @@ impl<P> Volumes<P> {
                 Err(Status::State)
             };
         }
-        if self.dissolved.contains(&id) {
+        if self.dissolved(id).is_some() {
             return Err(Status::State);
         }
         if self.live.len() >= self.volumes_max {
@@ -165,18 +173,18 @@ impl<P> Volumes<P> {
     /// The volume gained members.
     ///
     /// # Errors
-    /// As [`Self::admit`] for a write; [`Status::Malformed`] unless the list begins with the present one. A
-    /// shorter list that the present one begins with is an old request, and changes nothing.
+    /// As [`Self::admit`]; [`Status::State`] unless the list begins with the present one,
+    /// [`Status::Malformed`] for too many.
     pub fn set_members(&mut self, id: VolumeId, epoch: Epoch, members: Vec<Member>) -> Result<(), Status> {
-        let volume = self.admit_mut(id, epoch, Access::Write)?;
+        let volume = self.admit_mut(id, epoch, Access::Read)?;
         if members.len() > limits::MEMBERS_MAX {
             return Err(Status::Malformed);
         }
-        if members.starts_with(&volume.members) {
-            volume.members = members;
-            return Ok(());
+        if !members.starts_with(&volume.members) {
+            return Err(Status::State);
         }
-        if volume.members.starts_with(&members) { Ok(()) } else { Err(Status::Malformed) }
+        volume.members = members;
+        Ok(())
     }
 
     /// Keeps the VM's state, instead of what was kept before, which is returned.
@@ -195,13 +203,9 @@ impl<P> Volumes<P> {
     /// The source never runs the VM again. Done again it changes nothing.
     ///
     /// # Errors
-    /// As [`Self::admit`]; [`Status::State`] for a newer epoch than the volume's.
+    /// As [`Self::admit`].
     pub fn commit(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
-        let volume = self.admit_mut(id, epoch, Access::Read)?;
-        if epoch != volume.epoch {
-            return Err(Status::State);
-        }
-        volume.committed = true;
+        self.admit_mut(id, epoch, Access::Read)?.committed = true;
         Ok(())
     }
 
@@ -211,7 +215,7 @@ impl<P> Volumes<P> {
     /// As [`Self::admit`]; [`Status::State`] when it was claimed.
     pub fn seal(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
         let volume = self.admit_mut(id, epoch, Access::Read)?;
-        if epoch != volume.epoch || volume.state == VolumeState::Claimed {
+        if volume.state == VolumeState::Claimed {
             return Err(Status::State);
         }
         volume.state = VolumeState::Sealed;
@@ -233,21 +237,21 @@ impl<P> Volumes<P> {
         Ok(())
     }
 
-    /// Forgets the volume, which is returned. `None`: there was none, or there is none any more.
+    /// Forgets the volume, which is returned. `None`: that was done before.
     ///
     /// # Errors
-    /// [`Status::Fenced`] for an older epoch.
+    /// [`Status::NoVolume`], or [`Status::Fenced`] for an older epoch.
     pub fn dissolve(&mut self, id: VolumeId, epoch: Epoch) -> Result<Option<Volume<P>>, Status> {
-        match self.admit(id, epoch, Access::Read) {
-            Err(Status::Fenced) => return Err(Status::Fenced),
-            Err(_) => return Ok(None),
-            Ok(_) => {}
+        if let Some(gone) = self.dissolved(id) {
+            return if epoch < gone.epoch { Err(Status::Fenced) } else { Ok(None) };
         }
+        self.admit(id, epoch, Access::Read)?;
+        let Some(volume) = self.live.remove(&id) else { return Ok(None) };
         if self.dissolved.len() >= DISSOLVED_MAX {
             self.dissolved.pop_front();
         }
-        self.dissolved.push_back(id);
-        Ok(self.live.remove(&id))
+        self.dissolved.push_back((id, volume.remembered()));
+        Ok(Some(volume))
     }
 }
 
@@ -256,8 +260,25 @@ impl<P> Volume<P> {
         if epoch < self.epoch {
             return Err(Status::Fenced);
         }
-        let writable = self.state == VolumeState::Open && epoch == self.epoch;
-        if access == Access::Write && !writable { Err(Status::State) } else { Ok(()) }
+        let allowed = match access {
+            Access::Read => true,
+            Access::Write => self.state == VolumeState::Open && epoch == self.epoch,
+            Access::Discard => self.state != VolumeState::Sealed,
+        };
+        if allowed { Ok(()) } else { Err(Status::State) }
+    }
+
+    fn remembered(&self) -> Volume<()> {
+        Volume {
+            manifest: Manifest { vm_config: Vec::new(), ..self.manifest.clone() },
+            members: self.members.clone(),
+            epoch: self.epoch,
+            state: VolumeState::Dissolved,
+            committed: self.committed,
+            blob: None,
+            created: self.created,
+            payload: (),
+        }
     }
 }
 
@@ -300,7 +321,8 @@ mod test {
         assert_eq!(volumes.dissolve(VolumeId(1), Epoch(1)).err(), Some(Status::Fenced));
         assert!(volumes.dissolve(VolumeId(1), Epoch(2)).unwrap().is_some());
         assert!(volumes.dissolve(VolumeId(1), Epoch(2)).unwrap().is_none());
-        assert!(volumes.dissolve(VolumeId(9), Epoch(1)).unwrap().is_none());
+        assert_eq!(volumes.dissolve(VolumeId(9), Epoch(1)).err(), Some(Status::NoVolume));
+        assert_eq!(volumes.dissolved(VolumeId(1)).unwrap().state, VolumeState::Dissolved);
         assert_eq!(create(&mut volumes, 1, 2), Err(Status::State), "it does not come to life again");
         assert_eq!(volumes.get(VolumeId(1)).err(), Some(Status::State));
         assert_eq!(volumes.get(VolumeId(9)).err(), Some(Status::NoVolume));
@@ -325,7 +347,7 @@ mod test {
         assert_eq!(volumes.claim(id, new), Err(Status::Fenced), "once");
         assert_eq!(admit(&volumes, old, Access::Read), Err(Status::Fenced));
         assert_eq!(volumes.commit(id, old), Err(Status::Fenced));
-        assert_eq!(volumes.seal(id, new), Err(Status::State));
+        assert_eq!(volumes.seal(id, new), Err(Status::State), "claimed already");
         assert!(volumes.get(id).unwrap().committed);
     }
 
@@ -335,9 +357,9 @@ mod test {
         let (id, epoch) = (VolumeId(1), Epoch(1));
         create(&mut volumes, 1, 1).unwrap();
         volumes.set_members(id, epoch, vec![member(1), member(2)]).unwrap();
-        volumes.set_members(id, epoch, vec![member(1)]).unwrap();
+        assert_eq!(volumes.set_members(id, epoch, vec![member(1)]), Err(Status::State));
+        assert_eq!(volumes.set_members(id, epoch, vec![member(2), member(1)]), Err(Status::State));
         assert_eq!(volumes.get(id).unwrap().members.len(), 2);
-        assert_eq!(volumes.set_members(id, epoch, vec![member(2), member(1)]), Err(Status::Malformed));
     }
 
     proptest! {
