@@ -21,5 +21,6 @@ pub mod transport;
 pub mod vmd;
 pub mod server;
 pub mod migrate;
+pub mod gather;
 
 pub use error::{Error, ErrorKind, Result};

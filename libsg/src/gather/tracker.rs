@@ -1,0 +1,637 @@
+//! What the destination knows of each page, and who may install it: pure, without thread, clock or
+//! lock.
+//!
+//! Every path (direct, prepage, fault) claims an install unit before it installs it and says so
+//! afterwards, so that each unit is installed exactly once, whichever path comes first. 15 bytes a
+//! page: placement 8, checksum 4, round 2, state 1; of these only the state is ever touched for a
+//! page that came directly.
+
+use std::time::{Duration, Instant};
+
+use super::books::{Kind, State, Units, Waiting};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Checksum, MemberIndex, Placement, Round};
+use crate::latency::LatencyHistogram;
+use crate::limits;
+use crate::manifest::Manifest;
+use crate::page::{PageIndex, PageRange};
+use crate::wire::{Encoding, IndexEntry};
+
+/// Pages that one call looks at when it searches: what keeps the lock around the tracker short.
+const SEARCH_PAGES_MAX: usize = 128 << 10;
+
+/// Pages behind a fault that are prepaged before the sweep goes on; a gap of so many ends it.
+const NEAR_PAGES: usize = 256;
+
+/// Who said where a page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// The source: what it says last holds.
+    Source,
+    /// An index server: may be behind what the source said.
+    Index,
+}
+
+/// How a page came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// From the source.
+    Direct,
+    /// From an intermediary.
+    Staged,
+    /// Without bytes: it is zero.
+    Zero,
+}
+
+/// What can be done for a unit that somebody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Nothing: it is installed, or somebody is installing it now.
+    Held,
+    /// It is zero: claim and install it.
+    Zero,
+    /// It can be read from this member: the reads were filled in.
+    Read(MemberIndex),
+    /// Nobody said where it is, or where it was said to be it is not.
+    Unknown,
+    /// No copy is left.
+    Lost,
+}
+
+/// The answer to [`Tracker::claim`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// Install this unit now, then call [`Tracker::installed`].
+    Install(PageRange),
+    /// Somebody else has installed it, or is at it, or a newer one is known, or it was given up.
+    Held,
+}
+
+/// A page that is read where it lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Read {
+    /// Which page.
+    pub page: PageIndex,
+    /// Where it lies.
+    pub placement: Placement,
+    /// What its bytes must have.
+    pub checksum: Checksum,
+    /// How often it was scattered before.
+    pub round: Round,
+}
+
+/// How far it is, in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Of the volume.
+    pub total: u64,
+    /// Installed, or known to be zero.
+    pub held: u64,
+    /// Lost for good.
+    pub lost: u64,
+    /// Nobody said yet where they are, or where they were said to be they are not.
+    pub unknown: u64,
+    /// Installed from the source.
+    pub direct: u64,
+    /// Installed from intermediaries.
+    pub staged: u64,
+    /// Faults that were answered.
+    pub faults: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct MemberBook {
+    lost: bool,
+    announced: u64,
+    in_flight: u64,
+    cursor: u32,
+    near: Option<u32>,
+}
+
+/// The books of one volume at its destination.
+#[derive(Debug)]
+pub struct Tracker {
+    units: Units,
+    states: Box<[State]>,
+    placements: Box<[u64]>,
+    checksums: Box<[u32]>,
+    rounds: Box<[u16]>,
+    members: Vec<MemberBook>,
+    kinds: [u64; Kind::COUNT],
+    direct: u64,
+    staged: u64,
+    waiting: Waiting,
+}
+
+impl Tracker {
+    /// Books in which every page is missing.
+    #[must_use]
+    pub fn new(manifest: &Manifest) -> Self {
+        let pages = manifest.pages() as usize;
+        let mut kinds = [0; Kind::COUNT];
+        kinds[Kind::Missing as usize] = pages as u64;
+        Self {
+            units: Units::new(manifest),
+            // Zeroed memory that the kernel gives page by page, as it is touched.
+            states: vec![State::default(); pages].into_boxed_slice(),
+            placements: vec![0; pages].into_boxed_slice(),
+            checksums: vec![0; pages].into_boxed_slice(),
+            rounds: vec![0; pages].into_boxed_slice(),
+            members: Vec::new(),
+            kinds,
+            direct: 0,
+            staged: 0,
+            waiting: Waiting::default(),
+        }
+    }
+
+    /// Bytes allocated for the books.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> usize {
+        self.states.len() * (1 + 8 + 4 + 2)
+            + self.members.capacity() * size_of::<MemberBook>()
+            + self.units.allocated_bytes()
+            + self.waiting.allocated_bytes()
+    }
+
+    /// The volume has this many members now; there are never fewer than before.
+    pub fn set_members(&mut self, members: usize) {
+        let members = members.clamp(self.members.len(), limits::MEMBERS_MAX);
+        self.members.resize(members, MemberBook::default());
+    }
+
+    /// The unit that a page belongs to; `None` for a page that there is not.
+    #[must_use]
+    pub fn unit(&self, page: PageIndex) -> Option<PageRange> {
+        self.units.of(page)
+    }
+
+    /// Whether the two pages may be installed by one call.
+    #[must_use]
+    pub fn same_region(&self, a: PageIndex, b: PageIndex) -> bool {
+        self.units.same_region(a, b)
+    }
+
+    /// Somebody says where a page is, or that a run is zero. Returns whether somebody waits for one
+    /// of the pages about which something was learned.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Protocol`] for pages or members that there are not.
+    pub fn announce(&mut self, entry: &IndexEntry, word: Word) -> Result<bool> {
+        let range = entry.range();
+        let member = entry.placement.map(|placement| placement.member.as_usize());
+        if range.positions().end > self.states.len() || member.is_some_and(|m| m >= self.members.len()) {
+            let message = format!("pages {range} were announced outside of the volume, or at no member");
+            return Err(Error::new(ErrorKind::Protocol, message).about([range]));
+        }
+        let mut wanted = false;
+        for page in range.positions() {
+            if !self.replaces(page, entry, word) {
+                continue;
+            }
+            self.tally(page, false);
+            let state = &mut self.states[page];
+            state.learn(if entry.encoding == Encoding::Zero { Kind::Zero } else { Kind::Announced });
+            wanted |= state.is_waiting();
+            if let Some(placement) = entry.placement {
+                self.placements[page] = placement.to_bits();
+                self.checksums[page] = entry.checksum.0;
+            }
+            if self.rounds[page] != entry.round.0 {
+                self.rounds[page] = entry.round.0;
+            }
+            self.tally(page, true);
+        }
+        Ok(wanted)
+    }
+
+    fn replaces(&self, page: usize, entry: &IndexEntry, word: Word) -> bool {
+        let state = self.states[page];
+        if state.is_installing() || matches!(state.kind(), Kind::Installed | Kind::Removed | Kind::Lost) {
+            return false;
+        }
+        if state.kind() == Kind::Missing {
+            return true;
+        }
+        match entry.round.0.cmp(&self.rounds[page]) {
+            std::cmp::Ordering::Greater => true,
+            std::cmp::Ordering::Less => false,
+            std::cmp::Ordering::Equal if word == Word::Source => true,
+            std::cmp::Ordering::Equal => {
+                let same = entry.placement.is_some_and(|p| p.to_bits() == self.placements[page]);
+                let there = entry.placement.is_none_or(|p| !self.is_lost(p.member));
+                self.kind(page) == Kind::Suspect && !same && there
+            }
+        }
+    }
+
+    /// The kind of a page, in which one that lies at a lost member is suspect.
+    fn kind(&self, page: usize) -> Kind {
+        match self.states[page].kind() {
+            Kind::Announced if self.member_of(page).is_none_or(|m| self.is_lost(m)) => Kind::Suspect,
+            kind => kind,
+        }
+    }
+
+    fn member_of(&self, page: usize) -> Option<MemberIndex> {
+        Placement::from_bits(self.placements[page]).map(|placement| placement.member)
+    }
+
+    fn read(&self, page: usize, placement: Placement) -> Read {
+        let (checksum, round) = (Checksum(self.checksums[page]), Round(self.rounds[page]));
+        Read { page: PageIndex(page as u32), placement, checksum, round }
+    }
+
+    fn is_lost(&self, member: MemberIndex) -> bool {
+        self.members.get(member.as_usize()).is_none_or(|book| book.lost)
+    }
+
+    /// Takes a page out of the counts, or puts it in: around every change.
+    fn tally(&mut self, page: usize, add: bool) {
+        let state = self.states[page];
+        let count = |count: &mut u64| *count = if add { *count + 1 } else { count.saturating_sub(1) };
+        count(&mut self.kinds[state.kind() as usize]);
+        if state.kind() == Kind::Announced
+            && let Some(member) = Placement::from_bits(self.placements[page]).map(|p| p.member.as_usize())
+            && let Some(book) = self.members.get_mut(member)
+        {
+            count(&mut book.announced);
+            if state.is_in_flight() {
+                count(&mut book.in_flight);
+            }
+        }
+    }
+
+    fn change(&mut self, range: PageRange, change: impl Fn(&mut State)) {
+        for page in range.positions() {
+            self.tally(page, false);
+            change(&mut self.states[page]);
+            self.tally(page, true);
+        }
+    }
+
+    /// The guest waits for a page, from `now` on. Says what can be done; `reads` is filled where it
+    /// can be read from a member.
+    pub fn fault(&mut self, page: PageIndex, now: Instant, reads: &mut Vec<Read>) -> Wanted {
+        let Some(unit) = self.unit(page) else { return Wanted::Held };
+        for book in &mut self.members {
+            book.near = Some(unit.first.0);
+        }
+        let wanted = self.look(unit, reads);
+        if wanted != Wanted::Held || self.states[unit.first.as_usize()].is_installing() {
+            self.change(unit, State::wait);
+            self.waiting.add(unit.first, now);
+        }
+        wanted
+    }
+
+    /// What can be done for a unit now.
+    pub fn look(&self, unit: PageRange, reads: &mut Vec<Read>) -> Wanted {
+        reads.clear();
+        let first = unit.first.as_usize();
+        if self.states[first].is_installing() {
+            return Wanted::Held;
+        }
+        match self.states[first].kind() {
+            Kind::Installed => return Wanted::Held,
+            Kind::Lost => return Wanted::Lost,
+            _ => {}
+        }
+        let mut at = None;
+        for page in unit.positions() {
+            match self.kind(page) {
+                Kind::Zero | Kind::Removed => {}
+                Kind::Announced => {
+                    let Some(placement) = Placement::from_bits(self.placements[page]) else {
+                        return Wanted::Unknown;
+                    };
+                    // A unit is never split over members: one that is, is not to be had there.
+                    if *at.get_or_insert(placement.member) != placement.member {
+                        return Wanted::Unknown;
+                    }
+                    reads.push(self.read(page, placement));
+                }
+                Kind::Missing | Kind::Suspect | Kind::Installed | Kind::Lost => return Wanted::Unknown,
+            }
+        }
+        at.map_or(Wanted::Zero, Wanted::Read)
+    }
+
+    /// Asks to install the unit of a page with bytes of `round`.
+    pub fn claim(&mut self, page: PageIndex, round: Round) -> Claim {
+        let Some(unit) = self.unit(page) else { return Claim::Held };
+        let state = self.states[unit.first.as_usize()];
+        if state.is_installing() || matches!(state.kind(), Kind::Installed | Kind::Removed | Kind::Lost) {
+            return Claim::Held;
+        }
+        let stale = |page: usize| match self.states[page].kind() {
+            Kind::Missing => false,
+            // All of a unit of one page is zero: bytes of the same round are older news.
+            Kind::Zero if unit.pages == 1 => round.0 <= self.rounds[page],
+            _ => round.0 < self.rounds[page],
+        };
+        if unit.positions().any(stale) {
+            return Claim::Held;
+        }
+        self.change(unit, State::install);
+        Claim::Install(unit)
+    }
+
+    /// Asks to install the unit of a page with zeros, because somebody waits for it.
+    pub fn claim_zero(&mut self, page: PageIndex) -> Claim {
+        let Some(unit) = self.unit(page) else { return Claim::Held };
+        let zero = |page: usize| {
+            let state = self.states[page];
+            !state.is_installing() && matches!(state.kind(), Kind::Zero | Kind::Removed)
+        };
+        if !unit.positions().all(zero) {
+            return Claim::Held;
+        }
+        // A page that was given up and is given up again while it is installed must stay so.
+        self.change(unit, |state| {
+            state.learn(Kind::Zero);
+            state.install();
+        });
+        Claim::Install(unit)
+    }
+
+    /// Claimed units are in place. `range` consists of whole units.
+    pub fn installed(&mut self, range: PageRange, path: Path, now: Instant) {
+        match path {
+            Path::Direct => self.direct += u64::from(range.pages),
+            Path::Staged => self.staged += u64::from(range.pages),
+            Path::Zero => {}
+        }
+        let mut waited = false;
+        for page in range.positions() {
+            self.tally(page, false);
+            let state = &mut self.states[page];
+            waited |= state.is_waiting();
+            state.settle(if state.kind() == Kind::Removed { Kind::Removed } else { Kind::Installed });
+            self.tally(page, true);
+        }
+        if waited {
+            self.waiting.answered(range, now);
+        }
+    }
+
+    /// A claimed unit could not be installed.
+    pub fn unclaim(&mut self, range: PageRange) {
+        self.change(range, State::uninstall);
+    }
+
+    /// The guest gave pages up: they are zero from now on. Parts of units are left alone.
+    pub fn removed(&mut self, range: PageRange) {
+        let mut page = range.first;
+        let end = (range.positions().end).min(self.states.len());
+        while page.as_usize() < end {
+            let Some(unit) = self.unit(page) else { return };
+            if unit.first == page && unit.positions().end <= end {
+                self.change(unit, State::remove);
+            }
+            page = PageIndex(unit.first.0 + unit.pages);
+        }
+    }
+
+    /// The next pages to read from a member in the background: near the last fault first, then on
+    /// in a sweep. At most `pages_max`, or one whole unit. Marks them in flight.
+    pub fn next_batch(&mut self, member: MemberIndex, pages_max: usize, out: &mut Vec<Read>) {
+        out.clear();
+        let Some(&book) = self.members.get(member.as_usize()) else { return };
+        if book.lost || book.announced == book.in_flight || self.states.is_empty() {
+            return;
+        }
+        let mut unit_reads = Vec::new();
+        if let Some(near) = book.near {
+            let next = self.collect(member, near as usize, NEAR_PAGES, pages_max, out, &mut unit_reads);
+            self.members[member.as_usize()].near = (!out.is_empty()).then_some(next as u32);
+        }
+        if out.is_empty() {
+            let from = book.cursor as usize;
+            let next = self.collect(member, from, SEARCH_PAGES_MAX, pages_max, out, &mut unit_reads);
+            self.members[member.as_usize()].cursor = if next >= self.states.len() { 0 } else { next as u32 };
+        }
+        for read in out.iter() {
+            self.change(PageRange::new(read.page, 1), State::fly);
+        }
+    }
+
+    /// Collects what can be read from `member` among `search` pages from `from` on; returns where it
+    /// stopped.
+    fn collect(
+        &self,
+        member: MemberIndex,
+        from: usize,
+        search: usize,
+        pages_max: usize,
+        out: &mut Vec<Read>,
+        unit_reads: &mut Vec<Read>,
+    ) -> usize {
+        let end = (from + search).min(self.states.len());
+        let mut page = from;
+        while page < end && out.len() < pages_max {
+            let state = self.states[page];
+            let Some(unit) = self.units.of(PageIndex(page as u32)) else { return end };
+            if unit.pages == 1 {
+                if state.is_idle_announced()
+                    && let Some(placement) = Placement::from_bits(self.placements[page])
+                    && placement.member == member
+                {
+                    out.push(self.read(page, placement));
+                }
+                page += 1;
+                continue;
+            }
+            let idle = unit.positions().all(|page| !self.states[page].is_in_flight());
+            if idle && self.look(unit, unit_reads) == Wanted::Read(member) {
+                if !out.is_empty() && out.len() + unit_reads.len() > pages_max.max(limits::BATCH_PAGES) {
+                    return unit.first.as_usize();
+                }
+                out.extend_from_slice(unit_reads);
+            }
+            page = unit.positions().end;
+        }
+        page
+    }
+
+    /// Pages that were in flight will not come.
+    pub fn give_back(&mut self, reads: &[Read]) {
+        for read in reads {
+            self.change(PageRange::new(read.page, 1), State::land);
+        }
+    }
+
+    /// What lies at a placement is not the page: that copy is lost. Returns whether it was the one known.
+    pub fn copy_lost(&mut self, page: PageIndex, placement: Placement) -> bool {
+        let at = page.as_usize();
+        let known = self.placements.get(at) == Some(&placement.to_bits())
+            && self.states[at].kind() == Kind::Announced
+            && !self.states[at].is_installing();
+        if known {
+            self.change(PageRange::new(page, 1), |state| state.learn(Kind::Suspect));
+        }
+        known
+    }
+
+    /// Whether a member is lost; nothing is read from it then, and what lies there is suspect.
+    pub fn set_member_lost(&mut self, member: MemberIndex, lost: bool) {
+        if let Some(book) = self.members.get_mut(member.as_usize()) {
+            book.lost = lost;
+        }
+    }
+
+    /// The next run of pages from `from` on of which nobody knows where they are and of which the
+    /// index was not asked, of at most `pages_max`. `Err` says how far it looked without finding any.
+    ///
+    /// # Errors
+    /// Where to look on; the number of pages when that was all.
+    pub fn next_unknown(&self, from: PageIndex, pages_max: u32) -> Result<PageRange, PageIndex> {
+        let end = self.states.len().min(from.as_usize() + SEARCH_PAGES_MAX);
+        let open = |page: usize| {
+            matches!(self.kind(page), Kind::Missing | Kind::Suspect)
+                && !self.states[page].is_installing()
+                && !self.states[page].no_index()
+        };
+        let Some(first) = (from.as_usize()..end).find(|page| open(*page)) else {
+            return Err(PageIndex(end as u32));
+        };
+        let last = (first + pages_max as usize).min(self.states.len());
+        let pages = (first..last).take_while(|page| open(*page)).count();
+        Ok(PageRange::new(PageIndex(first as u32), pages as u32))
+    }
+
+    /// Every index that could know was asked for these pages: what is not known now is in none.
+    pub fn not_indexed(&mut self, range: PageRange) {
+        self.change(range, |state| state.set_no_index(true));
+    }
+
+    /// The source says that it has the page no more.
+    pub fn source_has_not(&mut self, page: PageIndex) {
+        if let Some(unit) = self.unit(page) {
+            self.change(unit, |state| state.set_no_source(true));
+        }
+    }
+
+    /// Ask indices and source again for what is not known: something has changed (a member came back, the
+    /// source reconnected).
+    pub fn ask_again(&mut self) {
+        for state in &mut self.states {
+            state.set_no_index(false);
+            state.set_no_source(false);
+        }
+    }
+
+    /// The pages from `from` on that no way leads to any more: no index knows them, and the source
+    /// has them not, or is away for good. They are lost, by whole units. Returns where to go on.
+    pub fn lose(&mut self, from: PageIndex, source_away: bool, out: &mut Vec<PageIndex>) -> PageIndex {
+        let end = self.states.len().min(from.as_usize() + SEARCH_PAGES_MAX);
+        let mut page = from.as_usize();
+        while page < end {
+            let state = self.states[page];
+            let unknown = matches!(self.kind(page), Kind::Missing | Kind::Suspect) && !state.is_installing();
+            let hopeless = unknown && state.no_index() && (source_away || state.no_source());
+            let Some(unit) = self.unit(PageIndex(page as u32)).filter(|_| hopeless) else {
+                page += 1;
+                continue;
+            };
+            self.change(unit, State::lose);
+            self.waiting.forget(unit);
+            out.extend(unit.iter());
+            page = unit.positions().end;
+        }
+        PageIndex(page as u32)
+    }
+
+    /// Appends the ranges that are held, from `from` on, at most `ranges_max`; returns where to go on, and
+    /// the number of pages at the end.
+    pub fn holdings(&self, from: PageIndex, ranges_max: usize, out: &mut Vec<PageRange>) -> PageIndex {
+        let held =
+            |page: usize| matches!(self.states[page].kind(), Kind::Installed | Kind::Removed | Kind::Zero);
+        let mut page = from.as_usize();
+        let end = self.states.len().min(page + SEARCH_PAGES_MAX);
+        while page < end && out.len() < ranges_max {
+            let run = (page..end).take_while(|page| held(*page)).count();
+            if run > 0 {
+                out.push(PageRange::new(PageIndex(page as u32), run as u32));
+            }
+            page += run;
+            page += (page..end).take_while(|page| !held(*page)).count();
+        }
+        PageIndex(page as u32)
+    }
+
+    /// Appends pages that only the source could still have: no index knows them, and it was not asked,
+    /// or not answered. From `from` on, at most `units_max` units; returns where to go on.
+    pub fn only_source(&self, from: PageIndex, units_max: usize, out: &mut Vec<PageIndex>) -> PageIndex {
+        let end = self.states.len().min(from.as_usize() + SEARCH_PAGES_MAX);
+        let mut page = from.as_usize();
+        while page < end && out.len() < units_max {
+            let state = self.states[page];
+            let open = matches!(self.kind(page), Kind::Missing | Kind::Suspect) && !state.is_installing();
+            if open
+                && state.no_index()
+                && !state.no_source()
+                && let Some(unit) = self.unit(PageIndex(page as u32))
+            {
+                out.push(unit.first);
+                page = unit.positions().end;
+            } else {
+                page += 1;
+            }
+        }
+        PageIndex(page as u32)
+    }
+
+    /// Whether the page is known to be zero, and not installed.
+    #[must_use]
+    pub fn is_zero(&self, page: PageIndex) -> bool {
+        let kind = self.states.get(page.as_usize()).map(|state| state.kind());
+        matches!(kind, Some(Kind::Zero | Kind::Removed))
+    }
+
+    /// Whether the page is in place or known to be zero.
+    #[must_use]
+    pub fn is_held(&self, page: PageIndex) -> bool {
+        let kind = self.states.get(page.as_usize()).map(|state| state.kind());
+        matches!(kind, Some(Kind::Installed | Kind::Removed | Kind::Zero))
+    }
+
+    /// How far it is.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let of = |kind: Kind| self.kinds[kind as usize];
+        let stranded: u64 = self.members.iter().filter(|book| book.lost).map(|book| book.announced).sum();
+        Counts {
+            total: self.states.len() as u64,
+            held: of(Kind::Installed) + of(Kind::Zero) + of(Kind::Removed),
+            lost: of(Kind::Lost),
+            unknown: of(Kind::Missing) + of(Kind::Suspect) + stranded,
+            direct: self.direct,
+            staged: self.staged,
+            faults: self.waiting.total.count(),
+        }
+    }
+
+    /// Pages announced at a member that are neither held nor on their way.
+    #[must_use]
+    pub fn left_at(&self, member: MemberIndex) -> u64 {
+        self.members.get(member.as_usize()).map_or(0, |book| book.announced - book.in_flight)
+    }
+
+    /// The source has evicted: faults from now on do not count as answered while scattering.
+    pub fn evicted(&mut self) {
+        self.waiting.scattering = false;
+    }
+
+    /// How long faults took: all of them, and those answered before the source had evicted.
+    #[must_use]
+    pub fn latencies(&self) -> (&LatencyHistogram, &LatencyHistogram) {
+        (&self.waiting.total, &self.waiting.while_scattering)
+    }
+
+    /// How long the longest fault that is not answered has waited.
+    #[must_use]
+    pub fn longest_wait(&self, now: Instant) -> Option<Duration> {
+        self.waiting.longest(now)
+    }
+}
