@@ -1,20 +1,21 @@
 //! The process: a VM, its control socket, and how it ends.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use libsg::report::{self, Status};
 use libsg::{Error, ErrorKind, Result};
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGBUS, SIGINT, SIGTERM};
 
 use crate::cli::RunArguments;
-use crate::control::{Controlled, Server, error_value};
+use crate::control::{Controlled, Server};
 use crate::memory::Memory;
+use crate::migration::Berth;
 use crate::serial::Serial;
 use crate::vm::{Verifier, Vm};
-
-/// Version of the report's form.
-const REPORT_SCHEMA: u32 = 1;
 
 /// Exit codes, as operators know them.
 pub mod exit {
@@ -41,7 +42,7 @@ enum End {
 
 /// A running VMM, as its control socket sees it.
 struct Vmm {
-    vm: Vm,
+    berth: Berth,
     end: Sender<End>,
     ended: std::sync::atomic::AtomicBool,
 }
@@ -54,18 +55,21 @@ pub fn run(arguments: &RunArguments) -> Result<u8> {
     let config = arguments.config()?;
     let serial = arguments.serial.as_deref().map_or_else(|| Ok(Serial::default()), Serial::open)?;
     let memory = Memory::allocate(&config)?;
-    let vm = Vm::new(config, Arc::new(memory), &serial)?;
+    let vm = Arc::new(Vm::new(config, Arc::new(memory), &serial)?);
+    let berth = Berth::default();
+    berth.place(Arc::clone(&vm));
     let (end, ends) = bounded(1);
-    let vmm = Arc::new(Vmm { vm, end, ended: false.into() });
+    let vmm = Arc::new(Vmm { berth, end, ended: false.into() });
+    end_on_lost_pages()?;
     let signals = watch_signals(vmm.end.clone())?;
-    let began = std::time::Instant::now();
-    vmm.vm.fill();
+    let began = Instant::now();
+    vm.fill();
     tracing::info!(
-        pages = vmm.vm.stats().fill_pages,
+        pages = vm.stats().fill_pages,
         seconds = began.elapsed().as_secs_f64(),
         "memory is filled"
     );
-    vmm.vm.run()?;
+    vm.run()?;
     let socket = match &arguments.control {
         Some(path) => Some(Server::start(path, Arc::clone(&vmm) as Arc<dyn Controlled>)?),
         None => None,
@@ -74,6 +78,13 @@ pub fn run(arguments: &RunArguments) -> Result<u8> {
     drop(socket);
     signals.close();
     code
+}
+
+/// A page that is lost for good ends who touches it with SIGBUS. Vcpus of KVM get an error instead;
+/// a vCPU that is a thread, or the VMM itself, can only end: with the exit code that says why.
+fn end_on_lost_pages() -> Result<()> {
+    signal_hook::flag::register_conditional_shutdown(SIGBUS, exit::LOST.into(), Arc::new(true.into()))?;
+    Ok(())
 }
 
 fn watch_signals(end: Sender<End>) -> Result<signal_hook::iterator::Handle> {
@@ -94,8 +105,11 @@ impl Vmm {
     fn conclude(&self, ends: &Receiver<End>) -> Result<u8> {
         let end = ends.recv().unwrap_or(End::Quit);
         self.ended.store(true, std::sync::atomic::Ordering::Release);
-        let stopped = self.vm.stop();
-        if self.vm.stats().mismatches > 0 {
+        let Some(vm) = self.berth.vm() else {
+            return Ok(if end == End::Quit { exit::DONE } else { exit::INTERRUPTED });
+        };
+        let stopped = vm.stop();
+        if vm.stats().mismatches > 0 || !vm.lost().is_empty() {
             return Ok(exit::LOST);
         }
         stopped?;
@@ -105,53 +119,79 @@ impl Vmm {
         })
     }
 
-    fn report(&self) -> Map<String, Value> {
-        let stats = self.vm.stats();
-        let status = match &stats.failure {
-            Some(failure) => error_value(&Error::new(ErrorKind::Vm, failure.clone())),
-            None => "ok".into(),
-        };
-        object(json!({
-            "schema": REPORT_SCHEMA,
-            "status": status,
-            "vm": self.vm.config(),
-            "seed": self.vm.config().seed,
-            "guest": stats,
-        }))
+    fn vm(&self) -> Result<Arc<Vm>> {
+        self.berth.vm().ok_or_else(|| Error::new(ErrorKind::Vm, "no VM has arrived yet"))
     }
+
+    fn report(&self) -> Result<Map<String, Value>> {
+        let vm = self.vm()?;
+        let stats = vm.stats();
+        let status = match (&stats.failure, vm.lost()) {
+            (None, lost) if lost.is_empty() => Status::Ok,
+            (Some(failure), lost) if lost.is_empty() => Status::from(&Error::new(ErrorKind::Vm, failure)),
+            (_, lost) => Status::from(&Error::new(ErrorKind::Lost, "pages are lost").about(lost)),
+        };
+        Ok(object(json!({
+            "schema": report::SCHEMA,
+            "status": status,
+            "vm": vm.config(),
+            "seed": vm.config().seed,
+            "guest": stats,
+        })))
+    }
+
+    /// Both at once: a VM that is told to pause gives its state, which is thrown away here.
+    fn pause(&self) -> Result<Map<String, Value>> {
+        let vm = self.vm()?;
+        let began = Instant::now();
+        let state = vm.pause()?;
+        let took_us = began.elapsed().as_secs_f64() * 1e6;
+        let adds_up = vm.writes_add_up();
+        Ok(object(json!({ "state_bytes": state.len(), "took_us": took_us, "writes_add_up": adds_up })))
+    }
+
+    fn verify(&self, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
+        let by = argument(arguments, "by", "\"guest\" or \"vmm\"")?.unwrap_or(Verifier::Guest);
+        let stats = self.vm()?.verify(by, || self.ending())?;
+        Ok(object(json!({ "guest": stats })))
+    }
+
+    fn spoil(&self, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
+        let page = argument(arguments, "page", "a page of the workload")?
+            .ok_or_else(|| Error::new(ErrorKind::Input, "\"page\" says which page to spoil"))?;
+        self.vm()?.spoil(page)?;
+        Ok(Map::new())
+    }
+}
+
+/// One argument of a command, if it is there.
+fn argument<T: DeserializeOwned>(
+    arguments: &Map<String, Value>,
+    name: &str,
+    what: &str,
+) -> Result<Option<T>> {
+    let Some(value) = arguments.get(name) else { return Ok(None) };
+    serde_json::from_value(value.clone())
+        .map(Some)
+        .map_err(|e| Error::new(ErrorKind::Input, format!("{name:?} is to be {what}")).because(e))
 }
 
 impl Controlled for Vmm {
     fn command(&self, name: &str, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
         match name {
-            "stats" => Ok(object(json!({ "guest": self.vm.stats() }))),
-            "report" => Ok(self.report()),
-            "verify" => {
-                let by = match arguments.get("by") {
-                    None => Verifier::Guest,
-                    Some(by) => serde_json::from_value(by.clone()).map_err(|e| {
-                        Error::new(ErrorKind::Input, "\"by\" is \"guest\" or \"vmm\"").because(e)
-                    })?,
-                };
-                Ok(object(json!({ "guest": self.vm.verify(by, || self.ending())? })))
-            }
-            "pause" => {
-                let began = std::time::Instant::now();
-                let state = self.vm.pause()?;
-                let took_us = began.elapsed().as_secs_f64() * 1e6;
-                let adds_up = self.vm.writes_add_up();
-                Ok(object(
-                    json!({ "state_bytes": state.len(), "took_us": took_us, "writes_add_up": adds_up }),
-                ))
-            }
-            "resume" => self.vm.run().map(|()| Map::new()),
+            "stats" => Ok(object(json!({ "guest": self.vm()?.stats() }))),
+            "report" => self.report(),
+            "verify" => self.verify(arguments),
+            "pause" => self.pause(),
+            "resume" => self.vm()?.run().map(|()| Map::new()),
+            "spoil" => self.spoil(arguments),
             "quit" => {
                 let _ = self.end.try_send(End::Quit);
                 Ok(Map::new())
             }
             other => Err(Error::new(
                 ErrorKind::Input,
-                format!("no command {other:?}: there are stats, report, verify, pause, resume, quit"),
+                format!("no command {other:?}: there are stats, report, verify, pause, resume, spoil, quit"),
             )),
         }
     }

@@ -79,8 +79,9 @@ pub struct RunArguments {
     /// The VM's name, for operators
     #[arg(long, default_value = "vm")]
     pub name: String,
-    /// Unix socket to listen on for commands, one JSON object a line: stats, report, verify, pause,
-    /// resume, quit
+    /// Unix socket to listen on for commands, one JSON object a line: {"do":"stats"}, report, verify
+    /// ("by": guest or vmm), pause, resume, quit, and as a canary spoil ("page": a page that is made
+    /// wrong, which must be reported as exactly one mismatch)
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
     /// Where the guest's serial output goes; - = standard output

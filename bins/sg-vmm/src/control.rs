@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use libsg::report::Status;
 use libsg::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
@@ -161,14 +162,8 @@ fn answer(request: &[u8], vmm: &dyn Controlled) -> Map<String, Value> {
 fn refusal(error: &Error) -> Map<String, Value> {
     let mut fields = Map::new();
     fields.insert("ok".into(), false.into());
-    fields.insert("error".into(), error_value(error));
+    fields.insert("error".into(), json!(Status::from(error)));
     fields
-}
-
-/// An error as reports have it.
-#[must_use]
-pub fn error_value(error: &Error) -> Value {
-    json!({ "kind": error.kind, "message": error.chain(), "lost": error.pages })
 }
 
 fn line(fields: &Map<String, Value>) -> Vec<u8> {
