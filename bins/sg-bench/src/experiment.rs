@@ -249,3 +249,53 @@ pub fn check_valid(report: &Report, until: Until) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use libsg::ErrorKind;
+    use libsg::report::{Failure, Guest};
+
+    fn report(eviction_s: f64) -> Report {
+        let mut report = Report { eviction_s: Some(eviction_s), ..Report::default() };
+        report.pages.present = Some(1000);
+        report.set_link(950.0);
+        report
+    }
+
+    #[test]
+    fn several_reports_are_parts_of_one() {
+        assert_eq!(whole(vec![report(2.0)], Host::default()), report(2.0));
+        let host = Host { eviction_s: Some(3.0), ..Host::default() };
+        let both = whole(vec![report(2.0), report(2.5)], host);
+        assert_eq!((both.eviction_s, both.pages.present), (Some(3.0), Some(2000)));
+        assert_eq!(both.line_rate_bound_s, report(0.0).line_rate_bound_s.map(|s| s * 2.0));
+        assert_eq!(both.vms.map(|vms| vms.len()), Some(2));
+    }
+
+    #[test]
+    fn a_link_counts_from_93_to_97_percent() {
+        let mut args = MigrateArgs::new();
+        assert!(link_is_fit(&args, &report(1.0)));
+        args.lab.intermediary_rate = Some(Rate::mbit(200));
+        args.lab.destination_rate = Some(Rate::mbit(100));
+        assert!(!link_is_fit(&args, &report(1.0)), "the fastest sink takes 200 Mb/s");
+        args.lab.shape = false;
+        assert!(link_is_fit(&args, &report(1.0)));
+    }
+
+    #[test]
+    fn a_run_is_valid_when_every_page_was_verified() {
+        let mut run = report(1.0);
+        assert!(check_valid(&run, Until::Evicted).is_err(), "nobody looked");
+        run.guest = Guest { mismatches: Some(0), fill_pages: Some(9), ..Guest::default() };
+        assert!(check_valid(&run, Until::Evicted).is_ok());
+        assert!(check_valid(&run, Until::Gathered).is_err());
+        run.guest.verified_pages = Some(9);
+        assert!(check_valid(&run, Until::Gathered).is_ok());
+        let failure = Failure { kind: ErrorKind::Cancelled, message: "x".into(), lost: Vec::new() };
+        run.status = Status::Failed(failure);
+        assert!(check_valid(&run, Until::Evicted).is_err());
+        assert_eq!(exit_code(&run.status), 4);
+    }
+}

@@ -241,21 +241,24 @@ fn report_of(
     start: Instant,
     until: Until,
 ) -> Result<Report> {
-    let mut guest: Option<Guest> = None;
-    if until == Until::Gathered && vm.failed.is_none() {
-        let limit = Duration::from_secs(60 + args.vm.memory.0 / VERIFY_BYTES_PER_S);
-        let answer = pair.destination.control.request(&json!({"do": "verify"}), limit);
-        guest = part(&answer.context("the guest's verification of every page")?, "guest");
-    }
     let from = pair.source.control.request(&json!({"do": "report"}), Duration::from_secs(5)).ok();
     let to = pair.destination.control.request(&json!({"do": "report"}), Duration::from_secs(5)).ok();
     let source = from.and_then(|answer| part(&answer, "source")).or(vm.source.take());
     let destination: Option<DestinationReport> = to.as_ref().and_then(|answer| part(answer, "destination"));
+    let mut guest: Guest = to.as_ref().and_then(|answer| part(answer, "guest")).unwrap_or_default();
+    if until == Until::Gathered && vm.failed.is_none() {
+        // After the report: what verification costs the guest is not what the migration cost it.
+        let limit = Duration::from_secs(60 + args.vm.memory.0 / VERIFY_BYTES_PER_S);
+        let answer = pair.destination.control.request(&json!({"do": "verify"}), limit);
+        let answer = answer.context("the guest's verification of every page")?;
+        let verified: Guest = part(&answer, "guest").unwrap_or_default();
+        guest = Guest { longest_pause_ms: guest.longest_pause_ms, ops_per_s: guest.ops_per_s, ..verified };
+    }
     let mut report = Report::merged(source.as_ref(), destination.as_ref());
     report.mode = Some(args.mode.name().to_owned());
     report.seed = Some(args.vm.seed);
     report.transport = Some("tcp".to_owned());
-    report.guest = guest.or_else(|| to.as_ref().and_then(|answer| part(answer, "guest"))).unwrap_or_default();
+    report.guest = guest;
     // Where an end could not tell any more, this process's clock did see the event.
     let seen = |at: Option<Instant>| at.map(|at| (at - start).as_secs_f64());
     report.eviction_s = report.eviction_s.or(seen(vm.evicted));
@@ -267,4 +270,59 @@ fn report_of(
         report.status = Status::Failed(failure);
     }
     Ok(report)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crossbeam::channel::unbounded;
+
+    fn told(node: Node, event: &str, line: Value) -> Occurred {
+        Occurred { vm: 0, node, event: event.into(), at: Instant::now(), line }
+    }
+
+    #[test]
+    fn it_is_over_when_what_was_asked_for_happened() {
+        let (_sender, receiver) = unbounded();
+        let ui = Ui::new();
+        let gathered = MigrateArgs::new();
+        let mut following = Following::new(&gathered, Instant::now(), &receiver);
+        following.take(&told(Node::Destination, "gathered", json!({})), &ui);
+        assert!(!following.is_over(), "the source has not evicted yet");
+        let report = SourceReport { eviction_s: Some(2.0), ..SourceReport::default() };
+        following.take(&told(Node::Source, "evicted", json!({"report": report})), &ui);
+        assert!(following.is_over());
+        assert_eq!(following.vms[0].source, Some(report));
+        let host = following.host();
+        assert!(host.eviction_s.is_some() && host.total_migration_s <= host.eviction_s);
+
+        let evicted = MigrateArgs { until: Until::Evicted, ..gathered };
+        let mut following = Following::new(&evicted, Instant::now(), &receiver);
+        following.take(&told(Node::Source, "scattered=100%", json!({})), &ui);
+        assert!(!following.is_over());
+        following.take(&told(Node::Source, "evicted", json!({})), &ui);
+        assert!(following.is_over());
+    }
+
+    #[test]
+    fn lost_pages_end_it_with_their_numbers() {
+        let (_sender, receiver) = unbounded();
+        let args = MigrateArgs::new();
+        let mut following = Following::new(&args, Instant::now(), &receiver);
+        let pages = json!({"pages": [{"first": 7, "pages": 2}]});
+        following.take(&told(Node::Destination, "lost", pages), &Ui::new());
+        assert!(following.is_over());
+        let failure = following.vms[0].failed.clone().expect("failed");
+        assert_eq!((failure.kind, failure.lost[0].pages), (ErrorKind::Lost, 2));
+        assert_eq!(crate::experiment::exit_code(&Status::Failed(failure)), 3);
+    }
+
+    #[test]
+    fn several_vms_show_as_one() {
+        let one =
+            |ops, percent| Sample { guest_ops: Some(ops), evicted_percent: percent, ..Sample::default() };
+        let both = together(&[&one(5, Some(100.0)), &one(7, None)], 1.5);
+        assert_eq!((both.t_s, both.guest_ops, both.evicted_percent), (1.5, Some(12), Some(50.0)));
+        assert_eq!(both.gathered_percent, None);
+    }
 }
