@@ -72,6 +72,17 @@ impl PresenceMap {
         })
     }
 
+    /// The runs of pages that are not present, each as long as it is.
+    pub fn absent_runs(&self) -> impl Iterator<Item = PageRange> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let first = self.find(at, false)?;
+            let end = self.find(first, true).unwrap_or(self.pages);
+            at = end;
+            Some(PageRange::new(PageIndex(first), end - first))
+        })
+    }
+
     fn set(&mut self, range: PageRange, present: bool) {
         let end = range.first.0.saturating_add(range.pages).min(self.pages);
         let mut at = range.first.0;

@@ -15,6 +15,9 @@
 //!   "evicted"                                   "gathered", volume dissolved
 //! ```
 
+mod handover;
+pub mod source;
+
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};

@@ -53,6 +53,8 @@ pub enum Work {
 pub enum FaultAnswer {
     /// Send these pages (one, or a whole install unit), and acknowledge the batch.
     Send(BatchId, PageRange),
+    /// The pages are zero: say so; nothing is to be read. Acknowledge the batch.
+    Zero(BatchId, PageRange),
     /// The source has not got it yet.
     NotYet,
     /// There is no such page.
@@ -118,6 +120,7 @@ pub struct Planner {
     near_fault: Option<PageIndex>,
     next_id: u64,
     tally: Tally,
+    absent_pages: u32,
     round: Round,
 }
 
@@ -137,6 +140,7 @@ impl Planner {
             near_fault: None,
             next_id: 1,
             tally: Tally::default(),
+            absent_pages: 0,
             round: Round(0),
         }
     }
@@ -149,6 +153,7 @@ impl Planner {
     /// These pages are zero and have no memory at the source.
     pub fn absent(&mut self, range: PageRange) {
         self.enter(range, PageState::Absent);
+        self.absent_pages += range.pages;
     }
 
     fn enter(&mut self, range: PageRange, state: PageState) {
@@ -259,6 +264,9 @@ impl Planner {
         self.near_fault = Some(group(span, page).first);
         match self.table.state(page) {
             PageState::Waiting => return FaultAnswer::NotYet,
+            PageState::Absent | PageState::ZeroTold | PageState::Zero => {
+                return FaultAnswer::Zero(self.launch(Sink::Urgent, Cargo::Zeros(unit), now), unit);
+            }
             PageState::Unsent => {
                 for page in unit.iter() {
                     self.table.set(page, PageState::Sending);
@@ -454,6 +462,12 @@ impl Planner {
     #[must_use]
     pub fn progress(&self) -> (u32, u32) {
         (self.table.safe(), self.table.pages())
+    }
+
+    /// Pages that had no memory at the source.
+    #[must_use]
+    pub const fn absent_pages(&self) -> u32 {
+        self.absent_pages
     }
 
     /// What became of the pages so far.

@@ -160,10 +160,14 @@ proptest! {
                 0..=3 => open.extend(planner.next(sink, now, HEDGE_AFTER).map(|work| (sink, work))),
                 4 => {
                     let page = PageIndex(u32::from(pick) % 1800);
-                    if let FaultAnswer::Send(id, range) = planner.fault(page, now) {
-                        let mut batch = Batch::empty(range.first);
-                        range.iter().for_each(|page| batch.insert(page));
-                        open.push((Sink::Urgent, Work::Pages(id, batch)));
+                    match planner.fault(page, now) {
+                        FaultAnswer::Send(id, range) => {
+                            let mut batch = Batch::empty(range.first);
+                            range.iter().for_each(|page| batch.insert(page));
+                            open.push((Sink::Urgent, Work::Pages(id, batch)));
+                        }
+                        FaultAnswer::Zero(id, range) => open.push((Sink::Urgent, Work::Zeros(id, range))),
+                        FaultAnswer::NotYet | FaultAnswer::Unknown => {}
                     }
                 }
                 5 => planner.indexed(&std::mem::take(&mut unindexed)),

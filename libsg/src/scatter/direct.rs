@@ -1,0 +1,207 @@
+//! The direct path: batches to the destination, within the credit that it grants.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::load::Loaded;
+use super::planner::{BatchId, Sink, Work};
+use super::shared::{Counters, Scatter};
+use super::window::AckTime;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::Sequence;
+use crate::pace::{Acquire, Class, LinkId, LinkReading};
+use crate::page::{PAGE_BYTES, PageIndex};
+use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait};
+use crate::wire::entry::{decode_table, encode_table};
+use crate::wire::{Header, Kind, Malformed, PageEntry};
+
+/// The longest sleep with nothing to do.
+const IDLE: Duration = Duration::from_millis(20);
+
+struct Sent {
+    sequence: Sequence,
+    batch: BatchId,
+    at: Instant,
+}
+
+/// The sink of the destination's direct connection.
+pub struct DirectSink {
+    scatter: Arc<Scatter>,
+    channel: Channel,
+    inbox: Inbox,
+    outbox: Outbox,
+    path: TcpPath,
+    sent: VecDeque<Sent>,
+    next: u64,
+    /// Bytes that may be written in all, as the destination last said.
+    credit: u64,
+    loaded: Loaded,
+    table: Vec<u8>,
+    ack_time: AckTime,
+}
+
+impl DirectSink {
+    /// A sink over an open connection.
+    #[must_use]
+    pub fn new(scatter: Arc<Scatter>, channel: Channel) -> Self {
+        Self {
+            scatter,
+            channel,
+            inbox: Inbox::new(),
+            outbox: Outbox::new(),
+            path: TcpPath::new(),
+            sent: VecDeque::new(),
+            next: 1,
+            credit: 0,
+            loaded: Loaded::default(),
+            table: Vec::new(),
+            ack_time: AckTime::default(),
+        }
+    }
+
+    /// Runs until the connection breaks, or `ended` says so.
+    ///
+    /// # Errors
+    /// The connection's end, or a source that gives no pages.
+    pub fn run(mut self, ended: impl Fn() -> bool) -> Result<()> {
+        let _ = crate::pace::precise_timers();
+        let link = self.scatter.pacer.add_link();
+        let scatter = self.scatter.clone();
+        let result = (|| {
+            while !ended() {
+                self.step(link)?;
+            }
+            Ok(())
+        })();
+        scatter.pacer.remove_link(link);
+        result
+    }
+
+    fn step(&mut self, link: LinkId) -> Result<()> {
+        let now = Instant::now();
+        self.read(now)?;
+        self.pull(now)?;
+        let again = self.write(now)?;
+        let info = self.path.refresh(&self.channel, now);
+        self.scatter.pacer.report(link, LinkReading::from(info), now);
+        let left = again.unwrap_or(now + IDLE).saturating_duration_since(Instant::now());
+        let writing = again.is_none() && self.allowed() > 0;
+        let waker = self.scatter.direct_waker();
+        wait(&[(Some(self.channel.as_fd()), writing), (Some(waker.as_fd()), false)], left)?;
+        waker.drain();
+        Ok(())
+    }
+
+    /// Bytes that are queued and within the credit.
+    fn allowed(&self) -> u64 {
+        let left = self.credit.saturating_sub(self.outbox.written_bytes());
+        left.min(self.outbox.queued_bytes() as u64)
+    }
+
+    fn write(&mut self, now: Instant) -> Result<Option<Instant>> {
+        let allowed = self.allowed();
+        if allowed == 0 {
+            return Ok(None);
+        }
+        match self.scatter.pacer.acquire(Class::Direct, allowed, now) {
+            Acquire::WaitUntil(at) => Ok(Some(at)),
+            Acquire::Grant(granted) => {
+                let written = self.outbox.flush(&self.channel, granted as usize)?;
+                Counters::add(&self.scatter.counters.wire, written);
+                if (written as u64) < granted {
+                    self.scatter.pacer.give_back(Class::Direct, granted - written as u64);
+                    return Ok(None);
+                }
+                Ok((self.allowed() > 0 || self.outbox.queued_bytes() == 0).then_some(now))
+            }
+        }
+    }
+
+    fn read(&mut self, now: Instant) -> Result<()> {
+        let mut acked = false;
+        while let Some(frame) = self.inbox.poll(&self.channel)? {
+            match frame.header.kind {
+                Kind::Credit => self.credit = self.credit.max(credit(&frame)?),
+                Kind::PagesAck => {
+                    let failed = failed_pages(&frame)?;
+                    let Some(at) = self.sent.iter().position(|sent| sent.sequence == frame.header.sequence)
+                    else {
+                        return Err(Malformed::Bounds("acknowledged batch").into());
+                    };
+                    let Some(sent) = self.sent.remove(at) else { continue };
+                    self.ack_time.took(now.saturating_duration_since(sent.at));
+                    self.scatter.planner.lock().installed(sent.batch, &failed);
+                    acked = true;
+                }
+                other => return Err(unexpected(other)),
+            }
+        }
+        if acked {
+            self.scatter.check_progress();
+        }
+        Ok(())
+    }
+
+    /// Takes the next batch as long as credit goes beyond what is queued.
+    fn pull(&mut self, now: Instant) -> Result<()> {
+        while self.outbox.written_bytes() + (self.outbox.queued_bytes() as u64) < self.credit {
+            let late = self.ack_time.late();
+            let (work, round) = {
+                let mut planner = self.scatter.planner.lock();
+                (planner.next(Sink::Direct, now, late), planner.round())
+            };
+            self.table.clear();
+            let batch = match work {
+                None => break,
+                Some(Work::Zeros(id, range)) => {
+                    let entry = PageEntry::zero(range.first, range.pages as u16, round);
+                    encode_table([entry], &mut self.table);
+                    self.loaded.slices.clear();
+                    id
+                }
+                Some(Work::Pages(id, batch)) => {
+                    self.loaded.load(&*self.scatter.source, &batch, round)?;
+                    let zeros = self.loaded.zeros.len() as u32;
+                    if zeros > 0 {
+                        self.scatter.planner.lock().sent_as_zero(id, zeros);
+                    }
+                    encode_table(self.loaded.entries.iter().copied(), &mut self.table);
+                    encode_table(self.loaded.zero_entries(round), &mut self.table);
+                    Counters::add(&self.scatter.counters.direct, self.loaded.entries.len() * PAGE_BYTES);
+                    id
+                }
+            };
+            let sequence = Sequence(self.next);
+            self.next += 1;
+            let header = pages_header(&self.channel, sequence, &self.table, &self.path);
+            self.outbox.push_frame(header, &self.table, self.loaded.slices.drain(..))?;
+            self.sent.push_back(Sent { sequence, batch, at: now });
+        }
+        Ok(())
+    }
+}
+
+/// The header of a `Pages` frame with this table.
+pub(super) fn pages_header(channel: &Channel, sequence: Sequence, table: &[u8], path: &TcpPath) -> Header {
+    use crate::wire::entry::Entry;
+    let count = (table.len() / PageEntry::BYTES) as u16;
+    Header { sequence, count, delay_us: path.delay_us(), ..channel.header(Kind::Pages) }
+}
+
+/// The pages of a `PagesAck` that were not installed.
+pub(super) fn failed_pages(frame: &Frame<'_>) -> Result<Vec<PageIndex>> {
+    let mut failed = Vec::new();
+    decode_table(frame.body, usize::from(frame.header.count), &mut failed)?;
+    Ok(failed)
+}
+
+fn credit(frame: &Frame<'_>) -> Result<u64> {
+    let bytes = frame.body.try_into().map_err(|_| Malformed::Truncated)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+pub(super) fn unexpected(kind: Kind) -> Error {
+    Error::new(ErrorKind::Protocol, format!("the destination sent a {kind:?} frame where none belongs"))
+}

@@ -1,0 +1,307 @@
+//! The sink of one intermediary: pulls batches, stores them there, and puts the index entries that are
+//! this member's to keep. One thread, one link, never waiting inside the link.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::load::Loaded;
+use super::planner::{BatchId, Sink, Work, zero_entries};
+use super::shared::{Counters, Scatter};
+use super::window::{AckTime, Window};
+use crate::error::{ErrorKind, Result};
+use crate::ids::{Checksum, MemberIndex};
+use crate::limits::INDEX_ENTRIES_MAX;
+use crate::pace::{Acquire, Class, LinkReading};
+use crate::page::{PAGE_BYTES, PageIndex};
+use crate::transport::wait;
+use crate::vmd::{Link, Reply, Request, Ticket};
+use crate::wire::{GetEntry, IndexEntry};
+
+/// The longest that a sink sleeps with nothing to do: how late it may notice a batch that is late.
+const IDLE: Duration = Duration::from_millis(20);
+
+/// How long a full intermediary is left alone.
+const FULL_PAUSE: Duration = Duration::from_millis(500);
+
+/// Index entries are held back this long while pages flow, so that they travel many to a frame.
+const INDEX_EVERY: Duration = Duration::from_millis(5);
+
+enum What {
+    Put(BatchId, Vec<(PageIndex, Checksum)>),
+    Index(Vec<IndexEntry>),
+}
+
+struct Asked {
+    ticket: Ticket,
+    what: What,
+    at: Instant,
+}
+
+/// Tells everybody when the thread panics.
+struct PoisonsOnPanic(Arc<Scatter>);
+
+impl Drop for PoisonsOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.poison();
+        }
+    }
+}
+
+/// The sink of one intermediary.
+pub struct MemberSink {
+    scatter: Arc<Scatter>,
+    member: MemberIndex,
+    link: Box<dyn Link>,
+    asked: VecDeque<Asked>,
+    loaded: Loaded,
+    window: Window,
+    ack_time: AckTime,
+    full_until: Option<Instant>,
+    index_sent: Instant,
+    entries: Vec<IndexEntry>,
+    losers: Vec<GetEntry>,
+    spare_pages: Vec<Vec<(PageIndex, Checksum)>>,
+    spare_entries: Vec<Vec<IndexEntry>>,
+}
+
+impl MemberSink {
+    /// A sink over an open link.
+    #[must_use]
+    pub fn new(scatter: Arc<Scatter>, member: MemberIndex, link: Box<dyn Link>) -> Self {
+        let now = Instant::now();
+        Self {
+            scatter,
+            member,
+            link,
+            asked: VecDeque::new(),
+            loaded: Loaded::default(),
+            window: Window::new(now),
+            ack_time: AckTime::default(),
+            full_until: None,
+            index_sent: now,
+            entries: Vec::new(),
+            losers: Vec::new(),
+            spare_pages: Vec::new(),
+            spare_entries: Vec::new(),
+        }
+    }
+
+    /// Runs until the scatter stops. A link that fails is the member's loss, and ends it too.
+    pub fn run(mut self) {
+        let _poisons = PoisonsOnPanic(self.scatter.clone());
+        let _ = crate::pace::precise_timers();
+        let pacer_link = self.scatter.pacer.add_link();
+        while !self.scatter.stopping() {
+            if let Err(error) = self.step(pacer_link) {
+                self.scatter.member_lost(self.member, &error);
+                break;
+            }
+        }
+        self.scatter.pacer.remove_link(pacer_link);
+    }
+
+    fn step(&mut self, pacer_link: crate::pace::LinkId) -> Result<()> {
+        let now = Instant::now();
+        let again = self.move_bytes(now)?;
+        self.reap(now);
+        self.put_index(now)?;
+        self.pull(now)?;
+        self.look_for_late_entries(now);
+        let path = self.link.path();
+        let reading = LinkReading {
+            delivered: path.delivered_bytes,
+            queue_delay: path.send_delay,
+            base_rtt: path.base_rtt,
+        };
+        self.scatter.pacer.report(pacer_link, reading, now);
+        let until = again.unwrap_or(now + IDLE);
+        let left = until.saturating_duration_since(Instant::now());
+        // While the pacer says no, room in the socket is no news.
+        let writing = again.is_none() && self.link.queued_bytes() > 0;
+        let waker = self.scatter.member_waker(self.member);
+        wait(&[(self.link.poll_fd(), writing), (Some(waker.as_fd()), false)], left)?;
+        waker.drain();
+        Ok(())
+    }
+
+    /// Writes what the pacer grants, and reads. Returns when the pacer wants to be asked again.
+    fn move_bytes(&mut self, now: Instant) -> Result<Option<Instant>> {
+        let queued = self.link.queued_bytes();
+        if queued == 0 {
+            self.link.progress(0)?;
+            return Ok(None);
+        }
+        match self.scatter.pacer.acquire(Class::Bulk, queued as u64, now) {
+            Acquire::WaitUntil(at) => {
+                self.link.progress(0)?;
+                Ok(Some(at))
+            }
+            Acquire::Grant(granted) => {
+                let written = self.link.progress(granted as usize)?;
+                if (written as u64) < granted {
+                    self.scatter.pacer.give_back(Class::Bulk, granted - written as u64);
+                    return Ok(None);
+                }
+                Counters::add(&self.scatter.counters.wire, written);
+                Ok((self.link.queued_bytes() > 0).then_some(now))
+            }
+        }
+    }
+
+    fn reap(&mut self, now: Instant) {
+        let mut any = false;
+        while let Some(completion) = self.link.completion() {
+            let Some(at) = self.asked.iter().position(|asked| asked.ticket == completion.ticket) else {
+                continue;
+            };
+            let Some(asked) = self.asked.remove(at) else { continue };
+            any = true;
+            self.ack_time.took(now.saturating_duration_since(asked.at));
+            match (asked.what, completion.result) {
+                (What::Put(batch, mut pages), Ok(Reply::Stored(placements))) => {
+                    self.window.acknowledged(pages.len() * PAGE_BYTES, now);
+                    if placements.iter().any(Option::is_none) {
+                        self.full_until = Some(now + FULL_PAUSE);
+                    }
+                    let placed = pages.iter().zip(placements).map(|((page, sum), at)| {
+                        // A server knows its slots, not which member of this volume it is.
+                        let at = at.map(|at| crate::ids::Placement { member: self.member, ..at });
+                        (*page, *sum, at)
+                    });
+                    self.entries.clear();
+                    let mut planner = self.scatter.planner.lock();
+                    planner.stored(batch, placed, &mut self.entries, &mut self.losers);
+                    drop(planner);
+                    self.scatter.route(&self.entries);
+                    self.scatter.announce(&self.entries);
+                    pages.clear();
+                    self.spare_pages.push(pages);
+                }
+                (What::Put(batch, pages), failed) => {
+                    if failed.is_err_and(|error| error.kind == ErrorKind::Full) {
+                        self.full_until = Some(now + FULL_PAUSE);
+                    }
+                    self.scatter.planner.lock().failed(batch);
+                    self.spare_pages.push(pages);
+                }
+                (What::Index(mut entries), Ok(_)) => {
+                    self.scatter.planner.lock().indexed(&entries);
+                    self.scatter.index.answered(self.member);
+                    entries.clear();
+                    self.spare_entries.push(entries);
+                }
+                (What::Index(entries), Err(_)) => {
+                    // Refused as a whole (fenced, dissolved, full): the next in rotation gets them.
+                    let mut waiting = self.scatter.index.suspect(self.member);
+                    waiting.extend_from_slice(&entries);
+                    self.scatter.route(&waiting);
+                }
+            }
+        }
+        if !self.losers.is_empty() {
+            self.drop_losers();
+        }
+        if any {
+            self.scatter.check_progress();
+        }
+    }
+
+    /// Slots that another way made unnecessary are given back; whether that succeeds matters to nobody.
+    fn drop_losers(&mut self) {
+        let _ = self.link.submit(Request::Drop(&self.losers));
+        self.losers.clear();
+    }
+
+    fn put_index(&mut self, now: Instant) -> Result<()> {
+        let busy = self.asked.iter().any(|asked| matches!(asked.what, What::Put(..)));
+        if busy && now.saturating_duration_since(self.index_sent) < INDEX_EVERY {
+            return Ok(());
+        }
+        let mut entries = self.spare_entries.pop().unwrap_or_default();
+        self.scatter.index.take(self.member, INDEX_ENTRIES_MAX, &mut entries);
+        if entries.is_empty() {
+            self.spare_entries.push(entries);
+            return Ok(());
+        }
+        self.index_sent = now;
+        let ticket = self.link.submit(Request::PutIndex(&entries))?;
+        self.asked.push_back(Asked { ticket, what: What::Index(entries), at: now });
+        Ok(())
+    }
+
+    /// Entries that this member does not acknowledge go to the next in rotation as well.
+    fn look_for_late_entries(&mut self, now: Instant) {
+        let late = self.ack_time.late() * 2;
+        let mut waiting = Vec::new();
+        for asked in &mut self.asked {
+            if let What::Index(entries) = &asked.what
+                && now.saturating_duration_since(asked.at) > late
+                && self.scatter.index.alive() > 1
+            {
+                waiting.extend_from_slice(entries);
+                asked.at = now;
+            }
+        }
+        if !waiting.is_empty() {
+            waiting.extend(self.scatter.index.suspect(self.member));
+            self.scatter.route(&waiting);
+        }
+    }
+
+    /// Takes batches while there is room for them.
+    fn pull(&mut self, now: Instant) -> Result<()> {
+        if self.full_until.is_some_and(|until| now < until) || self.scatter.index.is_behind() {
+            return Ok(());
+        }
+        let batch_bytes = crate::limits::BATCH_PAGES * PAGE_BYTES;
+        while self.link.queued_bytes() < batch_bytes / 2
+            && self.link.outstanding_bytes() + batch_bytes <= self.window.bytes().max(2 * batch_bytes)
+        {
+            let late = self.ack_time.late();
+            let work = self.scatter.planner.lock().next(Sink::Member(self.member), now, late);
+            match work {
+                None => break,
+                Some(Work::Zeros(id, range)) => {
+                    let round = self.scatter.planner.lock().round();
+                    self.entries.clear();
+                    self.entries.extend(zero_entries(range, round));
+                    self.scatter.planner.lock().zeros_told(id);
+                    self.scatter.announce(&self.entries);
+                    self.scatter.route(&self.entries);
+                }
+                Some(Work::Pages(id, batch)) => self.put(id, &batch, now)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, id: BatchId, batch: &super::batch::Batch, now: Instant) -> Result<()> {
+        let round = self.scatter.planner.lock().round();
+        self.loaded.load(&*self.scatter.source, batch, round)?;
+        if !self.loaded.zeros.is_empty() {
+            self.scatter.planner.lock().found_zero(id, self.loaded.zeros.iter().copied());
+            self.entries.clear();
+            for zero in self.loaded.zero_entries(round) {
+                self.entries.extend(zero_entries(zero.range(), round));
+            }
+            self.scatter.announce(&self.entries);
+            self.scatter.route(&self.entries);
+        }
+        if self.loaded.entries.is_empty() {
+            return Ok(());
+        }
+        let Loaded { entries, slices, .. } = &self.loaded;
+        let ticket = self.link.submit(Request::Put { entries, slices, copies: 1 })?;
+        let mut pages = self.spare_pages.pop().unwrap_or_default();
+        pages.extend(entries.iter().map(|entry| (entry.page, entry.checksum)));
+        let bytes = (pages.len() * PAGE_BYTES) as u64;
+        self.scatter.counters.staged.fetch_add(bytes, Ordering::Relaxed);
+        self.scatter.counters.members[self.member.as_usize()].fetch_add(bytes, Ordering::Relaxed);
+        self.asked.push_back(Asked { ticket, what: What::Put(id, pages), at: now });
+        Ok(())
+    }
+}

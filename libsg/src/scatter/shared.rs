@@ -1,0 +1,296 @@
+//! What all threads of a scatter share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::index_router::IndexRouter;
+use super::planner::{Planner, Sink};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Epoch, MemberIndex, VolumeId};
+use crate::migrate::{Event, Observer};
+use crate::pace::SharedPacer;
+use crate::source::{PageSource, Supply};
+use crate::transport::Waker;
+use crate::wire::IndexEntry;
+use crate::wire::message::Member;
+
+/// Announcements that may wait for a destination that does not take them: 1.5 MB. What does not fit is
+/// dropped: they are a short cut, the index knows.
+const ANNOUNCEMENTS_MAX: usize = 64 << 10;
+
+/// Bytes sent so far, by path. Relaxed counters: each is right, together they are a moment's view.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Page bytes to the destination.
+    pub direct: AtomicU64,
+    /// Page bytes to intermediaries.
+    pub staged: AtomicU64,
+    /// Everything written to sockets.
+    pub wire: AtomicU64,
+    /// Page bytes to each member.
+    pub members: Vec<AtomicU64>,
+}
+
+impl Counters {
+    pub(super) fn add(counter: &AtomicU64, bytes: usize) {
+        counter.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// What all threads of a scatter share.
+pub struct Scatter {
+    /// The volume that is scattered.
+    pub volume: VolumeId,
+    /// The writer's epoch.
+    pub epoch: Epoch,
+    /// Where pages come from.
+    pub source: Arc<dyn PageSource>,
+    /// Its intermediaries, dead ones included.
+    pub members: Vec<Member>,
+    /// Which pages go where next. Locked briefly, never across input or output.
+    pub planner: Mutex<Planner>,
+    /// The source's link: the sum over all sinks.
+    pub pacer: SharedPacer,
+    /// Who gets which index entries.
+    pub index: IndexRouter,
+    /// Bytes sent.
+    pub counters: Counters,
+    /// Told of everything that happens.
+    pub observer: Observer,
+    wakers: Vec<Arc<Waker>>,
+    announcements: Mutex<Vec<IndexEntry>>,
+    control_waker: Arc<Waker>,
+    direct_waker: Arc<Waker>,
+    urgent_waker: Arc<Waker>,
+    stop: AtomicBool,
+    poisoned: AtomicBool,
+    percent: Mutex<u8>,
+    done: Mutex<Option<Instant>>,
+    done_changed: Condvar,
+}
+
+impl Scatter {
+    /// Everything but the threads.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the kernel gives no event descriptors.
+    pub fn new(
+        (volume, epoch): (VolumeId, Epoch),
+        source: Arc<dyn PageSource>,
+        members: Vec<Member>,
+        planner: Planner,
+        limit_bytes_per_s: u64,
+        observer: Observer,
+    ) -> Result<Self> {
+        let wakers = members.iter().map(|_| Ok(Arc::new(Waker::new()?))).collect::<Result<Vec<_>>>()?;
+        let per_member = members.iter().map(|_| AtomicU64::new(0)).collect();
+        Ok(Self {
+            volume,
+            epoch,
+            source,
+            planner: Mutex::new(planner),
+            pacer: SharedPacer::new(Instant::now(), limit_bytes_per_s),
+            index: IndexRouter::new(wakers.iter().cloned()),
+            counters: Counters { members: per_member, ..Counters::default() },
+            observer,
+            members,
+            wakers,
+            announcements: Mutex::new(Vec::new()),
+            control_waker: Arc::new(Waker::new()?),
+            direct_waker: Arc::new(Waker::new()?),
+            urgent_waker: Arc::new(Waker::new()?),
+            stop: AtomicBool::new(false),
+            poisoned: AtomicBool::new(false),
+            percent: Mutex::new(0),
+            done: Mutex::new(None),
+            done_changed: Condvar::new(),
+        })
+    }
+
+    /// Takes presence and what is available from the source into the books. Called once the VM is paused.
+    ///
+    /// # Errors
+    /// The source's.
+    pub fn take_stock(&self) -> Result<()> {
+        let presence = self.source.presence()?;
+        let mut runs = Vec::new();
+        self.source.available(&mut runs)?;
+        let mut planner = self.planner.lock();
+        presence.absent_runs().for_each(|run| planner.absent(run));
+        runs.drain(..).for_each(|run| planner.available(run));
+        drop(planner);
+        self.wake_all();
+        Ok(())
+    }
+
+    /// Takes pages that have become available since, from a source that is a stream.
+    ///
+    /// # Errors
+    /// The source's.
+    pub fn take_supply(&self, runs: &mut Vec<crate::page::PageRange>) -> Result<Supply> {
+        let supply = self.source.available(runs)?;
+        if !runs.is_empty() {
+            let mut planner = self.planner.lock();
+            runs.drain(..).for_each(|run| planner.available(run));
+            drop(planner);
+            self.wake_all();
+        }
+        Ok(supply)
+    }
+
+    /// The waker of a member's sink.
+    #[must_use]
+    pub fn member_waker(&self, member: MemberIndex) -> &Arc<Waker> {
+        &self.wakers[member.as_usize()]
+    }
+
+    /// The waker of the control connection's thread.
+    #[must_use]
+    pub const fn control_waker(&self) -> &Arc<Waker> {
+        &self.control_waker
+    }
+
+    /// The waker of the direct sink.
+    #[must_use]
+    pub const fn direct_waker(&self) -> &Arc<Waker> {
+        &self.direct_waker
+    }
+
+    /// The waker of the thread that answers faults.
+    #[must_use]
+    pub const fn urgent_waker(&self) -> &Arc<Waker> {
+        &self.urgent_waker
+    }
+
+    /// Wakes every sink: there may be work.
+    pub fn wake_all(&self) {
+        self.wakers.iter().for_each(|waker| waker.wake());
+        self.direct_waker.wake();
+        self.control_waker.wake();
+        self.urgent_waker.wake();
+    }
+
+    /// A worker panicked: nothing here can be relied on any more.
+    pub fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+        self.stop();
+    }
+
+    /// Whether a worker panicked.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Tells all threads to end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.wake_all();
+        self.done_changed.notify_all();
+    }
+
+    /// Whether all threads are to end.
+    #[must_use]
+    pub fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Routes entries to their index servers; with none left, the destination gets the pages.
+    pub fn route(&self, entries: &[IndexEntry]) {
+        if !entries.is_empty() && !self.index.route(entries) {
+            self.planner.lock().members_gone();
+            self.direct_waker.wake();
+        }
+    }
+
+    /// Queues entries to be announced to the destination.
+    pub fn announce(&self, entries: &[IndexEntry]) {
+        let mut waiting = self.announcements.lock();
+        let room = ANNOUNCEMENTS_MAX.saturating_sub(waiting.len());
+        waiting.extend_from_slice(&entries[..entries.len().min(room)]);
+    }
+
+    /// Takes up to `max` announcements.
+    pub fn take_announcements(&self, max: usize, out: &mut Vec<IndexEntry>) {
+        out.clear();
+        let mut waiting = self.announcements.lock();
+        let n = waiting.len().min(max);
+        out.extend(waiting.drain(..n));
+    }
+
+    /// A member is lost: what lay there is sent again, its index is put elsewhere.
+    pub fn member_lost(&self, member: MemberIndex, error: &Error) {
+        let node = &self.members[member.as_usize()].node;
+        (self.observer)(&Event::NodeLost { message: format!("intermediary {node}: {}", error.chain()) });
+        let pending = self.index.dead(member);
+        let mut moved = Vec::new();
+        {
+            let mut planner = self.planner.lock();
+            planner.member_lost(member, |page| self.index.may_be_with(page, member), |e| moved.push(e));
+        }
+        if self.index.alive() == 0 && !self.stopping() {
+            let message = "no intermediary is left: pages go to the destination only".into();
+            (self.observer)(&Event::Warning { message });
+            self.planner.lock().members_gone();
+        } else {
+            // What lay at the dead member is sent again and indexed anew.
+            let of_others = |e: &IndexEntry| e.placement.is_none_or(|at| at.member != member);
+            self.route(&pending.into_iter().filter(of_others).collect::<Vec<_>>());
+            self.route(&moved);
+        }
+        self.wake_all();
+    }
+
+    /// A connection of the destination is lost: what was in flight there is sent again.
+    pub fn destination_lost(&self) {
+        let mut planner = self.planner.lock();
+        planner.sink_lost(Sink::Direct);
+        planner.sink_lost(Sink::Urgent);
+        drop(planner);
+        self.wake_all();
+    }
+
+    /// Looks whether everything is safe, and tells of progress. Called after acknowledgements.
+    pub fn check_progress(&self) {
+        let (safe, total) = self.planner.lock().progress();
+        let percent = if total == 0 { 100 } else { (u64::from(safe) * 100 / u64::from(total)) as u8 };
+        {
+            let mut told = self.percent.lock();
+            while *told + 5 <= percent {
+                *told += 5;
+                (self.observer)(&Event::Scattered { percent: *told });
+            }
+        }
+        if safe == total {
+            let mut done = self.done.lock();
+            if done.is_none() {
+                *done = Some(Instant::now());
+                self.done_changed.notify_all();
+            }
+        }
+    }
+
+    /// When the last page became safe.
+    #[must_use]
+    pub fn done_at(&self) -> Option<Instant> {
+        *self.done.lock()
+    }
+
+    /// Waits until every page is safe, `stop` was called or `timeout` is over.
+    pub fn wait_done(&self, timeout: Duration) -> Option<Instant> {
+        let mut done = self.done.lock();
+        if done.is_none() && !self.stopping() {
+            self.done_changed.wait_for(&mut done, timeout);
+        }
+        *done
+    }
+}
+
+/// What a thread that panicked leaves to say.
+#[must_use]
+pub fn panicked(thread: &str) -> Error {
+    Error::new(ErrorKind::Poisoned, format!("the thread {thread} panicked; the log has its message"))
+}
