@@ -9,6 +9,7 @@ pub mod limits;
 pub mod error;
 pub mod manifest;
 pub mod latency;
+pub mod event;
 pub mod report;
 pub mod usage;
 pub mod memory;
@@ -16,14 +17,12 @@ pub mod source;
 pub mod sink;
 pub mod uffd;
 pub mod wire;
-
 pub mod pace;
 pub mod transport;
 pub mod vmd;
 pub mod scatter;
-pub mod migrate;
+pub mod gather;
 pub mod server;
 pub mod migrate;
-pub mod gather;
 
 pub use error::{Error, ErrorKind, Result};

@@ -22,6 +22,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::event::{Event, Observer};
+
 use crate::error::Result;
 use crate::manifest::Manifest;
 use crate::page::PageRange;
@@ -96,57 +98,3 @@ pub trait IncomingVm: Send {
     /// These pages are lost for good. A vCPU that touches them gets an error, not a wrong page.
     fn lost(&mut self, pages: &[PageRange]);
 }
-
-/// What happens in a migration, as it happens. Written as lines of JSON by the tools.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "event", rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Event {
-    /// Source: the start command was accepted.
-    Started,
-    /// Both: READY came from the destination, which holds the state in a paused VM.
-    Ready,
-    /// Both: the source will never run the VM again.
-    Commit,
-    /// Both: the vCPUs run at the destination.
-    Resumed,
-    /// Source: this share of the volume's pages is safe outside it; each 5 %.
-    Scattered {
-        /// 0 to 100.
-        percent: u8,
-    },
-    /// Source: it holds nothing that anyone still needs, and may lose power.
-    Evicted,
-    /// Destination: it holds this share of the pages; each 5 %.
-    Gathering {
-        /// 0 to 100.
-        percent: u8,
-    },
-    /// Destination: it holds every page.
-    Gathered,
-    /// Destination: the intermediaries have the volume's memory back.
-    Dissolved,
-    /// Both: an intermediary was lost, or the source's connection, or it cannot be reached.
-    NodeLost {
-        /// Which, and why.
-        message: String,
-    },
-    /// Both: something an operator should know; the migration goes on.
-    Warning {
-        /// What.
-        message: String,
-    },
-    /// Destination: pages of which no copy is left.
-    Lost {
-        /// Which.
-        pages: Vec<PageRange>,
-    },
-    /// It ended without success.
-    Failed {
-        /// Why.
-        message: String,
-    },
-}
-
-/// Is told of every event, from libsg's threads, in the order of this end. It must return soon.
-pub type Observer = Arc<dyn Fn(&Event) + Send + Sync>;

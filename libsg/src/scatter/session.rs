@@ -124,7 +124,7 @@ pub fn keep(
                 scatter.destination_lost();
                 if !told && !scatter.stopping() {
                     let message = format!("destination {}: {}", destination.address, error.chain());
-                    (scatter.observer)(&crate::migrate::Event::NodeLost { message });
+                    (scatter.observer)(&crate::event::Event::NodeLost { message });
                     told = true;
                 }
                 wait(&[], REDIAL_EVERY)?;
