@@ -16,6 +16,7 @@ pub mod memory;
 pub mod source;
 pub mod sink;
 pub mod uffd;
+pub mod units;
 pub mod wire;
 pub mod pace;
 pub mod transport;

@@ -1,3 +1,31 @@
-//! sg
+//! sg: libsg for operators. The intermediary daemon, and what one asks of a pool.
 
-fn main() {}
+mod ask;
+mod cli;
+mod operate;
+mod process;
+mod serve;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    let done = match &cli.command {
+        cli::Command::Serve(args) => serve::run(args),
+        cli::Command::Status(args) => operate::status(args),
+        cli::Command::Ls(args) => operate::list(args),
+        cli::Command::Dissolve(args) => operate::dissolve(args),
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("sg: {error:#}");
+            // What the arguments said cannot be done; nothing was lost by it.
+            let wrong = error.downcast_ref::<cli::WrongArguments>().is_some();
+            ExitCode::from(if wrong { 2 } else { 1 })
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! What operators ask of a pool.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal as _, Write as _};
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use libsg::ids::{Epoch, VolumeId};
+use libsg::page::PAGE_BYTES_U64;
+use libsg::transport::PoolSecret;
+use libsg::wire::message::{NodeStatistics, VmdReply, VmdRequest, VolumeInfo, VolumeSummary};
+use libsg::{Error, ErrorKind};
+use serde_json::json;
+
+use crate::ask::Node;
+use crate::cli::{DissolveArgs, PoolArgs, WrongArguments, secret};
+use crate::table;
+
+/// The version of what is written with `--json`.
+const SCHEMA: u32 = 1;
+
+type Answer<T> = (SocketAddr, libsg::Result<T>);
+
+/// `sg status`.
+pub fn status(args: &PoolArgs) -> Result<u8> {
+    let answers = statistics(args)?;
+    if args.json {
+        let nodes: Vec<_> = answers.iter().map(node_json).collect();
+        println!("{}", json!({ "schema": SCHEMA, "status": "ok", "nodes": nodes }));
+    } else {
+        let rows: Vec<_> = answers.iter().map(node_row).collect();
+        let heading =
+            ["NODE", "ADDRESS", "ZONE", "USED", "OF", "FULL", "TAKEN IN", "GIVEN OUT", "CONNS", "VMS"];
+        print!("{}", table::render(&heading, &rows));
+    }
+    Ok(code(&answers))
+}
+
+/// `sg ls`.
+pub fn list(args: &PoolArgs) -> Result<u8> {
+    let answers = statistics(args)?;
+    let mut volumes: BTreeMap<VolumeId, Vec<(&NodeStatistics, &VolumeSummary)>> = BTreeMap::new();
+    for statistics in answers.iter().filter_map(|(_, answer)| answer.as_ref().ok()) {
+        for volume in &statistics.volumes {
+            volumes.entry(volume.volume).or_default().push((statistics, volume));
+        }
+    }
+    if args.json {
+        let volumes: Vec<_> = volumes.iter().map(|(id, parts)| volume_json(*id, parts)).collect();
+        println!("{}", json!({ "schema": SCHEMA, "status": "ok", "volumes": volumes }));
+    } else {
+        let rows: Vec<_> = volumes.iter().map(|(id, parts)| volume_row(*id, parts)).collect();
+        print!("{}", table::render(&["VOLUME", "VM", "STATE", "COMMITTED", "PAGES", "AGE", "AT"], &rows));
+        report_failures(&answers);
+    }
+    Ok(code(&answers))
+}
+
+/// `sg dissolve`.
+pub fn dissolve(args: &DissolveArgs) -> Result<u8> {
+    let secret = secret(args.pool.secret.as_deref())?;
+    let mut found: Vec<(Node, VolumeInfo)> = Vec::new();
+    let mut failed = false;
+    for address in args.pool.addresses()? {
+        match describe(address, &secret, args.volume) {
+            Ok(Some(known)) => found.push(known),
+            Ok(None) => {}
+            Err(error) => {
+                failed = true;
+                eprintln!("sg: {address}: {}", error.chain());
+            }
+        }
+    }
+    let Some((_, first)) = found.first() else {
+        eprintln!("sg: no intermediary that answered knows volume {}", args.volume);
+        return Ok(1);
+    };
+    let pages: u64 = found.iter().map(|(_, info)| info.stored_pages).sum();
+    let what = format!(
+        "volume {} of VM {:?}: {} in {pages} pages at {} intermediaries",
+        args.volume,
+        first.manifest.vm,
+        table::bytes(pages * PAGE_BYTES_U64),
+        found.len()
+    );
+    if !args.yes && !confirmed(&what)? {
+        eprintln!("sg: nothing was done");
+        return Ok(4);
+    }
+    // Whoever claimed it last did so at some of them, perhaps not at all.
+    let epoch = found.iter().map(|(_, info)| info.epoch).max().unwrap_or(Epoch::FIRST);
+    for (node, _) in &mut found {
+        if let Err(error) = node.ask(args.volume, epoch, &VmdRequest::Dissolve) {
+            failed = true;
+            eprintln!("sg: {}: {}", node.id(), error.chain());
+        }
+    }
+    if args.pool.json {
+        let done =
+            json!({ "volume": args.volume.to_string(), "pages": pages, "intermediaries": found.len() });
+        println!("{}", json!({ "schema": SCHEMA, "status": "ok", "dissolved": done }));
+    } else {
+        println!("dissolved {what}");
+    }
+    Ok(u8::from(failed))
+}
+
+fn describe(
+    address: SocketAddr,
+    secret: &PoolSecret,
+    volume: VolumeId,
+) -> libsg::Result<Option<(Node, VolumeInfo)>> {
+    let mut node = Node::connect(address, secret)?;
+    match node.ask(volume, Epoch(0), &VmdRequest::Describe) {
+        Ok(VmdReply::Volume(info)) => {
+            let gone = info.state == libsg::wire::message::VolumeState::Dissolved;
+            Ok((!gone).then_some((node, info)))
+        }
+        Ok(_) => Err(Error::new(ErrorKind::Protocol, "an answer to something else")),
+        Err(error) if error.kind == ErrorKind::Volume => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn confirmed(what: &str) -> Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        return Err(WrongArguments(format!("would dissolve {what}; say --yes to do it")).into());
+    }
+    print!("Dissolve {what}?\nIts pages are gone for good. Type yes: ");
+    std::io::stdout().flush()?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    Ok(answer.trim() == "yes")
+}
+
+fn statistics(args: &PoolArgs) -> Result<Vec<Answer<NodeStatistics>>> {
+    let secret = secret(args.secret.as_deref())?;
+    let ask = |address| -> libsg::Result<NodeStatistics> {
+        let mut node = Node::connect(address, &secret)?;
+        match node.ask(VolumeId(0), Epoch(0), &VmdRequest::Statistics)? {
+            VmdReply::Statistics(statistics) => Ok(statistics),
+            _ => Err(Error::new(ErrorKind::Protocol, "an answer to something else")),
+        }
+    };
+    // All at once: one that does not answer shall not hold up the others.
+    let addresses = args.addresses()?;
+    Ok(std::thread::scope(|scope| {
+        let asked: Vec<_> =
+            addresses.iter().map(|address| (*address, scope.spawn(|| ask(*address)))).collect();
+        let answer = |(address, thread): (SocketAddr, std::thread::ScopedJoinHandle<'_, _>)| {
+            let panicked = |_| Err(Error::new(ErrorKind::Poisoned, "asking it failed"));
+            (address, thread.join().unwrap_or_else(panicked))
+        };
+        asked.into_iter().map(answer).collect()
+    }))
+}
+
+fn code<T>(answers: &[Answer<T>]) -> u8 {
+    u8::from(answers.iter().any(|(_, answer)| answer.is_err()))
+}
+
+fn report_failures<T>(answers: &[Answer<T>]) {
+    for (address, answer) in answers {
+        if let Err(error) = answer {
+            eprintln!("sg: {address}: {}", error.chain());
+        }
+    }
+}
+
+fn node_json((address, answer): &Answer<NodeStatistics>) -> serde_json::Value {
+    match answer {
+        Ok(node) => json!({
+            "address": address.to_string(),
+            "id": node.node.to_string(),
+            "name": node.node.name,
+            "zone": node.zone,
+            "limit_bytes": node.limit_bytes,
+            "used_bytes": node.used_bytes,
+            "arena_bytes": node.arena_bytes,
+            "bytes_in": node.bytes_in,
+            "bytes_out": node.bytes_out,
+            "connections": node.connections,
+            "volumes": node.volumes.iter().map(summary_json).collect::<Vec<_>>(),
+            "error": null,
+        }),
+        Err(error) => json!({
+            "address": address.to_string(),
+            "error": { "kind": error.kind, "message": error.chain() },
+        }),
+    }
+}
+
+fn summary_json(volume: &VolumeSummary) -> serde_json::Value {
+    json!({
+        "volume": volume.volume.to_string(),
+        "vm": volume.vm,
+        "state": volume.state,
+        "committed": volume.committed,
+        "stored_pages": volume.stored_pages,
+        "age_s": volume.age_s,
+    })
+}
+
+fn node_row((address, answer): &Answer<NodeStatistics>) -> Vec<String> {
+    match answer {
+        Ok(node) => vec![
+            node.node.to_string(),
+            address.to_string(),
+            node.zone.clone().unwrap_or_else(|| "-".into()),
+            table::bytes(node.used_bytes),
+            table::bytes(node.limit_bytes),
+            format!("{:.0}%", 100.0 * node.used_bytes as f64 / node.limit_bytes.max(1) as f64),
+            table::bytes(node.bytes_in),
+            table::bytes(node.bytes_out),
+            node.connections.to_string(),
+            node.volumes.len().to_string(),
+        ],
+        Err(error) => vec!["?".into(), address.to_string(), error.chain()],
+    }
+}
+
+fn volume_json(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> serde_json::Value {
+    let at = |(node, volume): &(&NodeStatistics, &VolumeSummary)| {
+        let mut part = summary_json(volume);
+        part["id"] = json!(node.node.to_string());
+        part
+    };
+    json!({
+        "volume": id.to_string(),
+        "vm": parts.first().map(|(_, volume)| &volume.vm),
+        "stored_pages": parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>(),
+        "at": parts.iter().map(at).collect::<Vec<_>>(),
+    })
+}
+
+fn volume_row(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> Vec<String> {
+    let mut states: Vec<String> =
+        parts.iter().map(|(_, v)| format!("{:?}", v.state).to_lowercase()).collect();
+    states.dedup();
+    let committed = parts.iter().any(|(_, volume)| volume.committed);
+    let nodes: Vec<&str> = parts.iter().map(|(node, _)| &*node.node.name).collect();
+    vec![
+        id.to_string(),
+        parts.first().map(|(_, volume)| volume.vm.clone()).unwrap_or_default(),
+        states.join(","),
+        if committed { "yes" } else { "no" }.into(),
+        parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>().to_string(),
+        table::age(parts.iter().map(|(_, volume)| volume.age_s).max().unwrap_or(0)),
+        nodes.join(","),
+    ]
+}

@@ -1,0 +1,137 @@
+//! `sg serve`: the intermediary.
+
+use std::io::Write as _;
+
+use anyhow::{Context as _, Result};
+use libsg::page::PAGE_BYTES_U64;
+use libsg::server::{Config, Holding, Server, ServerHandle};
+use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{LogFormat, ServeArgs, WrongArguments, secret};
+use crate::process;
+
+/// Exit code of one that went with pages of live volumes.
+const LOST: u8 = 3;
+
+/// Serves until a signal ends it.
+pub fn run(args: &ServeArgs) -> Result<u8> {
+    start_logs(args.log_format);
+    let config = config(args)?;
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("signals cannot be caught")?;
+    process::settle(args.oom_score_adj);
+    process::check_memory(args.memory.0);
+    let server = Server::bind(config).map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
+    let server = server.spawn().map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
+    tracing::info!(
+        address = %server.address(), node = %server.node(), memory_bytes = args.memory.0, "listening"
+    );
+    // Nobody may be there to read it, which is no reason not to serve.
+    let ready = json!({
+        "event": "listening",
+        "address": server.address().to_string(),
+        "node": server.node().to_string(),
+    });
+    let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
+
+    let mut refused = false;
+    for signal in signals.forever() {
+        let held = server.holdings();
+        if held.is_empty() {
+            tracing::info!(signal, "nobody needs what is here: going");
+            server.shutdown();
+            return Ok(0);
+        }
+        if args.force || refused {
+            return Ok(go_anyway(server, &held));
+        }
+        refused = true;
+        refuse(&held);
+    }
+    Ok(1)
+}
+
+fn start_logs(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => logs.init(),
+        LogFormat::Json => logs.json().init(),
+    }
+}
+
+fn config(args: &ServeArgs) -> Result<Config> {
+    let secret = secret(args.secret.as_deref())?;
+    if secret.is_open() && !args.listen.ip().is_loopback() && !args.insecure {
+        let what = format!(
+            "listening on {} without --secret would let anybody read the VMs' memory: give a secret, or listen on \
+             127.0.0.1, or say --insecure",
+            args.listen
+        );
+        return Err(WrongArguments(what).into());
+    }
+    let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let name = args.name.clone().unwrap_or_else(host);
+    let mut config = Config::new(args.listen, name, args.memory.0, secret);
+    config.zone.clone_from(&args.zone);
+    config.limit_in_bytes_per_s = args.limit_in.bytes_per_s();
+    config.limit_out_bytes_per_s = args.limit_out.bytes_per_s();
+    config.canary_flip_slot = args.canary_flip_slot;
+    if args.canary_flip_slot.is_some() {
+        tracing::warn!("TEST CANARY: a stored page will be damaged on purpose");
+    }
+    Ok(config)
+}
+
+fn refuse(held: &[Holding]) {
+    for holding in held {
+        let volume = &holding.summary;
+        tracing::warn!(
+            volume = %volume.volume,
+            vm = volume.vm,
+            state = ?volume.state,
+            pages = volume.stored_pages,
+            bytes = volume.stored_pages * PAGE_BYTES_U64,
+            indexed_pages = holding.indexed_pages,
+            has_state = holding.has_state,
+            age_s = volume.age_s,
+            "staying: this volume is needed"
+        );
+    }
+    tracing::warn!(
+        volumes = held.len(),
+        "pages of live volumes are here; a second signal goes and loses them"
+    );
+}
+
+fn go_anyway(server: ServerHandle, held: &[Holding]) -> u8 {
+    for holding in held {
+        let volume = &holding.summary;
+        tracing::error!(
+            volume = %volume.volume,
+            vm = volume.vm,
+            pages = volume.stored_pages,
+            indexed_pages = holding.indexed_pages,
+            has_state = holding.has_state,
+            age_s = volume.age_s,
+            "lost: going with pages of a live volume"
+        );
+    }
+    let lost: Vec<_> = held
+        .iter()
+        .map(|holding| {
+            json!({
+                "volume": holding.summary.volume.to_string(),
+                "vm": holding.summary.vm,
+                "pages": holding.summary.stored_pages,
+                "has_state": holding.has_state,
+                "age_s": holding.summary.age_s,
+            })
+        })
+        .collect();
+    let _ = writeln!(std::io::stdout(), "{}", json!({ "event": "lost", "volumes": lost }));
+    server.shutdown();
+    LOST
+}
