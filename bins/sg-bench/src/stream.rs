@@ -66,10 +66,12 @@ pub fn mbps(bytes: u64, time: Duration) -> f64 {
     bytes as f64 * 8.0 / 1e6 / time.as_secs_f64()
 }
 
-/// Exchanges of a request of 64 bytes against a page: enough for a median.
-const EXCHANGES: usize = 1000;
+/// Exchanges of a request of 64 bytes against a page: enough for a median, and how many medians.
+const EXCHANGES: usize = 400;
+const MEDIANS: usize = 3;
 
-/// The median time, in microseconds, in which `client` gets 4 KiB from `server` over the idle link.
+/// The time, in microseconds, in which `client` gets 4 KiB from `server` over the idle link: the best of three
+/// medians, for whatever disturbs a machine makes none of them shorter.
 pub fn idle_round_trip_us(lab: &Lab, client: Node, server: Node) -> Result<f64> {
     const REQUEST: usize = 64;
     let (mut asking, mut answering) = connect(lab, client, server)?;
@@ -82,15 +84,19 @@ pub fn idle_round_trip_us(lab: &Lab, client: Node, server: Node) -> Result<f64> 
             while answering.read_exact(&mut request).is_ok() && answering.write_all(&page).is_ok() {}
         });
         let mut page = [0; PAGE_BYTES];
-        let mut times_us = Vec::with_capacity(EXCHANGES);
-        for _ in 0..EXCHANGES {
-            let start = Instant::now();
-            asking.write_all(&[1; REQUEST])?;
-            asking.read_exact(&mut page)?;
-            times_us.push(start.elapsed().as_secs_f64() * 1e6);
+        let mut best = f64::INFINITY;
+        for _ in 0..MEDIANS {
+            let mut times_us = Vec::with_capacity(EXCHANGES);
+            for _ in 0..EXCHANGES {
+                let start = Instant::now();
+                asking.write_all(&[1; REQUEST])?;
+                asking.read_exact(&mut page)?;
+                times_us.push(start.elapsed().as_secs_f64() * 1e6);
+            }
+            best = best.min(crate::stats::median(&times_us).context("no exchange")?);
         }
         drop(asking);
-        crate::stats::median(&times_us).context("no exchange")
+        Ok(best)
     })
 }
 

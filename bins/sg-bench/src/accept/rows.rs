@@ -40,6 +40,9 @@ impl Row {
     }
 }
 
+/// What is computed from one run.
+type Figure = fn(&Run) -> Option<f64>;
+
 type Values = Box<dyn Fn(&Results) -> Result<Vec<f64>>>;
 
 /// One figure of a row.
@@ -136,7 +139,13 @@ fn over_sum_of_rates(run: &Run) -> Option<f64> {
     Some(evicted_mbps(run)? / sum)
 }
 
-/// Share of its bottleneck that the scatter used. Page bytes only: the link did carry more.
+/// Share of the destination's link that the direct path used until the source had evicted.
+fn destination_used(run: &Run) -> Option<f64> {
+    let mbps = run.report.bytes.direct? as f64 * 8e-6 / run.report.eviction_s?;
+    Some(mbps / run.report.sinks_mbps.get("destination")?)
+}
+
+/// Share of the source's link that the scatter used. Page bytes only: the link did carry more.
 fn link_used(run: &Run) -> Option<f64> {
     Some(evicted_mbps(run)? / run.report.link_mbps?)
 }
@@ -218,7 +227,7 @@ pub fn all() -> Vec<Row> {
             "fault-prio",
             "faults while scattering at full rate, priority queue",
             &[Family::FaultPrio],
-            fault_parts("", "fault prio", 2.0, 1000.0, true),
+            fault_parts("", "fault prio", 2.0, 1000.0, link_used),
         ),
         row(
             "fault-fifo",
@@ -226,7 +235,10 @@ pub fn all() -> Vec<Row> {
             &[Family::FaultFifo],
             FAULT_FIFO
                 .into_iter()
-                .flat_map(|v| fault_parts(&format!("{v} "), v, 3.0, 2000.0, v.ends_with("source")))
+                .flat_map(|v| {
+                    let used: Figure = if v.ends_with("source") { link_used } else { destination_used };
+                    fault_parts(&format!("{v} "), v, 3.0, 2000.0, used)
+                })
                 .collect(),
         ),
         row(
@@ -247,15 +259,12 @@ pub fn all() -> Vec<Row> {
     ]
 }
 
-fn fault_parts(prefix: &str, variant: &'static str, p50: f64, p99_us: f64, at_source: bool) -> Vec<Part> {
-    let mut parts = vec![
+fn fault_parts(prefix: &str, variant: &'static str, p50: f64, p99_us: f64, used: Figure) -> Vec<Part> {
+    vec![
         figure(&format!("{prefix}p50/idle"), variant, Want::AtMost(p50), fault_p50_over_idle),
         figure(&format!("{prefix}p99 us"), variant, Want::AtMost(p99_us), fault_p99_us),
-    ];
-    if at_source {
-        parts.push(figure(&format!("{prefix}link used"), variant, Want::AtLeast(0.97), link_used));
-    }
-    parts
+        figure(&format!("{prefix}link used"), variant, Want::AtLeast(0.97), used),
+    ]
 }
 
 /// Least squares over the sizes, with the medians of each.

@@ -106,8 +106,10 @@ fn allow(cc: CongestionControl) -> Result<()> {
     if allowed.split_whitespace().any(|one| one == name) {
         return Ok(());
     }
+    // Where it is a module, nothing else loads it. What modprobe fails at, the next line fails at too, and says so.
+    let _ = Command::new("modprobe").arg(format!("tcp_{name}")).stderr(Stdio::null()).status();
     std::fs::write(ALLOWED, format!("{} {name}", allowed.trim())).with_context(|| {
-        format!("the congestion control {name} cannot be allowed (root is needed; try: modprobe tcp_{name})")
+        format!("the congestion control {name} cannot be allowed: root and the kernel module tcp_{name} are needed")
     })
 }
 
