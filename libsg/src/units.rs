@@ -18,6 +18,24 @@ impl Rate {
     /// No limit.
     pub const UNLIMITED: Self = Self(0);
 
+    /// A whole number of megabits a second.
+    #[must_use]
+    pub const fn mbit(megabits: u64) -> Self {
+        Self(megabits * 1_000_000)
+    }
+
+    /// Megabits a second.
+    #[must_use]
+    pub fn as_mbps(self) -> f64 {
+        self.0 as f64 / 1e6
+    }
+
+    /// Whether nothing limits it.
+    #[must_use]
+    pub const fn is_unlimited(self) -> bool {
+        self.0 == 0
+    }
+
     /// Bytes a second; zero is unlimited. A rate of less than a byte is one byte, not unlimited.
     #[must_use]
     pub const fn bytes_per_s(self) -> u64 {

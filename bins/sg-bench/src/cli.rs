@@ -7,7 +7,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use crate::events::{Harm, Injection, When};
 use crate::lab::node::INTERMEDIARIES_MAX;
 use crate::lab::{CongestionControl, LabSpec, Queue};
-use crate::units::{Rate, Size};
+use libsg::units::{Rate, Size};
 
 /// Migration experiments in network namespaces, acceptance rows and micro-benchmarks
 #[derive(Parser)]

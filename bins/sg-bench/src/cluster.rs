@@ -1,6 +1,9 @@
 //! The processes of a run on their hosts: intermediaries, and a pair of VMMs for each VM.
 
+use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +18,7 @@ use crate::events::Events;
 use crate::interrupt;
 use crate::lab::{Lab, Node};
 use crate::process::Process;
-use crate::units::Size;
+use libsg::units::Size;
 
 const DESTINATION_PORT: u16 = 7700;
 const INTERMEDIARY_PORT: u16 = 7701;
@@ -59,7 +62,13 @@ impl Cluster {
     pub fn start(lab: &Lab, args: &MigrateArgs, events: &Arc<Events>) -> Result<Self> {
         let secret = lab.directory().join("secret");
         let bytes: [u8; 32] = libsg::ids::random_bytes()?;
-        std::fs::write(&secret, bytes.map(|byte| format!("{byte:02x}")).concat())?;
+        let text = bytes.map(|byte| format!("{byte:02x}")).concat();
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&secret)?
+            .write_all(text.as_bytes())?;
         let secret = secret.display().to_string();
 
         let mut cluster = Self { intermediaries: Vec::new(), pairs: Vec::new(), peers: Vec::new() };

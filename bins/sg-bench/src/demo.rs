@@ -8,8 +8,8 @@ use libsg::report::Report;
 use crate::cli::{DemoArgs, MigrateArgs, Mode};
 use crate::lab::{Lab, LabSpec};
 use crate::ui::Ui;
-use crate::units::{Rate, Size};
 use crate::{experiment, interrupt, table};
+use libsg::units::{Rate, Size};
 
 const DESTINATION_RATE: Rate = Rate::mbit(256);
 

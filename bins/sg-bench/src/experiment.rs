@@ -13,8 +13,8 @@ use crate::events::Events;
 use crate::follow::Following;
 use crate::lab::{Lab, Node};
 use crate::ui::Ui;
-use crate::units::Rate;
 use crate::{interrupt, micro, stream};
+use libsg::units::Rate;
 
 /// What the links of a run carry.
 struct Links {

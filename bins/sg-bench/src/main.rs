@@ -21,7 +21,6 @@ mod stats;
 mod stream;
 mod table;
 mod ui;
-mod units;
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()

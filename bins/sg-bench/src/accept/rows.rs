@@ -8,7 +8,7 @@ use libsg::page::PAGE_BYTES_U64;
 use super::{Baseline, Results, Run, Variant};
 use crate::cli::{MigrateArgs, Mode, Until};
 use crate::lab::{CongestionControl, Queue};
-use crate::units::{Rate, Size};
+use libsg::units::{Rate, Size};
 
 /// Experiments that are run in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,7 +21,7 @@ pub use names::Prefix;
 pub use net::{CongestionControl, Link, Queue};
 pub use node::Node;
 
-use crate::units::{Rate, Size};
+use libsg::units::{Rate, Size};
 
 /// What to build.
 #[derive(Clone, Debug)]

@@ -12,7 +12,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::names::Prefix;
 use super::node::Node;
-use crate::units::Rate;
+use libsg::units::Rate;
 
 /// What stands in front of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
