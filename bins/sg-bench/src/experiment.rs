@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use libsg::report::{Host, Report, Status};
+use libsg::report::{Guest, Host, Report, Status};
 
 use crate::cli::{MigrateArgs, Until};
 use crate::cluster::Cluster;
@@ -148,6 +148,14 @@ fn whole(mut reports: Vec<Report>, host: Host) -> Report {
     report.bytes.direct = sum(|r| r.bytes.direct);
     report.bytes.staged = sum(|r| r.bytes.staged);
     report.bytes.gathered = sum(|r| r.bytes.gathered);
+    report.guest = Guest {
+        longest_pause_ms: reports.iter().filter_map(|r| r.guest.longest_pause_ms).reduce(f64::max),
+        ops_per_s: reports.iter().map(|r| r.guest.ops_per_s).sum(),
+        mismatches: sum(|r| r.guest.mismatches),
+        verified_pages: sum(|r| r.guest.verified_pages),
+        verify_passes: reports.iter().filter_map(|r| r.guest.verify_passes).min(),
+        fill_pages: sum(|r| r.guest.fill_pages),
+    };
     if let Some(mbps) = reports.first().and_then(|r| r.link_mbps) {
         report.set_link(mbps);
     }
@@ -254,7 +262,7 @@ pub fn check_valid(report: &Report, until: Until) -> Result<()> {
 mod test {
     use super::*;
     use libsg::ErrorKind;
-    use libsg::report::{Failure, Guest};
+    use libsg::report::Failure;
 
     fn report(eviction_s: f64) -> Report {
         let mut report = Report { eviction_s: Some(eviction_s), ..Report::default() };
