@@ -100,8 +100,10 @@ fn send(address: &str, mode: &str, connections: usize, time: Duration, congestio
         senders.push((stream.try_clone()?, thread::spawn(move || send_bulk(stream, &pacer, paced, &stop))));
     }
     thread::sleep(WARM_UP);
-    let acked =
-        || -> Result<u64> { Ok(senders.iter().map(|(stream, _)| TcpInfo::read(stream)).sum_acked()?) };
+    let acked = || {
+        let sockets = senders.iter().map(|(stream, _)| stream).chain([&urgent]);
+        sockets.map(|socket| TcpInfo::read(socket).map(|info| info.bytes_acked)).sum::<std::io::Result<u64>>()
+    };
     let (start, before) = (Instant::now(), acked()?);
     let mut rates = Vec::new();
     while start.elapsed() < time {
@@ -111,7 +113,7 @@ fn send(address: &str, mode: &str, connections: usize, time: Duration, congestio
     let carried = (acked()? - before) as f64 / start.elapsed().as_secs_f64();
     stop.store(true, Ordering::Relaxed);
     urgent.shutdown(std::net::Shutdown::Both)?;
-    println!("bulk {:.1} Mb/s, rates {rates:?}", carried / 125_000.0);
+    println!("bulk and urgent {:.1} Mb/s, rates {rates:?}", carried / 125_000.0);
     for (_, sender) in senders {
         sender.join().map_err(|_| "a sender panicked")??;
     }
@@ -119,23 +121,18 @@ fn send(address: &str, mode: &str, connections: usize, time: Duration, congestio
     Ok(())
 }
 
-trait SumAcked {
-    fn sum_acked(self) -> std::io::Result<u64>;
-}
-
-impl<I: Iterator<Item = std::io::Result<TcpInfo>>> SumAcked for I {
-    fn sum_acked(mut self) -> std::io::Result<u64> {
-        self.try_fold(0, |sum, info| Ok(sum + info?.bytes_acked))
-    }
-}
-
 fn answer_pages(mut stream: TcpStream, pacer: &SharedPacer) -> Result<()> {
     mark_urgent(&stream)?;
     stream.write_all(b"u")?;
     let mut request = [0; 16];
+    let link = pacer.add_link();
     loop {
         stream.read_exact(&mut request)?;
-        pacer.charge(Class::Urgent, PAGE as u64, Instant::now());
+        let now = Instant::now();
+        pacer.charge(Class::Urgent, PAGE as u64, now);
+        // Part of the sum. Its round trip is known too seldom to say anything about now.
+        let reading = LinkReading { queue_delay: None, ..LinkReading::from(&TcpInfo::read(&stream)?) };
+        pacer.report(link, reading, now);
         stream.write_all(&[2; PAGE])?;
     }
 }

@@ -162,6 +162,8 @@ pub struct RateFinder {
     limit: Option<u64>,
     estimates: VecDeque<f64>,
     queue: Option<Queue>,
+    /// Since when this cruise is calm, but for queues that went away by themselves.
+    calm_since: Option<Instant>,
     /// When a queue last showed at cruising speed.
     cruise_queue_at: Option<Instant>,
     /// Delay that is not ours.
@@ -188,6 +190,7 @@ impl RateFinder {
             limit: None,
             estimates: VecDeque::with_capacity(ESTIMATES),
             queue: None,
+            calm_since: None,
             cruise_queue_at: None,
             floor: Duration::ZERO,
             usual_delay: 0.0,
@@ -250,7 +253,14 @@ impl RateFinder {
     }
 
     fn measure(&mut self, now: Instant) {
-        let Some(queue) = self.queue else { return self.start_cruise(now) };
+        let Some(queue) = self.queue else {
+            self.start_cruise(now);
+            // Gone by itself: no reason to wait again before probing.
+            if let (Some(calm_since), Phase::Cruise { since }) = (self.calm_since, &mut self.phase) {
+                *since = calm_since;
+            }
+            return;
+        };
         let pace = queue.paced.is_some();
         if queue.time() >= self.paced_time(MEASURE_TIME) || (pace && queue.delay > QUEUE_DELAY_MAX) {
             let measured = queue.rate(self.paced_time(MEASURE_TIME_MIN));
@@ -287,6 +297,7 @@ impl RateFinder {
     }
 
     fn cruise(&mut self, now: Instant, since: Instant) {
+        self.calm_since = Some(since);
         if self.queue_stands() {
             self.phase = Phase::Measure;
         } else if !self.is_used(now) {
@@ -298,6 +309,7 @@ impl RateFinder {
 
     fn probe(&mut self, now: Instant) {
         let Phase::Probe { step, unused, next_at } = self.phase else { return };
+        self.calm_since = None;
         if self.queue_stands() {
             self.phase = Phase::Measure;
             return;
@@ -316,10 +328,7 @@ impl RateFinder {
             self.phase = Phase::Probe { step, unused: unused + 1, next_at };
         } else {
             // Something else is the bound now. What went through without a queue is kept.
-            let carried = self.delivered_rate(now, HISTORY_TIME);
-            if self.estimate().is_some_and(|estimate| carried > estimate) {
-                self.add_estimate(carried);
-            }
+            self.raise_estimate(self.delivered_rate(now, HISTORY_TIME));
             self.start_cruise(now);
         }
     }
@@ -365,9 +374,7 @@ impl RateFinder {
             // It went away although we sent on at the same rate: a lump of ours after a late wake-up, or
             // somebody else's. So the link carries more than this rate.
             (Phase::Measure, Some(paced)) if queue.time() < self.paced_time(MEASURE_TIME_MIN) => {
-                if self.estimate().is_some_and(|estimate| paced > estimate) {
-                    self.add_estimate(paced);
-                }
+                self.raise_estimate(paced);
             }
             (Phase::Measure | Phase::Drain { .. }, _) => self.learn(&queue),
             _ => {}
@@ -382,7 +389,8 @@ impl RateFinder {
         }
         if again {
             rate = rate.max(self.estimate().unwrap_or(0.0) * FALL_SHARE_MIN);
-            self.estimates.clear();
+            // What the earlier of the two queues said is kept: both must be low, not one stalled core.
+            self.estimates.drain(..self.estimates.len().saturating_sub(1));
         }
         self.add_estimate(rate);
     }
@@ -411,6 +419,13 @@ impl RateFinder {
 
     fn estimate(&self) -> Option<f64> {
         self.estimates.iter().copied().reduce(f64::max)
+    }
+
+    /// Takes a rate that went through without a queue: the estimate is no less.
+    fn raise_estimate(&mut self, rate: f64) {
+        if self.estimate().is_some_and(|estimate| rate > estimate) {
+            self.add_estimate(rate);
+        }
     }
 
     fn add_estimate(&mut self, rate: f64) {

@@ -154,7 +154,8 @@ impl SharedPacer {
         self.inner.lock().limit.set_rate(now, (bytes_per_s > 0).then_some(bytes_per_s));
     }
 
-    /// Adds a link that will report. Urgent connections are links too: what they carry is part of the sum.
+    /// Adds a link that will report. Urgent connections are links too: what they carry is part of the sum, and
+    /// a sum without it looks like a slower bottleneck. They report no delay: their round trips are too few.
     #[must_use]
     pub fn add_link(&self) -> LinkId {
         let links = &mut self.inner.lock().links;
