@@ -10,6 +10,8 @@
 //!  worker <--- grant or wait ------- strict priority over TokenBuckets  <---rate------+
 //! ```
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 mod bucket;
 mod delay;
 mod rate;
