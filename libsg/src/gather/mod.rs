@@ -1,8 +1,98 @@
 //! Gather: how the destination comes by the pages of a VM that runs already.
+//!
+//! ```text
+//!  source --- urgent: a page that was asked for -------------> fault thread <--- userfaultfd
+//!         --- direct: pages as fast as credit lets them -----> direct thread        |
+//!         --- announcements: "page N is at P" ---> tracker <------ all ------> install
+//!  intermediary i --- urgent: a page the guest waits for ----> fault thread
+//!                 --- the rest, in the background -----------> prepage thread iN
+//!  index servers --- what nobody announced ------------------> index thread
+//! ```
+//!
+//! The [`Tracker`] is the one place that knows of every page; the threads around it move bytes.
 
 mod books;
+mod direct;
+mod fault;
+mod index;
+mod install;
+mod prepage;
+mod shared;
 mod tracker;
 #[cfg(test)]
 mod tracker_test;
 
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+
+pub(crate) use shared::{Setup, Shared};
 pub use tracker::{Claim, Counts, Path, Read, Tracker, Wanted, Word};
+
+use crate::error::Result;
+use crate::ids::MemberIndex;
+use crate::wire::message::Member;
+
+/// The threads that gather one volume.
+pub(crate) struct Gather {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Gather {
+    /// Starts them: from now on faults are answered.
+    pub fn start(setup: Setup) -> Result<Self> {
+        let members = setup.members.len();
+        let gather = Self { shared: Arc::new(Shared::new(setup)?), threads: Mutex::new(Vec::new()) };
+        gather.spawn("sg-gather-fault".into(), |shared| fault::run(shared))?;
+        gather.spawn("sg-gather-direct".into(), |shared| direct::run(shared))?;
+        gather.spawn("sg-gather-index".into(), |shared| index::run(shared))?;
+        for member in 0..members {
+            gather.start_member(MemberIndex(member as u16))?;
+        }
+        Ok(gather)
+    }
+
+    fn spawn(
+        &self,
+        name: String,
+        body: impl FnOnce(&Arc<Shared>) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let thread = shared::spawn(&self.shared, name, body)?;
+        self.threads.lock().push(thread);
+        Ok(())
+    }
+
+    fn start_member(&self, member: MemberIndex) -> Result<()> {
+        self.spawn(format!("sg-gather-{member}"), move |shared| prepage::run(shared, member))
+    }
+
+    /// What the threads share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The volume gained members.
+    pub fn set_members(&self, members: &[Member]) -> Result<()> {
+        for member in self.shared.add_members(members)? {
+            self.start_member(member)?;
+        }
+        Ok(())
+    }
+
+    /// Ends every thread and waits for it.
+    pub fn stop(&self) {
+        self.shared.stop();
+        for thread in self.threads.lock().drain(..) {
+            // Its panic was caught and is the gather's failure.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Gather {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

@@ -20,6 +20,9 @@ use crate::wire::{Encoding, IndexEntry};
 /// Pages that one call looks at when it searches: what keeps the lock around the tracker short.
 const SEARCH_PAGES_MAX: usize = 128 << 10;
 
+/// Ranges of lost pages that a report names.
+const LOST_RANGES_MAX: usize = 64 << 10;
+
 /// Pages behind a fault that are prepaged before the sweep goes on; a gap of so many ends it.
 const NEAR_PAGES: usize = 256;
 
@@ -587,6 +590,19 @@ impl Tracker {
     pub fn is_zero(&self, page: PageIndex) -> bool {
         let kind = self.states.get(page.as_usize()).map(|state| state.kind());
         matches!(kind, Some(Kind::Zero | Kind::Removed))
+    }
+
+    /// Appends the ranges that are lost, the first 65536 of them.
+    pub fn lost_ranges(&self, out: &mut Vec<PageRange>) {
+        let lost = |page: usize| self.states[page].kind() == Kind::Lost;
+        let mut page = 0;
+        while page < self.states.len() && out.len() < LOST_RANGES_MAX {
+            let run = (page..self.states.len()).take_while(|page| lost(*page)).count();
+            if run > 0 {
+                out.push(PageRange::new(PageIndex(page as u32), run as u32));
+            }
+            page += run.max(1);
+        }
     }
 
     /// Whether the page is in place or known to be zero.

@@ -15,6 +15,7 @@
 //!   "evicted"                                   "gathered", volume dissolved
 //! ```
 
+pub mod destination;
 mod handover;
 pub mod source;
 

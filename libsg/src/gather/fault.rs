@@ -1,0 +1,593 @@
+//! Faults: pages that the guest waits for. One thread, `sg-gather-fault`, with connections of its own
+//! to the source and to every intermediary, on which nothing else travels. It waits for nothing but for
+//! all of them at once; any number of faults may be under way.
+//!
+//! A page that is announced is read where it lies; any other is asked from the source, which
+//! answers with the page, with "it is at P" or with "gone". Whoever is silent is not waited for: the
+//! next way is tried beside it, and the first answer counts.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::direct::acknowledge;
+use super::install::Installer;
+use super::prepage::is_of_link;
+use super::shared::{MemberDesk, Shared};
+use super::tracker::{Claim, Path, Read, Wanted, Word};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{MemberIndex, Sequence};
+use crate::limits::INDEX_RANGE_PAGES;
+use crate::pace::{self, Class};
+use crate::page::{PageIndex, PageRange};
+use crate::sink::SinkEvent;
+use crate::transport::{Channel, Inbox, Outbox, WAIT_MAX, wait};
+use crate::vmd::{Link, Reply, Request, Ticket};
+use crate::wire::entry::{decode_pages, decode_table, encode_table};
+use crate::wire::{Encoding, GetEntry, Header, IndexEntry, Kind, PageEntry};
+
+/// Whoever does not answer for this long is not waited for: many times what an answer takes.
+const SILENCE: Duration = Duration::from_millis(100);
+
+/// The same is asked again, of who did not answer, after so long.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long the thread sleeps at most.
+const NAP: Duration = Duration::from_millis(500);
+
+/// While more links are waited for than one call can watch.
+const SHORT_NAP: Duration = Duration::from_millis(1);
+
+/// Wishes that are asked from the source at once: nobody waits for them.
+const WISHES_AT_ONCE: usize = 64;
+
+/// A question that is out, or was answered in vain.
+#[derive(Clone, Copy, Debug, Default)]
+struct Asked {
+    /// Since when it is out; `None` when it is not.
+    since: Option<Instant>,
+    /// Of the frame to the source.
+    sequence: u64,
+    /// Of the request on a link.
+    ticket: Option<(MemberIndex, Ticket)>,
+}
+
+impl Asked {
+    fn is_out(&self) -> bool {
+        self.since.is_some()
+    }
+
+    fn is_silent(&self, now: Instant, for_: Duration) -> bool {
+        self.since.is_some_and(|since| now.saturating_duration_since(since) >= for_)
+    }
+}
+
+/// A unit that is wanted.
+struct Pending {
+    unit: PageRange,
+    source: Asked,
+    read: Asked,
+    index: Asked,
+    /// What was asked of the member, for checking the answer.
+    reads: Vec<Read>,
+    /// Index servers that were asked, in turn from the owner on.
+    rotation: usize,
+    source_refused: bool,
+    /// When the source was last asked.
+    source_at: Option<Instant>,
+    try_at: Instant,
+    done: bool,
+}
+
+/// The connection to the source.
+struct Line {
+    channel: Channel,
+    inbox: Inbox,
+    outbox: Outbox,
+    sequence: u64,
+    counted: u64,
+}
+
+/// A link to a member, as far as this thread has one.
+struct Seat {
+    desk: Arc<MemberDesk>,
+    link: Option<Box<dyn Link>>,
+    /// Requests that are out.
+    out: usize,
+    counted: u64,
+}
+
+struct Worker<'a> {
+    shared: &'a Shared,
+    source: Option<Line>,
+    seats: Vec<Seat>,
+    pending: Vec<Pending>,
+    events: Vec<SinkEvent>,
+    wishes: Vec<PageIndex>,
+    reads: Vec<Read>,
+    gets: Vec<GetEntry>,
+    entries: Vec<PageEntry>,
+    places: Vec<IndexEntry>,
+    table: Vec<u8>,
+    installer: Installer,
+}
+
+/// The thread `sg-gather-fault`.
+pub(crate) fn run(shared: &Shared) -> Result<()> {
+    // Sleeps are then up to 50 µs late, and still right.
+    let _ = pace::precise_timers();
+    let mut worker = Worker {
+        shared,
+        source: None,
+        seats: Vec::new(),
+        pending: Vec::new(),
+        events: Vec::new(),
+        wishes: Vec::new(),
+        reads: Vec::new(),
+        gets: Vec::new(),
+        entries: Vec::new(),
+        places: Vec::new(),
+        table: Vec::new(),
+        installer: Installer::default(),
+    };
+    while !shared.is_stopping() {
+        shared.wake_fault.drain();
+        worker.step()?;
+        worker.rest()?;
+    }
+    if let Some(line) = &worker.source {
+        line.channel.shut_down();
+    }
+    Ok(())
+}
+
+impl Worker<'_> {
+    fn step(&mut self) -> Result<()> {
+        self.adopt();
+        self.read_events()?;
+        self.hear_source()?;
+        for member in 0..self.seats.len() {
+            self.hear_member(member)?;
+        }
+        self.take_wishes();
+        let now = Instant::now();
+        let all = self.shared.take_relook();
+        for at in 0..self.pending.len() {
+            if all || self.pending[at].try_at <= now {
+                self.advance(at, now)?;
+            }
+        }
+        self.pending.retain(|pending| !pending.done);
+        self.flush_source();
+        Ok(())
+    }
+
+    /// Takes connections and links that others made.
+    fn adopt(&mut self) {
+        if let Some(channel) = self.shared.urgent.lock().take() {
+            self.drop_source();
+            let (inbox, outbox) = (Inbox::new(), Outbox::new());
+            self.source = Some(Line { channel, inbox, outbox, sequence: 0, counted: 0 });
+            self.pending.iter_mut().for_each(|pending| pending.try_at = Instant::now());
+        }
+        let members = self.shared.members();
+        for desk in members.into_iter().skip(self.seats.len()) {
+            self.seats.push(Seat { desk, link: None, out: 0, counted: 0 });
+        }
+        for seat in &mut self.seats {
+            if seat.link.is_none()
+                && let Some(link) = seat.desk.urgent.lock().take()
+            {
+                (seat.link, seat.out, seat.counted) = (Some(link), 0, 0);
+                self.pending.iter_mut().for_each(|pending| pending.try_at = Instant::now());
+            }
+        }
+    }
+
+    fn drop_source(&mut self) {
+        if let Some(line) = self.source.take() {
+            line.channel.shut_down();
+            self.shared.wake_conductor();
+        }
+        let now = Instant::now();
+        for pending in &mut self.pending {
+            (pending.source, pending.try_at) = (Asked::default(), now);
+        }
+    }
+
+    fn drop_link(&mut self, member: usize, error: &Error) {
+        tracing::info!(member = %self.seats[member].desk.member.node, error = error.chain(), "urgent link ended");
+        self.seats[member].link = None;
+        self.seats[member].desk.wants_urgent.store(true, Ordering::Release);
+        self.seats[member].desk.waker.wake();
+        let now = Instant::now();
+        let lost = |asked: &Asked| asked.ticket.is_some_and(|(at, _)| at.as_usize() == member);
+        for pending in &mut self.pending {
+            if lost(&pending.read) {
+                (pending.read, pending.try_at) = (Asked::default(), now);
+            }
+            if lost(&pending.index) {
+                (pending.index, pending.try_at) = (Asked::default(), now);
+                pending.rotation += 1;
+            }
+        }
+    }
+
+    fn read_events(&mut self) -> Result<()> {
+        for page in self.shared.take_later() {
+            self.fault(page)?;
+        }
+        loop {
+            self.events.clear();
+            self.shared.sink.events(&mut self.events)?;
+            if self.events.is_empty() {
+                return Ok(());
+            }
+            let events = std::mem::take(&mut self.events);
+            for event in &events {
+                match *event {
+                    SinkEvent::Fault { page, .. } => self.fault(page)?,
+                    SinkEvent::Removed(range) => self.shared.tracker.lock().removed(range),
+                    SinkEvent::Installed(range) => {
+                        self.shared.tracker.lock().installed(range, Path::Staged, Instant::now());
+                    }
+                }
+            }
+            self.events = events;
+        }
+    }
+
+    fn fault(&mut self, page: PageIndex) -> Result<()> {
+        let now = Instant::now();
+        let (wanted, unit) = {
+            let mut tracker = self.shared.tracker.lock();
+            (tracker.fault(page, now, &mut self.reads), tracker.unit(page))
+        };
+        let Some(unit) = unit.filter(|_| wanted != Wanted::Held) else { return Ok(()) };
+        if let Some(at) = self.pending.iter().position(|pending| pending.unit == unit) {
+            return self.advance(at, now);
+        }
+        self.pending.push(Pending::new(unit, now));
+        self.advance(self.pending.len() - 1, now)
+    }
+
+    fn take_wishes(&mut self) {
+        if self.source.is_none() || self.pending.len() >= WISHES_AT_ONCE {
+            return;
+        }
+        self.shared.take_wishes(&mut self.wishes);
+        let now = Instant::now();
+        for page in &self.wishes {
+            let Some(unit) = self.shared.tracker.lock().unit(*page) else { continue };
+            if self.pending.iter().all(|pending| pending.unit != unit) {
+                self.pending.push(Pending::new(unit, now));
+            }
+        }
+    }
+
+    /// Takes every way for a unit that is worth taking now.
+    fn advance(&mut self, at: usize, now: Instant) -> Result<()> {
+        let unit = self.pending[at].unit;
+        let wanted = self.shared.tracker.lock().look(unit, &mut self.reads);
+        self.pending[at].try_at = now + SILENCE;
+        match wanted {
+            Wanted::Held => self.pending[at].done = true,
+            Wanted::Zero => {
+                self.install_zero(unit)?;
+                self.pending[at].done = true;
+            }
+            Wanted::Lost => {
+                // It was poisoned when it was lost; who came in between is woken by doing it again.
+                self.shared.sink.poison(unit)?;
+                self.pending[at].done = true;
+            }
+            Wanted::Read(member) => {
+                let reads = self.read(at, member, now);
+                if !reads || self.pending[at].read.is_silent(now, SILENCE) {
+                    self.other_ways(at, now);
+                }
+            }
+            Wanted::Unknown => self.other_ways(at, now),
+        }
+        Ok(())
+    }
+
+    /// Reads a unit where it lies, unless that is under way. `false`: there is no way there.
+    fn read(&mut self, at: usize, member: MemberIndex, now: Instant) -> bool {
+        let pending = &mut self.pending[at];
+        let same =
+            pending.read.ticket.is_some_and(|(asked, _)| asked == member) && pending.reads == self.reads;
+        if pending.read.is_out() && same {
+            return true;
+        }
+        let Some(seat) = self.seats.get_mut(member.as_usize()) else { return false };
+        let Some(link) = &mut seat.link else { return false };
+        self.gets.clear();
+        self.gets
+            .extend(self.reads.iter().map(|read| GetEntry { page: read.page, placement: read.placement }));
+        match submit(&mut **link, Request::Get(&self.gets)) {
+            Ok(ticket) => {
+                seat.out += 1;
+                pending.read = Asked { since: Some(now), ticket: Some((member, ticket)), sequence: 0 };
+                pending.reads.clone_from(&self.reads);
+                true
+            }
+            Err(error) => {
+                self.drop_link(member.as_usize(), &error);
+                false
+            }
+        }
+    }
+
+    /// Asks the source; where it is away, silent, or has it no more, the index.
+    fn other_ways(&mut self, at: usize, now: Instant) {
+        let asks_source = self.ask_source(at, now);
+        if !asks_source || self.pending[at].source.is_silent(now, SILENCE) {
+            self.ask_index(at, now);
+        }
+    }
+
+    fn ask_source(&mut self, at: usize, now: Instant) -> bool {
+        let pending = &mut self.pending[at];
+        let Some(line) = self.source.as_mut().filter(|_| !pending.source_refused) else { return false };
+        if pending.source.is_out() && !pending.source.is_silent(now, ASK_AGAIN) {
+            return true;
+        }
+        if pending.source_at.is_some_and(|at| now.saturating_duration_since(at) < SILENCE) {
+            // It answered just now, and that did not help.
+            return false;
+        }
+        line.sequence += 1;
+        let sequence = line.sequence;
+        self.table.clear();
+        encode_table([pending.unit.first], &mut self.table);
+        let header = Header { sequence: Sequence(sequence), count: 1, ..line.channel.header(Kind::Fault) };
+        if let Err(error) = line.outbox.push_frame(header, &self.table, []) {
+            tracing::error!(error = error.chain(), "a fault could not be asked for");
+            return false;
+        }
+        pending.source = Asked { since: Some(now), sequence, ticket: None };
+        pending.source_at = Some(now);
+        true
+    }
+
+    fn ask_index(&mut self, at: usize, now: Instant) {
+        let members = self.seats.len();
+        let pending = &self.pending[at];
+        if pending.index.is_out() && !pending.index.is_silent(now, SILENCE) {
+            return;
+        }
+        let owner = (pending.unit.first.0 / INDEX_RANGE_PAGES) as usize;
+        let from = pending.rotation + usize::from(pending.index.is_out());
+        for turn in from..from + members {
+            let member = (owner + turn) % members;
+            let Some(link) = &mut self.seats[member].link else { continue };
+            match submit(&mut **link, Request::Locate(self.pending[at].unit)) {
+                Ok(ticket) => {
+                    self.seats[member].out += 1;
+                    let ticket = Some((MemberIndex(member as u16), ticket));
+                    self.pending[at].index = Asked { since: Some(now), ticket, sequence: 0 };
+                    self.pending[at].rotation = turn;
+                    return;
+                }
+                Err(error) => self.drop_link(member, &error),
+            }
+        }
+    }
+
+    fn install_zero(&mut self, unit: PageRange) -> Result<()> {
+        if self.shared.tracker.lock().claim_zero(unit.first) != Claim::Held {
+            let shared = self.shared;
+            shared.install(unit, None, &mut || read_removals(shared))?;
+            shared.tracker.lock().installed(unit, Path::Zero, Instant::now());
+            shared.progressed();
+        }
+        Ok(())
+    }
+
+    fn hear_source(&mut self) -> Result<()> {
+        let Some(mut line) = self.source.take() else { return Ok(()) };
+        match self.hear(&mut line) {
+            Ok(()) => self.source = Some(line),
+            Err(error) if is_of_link(&error) => {
+                tracing::info!(error = error.chain(), "the source's urgent connection ended");
+                self.source = Some(line);
+                self.drop_source();
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, line: &mut Line) -> Result<()> {
+        let shared = self.shared;
+        while let Some(frame) = line.inbox.poll(&line.channel)? {
+            let header = frame.header;
+            if header.volume != shared.volume {
+                return Err(Error::new(ErrorKind::Protocol, "a frame about another volume"));
+            }
+            match header.kind {
+                Kind::Pages => {
+                    let bytes = decode_pages(frame.body, header.count.into(), &mut self.entries)?;
+                    let between = &mut || read_removals(shared);
+                    self.installer.pages(shared, &self.entries, bytes, between)?;
+                    let gone = self.entries.iter().any(|entry| entry.encoding == Encoding::Gone);
+                    shared.pacer.charge(Class::Urgent, bytes.len() as u64, Instant::now());
+                    shared.counters.direct.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    acknowledge(&mut line.outbox, &header, &self.installer.bad, &mut self.table)?;
+                    self.answered(header.sequence.0, gone);
+                }
+                Kind::Announce => {
+                    decode_table(frame.body, header.count.into(), &mut self.places)?;
+                    shared.announce(&self.places, Word::Source)?;
+                    self.answered(header.sequence.0, false);
+                }
+                kind => {
+                    let message = format!("a {kind:?} frame on the urgent connection");
+                    return Err(Error::new(ErrorKind::Protocol, message));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The source answered: what came of it is seen by looking.
+    fn answered(&mut self, sequence: u64, gone: bool) {
+        let now = Instant::now();
+        let asked = |pending: &&mut Pending| pending.source.sequence == sequence && pending.source.is_out();
+        if let Some(pending) = self.pending.iter_mut().find(asked) {
+            (pending.source, pending.try_at) = (Asked::default(), now);
+            if gone {
+                pending.source_refused = true;
+                self.shared.tracker.lock().source_has_not(pending.unit.first);
+            }
+        }
+    }
+
+    fn hear_member(&mut self, member: usize) -> Result<()> {
+        let Some(mut link) = self.seats[member].link.take() else { return Ok(()) };
+        if self.seats[member].out == 0 {
+            self.seats[member].link = Some(link);
+            return Ok(());
+        }
+        let heard = self.hear_link(member, &mut *link);
+        let received = link.path().received_bytes;
+        let fresh = received.saturating_sub(std::mem::replace(&mut self.seats[member].counted, received));
+        self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);
+        match heard {
+            Ok(()) => self.seats[member].link = Some(link),
+            Err(error) if is_of_link(&error) => self.drop_link(member, &error),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn hear_link(&mut self, member: usize, link: &mut dyn Link) -> Result<()> {
+        let (shared, members) = (self.shared, self.seats.len());
+        link.progress(usize::MAX)?;
+        while let Some(completion) = link.completion() {
+            self.seats[member].out = self.seats[member].out.saturating_sub(1);
+            let now = Instant::now();
+            let ticket = Some((MemberIndex(member as u16), completion.ticket));
+            let of = |asked: &Asked| asked.is_out() && asked.ticket == ticket;
+            let Some(pending) = self.pending.iter_mut().find(|p| of(&p.read) || of(&p.index)) else {
+                continue;
+            };
+            let is_read = of(&pending.read);
+            if is_read {
+                pending.read = Asked::default();
+                pending.try_at = now;
+            } else {
+                pending.index = Asked::default();
+                pending.rotation += 1;
+                // Once around in vain: the next round comes with the next try.
+                pending.try_at = if pending.rotation % members == 0 { now + SILENCE } else { now };
+            }
+            match completion.result {
+                Ok(Reply::Pages { entries, bytes }) if is_read => {
+                    let between = &mut || read_removals(shared);
+                    self.installer.reads(shared, &pending.reads, entries, bytes, between)?;
+                    shared.pacer.charge(Class::Urgent, bytes.len() as u64, now);
+                    shared.counters.gathered.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    self.seats[member].desk.bytes_out.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                }
+                Ok(Reply::Located(entries)) if !is_read => {
+                    // What an index says that makes no sense is no reason to stop.
+                    if let Err(error) = shared.announce(entries, Word::Index) {
+                        tracing::warn!(error = error.chain(), "an index answered nonsense");
+                    }
+                }
+                Ok(_) => return Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), "an intermediary refused a fault");
+                    pending.try_at = now + SILENCE;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_source(&mut self) {
+        let Some(line) = &mut self.source else { return };
+        let flushed = line.outbox.flush(&line.channel, usize::MAX);
+        let wire = line.inbox.received_bytes() + line.outbox.written_bytes();
+        let fresh = wire - std::mem::replace(&mut line.counted, wire);
+        self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);
+        if flushed.is_err() {
+            self.drop_source();
+        }
+    }
+
+    fn rest(&self) -> Result<()> {
+        let now = Instant::now();
+        let next = self.pending.iter().map(|p| p.try_at.saturating_duration_since(now)).min();
+        let mut timeout = next.unwrap_or(NAP).min(NAP);
+        let mut on: [(Option<BorrowedFd<'_>>, bool); WAIT_MAX] = [(None, false); WAIT_MAX];
+        on[0] = (Some(self.shared.wake_fault.as_fd()), false);
+        let mut count = 1;
+        if let Some(fd) = self.shared.sink.event_fd() {
+            on[count] = (Some(fd), false);
+            count += 1;
+        }
+        if let Some(line) = &self.source {
+            on[count] = (Some(line.channel.as_fd()), line.outbox.queued_bytes() > 0);
+            count += 1;
+        }
+        for seat in self.seats.iter().filter(|seat| seat.out > 0) {
+            let Some(link) = &seat.link else { continue };
+            if count == WAIT_MAX {
+                timeout = timeout.min(SHORT_NAP);
+                break;
+            }
+            on[count] = (link.poll_fd(), link.queued_bytes() > 0);
+            count += 1;
+        }
+        wait(&on[..count], timeout)?;
+        Ok(())
+    }
+}
+
+impl Pending {
+    fn new(unit: PageRange, now: Instant) -> Self {
+        Self {
+            unit,
+            source: Asked::default(),
+            read: Asked::default(),
+            index: Asked::default(),
+            reads: Vec::new(),
+            rotation: 0,
+            source_refused: false,
+            source_at: None,
+            try_at: now,
+            done: false,
+        }
+    }
+}
+
+fn submit(link: &mut dyn Link, request: Request<'_>) -> Result<Ticket> {
+    let ticket = link.submit(request)?;
+    link.progress(usize::MAX)?;
+    Ok(ticket)
+}
+
+/// What stands in the way of an installation is an event that was not read: the guest gives pages up. Faults
+/// that are read along with it are kept for the next step.
+fn read_removals(shared: &Shared) -> Result<()> {
+    let mut events = Vec::new();
+    shared.sink.events(&mut events)?;
+    let mut tracker = shared.tracker.lock();
+    for event in events {
+        match event {
+            SinkEvent::Removed(range) => tracker.removed(range),
+            SinkEvent::Installed(range) => tracker.installed(range, Path::Staged, Instant::now()),
+            SinkEvent::Fault { page, .. } => shared.fault_for_later(page),
+        }
+    }
+    drop(tracker);
+    if shared.is_stopping() {
+        return Err(Error::new(ErrorKind::Cancelled, "gather ends"));
+    }
+    std::thread::yield_now();
+    Ok(())
+}

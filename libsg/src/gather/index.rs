@@ -1,0 +1,218 @@
+//! Asking the index for what nobody announced, and saying what is lost. One thread, `sg-gather-index`,
+//! that sleeps until the source has evicted or is away: before that, everything is announced.
+//!
+//! Index servers are asked one range at a time: an answer tells where 4 MiB of pages are, so this is
+//! far from any data path.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use super::prepage::is_of_link;
+use super::shared::Shared;
+use super::tracker::Word;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::MemberIndex;
+use crate::limits::INDEX_RANGE_PAGES;
+use crate::page::{PageIndex, PageRange};
+use crate::transport::wait;
+use crate::vmd::link::ask;
+use crate::vmd::{Class, Link, Reply, Request};
+use crate::wire::IndexEntry;
+
+/// How long an index server may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(1);
+
+/// After one that did not answer, it is left alone for so long.
+const LEAVE_ALONE: Duration = Duration::from_secs(1);
+
+/// How long the thread sleeps while there is something to look for, and while there is not.
+const PAUSE: Duration = Duration::from_millis(50);
+const NAP: Duration = Duration::from_millis(500);
+
+/// Pages of which only the source may have a copy, asked of it at once.
+const WISHES_AT_ONCE: usize = 32;
+
+#[derive(Default)]
+struct Seat {
+    link: Option<Box<dyn Link>>,
+    not_before: Option<Instant>,
+}
+
+/// The thread `sg-gather-index`.
+pub(crate) fn run(shared: &Shared) -> Result<()> {
+    let mut seats: Vec<Seat> = Vec::new();
+    while !shared.is_stopping() && !shared.is_dissolving() {
+        shared.wake_index.drain();
+        let source = shared.source();
+        let searches = (source.evicted || source.away_since.is_some()) && shared.counts().unknown > 0;
+        if searches {
+            seats.resize_with(shared.members().len(), Seat::default);
+            let complete = search(shared, &mut seats)?;
+            after_search(shared, complete)?;
+        }
+        wait(&[(Some(shared.wake_index.as_fd()), false)], if searches { PAUSE } else { NAP })?;
+    }
+    Ok(())
+}
+
+/// Asks for every page that is not known. `false` when some index server could not be asked that may
+/// still answer.
+fn search(shared: &Shared, seats: &mut [Seat]) -> Result<bool> {
+    let mut complete = true;
+    let mut from = PageIndex(0);
+    loop {
+        if shared.is_stopping() || shared.is_dissolving() {
+            return Ok(false);
+        }
+        let to_border = INDEX_RANGE_PAGES - from.0 % INDEX_RANGE_PAGES;
+        let (found, total) = {
+            let tracker = shared.tracker.lock();
+            (tracker.next_unknown(from, to_border), tracker.counts().total)
+        };
+        let range = match found {
+            Ok(range) => within_border(range),
+            Err(next) if u64::from(next.0) >= total => return Ok(complete),
+            Err(next) => {
+                from = next;
+                continue;
+            }
+        };
+        if ask_around(shared, seats, range)? {
+            not_indexed(shared, range);
+        } else {
+            complete = false;
+        }
+        from = PageIndex(range.first.0 + range.pages);
+        if u64::from(from.0) >= total {
+            return Ok(complete);
+        }
+    }
+}
+
+/// A run that was found further on than it was looked for may reach over a border.
+fn within_border(range: PageRange) -> PageRange {
+    let to_border = INDEX_RANGE_PAGES - range.first.0 % INDEX_RANGE_PAGES;
+    PageRange::new(range.first, range.pages.min(to_border))
+}
+
+/// Asks the owner of a range, and as long as pages of it are unknown the others in turn. Whether
+/// everyone was asked who may still answer.
+fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange) -> Result<bool> {
+    let owner = (range.first.0 / INDEX_RANGE_PAGES) as usize;
+    let mut everyone = true;
+    for turn in 0..seats.len() {
+        let member = (owner + turn) % seats.len();
+        match locate(shared, &mut seats[member], MemberIndex(member as u16), range) {
+            Ok(entries) => {
+                if let Err(error) = shared.announce(&entries, Word::Index) {
+                    tracing::warn!(error = error.chain(), "an index answered nonsense");
+                }
+                let tracker = shared.tracker.lock();
+                let left = tracker.next_unknown(range.first, range.pages).ok();
+                if left.is_none_or(|left| !overlaps(left, range)) {
+                    return Ok(true);
+                }
+            }
+            Err(error) if is_of_link(&error) => everyone &= !may_answer(shared, MemberIndex(member as u16)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(everyone)
+}
+
+fn overlaps(a: PageRange, b: PageRange) -> bool {
+    a.positions().start < b.positions().end && b.positions().start < a.positions().end
+}
+
+/// Whether a member that did not answer may do so yet.
+fn may_answer(shared: &Shared, member: MemberIndex) -> bool {
+    let Some(desk) = shared.member(member) else { return false };
+    let state = *desk.state.lock();
+    !state.gone && state.lost_since.is_none_or(|since| since.elapsed() < shared.member_grace)
+}
+
+fn locate(
+    shared: &Shared,
+    seat: &mut Seat,
+    member: MemberIndex,
+    range: PageRange,
+) -> Result<Vec<IndexEntry>> {
+    let unreachable = || Error::new(ErrorKind::Unreachable, "it was not there just now");
+    let desk = shared.member(member).ok_or_else(unreachable)?;
+    let known_lost = desk.state.lock().lost_since.is_some();
+    if known_lost || seat.not_before.is_some_and(|at| Instant::now() < at) {
+        return Err(unreachable());
+    }
+    let mut link = match seat.link.take() {
+        Some(link) => link,
+        None => {
+            let address = desk.member.address;
+            match shared.connector.connect(address, shared.volume, shared.epoch, Class::Bulk, ANSWER_MAX) {
+                Ok(link) if link.member().node == desk.member.node => link,
+                Ok(_) => return Err(unreachable()),
+                Err(error) => {
+                    seat.not_before = Some(Instant::now() + LEAVE_ALONE);
+                    return Err(error);
+                }
+            }
+        }
+    };
+    let located = ask(&mut *link, Request::Locate(range), ANSWER_MAX, |reply| match reply {
+        Reply::Located(entries) => Ok(entries.to_vec()),
+        _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+    });
+    match &located {
+        Ok(_) => seat.link = Some(link),
+        // It does not know the volume: then it knows none of its pages.
+        Err(error) if error.kind == ErrorKind::Volume => return Ok(Vec::new()),
+        Err(_) => seat.not_before = Some(Instant::now() + LEAVE_ALONE),
+    }
+    located
+}
+
+/// What of a range is unknown still is in no index.
+fn not_indexed(shared: &Shared, range: PageRange) {
+    let end = range.first.0 + range.pages;
+    let mut from = range.first;
+    let mut tracker = shared.tracker.lock();
+    while from.0 < end {
+        match tracker.next_unknown(from, end - from.0) {
+            Ok(found) if found.first.0 < end => {
+                let pages = found.pages.min(end - found.first.0);
+                tracker.not_indexed(PageRange::new(found.first, pages));
+                from = PageIndex(found.first.0 + pages);
+            }
+            _ => return,
+        }
+    }
+}
+
+/// Asks the source for what only it can have; what nobody can have is lost.
+fn after_search(shared: &Shared, complete: bool) -> Result<()> {
+    let source = shared.source();
+    let away_for = source.away_since.map(|since| since.elapsed());
+    let total = shared.counts().total;
+    if away_for.is_none() {
+        let mut wishes = Vec::new();
+        let mut from = PageIndex(0);
+        while u64::from(from.0) < total && wishes.len() < WISHES_AT_ONCE {
+            from = shared.tracker.lock().only_source(from, WISHES_AT_ONCE, &mut wishes);
+        }
+        wishes.into_iter().for_each(|page| shared.wish(page));
+    }
+    let members = shared.members();
+    let settled = members.iter().all(|desk| {
+        let state = *desk.state.lock();
+        state.gone || state.lost_since.is_none_or(|since| since.elapsed() >= shared.member_grace)
+    });
+    if !complete || !settled {
+        return Ok(());
+    }
+    let source_away = away_for.is_some_and(|away| away >= shared.source_grace);
+    let mut lost = Vec::new();
+    let mut from = PageIndex(0);
+    while u64::from(from.0) < total {
+        from = shared.tracker.lock().lose(from, source_away, &mut lost);
+    }
+    if lost.is_empty() { Ok(()) } else { shared.lose(lost) }
+}

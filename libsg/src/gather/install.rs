@@ -1,0 +1,214 @@
+//! From received bytes into memory: check, claim, install in runs, settle. One call a batch; two
+//! short locks; nothing is allocated once the buffers have grown to a batch.
+
+use std::time::Instant;
+
+use super::shared::Shared;
+use super::tracker::{Claim, Path, Read, Word};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Checksum, Round};
+use crate::limits::BATCH_PAGES_MAX;
+use crate::page::{PAGE_BYTES, PageIndex, PageRange};
+use crate::wire::{Encoding, IndexEntry, Malformed, PageEntry};
+
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    page: PageIndex,
+    round: Round,
+    offset: usize,
+}
+
+/// The buffers of one thread that installs.
+#[derive(Debug, Default)]
+pub(crate) struct Installer {
+    good: Vec<Piece>,
+    runs: Vec<(PageRange, usize)>,
+    unit: Vec<u8>,
+    /// After [`Self::pages`]: pages that were not installed; after [`Self::reads`]: pages whose copy
+    /// is lost.
+    pub bad: Vec<PageIndex>,
+    /// After [`Self::pages`]: pages that the sender has no more.
+    pub gone: Vec<PageIndex>,
+}
+
+impl Installer {
+    /// Installs a frame of the source. `entries` and `bytes` were decoded and fit together.
+    pub fn pages(
+        &mut self,
+        shared: &Shared,
+        entries: &[PageEntry],
+        bytes: &[u8],
+        between: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.good.clear();
+        self.bad.clear();
+        self.gone.clear();
+        let mut offset = 0;
+        let mut zeros = false;
+        for entry in entries {
+            match entry.encoding {
+                Encoding::Raw => {
+                    let page = bytes.get(offset..offset + PAGE_BYTES).ok_or(Malformed::Truncated)?;
+                    if Checksum::of(page) == entry.checksum {
+                        self.good.push(Piece { page: entry.page, round: entry.round, offset });
+                    } else {
+                        self.bad.push(entry.page);
+                    }
+                }
+                Encoding::Zero => zeros = true,
+                // Nothing that was sent here before can be referred to.
+                Encoding::Reference => self.bad.push(entry.page),
+                Encoding::Gone => self.gone.push(entry.page),
+            }
+            offset += usize::from(entry.encoded_bytes);
+        }
+        if zeros {
+            let mut wanted = false;
+            let mut tracker = shared.tracker.lock();
+            for entry in entries.iter().filter(|entry| entry.encoding == Encoding::Zero) {
+                let zero = IndexEntry::zero(entry.page, u32::from(entry.run_pages), entry.round);
+                wanted |= tracker.announce(&zero, Word::Source)?;
+            }
+            drop(tracker);
+            if wanted {
+                shared.look_again();
+            }
+        }
+        self.place(shared, bytes, Path::Direct, between)
+    }
+
+    /// Installs what an intermediary answered to `reads`.
+    pub fn reads(
+        &mut self,
+        shared: &Shared,
+        reads: &[Read],
+        entries: &[PageEntry],
+        bytes: &[u8],
+        between: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.good.clear();
+        self.bad.clear();
+        if entries.len() != reads.len() {
+            return Err(Error::new(ErrorKind::Protocol, "an answer with other pages than were asked for"));
+        }
+        let mut offset = 0;
+        for (read, entry) in reads.iter().zip(entries) {
+            let page = match entry.encoding {
+                Encoding::Raw => bytes.get(offset..offset + PAGE_BYTES),
+                _ => None,
+            };
+            if entry.page == read.page && page.is_some_and(|page| Checksum::of(page) == read.checksum) {
+                self.good.push(Piece { page: read.page, round: read.round, offset });
+            } else {
+                self.bad.push(read.page);
+            }
+            offset += usize::from(entry.encoded_bytes);
+        }
+        if !self.bad.is_empty() {
+            let mut tracker = shared.tracker.lock();
+            let bad = &mut self.bad;
+            let mut lost = reads.iter().filter(|read| bad.contains(&read.page));
+            let known: Vec<PageIndex> =
+                lost.by_ref().filter(|r| tracker.copy_lost(r.page, r.placement)).map(|r| r.page).collect();
+            *bad = known;
+            drop(tracker);
+            if let (Some(read), false) = (reads.first(), self.bad.is_empty()) {
+                shared.copy_was_lost(&self.bad, read.placement.member);
+            }
+        }
+        self.place(shared, bytes, Path::Staged, between)
+    }
+
+    fn place(
+        &mut self,
+        shared: &Shared,
+        bytes: &[u8],
+        path: Path,
+        between: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.runs.clear();
+        let mut tracker = shared.tracker.lock();
+        let mut at = 0;
+        while at < self.good.len() {
+            let piece = self.good[at];
+            let Some(unit) = tracker.unit(piece.page) else {
+                return Err(Error::new(ErrorKind::Protocol, "a page outside of the volume"));
+            };
+            if unit.pages > 1 {
+                let positions = unit.positions();
+                let of_unit = |piece: &&Piece| positions.contains(&piece.page.as_usize());
+                let count = self.good[at..].iter().take_while(of_unit).count();
+                drop(tracker);
+                self.place_unit(shared, unit, at..at + count, bytes, path, between)?;
+                tracker = shared.tracker.lock();
+                at += count;
+                continue;
+            }
+            if tracker.claim(piece.page, piece.round) != Claim::Held {
+                match self.runs.last_mut() {
+                    Some((run, offset))
+                        if run.first.0 + run.pages == piece.page.0
+                            && *offset + run.pages as usize * PAGE_BYTES == piece.offset
+                            && (run.pages as usize) < BATCH_PAGES_MAX
+                            && tracker.same_region(run.first, piece.page) =>
+                    {
+                        run.pages += 1;
+                    }
+                    _ => self.runs.push((unit, piece.offset)),
+                }
+            }
+            at += 1;
+        }
+        drop(tracker);
+        for (run, offset) in &self.runs {
+            let bytes = bytes.get(*offset..*offset + run.pages as usize * PAGE_BYTES);
+            shared.install(*run, Some(bytes.ok_or(Malformed::Truncated)?), between)?;
+        }
+        let now = Instant::now();
+        let mut tracker = shared.tracker.lock();
+        for (run, _) in &self.runs {
+            tracker.installed(*run, path, now);
+        }
+        drop(tracker);
+        shared.progressed();
+        Ok(())
+    }
+
+    /// Installs a unit of many pages, of which some may be zero; all others must be among `pieces`.
+    fn place_unit(
+        &mut self,
+        shared: &Shared,
+        unit: PageRange,
+        pieces: std::ops::Range<usize>,
+        bytes: &[u8],
+        path: Path,
+        between: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let pieces = &self.good[pieces];
+        let round = pieces.iter().map(|piece| piece.round).min().unwrap_or_default();
+        {
+            let mut tracker = shared.tracker.lock();
+            let came = |page: PageIndex| pieces.iter().any(|piece| piece.page == page);
+            let complete = pieces.len() == unit.pages as usize
+                || unit.iter().all(|page| came(page) || tracker.is_zero(page));
+            if !complete && !tracker.is_held(unit.first) {
+                tracing::warn!(unit = unit.first.0, "part of an install unit came: it is not installed");
+                self.bad.extend(pieces.iter().map(|piece| piece.page));
+                return Ok(());
+            }
+            if tracker.claim(unit.first, round) == Claim::Held {
+                return Ok(());
+            }
+        }
+        self.unit.clear();
+        self.unit.resize(unit.pages as usize * PAGE_BYTES, 0);
+        for piece in pieces {
+            let to = (piece.page.0 - unit.first.0) as usize * PAGE_BYTES;
+            let from = bytes.get(piece.offset..piece.offset + PAGE_BYTES).ok_or(Malformed::Truncated)?;
+            self.unit[to..to + PAGE_BYTES].copy_from_slice(from);
+        }
+        shared.install(unit, Some(&self.unit), between)?;
+        shared.tracker.lock().installed(unit, path, Instant::now());
+        Ok(())
+    }
+}

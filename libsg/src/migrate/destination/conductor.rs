@@ -1,0 +1,575 @@
+//! Leads the conversation with the source, and calls the VM: the thread `sg-gather-lead`.
+//!
+//! ```text
+//!           Offer              StateEnd          RUN, or COMMIT found in the volume
+//!  Waiting ------> Accepted ------------> Ready ------------------------------------> Running --> Gathered
+//!                     |                     |  (never by a timeout)                      |
+//!                     +------ Abort --------+------> abandoned                           +------> failed
+//! ```
+
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::listener::Listener;
+use super::{ArrivalPhase, Desk, DestinationOptions, Told, volume};
+use crate::error::{Error, ErrorKind, Result};
+use crate::gather::{Gather, Setup, Word};
+use crate::ids::{Checksum, Epoch, VolumeId};
+use crate::limits::INDEX_ENTRIES_MAX;
+use crate::manifest::Manifest;
+use crate::migrate::{Event, IncomingVm};
+use crate::page::PageIndex;
+use crate::transport::{Channel, Inbox, Outbox, StateAssembler, wait};
+use crate::wire::entry::{decode_table, encode_table};
+use crate::wire::handshake::Purpose;
+use crate::wire::message::{self, Member, Talk};
+use crate::wire::{Header, IndexEntry, Kind};
+
+/// How often the conductor looks around, and tells the source how far it is.
+pub(super) const TICK: Duration = Duration::from_millis(100);
+
+/// The source is asked for a sign of life this often.
+const PING_EVERY: Duration = Duration::from_secs(2);
+
+/// A source that said nothing for this long is away.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+
+/// A control connection that has not said what it is about after this long is closed.
+const OPENING_MAX: Duration = Duration::from_secs(5);
+
+/// Control connections that have not said yet what they are about.
+const OPENINGS_MAX: usize = 4;
+
+/// Without COMMIT from the source, the volume is looked into this often.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Progress is not told to a source that leaves so much unread.
+const UNREAD_MAX: usize = 64 << 10;
+
+/// The control connection.
+pub(super) struct Line {
+    channel: Channel,
+    inbox: Inbox,
+    outbox: Outbox,
+    since: Instant,
+    heard_at: Instant,
+    pinged_at: Instant,
+}
+
+impl Line {
+    fn new(channel: Channel) -> Self {
+        let now = Instant::now();
+        let (inbox, outbox) = (Inbox::new(), Outbox::new());
+        Self { channel, inbox, outbox, since: now, heard_at: now, pinged_at: now }
+    }
+
+    /// Reads on without looking, and writes on.
+    pub(super) fn discard(&mut self) -> Result<()> {
+        self.outbox.flush(&self.channel, usize::MAX)?;
+        while self.inbox.poll(&self.channel)?.is_some() {}
+        Ok(())
+    }
+
+    pub(super) fn say(&mut self, talk: &Talk) {
+        let header = self.channel.header(Kind::Talk);
+        let said = message::encode(talk).map_err(Error::from).and_then(|body| {
+            self.outbox.push_frame(header, &body, [])?;
+            self.outbox.flush(&self.channel, usize::MAX)
+        });
+        if let Err(error) = said {
+            // A connection that broke is noticed by reading it.
+            tracing::info!(error = error.chain(), "the source could not be told");
+        }
+    }
+}
+
+/// What was offered.
+pub(super) struct Offer {
+    pub volume: VolumeId,
+    pub epoch: Epoch,
+    pub members: Vec<Member>,
+    /// Microseconds since the start command, when it was offered.
+    pub elapsed_us: u64,
+    pub at: Instant,
+}
+
+pub(super) struct Conductor {
+    pub options: DestinationOptions,
+    pub listener: Listener,
+    pub vm: Box<dyn IncomingVm>,
+    pub desk: Arc<Desk>,
+    pub phase: ArrivalPhase,
+    pub offer: Option<Offer>,
+    pub gather: Option<Gather>,
+    pub control: Option<Line>,
+    openings: Vec<Line>,
+    state: StateAssembler,
+    places: Vec<IndexEntry>,
+    away_since: Option<Instant>,
+    looked_at: Instant,
+    abort_said: bool,
+    told_at: Instant,
+    pub told_percent: u8,
+}
+
+/// Starts the conductor.
+pub(super) fn start(
+    options: DestinationOptions,
+    listener: Listener,
+    vm: Box<dyn IncomingVm>,
+    desk: Arc<Desk>,
+) -> Result<JoinHandle<()>> {
+    let now = Instant::now();
+    let mut conductor = Conductor {
+        options,
+        listener,
+        vm,
+        desk,
+        phase: ArrivalPhase::Waiting,
+        offer: None,
+        gather: None,
+        control: None,
+        openings: Vec::new(),
+        state: StateAssembler::new(),
+        places: Vec::new(),
+        away_since: None,
+        looked_at: now,
+        abort_said: false,
+        told_at: now,
+        told_percent: 0,
+    };
+    let run = move || {
+        let ended = catch_unwind(AssertUnwindSafe(|| conductor.conduct())).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            Err(Error::new(ErrorKind::Poisoned, format!("thread sg-gather-lead panicked: {text}")))
+        });
+        if let Err(error) = ended {
+            conductor.end_badly(&error);
+        }
+    };
+    std::thread::Builder::new()
+        .name("sg-gather-lead".into())
+        .spawn(run)
+        .map_err(|cause| Error::new(ErrorKind::System, "a thread could not be started").because(cause))
+}
+
+impl Conductor {
+    fn conduct(&mut self) -> Result<()> {
+        loop {
+            self.listener.waker().drain();
+            self.arrivals();
+            self.hear_openings()?;
+            self.hear_control()?;
+            self.check()?;
+            if self.phase == ArrivalPhase::Gathered {
+                return Ok(());
+            }
+            self.rest()?;
+        }
+    }
+
+    pub(super) fn rest(&self) -> Result<()> {
+        let mut on = vec![(Some(self.listener.waker().as_fd()), false)];
+        for line in self.openings.iter().chain(&self.control) {
+            on.push((Some(line.channel.as_fd()), line.outbox.queued_bytes() > 0));
+        }
+        wait(&on, TICK)?;
+        Ok(())
+    }
+
+    pub(super) fn tell(&self, event: &Event) {
+        (self.options.observer)(event);
+    }
+
+    pub(super) fn set_phase(&mut self, phase: ArrivalPhase) {
+        self.phase = phase;
+        self.desk.change(|stage| stage.phase = phase);
+    }
+
+    /// Takes connections that are through the handshake.
+    pub(super) fn arrivals(&mut self) {
+        while let Some(channel) = self.listener.arrival() {
+            let greeting = *channel.greeting();
+            if greeting.purpose == Purpose::MigrationControl {
+                if self.openings.len() < OPENINGS_MAX {
+                    self.openings.push(Line::new(channel));
+                }
+                continue;
+            }
+            let ours =
+                self.offer.as_ref().is_some_and(|o| (o.volume, o.epoch) == (greeting.volume, greeting.epoch));
+            let Some(gather) = self.gather.as_ref().filter(|_| ours) else {
+                tracing::warn!(?greeting, "a connection about a volume that is not taken here");
+                continue;
+            };
+            let shared = gather.shared();
+            if greeting.purpose == Purpose::MigrationDirect {
+                *shared.direct.lock() = Some(channel);
+                shared.wake_direct.wake();
+            } else {
+                *shared.urgent.lock() = Some(channel);
+                shared.wake_fault.wake();
+            }
+        }
+    }
+
+    /// A control connection says first what it is about.
+    pub(super) fn hear_openings(&mut self) -> Result<()> {
+        for mut line in std::mem::take(&mut self.openings) {
+            let first = match line.inbox.poll(&line.channel) {
+                Ok(None) if line.since.elapsed() < OPENING_MAX => {
+                    self.openings.push(line);
+                    continue;
+                }
+                Ok(None) => continue,
+                Ok(Some(frame)) if frame.header.kind == Kind::Talk => Talk::decode(frame.body),
+                Ok(Some(_)) => Ok(Talk::Abort { reason: "not a message".into() }),
+                Err(error) => {
+                    tracing::info!(
+                        error = error.chain(),
+                        "a control connection ended before it said anything"
+                    );
+                    continue;
+                }
+            };
+            let greeting = *line.channel.greeting();
+            let ours =
+                self.offer.as_ref().is_some_and(|o| (o.volume, o.epoch) == (greeting.volume, greeting.epoch));
+            match first {
+                Ok(Talk::Offer { manifest, members, elapsed_us }) if self.offer.is_none() => {
+                    let (volume, epoch) = (greeting.volume, greeting.epoch);
+                    let offer = Offer { volume, epoch, members, elapsed_us, at: Instant::now() };
+                    self.offered(line, offer, &manifest)?;
+                }
+                Ok(Talk::Rejoin) if ours => self.rejoined(line),
+                first => {
+                    tracing::warn!(?greeting, ?first, "a control connection about something else");
+                    let reason = "this destination takes one VM, and this is not it".to_owned();
+                    line.say(&Talk::Abort { reason });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn offered(&mut self, line: Line, offer: Offer, manifest: &Manifest) -> Result<()> {
+        tracing::info!(volume = %offer.volume, vm = manifest.vm, pages = manifest.pages(), "a VM is offered");
+        let (volume, epoch, members) = (offer.volume, offer.epoch, offer.members.clone());
+        self.offer = Some(offer);
+        self.control = Some(line);
+        let sink = self.vm.prepare(manifest)?;
+        let gather = Gather::start(Setup {
+            volume,
+            epoch,
+            manifest: manifest.clone(),
+            members,
+            sink,
+            connector: Arc::clone(&self.options.connector),
+            gather_limit: self.desk.limit.load(Ordering::Acquire),
+            source_grace: self.options.source_grace,
+            member_grace: self.options.member_grace,
+            observer: Arc::clone(&self.options.observer),
+            conductor: self.listener.waker().clone(),
+        })?;
+        let shared = Arc::clone(gather.shared());
+        // A limit that was set between the two lines above is not lost.
+        self.desk.change(|stage| stage.gather = Some(Arc::clone(&shared)));
+        shared.pacer.set_limit(self.desk.limit.load(Ordering::Acquire), Instant::now());
+        self.gather = Some(gather);
+        self.set_phase(ArrivalPhase::Accepted);
+        self.say(&Talk::Accepted);
+        Ok(())
+    }
+
+    /// The source is back: it is told what is held here, and nothing is inferred from what was sent.
+    fn rejoined(&mut self, mut line: Line) {
+        tracing::info!("the source reconnected");
+        if let Some(old) = self.control.take() {
+            old.channel.shut_down();
+        }
+        self.state = StateAssembler::new();
+        self.abort_said = false;
+        if let Some(gather) = &self.gather {
+            send_holdings(&mut line, gather);
+            gather.shared().set_source_away(None);
+        }
+        self.away_since = None;
+        line.say(&Talk::Rejoined { running: self.phase >= ArrivalPhase::Running });
+        if self.phase == ArrivalPhase::Ready {
+            line.say(&Talk::Ready);
+        }
+        line.heard_at = Instant::now();
+        self.control = Some(line);
+    }
+
+    pub(super) fn say(&mut self, talk: &Talk) {
+        if let Some(line) = &mut self.control {
+            line.say(talk);
+        }
+    }
+
+    pub(super) fn hear_control(&mut self) -> Result<()> {
+        let Some(mut line) = self.control.take() else { return Ok(()) };
+        let heard = self.hear(&mut line);
+        // Whoever was answered meanwhile, was answered through the queue of this line.
+        match heard {
+            Ok(()) => {
+                self.control = Some(line);
+                Ok(())
+            }
+            Err(error)
+                if matches!(
+                    error.kind,
+                    ErrorKind::Unreachable | ErrorKind::Protocol | ErrorKind::Version
+                ) =>
+            {
+                line.channel.shut_down();
+                self.control_lost(&error);
+                Ok(())
+            }
+            Err(error) => {
+                self.control = Some(line);
+                Err(error)
+            }
+        }
+    }
+
+    fn hear(&mut self, line: &mut Line) -> Result<()> {
+        loop {
+            let Some(frame) = line.inbox.poll(&line.channel)? else { break };
+            line.heard_at = Instant::now();
+            let header = frame.header;
+            match header.kind {
+                Kind::Talk => {
+                    let talk = Talk::decode(frame.body)?;
+                    self.talk(line, talk)?;
+                }
+                Kind::State => self.state.push(frame)?,
+                Kind::Announce => {
+                    decode_table(frame.body, header.count.into(), &mut self.places)?;
+                    if let Some(gather) = &self.gather {
+                        gather.shared().announce(&self.places, Word::Source)?;
+                    }
+                }
+                Kind::Ping => {
+                    line.outbox.push_frame(header.answer(Kind::Pong), &[], [])?;
+                }
+                Kind::Pong => {}
+                kind => {
+                    let message = format!("a {kind:?} frame on the control connection");
+                    return Err(Error::new(ErrorKind::Protocol, message));
+                }
+            }
+        }
+        let now = Instant::now();
+        if now.saturating_duration_since(line.pinged_at) >= PING_EVERY {
+            line.pinged_at = now;
+            line.outbox.push_frame(line.channel.header(Kind::Ping), &[], [])?;
+        }
+        line.outbox.flush(&line.channel, usize::MAX)?;
+        if now.saturating_duration_since(line.heard_at) > SILENCE_MAX {
+            return Err(Error::new(ErrorKind::Unreachable, "the source is silent"));
+        }
+        Ok(())
+    }
+
+    fn talk(&mut self, line: &mut Line, talk: Talk) -> Result<()> {
+        match talk {
+            Talk::StateEnd { bytes, checksum } if self.phase == ArrivalPhase::Accepted => {
+                let state = self.state.finish(bytes, Checksum(checksum))?;
+                self.vm.load(&state)?;
+                self.set_phase(ArrivalPhase::Ready);
+                line.say(&Talk::Ready);
+                self.tell(&Event::Ready);
+            }
+            Talk::Run if self.phase == ArrivalPhase::Ready => {
+                self.run_vm()?;
+                line.say(&Talk::Running);
+            }
+            Talk::Run if self.phase == ArrivalPhase::Running => line.say(&Talk::Running),
+            Talk::Members(members) => {
+                if let (Some(gather), Some(offer)) = (&self.gather, &mut self.offer) {
+                    gather.set_members(&members)?;
+                    offer.members = members;
+                }
+            }
+            Talk::Evicted if self.phase >= ArrivalPhase::Running => {
+                if let Some(gather) = &self.gather {
+                    gather.shared().set_evicted();
+                }
+            }
+            Talk::Abort { reason } if self.phase < ArrivalPhase::Running => {
+                let message = format!("the source gave up before COMMIT: the VM runs on there ({reason})");
+                return Err(Error::new(ErrorKind::Cancelled, message));
+            }
+            // It was sent before the source heard what has happened here since.
+            Talk::Abort { .. } | Talk::StateEnd { .. } => tracing::warn!(?talk, "comes too late"),
+            other => {
+                let message = format!("the source says {other:?} while the VM is {:?}", self.phase);
+                return Err(Error::new(ErrorKind::Protocol, message));
+            }
+        }
+        Ok(())
+    }
+
+    /// COMMIT was given: there is no way back from here on.
+    fn run_vm(&mut self) -> Result<()> {
+        self.desk.change(|stage| stage.committed = true);
+        self.tell(&Event::Commit);
+        self.vm.run()?;
+        self.set_phase(ArrivalPhase::Running);
+        self.desk.change(|stage| stage.running = Some(Ok(())));
+        self.tell(&Event::Resumed);
+        Ok(())
+    }
+
+    fn control_lost(&mut self, error: &Error) {
+        let now = Instant::now();
+        self.away_since = Some(now);
+        let evicted = self.gather.as_ref().is_some_and(|gather| gather.shared().source().evicted);
+        if let Some(gather) = &self.gather {
+            gather.shared().set_source_away(Some(now));
+        }
+        if !evicted {
+            tracing::warn!(error = error.chain(), "the source's connection is lost");
+            self.tell(&Event::NodeLost { message: format!("source: {}", error.chain()) });
+        }
+    }
+
+    /// What time and other threads bring about.
+    fn check(&mut self) -> Result<()> {
+        if let Some(failure) = self.gather.as_ref().and_then(|gather| gather.shared().failure()) {
+            return Err(Told::from(&*failure).into());
+        }
+        let committed = self.phase >= ArrivalPhase::Running;
+        if self.desk.cancel.load(Ordering::Acquire) && !committed {
+            self.cancel()?;
+        }
+        if let Some(away) = self.away_since
+            && !committed
+        {
+            self.without_source(away)?;
+        }
+        self.report_lost()?;
+        if self.told_at.elapsed() >= TICK {
+            self.told_at = Instant::now();
+            self.tell_progress();
+        }
+        if committed
+            && let Some(counts) = self.gather.as_ref().map(|gather| gather.shared().counts())
+            && counts.held + counts.lost == counts.total
+        {
+            self.end_well()?;
+        }
+        Ok(())
+    }
+
+    fn cancel(&mut self) -> Result<()> {
+        let cancelled =
+            || Error::new(ErrorKind::Cancelled, "cancelled here before COMMIT: the VM runs on at the source");
+        if self.phase < ArrivalPhase::Ready {
+            // Without READY there is no COMMIT.
+            return Err(cancelled());
+        }
+        if self.control.is_none() {
+            self.look_for_commit()?;
+            return if self.phase < ArrivalPhase::Running { Err(cancelled()) } else { Ok(()) };
+        }
+        if !self.abort_said {
+            self.abort_said = true;
+            self.say(&Talk::Abort { reason: "cancelled at the destination".into() });
+        }
+        Ok(())
+    }
+
+    /// Before COMMIT, and the source cannot be heard.
+    fn without_source(&mut self, away: Instant) -> Result<()> {
+        if self.phase == ArrivalPhase::Ready {
+            if self.looked_at.elapsed() >= LOOK_EVERY {
+                self.look_for_commit()?;
+                self.looked_at = Instant::now();
+            }
+            return Ok(());
+        }
+        if away.elapsed() >= self.options.source_grace {
+            // READY was never said: the source cannot have given COMMIT.
+            return Err(Error::new(
+                ErrorKind::Unreachable,
+                "the source was lost before READY: the VM runs on there",
+            ));
+        }
+        Ok(())
+    }
+
+    fn look_for_commit(&mut self) -> Result<()> {
+        let Some(offer) = &self.offer else { return Ok(()) };
+        let connector = &*self.options.connector;
+        if volume::is_committed(connector, &offer.members, offer.volume, offer.epoch) {
+            tracing::info!("COMMIT is in the volume");
+            self.run_vm()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn report_lost(&mut self) -> Result<()> {
+        let Some(gather) = &self.gather else { return Ok(()) };
+        let pages = gather.shared().take_lost();
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let error = Error::new(ErrorKind::Lost, "no copy is left").about(pages.clone());
+        tracing::error!(error = error.chain(), "pages are lost");
+        self.vm.lost(&pages);
+        for some in pages.chunks(INDEX_ENTRIES_MAX) {
+            self.say(&Talk::Lost(some.to_vec()));
+        }
+        self.tell(&Event::Lost { pages });
+        Ok(())
+    }
+
+    pub(super) fn tell_progress(&mut self) {
+        let Some(gather) = &self.gather else { return };
+        let shared = gather.shared();
+        let counts = shared.counts();
+        let progress = Talk::Progress {
+            held_pages: counts.held,
+            faults: counts.faults,
+            direct_bytes: shared.counters.direct.load(Ordering::Relaxed),
+            gathered_bytes: shared.counters.gathered.load(Ordering::Relaxed),
+        };
+        if let Some(line) = self.control.as_mut().filter(|line| line.outbox.queued_bytes() < UNREAD_MAX) {
+            line.say(&progress);
+        }
+        let percent = (counts.held * 100 / counts.total.max(1)) as u8 / 5 * 5;
+        if self.phase >= ArrivalPhase::Running && percent > self.told_percent {
+            self.told_percent = percent;
+            self.tell(&Event::Gathering { percent });
+        }
+    }
+}
+
+fn send_holdings(line: &mut Line, gather: &Gather) {
+    let total = gather.shared().counts().total;
+    let (mut from, mut ranges, mut table) = (PageIndex(0), Vec::new(), Vec::new());
+    let mut send = |ranges: &[crate::page::PageRange]| {
+        table.clear();
+        encode_table(ranges.iter().copied(), &mut table);
+        let header = Header { count: ranges.len() as u16, ..line.channel.header(Kind::Holdings) };
+        if let Err(error) = line.outbox.push_frame(header, &table, []) {
+            tracing::error!(error = error.chain(), "holdings could not be told");
+        }
+    };
+    while u64::from(from.0) < total {
+        ranges.clear();
+        from = gather.shared().tracker.lock().holdings(from, INDEX_ENTRIES_MAX, &mut ranges);
+        if !ranges.is_empty() {
+            send(&ranges);
+        }
+    }
+    send(&[]);
+}

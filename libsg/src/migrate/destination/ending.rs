@@ -1,0 +1,186 @@
+//! How an arrival ends: every page here and the volume dissolved, or not.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::conductor::Conductor;
+use super::{ArrivalPhase, Told, progress_of};
+use crate::error::{Error, ErrorKind, Result};
+use crate::gather::Shared;
+use crate::migrate::Event;
+use crate::report::{Bytes, DestinationReport, Faults, Intermediary, Pages, Status};
+use crate::usage;
+use crate::wire::message::Talk;
+
+/// A source that was told that every page is here, and has not evicted yet, may still be writing to
+/// the volume: it has so long to say that it is done.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// How long the members' threads may take to give the volume's memory back.
+const DISSOLVE_MAX: Duration = Duration::from_secs(20);
+
+/// How long the last words may take.
+const LINGER: Duration = Duration::from_millis(400);
+
+impl Conductor {
+    /// Every page is here, or known to be lost.
+    pub(super) fn end_well(&mut self) -> Result<()> {
+        let Some(gather) = &self.gather else { return Ok(()) };
+        let shared = std::sync::Arc::clone(gather.shared());
+        shared.sink.finish()?;
+        let held_at = Instant::now();
+        self.report_lost()?;
+        self.tell_progress();
+        let counts = shared.counts();
+        if counts.lost == 0 {
+            self.tell(&Event::Gathered);
+            self.say(&Talk::Gathered);
+        } else {
+            let reason = format!("{} pages are lost", counts.lost);
+            self.say(&Talk::Failed { reason: reason.clone() });
+            self.tell(&Event::Failed { message: reason });
+        }
+        self.desk.change(|stage| stage.phase = ArrivalPhase::Gathered);
+        self.hear_last_word(held_at)?;
+        self.dissolve(&shared)?;
+        let report = self.report(&shared, held_at);
+        if let Some(gather) = self.gather.take() {
+            gather.stop();
+        }
+        self.phase = ArrivalPhase::Gathered;
+        let last = progress_of(ArrivalPhase::Gathered, &shared);
+        self.desk.change(|stage| {
+            // The books are of no further use.
+            (stage.gather, stage.last) = (None, Some(last));
+            stage.gathered = Some(Ok(Box::new(report)));
+        });
+        Ok(())
+    }
+
+    /// Until the source has evicted, or is gone.
+    fn hear_last_word(&mut self, held_at: Instant) -> Result<()> {
+        while self.control.is_some() && held_at.elapsed() < LAST_WORD {
+            if self.gather.as_ref().is_none_or(|gather| gather.shared().source().evicted) {
+                return Ok(());
+            }
+            self.rest()?;
+            self.listener.waker().drain();
+            self.arrivals();
+            self.hear_openings()?;
+            self.hear_control()?;
+        }
+        Ok(())
+    }
+
+    fn dissolve(&mut self, shared: &Shared) -> Result<()> {
+        shared.dissolve();
+        let deadline = Instant::now() + DISSOLVE_MAX;
+        loop {
+            self.listener.waker().drain();
+            let members = shared.members();
+            let answers: Vec<_> = members.iter().map(|desk| *desk.state.lock()).collect();
+            if answers.iter().all(|state| state.dissolved.is_some()) || Instant::now() >= deadline {
+                if answers.iter().all(|state| state.gone || state.dissolved == Some(true)) {
+                    self.tell(&Event::Dissolved);
+                }
+                return Ok(());
+            }
+            self.rest()?;
+            self.hear_control()?;
+        }
+    }
+
+    fn report(&self, shared: &Shared, held_at: Instant) -> DestinationReport {
+        let total_migration_s = self.offer.as_ref().map(|offer| {
+            offer.elapsed_us as f64 / 1e6 + held_at.saturating_duration_since(offer.at).as_secs_f64()
+        });
+        let tracker = shared.tracker.lock();
+        let counts = tracker.counts();
+        let (faults, while_scattering) = tracker.latencies();
+        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &shared.counters;
+        let (direct, gathered, wire) =
+            (count(&counters.direct), count(&counters.gathered), count(&counters.wire));
+        let status = if counts.lost == 0 {
+            Status::Ok
+        } else {
+            let mut ranges = Vec::new();
+            tracker.lost_ranges(&mut ranges);
+            Status::from(
+                &Error::new(ErrorKind::Lost, format!("{} pages are lost", counts.lost)).about(ranges),
+            )
+        };
+        DestinationReport {
+            status,
+            total_migration_s,
+            pages: Pages {
+                total: Some(counts.total),
+                direct: Some(counts.direct),
+                staged: Some(counts.staged),
+                faulted: Some(counts.faults),
+                ..Pages::default()
+            },
+            bytes: Bytes {
+                direct: Some(direct),
+                gathered: Some(gathered),
+                overhead: Some(wire.saturating_sub(direct + gathered)),
+                wire_total: Some(wire),
+                ..Bytes::default()
+            },
+            faults: Faults::from(faults),
+            faults_while_scattering: Faults::from(while_scattering),
+            intermediaries: shared
+                .members()
+                .iter()
+                .map(|desk| Intermediary {
+                    id: desk.member.node.name.clone(),
+                    bytes_out: Some(count(&desk.bytes_out)),
+                    ..Intermediary::default()
+                })
+                .collect(),
+            bookkeeping_bytes_per_page: Some(tracker.allocated_bytes() as f64 / counts.total.max(1) as f64),
+            cpu_s: usage::cpu_s(),
+            peak_rss_bytes: usage::peak_rss_bytes(),
+        }
+    }
+
+    /// It failed: the source is told, the VM is abandoned if COMMIT was not given, and everybody who waits
+    /// hears of it.
+    pub(super) fn end_badly(&mut self, error: &Error) {
+        let committed = self.desk.stage.lock().committed;
+        tracing::error!(error = error.chain(), committed, "the arrival failed");
+        let reason = error.chain();
+        if committed {
+            self.say(&Talk::Failed { reason: reason.clone() });
+        } else {
+            self.say(&Talk::Abort { reason: reason.clone() });
+        }
+        if let Some(gather) = self.gather.take() {
+            gather.stop();
+        }
+        if !committed {
+            self.vm.abandon();
+        }
+        self.tell(&Event::Failed { message: reason });
+        let told = Told::from(error);
+        self.desk.change(|stage| {
+            stage.phase = ArrivalPhase::Failed;
+            stage.gather = None;
+            stage.running.get_or_insert_with(|| Err(told.clone()));
+            stage.gathered.get_or_insert(Err(told));
+        });
+        self.linger();
+    }
+
+    /// Lets the last words reach a source that is still sending: closing a connection on which something is
+    /// unread throws away what is queued on it.
+    fn linger(&mut self) {
+        let until = Instant::now() + LINGER;
+        while self.control.is_some() && Instant::now() < until {
+            if self.control.as_mut().is_some_and(|line| line.discard().is_err()) {
+                return;
+            }
+            std::thread::sleep(LINGER / 20);
+        }
+    }
+}

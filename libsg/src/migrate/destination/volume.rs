@@ -1,0 +1,40 @@
+//! What the destination asks a volume's intermediaries about COMMIT, when the source is not there to say.
+
+use std::time::Duration;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Epoch, VolumeId};
+use crate::vmd::link::ask;
+use crate::vmd::{Class, Connector, Reply, Request};
+use crate::wire::message::{Member, VmdReply, VmdRequest};
+
+/// How long one intermediary may take.
+const ANSWER_MAX: Duration = Duration::from_millis(500);
+
+/// Whether any intermediary knows that COMMIT was given. One that says so is enough: the source writes
+/// it only once it will never run the VM again.
+pub(super) fn is_committed(
+    connector: &dyn Connector,
+    members: &[Member],
+    volume: VolumeId,
+    epoch: Epoch,
+) -> bool {
+    members.iter().any(|member| match describe(connector, member, volume, epoch) {
+        Ok(committed) => committed,
+        Err(error) => {
+            tracing::info!(member = %member.node, error = error.chain(), "cannot be asked for COMMIT");
+            false
+        }
+    })
+}
+
+fn describe(connector: &dyn Connector, member: &Member, volume: VolumeId, epoch: Epoch) -> Result<bool> {
+    let mut link = connector.connect(member.address, volume, epoch, Class::Bulk, ANSWER_MAX)?;
+    if link.member().node != member.node {
+        return Err(Error::new(ErrorKind::Unreachable, "somebody else is there now").at(&member.node));
+    }
+    ask(&mut *link, Request::Control(&VmdRequest::Describe), ANSWER_MAX, |reply| match reply {
+        Reply::Control(VmdReply::Volume(info)) => Ok(info.committed && info.volume == volume),
+        _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+    })
+}
