@@ -107,6 +107,7 @@ impl<'c> Session<'c> {
                 Kind::PutIndex => self.put_index(&header)?,
                 Kind::Locate => self.locate(&header)?,
                 Kind::Discard => self.discard(&header)?,
+                Kind::Drop => self.drop_slots(&header)?,
                 Kind::Vmd => self.vmd(&header)?,
                 Kind::State => self.take_state(&header)?,
                 Kind::Ping => self.reply(&header, Kind::Pong, Status::Ok, 0, &[])?,
@@ -266,6 +267,13 @@ impl<'c> Session<'c> {
         let DiscardEntry { range, below } = DiscardEntry::decode(&self.buffers.body)?;
         let status = done(self.store.discard(header.volume, header.epoch, range, below));
         self.reply(header, Kind::DiscardReply, status, 0, &[])
+    }
+
+    fn drop_slots(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        decode_table(&self.buffers.body, header.count.into(), &mut self.buffers.wanted)?;
+        let status = done(self.store.drop_slots(header.volume, header.epoch, &self.buffers.wanted));
+        self.reply(header, Kind::DropReply, status, 0, &[])
     }
 
     fn vmd(&mut self, header: &Header) -> Result<()> {

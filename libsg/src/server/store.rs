@@ -337,6 +337,28 @@ impl Store {
         Ok(())
     }
 
+    /// Frees the slots that hold these pages; what is not there is left alone.
+    pub(super) fn drop_slots(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        entries: &[GetEntry],
+    ) -> Result<(), Status> {
+        let volumes = self.volumes.lock();
+        let me = self.me(&volumes.admit(volume, epoch, Access::Discard)?.members);
+        let mut slots = self.slots.lock();
+        drop(volumes);
+        for GetEntry { page, placement } in entries {
+            let held = slots.read(volume, *page, placement.slot, placement.generation);
+            if held.is_some() && me == Some(placement.member) {
+                slots.free(placement.slot);
+            }
+        }
+        drop(slots);
+        self.stirred.notify_one();
+        Ok(())
+    }
+
     fn with_index<T>(
         &self,
         volume: VolumeId,

@@ -29,7 +29,7 @@ pub enum Class {
 pub struct Ticket(pub u64);
 
 /// What is asked of an intermediary. Borrowed tables are copied on submission; page bytes are not.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Request<'a> {
     /// Store pages, each in a new slot. Answered by [`Reply::Stored`] once a later read by any
     /// client sees them.
@@ -71,9 +71,8 @@ pub enum Request<'a> {
 /// The answer to a request.
 #[derive(Debug)]
 pub enum Reply<'a> {
-    /// To `Put`: where each entry lies; `None` for a reference to bytes that are not here. A batch for
-    /// which there is no room is refused as a whole ([`crate::ErrorKind::Full`]). Entries of
-    /// encoding `Zero` are never put: the index has them.
+    /// To `Put`: where each entry lies; `None` for one that was not stored (no room, or a reference
+    /// to bytes that are not here). Entries of encoding `Zero` are never put: the index has them.
     Stored(&'a [Option<Placement>]),
     /// To `PutIndex`.
     Indexed,

@@ -203,6 +203,12 @@ impl State {
         Err(Status::State)
     }
 
+    /// The volume, for somebody who drops pages of it.
+    fn droppable(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
+        let volume = self.volume(asker)?;
+        if volume.state == VolumeState::Sealed { Err(Status::State) } else { Ok(volume) }
+    }
+
     /// The volume, for its owner, whatever state it is in.
     fn owned(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
         let volume = self.volume(asker)?;
@@ -217,11 +223,11 @@ impl State {
     ) -> Result<Vec<Option<Placement>>, Status> {
         let node = self.node.clone();
         let volume = self.writable(asker)?;
-        let member = volume.member(&node).ok_or(Status::State)?;
-        let raw = entries.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
-        if self.used_pages() + raw as u64 > self.limit_pages {
-            return Err(Status::Full);
+        let pages = u64::from(volume.manifest.pages());
+        if entries.iter().any(|entry| u64::from(entry.page.0) + u64::from(entry.run_pages) > pages) {
+            return Err(Status::Malformed);
         }
+        let member = volume.member(&node).ok_or(Status::State)?;
         let mut placements = Vec::with_capacity(entries.len());
         let mut rest = bytes;
         for entry in entries {
@@ -232,7 +238,7 @@ impl State {
         Ok(placements)
     }
 
-    /// Stores a page in a slot of its own. `None` without bytes.
+    /// Stores a page in a slot of its own. `None` without room, or without bytes.
     fn store(
         &mut self,
         volume: VolumeId,
@@ -242,6 +248,9 @@ impl State {
     ) -> Option<Placement> {
         if entry.encoding != Encoding::Raw {
             // No page is kept by its content here: the client sends it raw.
+            return None;
+        }
+        if self.used_pages() >= self.limit_pages {
             return None;
         }
         let slot = self.free.pop().unwrap_or_else(|| {
@@ -295,7 +304,7 @@ impl State {
     /// Frees the slots that hold these pages.
     fn give_back(&mut self, asker: Asker, entries: &[GetEntry]) -> Result<(), Status> {
         let node = self.node.clone();
-        let member = self.writable(asker)?.member(&node);
+        let member = self.droppable(asker)?.member(&node);
         for entry in entries {
             if self.content(asker.volume, member, entry).is_some() {
                 self.slots[entry.placement.slot.0 as usize].content = None;
@@ -320,7 +329,7 @@ impl State {
     }
 
     fn discard(&mut self, asker: Asker, range: PageRange, below: Round) -> Result<(), Status> {
-        let volume = self.writable(asker)?;
+        let volume = self.droppable(asker)?;
         volume.discard(range, below);
         let positions = range.positions();
         self.free_slots(|content| {
@@ -345,10 +354,10 @@ impl State {
     fn control(&mut self, asker: Asker, request: &VmdRequest) -> Result<VmdReply, Status> {
         match request {
             VmdRequest::Create { manifest, members } => self.create(asker, manifest, members)?,
-            VmdRequest::Members(members) => self.writable(asker)?.set_members(members)?,
+            VmdRequest::Members(members) => self.volume(asker)?.set_members(members)?,
             VmdRequest::Describe => {
                 let stored = self.stored_pages(asker.volume);
-                let volume = self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?;
+                let volume = self.volumes.get(&asker.volume).ok_or(Status::NoVolume)?;
                 return Ok(VmdReply::Volume(volume.describe(asker.volume, stored)));
             }
             VmdRequest::Commit => self.owned(asker)?.committed = true,
@@ -367,6 +376,9 @@ impl State {
         if asker.volume.0 == 0 || asker.epoch.0 == 0 {
             return Err(Status::Malformed);
         }
+        if members.iter().all(|member| member.node != self.node) {
+            return Err(Status::State);
+        }
         let Some(volume) = self.volumes.get(&asker.volume) else {
             let volume = Volume::new(asker.epoch, manifest.clone(), members.to_vec());
             self.volumes.insert(asker.volume, volume);
@@ -382,7 +394,7 @@ impl State {
     }
 
     fn dissolve(&mut self, asker: Asker) -> Result<(), Status> {
-        let Some(volume) = self.volumes.get_mut(&asker.volume) else { return Ok(()) };
+        let volume = self.volumes.get_mut(&asker.volume).ok_or(Status::NoVolume)?;
         if asker.epoch < volume.epoch {
             return Err(Status::Fenced);
         }

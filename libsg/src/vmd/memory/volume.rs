@@ -55,13 +55,12 @@ impl Volume {
         self.created.elapsed().as_secs()
     }
 
-    /// The list only grows. One that the present list begins with is an old request.
+    /// The list only grows.
     pub fn set_members(&mut self, members: &[Member]) -> Result<(), Status> {
-        if members.starts_with(&self.members) {
-            self.members = members.to_vec();
-        } else if !self.members.starts_with(members) {
-            return Err(Status::Malformed);
+        if !members.starts_with(&self.members) {
+            return Err(Status::State);
         }
+        self.members = members.to_vec();
         Ok(())
     }
 
