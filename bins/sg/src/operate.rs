@@ -28,10 +28,12 @@ pub fn status(args: &PoolArgs) -> Result<u8> {
         let nodes: Vec<_> = answers.iter().map(node_json).collect();
         println!("{}", json!({ "schema": SCHEMA, "status": "ok", "nodes": nodes }));
     } else {
-        let rows: Vec<_> = answers.iter().map(node_row).collect();
+        let known = answers.iter().filter_map(|(address, answer)| Some((address, answer.as_ref().ok()?)));
+        let rows: Vec<_> = known.map(|(address, node)| node_row(*address, node)).collect();
         let heading =
             ["NODE", "ADDRESS", "ZONE", "USED", "OF", "FULL", "TAKEN IN", "GIVEN OUT", "CONNS", "VMS"];
         print!("{}", table::render(&heading, &rows));
+        report_failures(&answers);
     }
     Ok(code(&answers))
 }
@@ -201,22 +203,19 @@ fn summary_json(volume: &VolumeSummary) -> serde_json::Value {
     })
 }
 
-fn node_row((address, answer): &Answer<NodeStatistics>) -> Vec<String> {
-    match answer {
-        Ok(node) => vec![
-            node.node.to_string(),
-            address.to_string(),
-            node.zone.clone().unwrap_or_else(|| "-".into()),
-            table::bytes(node.used_bytes),
-            table::bytes(node.limit_bytes),
-            format!("{:.0}%", 100.0 * node.used_bytes as f64 / node.limit_bytes.max(1) as f64),
-            table::bytes(node.bytes_in),
-            table::bytes(node.bytes_out),
-            node.connections.to_string(),
-            node.volumes.len().to_string(),
-        ],
-        Err(error) => vec!["?".into(), address.to_string(), error.chain()],
-    }
+fn node_row(address: SocketAddr, node: &NodeStatistics) -> Vec<String> {
+    vec![
+        node.node.to_string(),
+        address.to_string(),
+        node.zone.clone().unwrap_or_else(|| "-".into()),
+        table::bytes(node.used_bytes),
+        table::bytes(node.limit_bytes),
+        format!("{:.0}%", 100.0 * node.used_bytes as f64 / node.limit_bytes.max(1) as f64),
+        table::bytes(node.bytes_in),
+        table::bytes(node.bytes_out),
+        node.connections.to_string(),
+        node.volumes.len().to_string(),
+    ]
 }
 
 fn volume_json(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> serde_json::Value {

@@ -18,6 +18,7 @@ mod session;
 pub mod slots;
 mod store;
 mod stream;
+mod transit;
 pub mod volumes;
 
 use std::net::{SocketAddr, TcpListener};

@@ -13,9 +13,10 @@ use super::arena::Arena;
 use super::budget::Budget;
 use super::index::{BLOCK_BYTES, Index};
 use super::slots::{ChunkNumber, NoVolume, Owner, SlotRun, Slots};
+use super::transit::{Filling, Pinned};
 use super::volumes::{Access, StateBlob, Volume, Volumes};
 use crate::error::Result;
-use crate::ids::{Epoch, MemberIndex, NodeId, Placement, Round, VolumeId};
+use crate::ids::{Epoch, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::page::{PAGE_BYTES, PAGE_BYTES_U64, PageRange};
 use crate::wire::message::{Member, NodeStatistics, VolumeInfo, VolumeSummary};
@@ -150,7 +151,7 @@ impl Store {
             self.stirred.notify_one();
         }
         match taken {
-            Ok(slots) => Ok(Filling { store: self, runs, volume, slots }),
+            Ok(slots) => Ok(Filling::new(self, volume, runs, slots)),
             Err(NoVolume) => Err(Status::NoVolume),
         }
     }
@@ -195,7 +196,59 @@ impl Store {
                 _ => runs.push(SlotRun { first: place.slot, slots: 1 }),
             }
         }
-        Ok(Pinned { store: self, chunks: pinned })
+        Ok(Pinned::new(self, pinned))
+    }
+
+    /// Slots were filled: their pages can be read from now on. Gives a placement for each entry.
+    pub(super) fn keep(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        runs: &[SlotRun],
+        entries: &[PageEntry],
+        placements: &mut Vec<Option<Placement>>,
+    ) -> Result<(), Status> {
+        placements.clear();
+        let filled = || runs.iter().flat_map(|run| run.iter());
+        filled().for_each(|slot| self.canary(slot));
+        // The volumes stay locked: whoever was fenced meanwhile stores nothing.
+        let volumes = self.volumes.lock();
+        let known = volumes.admit(volume, epoch, Access::Write)?;
+        let member = self.me(&known.members).ok_or(Status::State)?;
+        let mut slots = self.slots.lock();
+        let mut free = filled();
+        for entry in entries {
+            let slot = if entry.encoding == Encoding::Raw { free.next() } else { None };
+            placements.push(slot.and_then(|slot| {
+                let owner = Owner { page: entry.page, checksum: entry.checksum, round: entry.round };
+                let generation = slots.store(slot, owner)?;
+                Some(Placement { member, slot, generation })
+            }));
+        }
+        Ok(())
+    }
+
+    /// Slots that were taken hold nothing.
+    pub(super) fn free(&self, runs: &[SlotRun]) {
+        let mut slots = self.slots.lock();
+        runs.iter().flat_map(|run| run.iter()).for_each(|slot| slots.free(slot));
+        drop(slots);
+        self.stirred.notify_one();
+    }
+
+    pub(super) fn unpin(&self, chunks: &[ChunkNumber]) {
+        let mut slots = self.slots.lock();
+        let stir = chunks.iter().any(|chunk| slots.condemned(*chunk));
+        chunks.iter().for_each(|chunk| slots.unpin(*chunk));
+        drop(slots);
+        if stir {
+            self.stirred.notify_one();
+        }
+    }
+
+    pub(super) fn condemned(&self, chunks: &[ChunkNumber]) -> bool {
+        let slots = self.slots.lock();
+        chunks.iter().any(|chunk| slots.condemned(*chunk))
     }
 
     pub(super) fn create(
@@ -469,17 +522,17 @@ impl Store {
     }
 
     /// For the test canary: damages the n-th page that was ever stored.
-    fn canary(&self, slot: SlotRun) {
+    fn canary(&self, slot: SlotIndex) {
         let Some(nth) = self.canary_flip else { return };
         if self.stored_ever.fetch_add(1, Ordering::Relaxed) + 1 != nth {
             return;
         }
-        if let Ok(memory) = self.arena.slots(slot) {
+        if let Ok(memory) = self.arena.slots(SlotRun { first: slot, slots: 1 }) {
             let byte = memory.skip(PAGE_BYTES / 2).take(1);
             let mut value = [0];
             byte.readable().copy_to(&mut value);
             byte.copy_from(&[!value[0]]);
-            tracing::warn!(slot = slot.first.0, "test canary: flipped a byte of a stored page");
+            tracing::warn!(slot = slot.0, "test canary: flipped a byte of a stored page");
         }
     }
 }
@@ -496,91 +549,5 @@ fn info<P>(id: VolumeId, volume: &Volume<P>, stored_pages: u64, indexed_pages: u
         stored_pages,
         indexed_pages,
         age_s: volume.created.elapsed().as_secs(),
-    }
-}
-
-/// Slots that pages are received into.
-pub(super) struct Filling<'s> {
-    store: &'s Store,
-    runs: Vec<SlotRun>,
-    volume: VolumeId,
-    slots: usize,
-}
-
-impl Filling<'_> {
-    /// How many slots there are.
-    pub(super) fn slots(&self) -> usize {
-        self.slots
-    }
-
-    /// The slots, in the order of the pages.
-    pub(super) fn runs(&self) -> &[SlotRun] {
-        &self.runs
-    }
-
-    /// The bytes are in: from now on any client can read them. Gives the placement of each raw entry, and the
-    /// vector of runs for the next batch.
-    pub(super) fn finish(
-        mut self,
-        epoch: Epoch,
-        entries: &[PageEntry],
-        placements: &mut Vec<Option<Placement>>,
-    ) -> Result<Vec<SlotRun>, Status> {
-        placements.clear();
-        let store = self.store;
-        for slot in self.runs.iter().flat_map(|run| run.iter()) {
-            store.canary(SlotRun { first: slot, slots: 1 });
-        }
-        let volumes = store.volumes.lock();
-        let known = volumes.admit(self.volume, epoch, Access::Write)?;
-        let member = store.me(&known.members).ok_or(Status::State)?;
-        let mut slots = store.slots.lock();
-        let mut free = self.runs.iter().flat_map(|run| run.iter());
-        for entry in entries {
-            let slot = if entry.encoding == Encoding::Raw { free.next() } else { None };
-            placements.push(slot.and_then(|slot| {
-                let owner = Owner { page: entry.page, checksum: entry.checksum, round: entry.round };
-                let generation = slots.store(slot, owner)?;
-                Some(Placement { member, slot, generation })
-            }));
-        }
-        drop(slots);
-        drop(volumes);
-        Ok(std::mem::take(&mut self.runs))
-    }
-}
-
-impl Drop for Filling<'_> {
-    fn drop(&mut self) {
-        if self.runs.is_empty() {
-            return;
-        }
-        let mut slots = self.store.slots.lock();
-        self.runs.iter().flat_map(|run| run.iter()).for_each(|slot| slots.free(slot));
-        drop(slots);
-        self.store.stirred.notify_one();
-    }
-}
-
-/// Chunks that are being sent from.
-pub(super) struct Pinned<'s> {
-    store: &'s Store,
-    chunks: Vec<ChunkNumber>,
-}
-
-impl Pinned<'_> {
-    /// Whether a volume that was dissolved cannot give its memory back because of this.
-    pub(super) fn in_the_way(&self) -> bool {
-        let slots = self.store.slots.lock();
-        self.chunks.iter().any(|chunk| slots.condemned(*chunk))
-    }
-}
-
-impl Drop for Pinned<'_> {
-    fn drop(&mut self) {
-        let mut slots = self.store.slots.lock();
-        self.chunks.iter().for_each(|chunk| slots.unpin(*chunk));
-        drop(slots);
-        self.store.stirred.notify_one();
     }
 }

@@ -1,0 +1,6 @@
+//! The VMD server in one process with its clients: honest ones, and those that are not.
+#![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
+
+mod honest;
+mod peers;
+mod support;
