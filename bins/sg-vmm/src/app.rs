@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use libsg::report::{self, Status};
+use libsg::units::Rate;
 use libsg::{Error, ErrorKind, Result};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
@@ -14,6 +15,7 @@ use crate::cli::RunArguments;
 use crate::control::{Controlled, Server};
 use crate::memory::Memory;
 use crate::migration::Berth;
+use crate::moves::Moves;
 use crate::serial::Serial;
 use crate::vm::{Verifier, Vm};
 
@@ -43,6 +45,7 @@ enum End {
 /// A running VMM, as its control socket sees it.
 struct Vmm {
     berth: Berth,
+    moves: Arc<Moves>,
     end: Sender<End>,
     ended: std::sync::atomic::AtomicBool,
 }
@@ -52,24 +55,21 @@ struct Vmm {
 /// # Errors
 /// Whatever keeps the VM from being started.
 pub fn run(arguments: &RunArguments) -> Result<u8> {
-    let config = arguments.config()?;
     let serial = arguments.serial.as_deref().map_or_else(|| Ok(Serial::default()), Serial::open)?;
-    let memory = Memory::allocate(&config)?;
-    let vm = Arc::new(Vm::new(config, Arc::new(memory), &serial)?);
     let berth = Berth::default();
-    berth.place(Arc::clone(&vm));
     let (end, ends) = bounded(1);
-    let vmm = Arc::new(Vmm { berth, end, ended: false.into() });
+    let moves = Moves::new(arguments.secret()?);
+    let vmm = Arc::new(Vmm { berth, moves, end, ended: false.into() });
     end_on_lost_pages()?;
     let signals = watch_signals(vmm.end.clone())?;
-    let began = Instant::now();
-    vm.fill();
-    tracing::info!(
-        pages = vm.stats().fill_pages,
-        seconds = began.elapsed().as_secs_f64(),
-        "memory is filled"
-    );
-    vm.run()?;
+    match arguments.incoming {
+        Some(address) => {
+            let limit = arguments.gather_limit.bytes_per_s();
+            let address = vmm.moves.await_vm(address, limit, &vmm.berth, serial)?;
+            tracing::info!(%address, "waiting for a VM");
+        }
+        None => vmm.boot(arguments, &serial)?,
+    }
     let socket = match &arguments.control {
         Some(path) => Some(Server::start(path, Arc::clone(&vmm) as Arc<dyn Controlled>)?),
         None => None,
@@ -101,6 +101,19 @@ fn watch_signals(end: Sender<End>) -> Result<signal_hook::iterator::Handle> {
 }
 
 impl Vmm {
+    /// Fills the memory of a new VM and runs it.
+    fn boot(&self, arguments: &RunArguments, serial: &Serial) -> Result<()> {
+        let config = arguments.config()?;
+        let memory = Memory::allocate(&config)?;
+        let vm = Arc::new(Vm::new(config, Arc::new(memory), serial)?);
+        self.berth.place(Arc::clone(&vm));
+        let began = Instant::now();
+        vm.fill();
+        let pages = vm.stats().fill_pages;
+        tracing::info!(pages, seconds = began.elapsed().as_secs_f64(), "memory is filled");
+        vm.run()
+    }
+
     /// Waits for the end, and tells how it was.
     fn conclude(&self, ends: &Receiver<End>) -> Result<u8> {
         let end = ends.recv().unwrap_or(End::Quit);
@@ -124,7 +137,14 @@ impl Vmm {
     }
 
     fn report(&self) -> Result<Map<String, Value>> {
-        let vm = self.vm()?;
+        let (source, destination) = (self.moves.source_report(), self.moves.destination_report());
+        let Some(vm) = self.berth.vm() else {
+            let status = destination.as_ref().map_or(&Status::Ok, |report| &report.status);
+            return Ok(object(json!({
+                "schema": report::SCHEMA, "status": status, "vm": null, "seed": null, "guest": null,
+                "source": source, "destination": destination,
+            })));
+        };
         let stats = vm.stats();
         let status = match (&stats.failure, vm.lost()) {
             (None, lost) if lost.is_empty() => Status::Ok,
@@ -137,7 +157,27 @@ impl Vmm {
             "vm": vm.config(),
             "seed": vm.config().seed,
             "guest": stats,
+            "source": source,
+            "destination": destination,
         })))
+    }
+
+    fn limit(&self, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
+        let rate = |name: &str| -> Result<Option<u64>> {
+            let text: Option<String> = argument(arguments, name, "a rate such as \"256mbit\"")?;
+            text.map(|text| text.parse::<Rate>().map(Rate::bytes_per_s)).transpose()
+        };
+        self.moves.limit(rate("gather")?, rate("scatter")?)?;
+        Ok(Map::new())
+    }
+
+    fn start(&self, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
+        let what = serde_json::from_value(Value::Object(arguments.clone())).map_err(|e| {
+            let example = r#"{"do":"start","mode":"scatter-gather","to":"10.0.0.2:7700","intermediaries":["10.0.0.3:7701"]}"#;
+            Error::new(ErrorKind::Input, format!("\"start\" is to be like {example}")).because(e)
+        })?;
+        self.moves.start(&self.vm()?, what)?;
+        Ok(Map::new())
     }
 
     /// Both at once: a VM that is told to pause gives its state, which is thrown away here.
@@ -179,6 +219,13 @@ fn argument<T: DeserializeOwned>(
 impl Controlled for Vmm {
     fn command(&self, name: &str, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
         match name {
+            "start" => self.start(arguments),
+            "progress" => {
+                let sample = self.moves.sample(self.berth.vm().as_deref());
+                Ok(object(json!({ "sample": sample })))
+            }
+            "limit" => self.limit(arguments),
+            "cancel" => self.moves.cancel().map(|()| Map::new()),
             "stats" => Ok(object(json!({ "guest": self.vm()?.stats() }))),
             "report" => self.report(),
             "verify" => self.verify(arguments),
@@ -191,7 +238,8 @@ impl Controlled for Vmm {
             }
             other => Err(Error::new(
                 ErrorKind::Input,
-                format!("no command {other:?}: there are stats, report, verify, pause, resume, spoil, quit"),
+                format!("no command {other:?}: there are start, progress, limit, cancel, report, stats, verify, pause, \
+                     resume, spoil, quit"),
             )),
         }
     }

@@ -1,8 +1,11 @@
 //! The command line, and what it means.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use libsg::migrate::PoolSecret;
+use libsg::units::{Rate, Size};
 use libsg::{Error, ErrorKind, Result};
 
 use crate::config::{BackingKind, VcpuKind, VmConfig, Workload};
@@ -79,8 +82,20 @@ pub struct RunArguments {
     /// The VM's name, for operators
     #[arg(long, default_value = "vm")]
     pub name: String,
-    /// Unix socket to listen on for commands, one JSON object a line: {"do":"stats"}, report, verify
-    /// ("by": guest or vmm), pause, resume, quit, and as a canary spoil ("page": a page that is made
+    /// Wait for a VM to arrive on this address, with everything that it needs to know; what the VM is like
+    /// is then none of this command line's business
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub incoming: Option<SocketAddr>,
+    /// Most that an arriving VM's memory may take of the link in the background: 256mbit, 1gbit (powers
+    /// of ten), 0 = unlimited. Pages that the guest waits for are exempt
+    #[arg(long, value_name = "RATE", default_value = "0")]
+    pub gather_limit: Rate,
+    /// File with the pool's secret. Without one, anybody who reaches the port may send a VM here
+    #[arg(long, value_name = "FILE")]
+    pub secret: Option<PathBuf>,
+    /// Unix socket to listen on for commands, one JSON object a line: {"do":"start","to":"ADDR:PORT",
+    /// "mode":"scatter-gather","intermediaries":["ADDR:PORT"]}, progress, limit ("gather", "scatter": RATE), cancel,
+    /// report, stats, verify ("by": guest or vmm), pause, resume, quit, and as a canary spoil ("page": a page that is made
     /// wrong, which must be reported as exactly one mismatch)
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
@@ -90,6 +105,21 @@ pub struct RunArguments {
 }
 
 impl RunArguments {
+    /// The pool's secret.
+    ///
+    /// # Errors
+    /// The file cannot be used, or there is none and strangers could reach the port.
+    pub fn secret(&self) -> Result<PoolSecret> {
+        match &self.secret {
+            Some(path) => PoolSecret::from_file(path),
+            None if self.incoming.is_none_or(|address| address.ip().is_loopback()) => Ok(PoolSecret::open()),
+            None => Err(Error::new(
+                ErrorKind::Input,
+                "without --secret only a loopback address can be listened on: anybody could send a VM here",
+            )),
+        }
+    }
+
     /// The VM that these arguments describe.
     ///
     /// # Errors
@@ -129,36 +159,14 @@ fn choose(choice: VcpuChoice) -> Result<VcpuKind> {
     }
 }
 
-/// A size: a number of bytes, or of K, M, G, T (powers of two).
+/// A size in bytes: 4096, 512M, 1G.
 fn parse_size(text: &str) -> Result<u64> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" => Some(0),
-        "K" => Some(10),
-        "M" => Some(20),
-        "G" => Some(30),
-        "T" => Some(40),
-        _ => None,
-    };
-    let bytes = digits.parse::<u64>().ok().zip(shift).and_then(|(n, shift)| n.checked_mul(1 << shift));
-    bytes.ok_or_else(|| {
-        Error::new(ErrorKind::Input, format!("{text:?} is not a size: write bytes, or 512M, 1G and the like"))
-    })
+    text.parse::<Size>().map(|size| size.0)
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
-
-    #[test]
-    fn sizes() {
-        assert_eq!(parse_size("512M").expect("size"), 512 << 20);
-        assert_eq!(parse_size("1g").expect("size"), 1 << 30);
-        assert_eq!(parse_size("4096").expect("size"), 4096);
-        for bad in ["", "M", "1.5G", "1X", "99999999999T", "-1"] {
-            assert!(parse_size(bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn the_command_line_is_well_formed() {

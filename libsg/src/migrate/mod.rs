@@ -24,6 +24,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use crate::event::{Event, Observer};
+pub use crate::transport::PoolSecret;
 
 use crate::error::Result;
 use crate::manifest::Manifest;

@@ -290,6 +290,13 @@ impl Outgoing {
         self.wait_evicted(Duration::ZERO)
     }
 
+    /// Whether it has come to its end: everything safe, or failed.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        let state = self.control.state.lock();
+        state.finished || state.evicted.is_some()
+    }
+
     /// What is known by now, for a report of a migration that did not end well.
     #[must_use]
     pub fn report(&self) -> SourceReport {
@@ -448,8 +455,8 @@ impl Manager {
     /// Nothing is left here: tells it, first of all.
     fn evicted(&self, scatter: &Scatter, downtime: Option<Duration>) {
         let eviction_s = scatter.done_at().map(|at| at.duration_since(self.control.started).as_secs_f64());
-        (self.options.observer)(&Event::Evicted);
         let report = report(scatter, self.options.mode, eviction_s, downtime);
+        (self.options.observer)(&Event::Evicted);
         let mut state = self.control.state.lock();
         state.evicted.get_or_insert(Ok(Box::new(report)));
         state.phase = Phase::Evicted;

@@ -1,0 +1,229 @@
+//! This VM's migrations: leaving, arriving, and what is told of them.
+//!
+//! Every event is a line of JSON on standard output, flushed as it happens. The source's `evicted` and
+//! `failed` carry the report: whoever reads them may kill the source the moment after.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libsg::event::{Event, Observer};
+use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
+use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::{Mode, PoolSecret};
+use libsg::report::{Bytes, DestinationReport, Sample, SourceReport};
+use libsg::source::MemorySource;
+use libsg::vmd::TcpConnector;
+use libsg::{Error, ErrorKind, Result};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use crate::migration::{Arriving, Berth, Leaving};
+use crate::serial::Serial;
+use crate::vm::Vm;
+
+/// How long the destination has to build and load the VM.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Longer than any migration.
+const FOREVER: Duration = Duration::from_secs(30 * 86_400);
+
+/// What `start` asks for.
+#[derive(Debug, serde::Deserialize)]
+pub struct Start {
+    /// How the memory leaves.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Where the destination listens.
+    pub to: SocketAddr,
+    /// Intermediaries that may take pages.
+    #[serde(default)]
+    pub intermediaries: Vec<SocketAddr>,
+}
+
+/// Leaving and arriving.
+pub struct Moves {
+    secret: PoolSecret,
+    began: Mutex<Option<Instant>>,
+    outgoing: Mutex<Option<Arc<Outgoing>>>,
+    incoming: Mutex<Option<Arc<Incoming>>>,
+}
+
+impl Moves {
+    /// No migration yet.
+    #[must_use]
+    pub fn new(secret: PoolSecret) -> Arc<Self> {
+        Arc::new(Self {
+            secret,
+            began: Mutex::new(None),
+            outgoing: Mutex::new(None),
+            incoming: Mutex::new(None),
+        })
+    }
+
+    fn connector(&self) -> Arc<TcpConnector> {
+        Arc::new(TcpConnector::new(self.secret.clone()))
+    }
+
+    fn observer(self: &Arc<Self>) -> Observer {
+        let moves = Arc::clone(self);
+        Arc::new(move |event| match event {
+            // Told with their report, by who waits for it.
+            Event::Evicted | Event::Failed { .. } if moves.outgoing.lock().is_some() => {}
+            event => moves.tell(event, None),
+        })
+    }
+
+    fn tell(&self, event: &Event, report: Option<&SourceReport>) {
+        let mut line = json!(event);
+        if let Value::Object(fields) = &mut line {
+            fields.insert("t_s".into(), json!(self.began.lock().map(|at| at.elapsed().as_secs_f64())));
+            if let Some(report) = report {
+                fields.insert("report".into(), json!(report));
+            }
+        }
+        let mut out = std::io::stdout().lock();
+        // Nobody may be reading; the migration goes on.
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+
+    /// Starts the migration of a VM that runs here.
+    ///
+    /// # Errors
+    /// One is under way, or it cannot be started.
+    pub fn start(self: &Arc<Self>, vm: &Arc<Vm>, what: Start) -> Result<()> {
+        let mut slot = self.outgoing.lock();
+        if slot.as_ref().is_some_and(|outgoing| !outgoing.is_over()) {
+            return Err(Error::new(ErrorKind::Input, "a migration of this VM is under way"));
+        }
+        if let Some(incoming) = &*self.incoming.lock()
+            && incoming.wait_gathered(Duration::ZERO).is_err()
+        {
+            let message = "the VM has not gathered its memory yet: it can migrate on when it has";
+            return Err(Error::new(ErrorKind::Input, message));
+        }
+        *self.began.lock() = Some(Instant::now());
+        let options = SourceOptions {
+            to: what.to,
+            intermediaries: what.intermediaries,
+            mode: what.mode,
+            secret: self.secret.clone(),
+            connector: self.connector(),
+            scatter_limit_bytes_per_s: 0,
+            ready_timeout: READY_TIMEOUT,
+            observer: self.observer(),
+        };
+        let source = Arc::new(MemorySource::new(vm.memory().guest().clone()));
+        let leaving = Box::new(Leaving::new(Arc::clone(vm)));
+        let outgoing = Arc::new(start(leaving, source, vm.config().manifest()?, options)?);
+        *slot = Some(Arc::clone(&outgoing));
+        let moves = Arc::clone(self);
+        std::thread::Builder::new().name("sg-evicted".into()).spawn(move || {
+            let event = match outgoing.wait_evicted(FOREVER) {
+                Ok(_) => Event::Evicted,
+                Err(error) => Event::Failed { message: error.chain() },
+            };
+            moves.tell(&event, Some(&outgoing.report()));
+        })?;
+        Ok(())
+    }
+
+    /// Waits for a VM on `address`. Returns the address that it listens on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when it cannot be listened on.
+    pub fn await_vm(
+        self: &Arc<Self>,
+        address: SocketAddr,
+        gather_limit: u64,
+        berth: &Berth,
+        serial: Serial,
+    ) -> Result<SocketAddr> {
+        let mut options = DestinationOptions::new(address, self.secret.clone(), self.connector());
+        options.gather_limit = gather_limit;
+        options.observer = self.observer();
+        let destination = Destination::listen(options)?;
+        let address = destination.address();
+        *self.began.lock() = Some(Instant::now());
+        let incoming = destination.accept(Box::new(Arriving::new(berth.clone(), serial)))?;
+        *self.incoming.lock() = Some(Arc::new(incoming));
+        Ok(address)
+    }
+
+    /// Changes limits, in bytes a second; 0 is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] for a limit of something that does not happen here.
+    pub fn limit(&self, gather: Option<u64>, scatter: Option<u64>) -> Result<()> {
+        let here = |what: &str| Error::new(ErrorKind::Input, format!("no VM {what} here"));
+        if let Some(limit) = gather {
+            self.incoming.lock().as_ref().ok_or_else(|| here("arrives"))?.set_gather_limit(limit);
+        }
+        if let Some(limit) = scatter {
+            self.outgoing.lock().as_ref().ok_or_else(|| here("leaves"))?.set_scatter_limit(limit);
+        }
+        Ok(())
+    }
+
+    /// Calls the migration off, before COMMIT.
+    ///
+    /// # Errors
+    /// COMMIT was given, or there is no migration.
+    pub fn cancel(&self) -> Result<()> {
+        if let Some(outgoing) = self.outgoing.lock().clone() {
+            return outgoing.cancel();
+        }
+        match self.incoming.lock().clone() {
+            Some(incoming) => incoming.cancel(),
+            None => Err(Error::new(ErrorKind::Input, "no migration is under way")),
+        }
+    }
+
+    /// This moment, as this end knows it.
+    #[must_use]
+    pub fn sample(&self, vm: Option<&Vm>) -> Sample {
+        let mut sample = Sample {
+            t_s: self.began.lock().map_or(0.0, |at| at.elapsed().as_secs_f64()),
+            guest_ops: vm.map(|vm| vm.stats().ops),
+            ..Sample::default()
+        };
+        if let Some(outgoing) = self.outgoing.lock().clone() {
+            let now = outgoing.progress();
+            sample.bytes.direct = Some(now.direct_bytes);
+            sample.bytes.staged = Some(now.staged_bytes);
+            sample.evicted_percent = percent(now.safe_pages, now.total_pages);
+        }
+        if let Some(incoming) = self.incoming.lock().clone() {
+            let now = incoming.progress();
+            sample.bytes =
+                Bytes { direct: Some(now.direct_bytes), gathered: Some(now.gathered_bytes), ..sample.bytes };
+            sample.faults = Some(now.pages.faults.into());
+            sample.gathered_percent = percent(now.pages.held.into(), now.pages.total.into());
+        }
+        sample
+    }
+
+    /// What the source knows, if this VM leaves or has left.
+    #[must_use]
+    pub fn source_report(&self) -> Option<SourceReport> {
+        Some(self.outgoing.lock().clone()?.report())
+    }
+
+    /// What the destination knows, if this VM has arrived.
+    #[must_use]
+    pub fn destination_report(&self) -> Option<DestinationReport> {
+        let incoming = self.incoming.lock().clone()?;
+        match incoming.wait_gathered(Duration::ZERO) {
+            Ok(report) => Some(report),
+            Err(error) if error.kind == ErrorKind::Timeout => None,
+            Err(error) => {
+                Some(DestinationReport { status: (&error).into(), ..DestinationReport::default() })
+            }
+        }
+    }
+}
+
+fn percent(part: u64, whole: u64) -> Option<f64> {
+    (whole > 0).then(|| part as f64 * 100.0 / whole as f64)
+}
