@@ -1,0 +1,143 @@
+//! One function for each decoder of a peer's bytes. None may panic, whatever the bytes are; what
+//! decodes must say the same when it is encoded again.
+
+use std::fmt::Debug;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
+use libsg::ids::{Checksum, Placement};
+use libsg::limits;
+use libsg::page::{PageIndex, PageRange};
+use libsg::transport::{Inbox, StateAssembler};
+use libsg::wire::entry::{Entry, decode_pages, decode_table, encode_table, page_bytes};
+use libsg::wire::handshake::{Challenge, Hello, decode_mac};
+use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
+use libsg::wire::{DiscardEntry, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, PageEntry};
+
+/// A header, as it is and under a checksum that is right.
+pub fn header(data: &[u8]) {
+    let Some(bytes) = data.first_chunk::<HEADER_BYTES>() else { return };
+    for bytes in [*bytes, sealed(*bytes)] {
+        if let Ok(header) = Header::decode(&bytes) {
+            assert!(header.body_bytes as usize <= header.kind.body_bytes_max());
+            assert_eq!(header.encode(), bytes);
+        }
+    }
+}
+
+/// The bytes under the checksum that belongs to them.
+pub fn sealed(mut bytes: [u8; HEADER_BYTES]) -> [u8; HEADER_BYTES] {
+    let sum = Checksum::of(&bytes[..HEADER_BYTES - 4]);
+    bytes[HEADER_BYTES - 4..].copy_from_slice(&sum.0.to_le_bytes());
+    bytes
+}
+
+/// The first two bytes are a number of entries, the rest is a table, of each kind in turn.
+pub fn tables(data: &[u8]) {
+    let Some((count, body)) = counted(data) else { return };
+    table::<PageEntry>(body, count);
+    table::<IndexEntry>(body, count);
+    table::<GetEntry>(body, count);
+    table::<DiscardEntry>(body, count);
+    table::<PageRange>(body, count);
+    table::<PageIndex>(body, count);
+    table::<Option<Placement>>(body, count);
+}
+
+fn counted(data: &[u8]) -> Option<(usize, &[u8])> {
+    let (count, body) = data.split_first_chunk::<2>()?;
+    Some((u16::from_le_bytes(*count).into(), body))
+}
+
+fn table<E: Entry + Debug>(body: &[u8], count: usize) {
+    let mut entries = Vec::<E>::new();
+    if decode_table(body, count, &mut entries).is_ok() {
+        assert_eq!(entries.len(), count);
+        let mut again = Vec::new();
+        encode_table(entries, &mut again);
+        assert_eq!(again, body);
+    }
+}
+
+/// The first two bytes are a number of entries, the rest is the body of a frame of pages.
+pub fn pages(data: &[u8]) {
+    let Some((count, body)) = counted(data) else { return };
+    let mut entries = Vec::new();
+    if let Ok(bytes) = decode_pages(body, count, &mut entries) {
+        assert_eq!(bytes.len(), page_bytes(&entries));
+        assert_eq!(bytes.len() + count * PageEntry::BYTES, body.len());
+        assert!(entries.iter().all(|entry| entry.page.checked_add(entry.run_pages.into()).is_some()));
+    }
+}
+
+/// A control message, of each kind in turn.
+pub fn messages(data: &[u8]) {
+    if let Ok(talk) = Talk::decode(data) {
+        let again = message::encode(&talk).expect("what was decoded can be encoded");
+        assert_eq!(Talk::decode(&again), Ok(talk));
+    }
+    if let Ok(request) = VmdRequest::decode(data) {
+        let again = message::encode(&request).expect("what was decoded can be encoded");
+        assert_eq!(VmdRequest::decode(&again), Ok(request));
+    }
+    if let Ok(reply) = VmdReply::decode(data) {
+        let again = message::encode(&reply).expect("what was decoded can be encoded");
+        assert_eq!(VmdReply::decode(&again), Ok(reply));
+    }
+}
+
+/// The body of a handshake frame, of each kind in turn.
+pub fn handshake(data: &[u8]) {
+    if let Ok(hello) = Hello::decode(data) {
+        assert_eq!(hello.encode(), data);
+        let _ = hello.common_version();
+    }
+    if let Ok(challenge) = Challenge::decode(data) {
+        assert_eq!(challenge.encode().expect("what was decoded can be encoded"), data);
+    }
+    if let Ok(mac) = decode_mac(data) {
+        assert_eq!(mac, data);
+    }
+}
+
+/// What an inbox is fed with: the first byte says in what pieces, the rest is frames, whose checksums are
+/// made right where there is a whole header.
+pub fn stream(data: &[u8]) {
+    let Some((cut, frames)) = data.split_first() else { return };
+    let mut bytes = frames[..frames.len().min(32 << 10)].to_vec();
+    seal_all(&mut bytes);
+    let Ok((near, mut far)) = UnixStream::pair() else { return };
+    if near.set_nonblocking(true).is_err() {
+        return;
+    }
+    let (mut inbox, mut state, mut taken) = (Inbox::new(), StateAssembler::new(), 0);
+    for piece in bytes.chunks(usize::from(*cut) * 64 + 16) {
+        far.write_all(piece).expect("there is room");
+        loop {
+            match inbox.poll(&near) {
+                Ok(Some(frame)) => {
+                    assert_eq!(frame.body.len(), frame.header.body_bytes as usize);
+                    taken += HEADER_BYTES + frame.body.len();
+                    if frame.header.kind == Kind::State && state.push(frame).is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => break,
+                Err(_) => return,
+            }
+        }
+    }
+    assert!(taken <= bytes.len());
+    assert!(inbox.received_bytes() as usize <= bytes.len());
+    assert!(state.finish(limits::STATE_BYTES_MAX as u64 + 1, Checksum(0)).is_err());
+}
+
+fn seal_all(bytes: &mut [u8]) {
+    let mut at = 0;
+    while let Some(header) = bytes[at..].first_chunk::<HEADER_BYTES>() {
+        let header = sealed(*header);
+        bytes[at..at + HEADER_BYTES].copy_from_slice(&header);
+        let body = Header::decode(&header).map_or(bytes.len(), |header| header.body_bytes as usize);
+        at = at.saturating_add(HEADER_BYTES + body).min(bytes.len());
+    }
+}

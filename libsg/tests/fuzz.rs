@@ -1,0 +1,246 @@
+//! The fuzz targets of `libsg/fuzz` on the stable toolchain: valid bytes, mutated by seed.
+//!
+//! `SG_FUZZ_SECONDS` says for how long (half a second a target without it), `SG_FUZZ_SEED` with which seed.
+
+#[path = "../fuzz/src/targets.rs"]
+mod targets;
+
+use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use libsg::ids::{
+    Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
+};
+use libsg::manifest::{Manifest, Region};
+use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
+use libsg::wire::entry::{Entry, encode_table};
+use libsg::wire::handshake::{Challenge, Hello, Purpose};
+use libsg::wire::message::{
+    self, Member, NodeStatistics, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
+};
+use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry};
+
+type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
+
+const TARGETS: [Target; 6] = [
+    ("header", targets::header, headers),
+    ("tables", targets::tables, tables),
+    ("pages", targets::pages, pages),
+    ("messages", targets::messages, messages),
+    ("handshake", targets::handshake, handshakes),
+    ("stream", targets::stream, streams),
+];
+
+#[test]
+fn no_bytes_break_a_decoder() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
+    let each = number("SG_FUZZ_SECONDS")
+        .map_or(Duration::from_millis(500), |seconds| Duration::from_secs(seconds) / TARGETS.len() as u32);
+    let fresh = || u64::from_le_bytes(libsg::ids::random_bytes().expect("random bytes"));
+    let seed = number("SG_FUZZ_SEED").unwrap_or_else(fresh);
+    for (name, target, corpus) in TARGETS {
+        let corpus = corpus();
+        corpus.iter().for_each(|bytes| target(bytes));
+        let (mut mutator, start, mut runs) = (Mutator(seed), Instant::now(), 0_u64);
+        while start.elapsed() < each {
+            for _ in 0..64 {
+                let bytes = mutator.mutated(&corpus);
+                if catch_unwind(AssertUnwindSafe(|| target(&bytes))).is_err() {
+                    panic!("target {name}, SG_FUZZ_SEED={seed}, run {runs}: {bytes:02x?}");
+                }
+                runs += 1;
+            }
+        }
+        eprintln!("{name}: {runs} runs, seed {seed}");
+        assert!(runs > 0);
+    }
+}
+
+/// Numbers that sit at the edges of what decoders check.
+const EDGES: [u8; 8] = [0, 1, 2, 0x10, 0x7f, 0x80, 0xfe, 0xff];
+
+/// Mutates by a seed (splitmix64).
+struct Mutator(u64);
+
+impl Mutator {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.0;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word ^ (word >> 31)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound.max(1) as u64) as usize
+    }
+
+    fn mutated(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
+        let mut bytes = corpus[self.below(corpus.len())].clone();
+        for _ in 0..=self.below(4) {
+            let at = self.below(bytes.len());
+            match self.below(7) {
+                0 if !bytes.is_empty() => bytes[at] ^= 1 << self.below(8),
+                1 if !bytes.is_empty() => bytes[at] = EDGES[self.below(EDGES.len())],
+                2 => bytes.truncate(at),
+                3 => bytes.insert(at, self.next() as u8),
+                4 if !bytes.is_empty() => drop(bytes.remove(at)),
+                5 => {
+                    let other = &corpus[self.below(corpus.len())];
+                    let from = self.below(other.len());
+                    bytes.truncate(at);
+                    bytes.extend_from_slice(&other[from..]);
+                }
+                _ => {
+                    let edge = EDGES[self.below(EDGES.len())];
+                    bytes.iter_mut().skip(at).take(4).for_each(|byte| *byte = edge);
+                }
+            }
+        }
+        bytes
+    }
+}
+
+fn placement() -> Placement {
+    Placement { member: MemberIndex(1), slot: SlotIndex(77), generation: Generation(3) }
+}
+
+fn headers() -> Vec<Vec<u8>> {
+    [Kind::Hello, Kind::Put, Kind::GetReply, Kind::Talk, Kind::State, Kind::Ping, Kind::Drop]
+        .map(|kind| {
+            let header = Header {
+                volume: VolumeId(7),
+                epoch: Epoch(1),
+                sequence: Sequence(9),
+                count: 1,
+                delay_us: Some(100),
+                ..Header::new(kind)
+            };
+            header.encode().to_vec()
+        })
+        .to_vec()
+}
+
+fn counted<E: Entry>(entries: &[E]) -> Vec<u8> {
+    let mut bytes = (entries.len() as u16).to_le_bytes().to_vec();
+    encode_table(entries.iter().copied(), &mut bytes);
+    bytes
+}
+
+fn page_entries() -> [PageEntry; 3] {
+    [
+        PageEntry::raw(PageIndex(5), Round(1), Checksum(9)),
+        PageEntry::zero(PageIndex(6), 20, Round(0)),
+        PageEntry::gone(PageIndex(8)),
+    ]
+}
+
+fn tables() -> Vec<Vec<u8>> {
+    let range = PageRange::new(PageIndex(3), 4);
+    vec![
+        counted(&page_entries()),
+        counted(&[
+            IndexEntry::at(PageIndex(5), Round(1), placement(), Checksum(9)),
+            IndexEntry::zero(PageIndex(6), 70_000, Round(0)),
+        ]),
+        counted(&[GetEntry { page: PageIndex(5), placement: placement() }; 2]),
+        counted(&[DiscardEntry { range, below: Round(2) }]),
+        counted(&[range; 3]),
+        counted(&[PageIndex(1), PageIndex(2)]),
+        counted(&[Some(placement()), None]),
+    ]
+}
+
+fn pages() -> Vec<Vec<u8>> {
+    let mut one = counted(&page_entries());
+    one.extend([7; PAGE_BYTES]);
+    let mut two = counted(&[PageEntry::raw(PageIndex(0), Round(0), Checksum(1)); 2]);
+    two.extend([7; 2 * PAGE_BYTES]);
+    vec![one, two, counted(&[PageEntry::zero(PageIndex(0), 1, Round(0)); 5])]
+}
+
+fn manifest() -> Manifest {
+    let region = Region {
+        name: "ram".into(),
+        guest_address: Some(1 << 32),
+        length_bytes: 4 << 20,
+        unit: InstallUnit::Huge2M,
+    };
+    Manifest { vm: "web-7".into(), regions: vec![region; 2], vm_config: vec![1; 20] }
+}
+
+fn members() -> Vec<Member> {
+    let member = |at: u8| Member {
+        node: NodeId { name: format!("rack{at}"), incarnation: u64::MAX - u64::from(at) },
+        address: SocketAddr::from(([10, 0, 0, at], 7701)),
+    };
+    (0..3).map(member).collect()
+}
+
+fn messages() -> Vec<Vec<u8>> {
+    let talks = [
+        Talk::Offer { manifest: manifest(), members: members(), elapsed_us: 5 },
+        Talk::StateEnd { bytes: 1 << 20, checksum: 7 },
+        Talk::Progress { held_pages: 1, faults: 2, direct_bytes: 3, gathered_bytes: 4 },
+        Talk::Abort { reason: "no room".into() },
+        Talk::Lost(vec![PageRange::new(PageIndex(1), 2)]),
+        Talk::Members(members()),
+    ];
+    let requests = [
+        VmdRequest::Create { manifest: manifest(), members: members() },
+        VmdRequest::PutState { bytes: 5, checksum: 6 },
+        VmdRequest::Claim { epoch: Epoch(9) },
+    ];
+    let (volume, state) = (VolumeId(u128::MAX), VolumeState::Sealed);
+    let info = VolumeInfo {
+        volume,
+        manifest: manifest(),
+        members: members(),
+        epoch: Epoch(3),
+        state,
+        committed: true,
+        has_state: false,
+        stored_pages: 9,
+        indexed_pages: 10,
+        age_s: 11,
+    };
+    let summary =
+        VolumeSummary { volume, vm: "web-7".into(), state, committed: false, stored_pages: 1, age_s: 2 };
+    let statistics = NodeStatistics {
+        node: members()[0].node.clone(),
+        zone: Some("z".into()),
+        limit_bytes: 1,
+        used_bytes: 2,
+        arena_bytes: 3,
+        bytes_in: 4,
+        bytes_out: 5,
+        connections: 6,
+        volumes: vec![summary; 2],
+    };
+    let replies =
+        [VmdReply::Volume(info), VmdReply::Statistics(statistics), VmdReply::State { bytes: 1, checksum: 2 }];
+    let talks = talks.iter().map(message::encode);
+    let requests = requests.iter().map(message::encode);
+    let replies = replies.iter().map(message::encode);
+    talks.chain(requests).chain(replies).map(|bytes| bytes.expect("fits")).collect()
+}
+
+fn handshakes() -> Vec<Vec<u8>> {
+    let hello = Hello { version_min: 1, version_max: 2, purpose: Purpose::VmdBulk, nonce: [5; 32] };
+    let challenge = Challenge { version: 1, nonce: [6; 32], node: members()[0].node.clone() };
+    vec![hello.encode().to_vec(), challenge.encode().expect("fits"), vec![9; 32]]
+}
+
+fn streams() -> Vec<Vec<u8>> {
+    let frame = |kind, count, body: &[u8]| {
+        let header = Header { count, body_bytes: body.len() as u32, ..Header::new(kind) };
+        [&header.encode()[..], body].concat()
+    };
+    let talk = message::encode(&Talk::Ready).expect("fits");
+    let state = [frame(Kind::State, 0, &[1; 500]), frame(Kind::State, 1, &[2; 30])].concat();
+    let mixed =
+        [frame(Kind::Ping, 0, &[]), frame(Kind::Talk, 0, &talk), frame(Kind::Pages, 1, &pages()[0][2..])]
+            .concat();
+    vec![[&[1][..], &state].concat(), [&[200][..], &mixed].concat(), [&[0][..], &state, &mixed].concat()]
+}

@@ -1,0 +1,217 @@
+//! The bytes of the wire, pinned.
+//!
+//! THE BYTES IN THIS FILE MAY NEVER CHANGE. Peers of other versions are out there: whatever changes here
+//! breaks them without a word. The handshake and the header are for ever; what follows
+//! them may change under a new version number, whose bytes are then added beside these.
+
+use libsg::ids::{
+    Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
+};
+use libsg::page::{PageIndex, PageRange};
+use libsg::wire::entry::Entry;
+use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose, Role};
+use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
+use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry, Status};
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn nonce(first: u8) -> [u8; 32] {
+    std::array::from_fn(|at| first + at as u8)
+}
+
+fn hello() -> Hello {
+    Hello { version_min: 1, version_max: 2, purpose: Purpose::MigrationUrgent, nonce: nonce(0x10) }
+}
+
+fn challenge() -> Challenge {
+    let node = NodeId { name: "rack2".into(), incarnation: 0x1122_3344_5566_7788 };
+    Challenge { version: 1, nonce: nonce(0x40), node }
+}
+
+const VOLUME: VolumeId = VolumeId(0x0123_4567_89ab_cdef_0011_2233_4455_6677);
+
+#[test]
+fn header() {
+    let header = Header {
+        version: 1,
+        kind: Kind::Put,
+        body_bytes: 0x0004_0400,
+        volume: VOLUME,
+        epoch: Epoch(9),
+        sequence: Sequence(0x0102_0304_0506_0708),
+        status: Status::Ok,
+        count: 64,
+        delay_us: Some(150),
+    };
+    assert_eq!(
+        hex(&header.encode()),
+        "f55347310100100000000000000404007766554433221100efcdab8967452301090000000000000008070605040302010100400096000000000000008c1cfa18"
+    );
+    let unknown = Header { version: 1, ..Header::new(Kind::Pong) };
+    assert_eq!(
+        hex(&unknown.encode()),
+        "f5534731010028000000000000000000000000000000000000000000000000000000000000000000000000000000000001000000ffffffff00000000c255e3fd"
+    );
+}
+
+#[test]
+fn handshake() {
+    assert_eq!(
+        hex(&hello().encode()),
+        "0100020005000000101112131415161718191a1b1c1d1e1f202122232425262728292a2b2c2d2e2f"
+    );
+    assert_eq!(
+        hex(&challenge().encode().expect("fits")),
+        "01000500000000008877665544332211404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f7261636b32"
+    );
+    let key = PoolKey::derive(b"a pool's secret");
+    let mac = |role| {
+        let challenge = challenge().encode().expect("fits");
+        key.mac(role, VOLUME, Epoch(9), &hello().encode(), &challenge)
+    };
+    assert_eq!(
+        hex(mac(Role::Client).as_bytes()),
+        "22e7568dc56bd3209ecbb8e47d63d1aa0aa11c78ffb1738ddf5d5d92137c8e10"
+    );
+    assert_eq!(
+        hex(mac(Role::Server).as_bytes()),
+        "6e019df086464bc3b56c7370a8f86fb0ab61721fe5fb93b1e9a6bc516bec8c2c"
+    );
+    let purposes = [
+        Purpose::VmdBulk,
+        Purpose::VmdUrgent,
+        Purpose::MigrationControl,
+        Purpose::MigrationDirect,
+        Purpose::MigrationUrgent,
+        Purpose::Operator,
+    ];
+    assert_eq!(purposes.map(|purpose| purpose as u16), [1, 2, 3, 4, 5, 6]);
+}
+
+fn entry(entry: impl Entry) -> String {
+    let mut bytes = vec![0xee; 64];
+    entry.encode(&mut bytes);
+    let written = bytes.iter().rposition(|byte| *byte != 0xee).map_or(0, |last| last + 1);
+    hex(&bytes[..written])
+}
+
+#[test]
+fn entries() {
+    let placement =
+        Placement { member: MemberIndex(3), slot: SlotIndex(0xdead_beef), generation: Generation(7) };
+    let (page, round, checksum) = (PageIndex(0x0a0b_0c0d), Round(0x0102), Checksum(0x8a91_36aa));
+    assert_eq!(entry(PageEntry::raw(page, round, checksum)), "0d0c0b0aaa36918a0201010001000010");
+    assert_eq!(entry(PageEntry::zero(page, 512, round)), "0d0c0b0a000000000201020000020000");
+    assert_eq!(entry(PageEntry::gone(page)), "0d0c0b0a000000000000040001000000");
+    assert_eq!(
+        entry(IndexEntry::at(page, round, placement, checksum)),
+        "0d0c0b0aaa36918aefbeadde070003000201010001000000"
+    );
+    assert_eq!(
+        entry(IndexEntry::zero(page, 0x0010_0000, round)),
+        "0d0c0b0a0000000000000000000000000201020000001000"
+    );
+    assert_eq!(entry(GetEntry { page, placement }), "0d0c0b0a00000000efbeadde07000300");
+    let range = PageRange::new(page, 0x0203);
+    assert_eq!(entry(DiscardEntry { range, below: round }), "0d0c0b0a030200000201000000000000");
+    assert_eq!(entry(range), "0d0c0b0a03020000");
+    assert_eq!(entry(page), "0d0c0b0a");
+    assert_eq!(entry(Some(placement)), "efbeadde07000300");
+    assert_eq!(entry(None::<Placement>), "0000000000000000");
+}
+
+#[test]
+fn numbers() {
+    let kinds = [
+        (Kind::Hello, 1),
+        (Kind::Challenge, 2),
+        (Kind::Auth, 3),
+        (Kind::Welcome, 4),
+        (Kind::Refused, 5),
+        (Kind::Put, 16),
+        (Kind::PutReply, 17),
+        (Kind::PutIndex, 18),
+        (Kind::PutIndexReply, 19),
+        (Kind::Get, 20),
+        (Kind::GetReply, 21),
+        (Kind::Locate, 22),
+        (Kind::LocateReply, 23),
+        (Kind::Discard, 24),
+        (Kind::DiscardReply, 25),
+        (Kind::Vmd, 26),
+        (Kind::VmdReply, 27),
+        (Kind::State, 28),
+        (Kind::Pages, 32),
+        (Kind::PagesAck, 33),
+        (Kind::Credit, 34),
+        (Kind::Fault, 35),
+        (Kind::Announce, 36),
+        (Kind::Talk, 37),
+        (Kind::Holdings, 38),
+        (Kind::Ping, 39),
+        (Kind::Pong, 40),
+        (Kind::Drop, 41),
+        (Kind::DropReply, 42),
+    ];
+    for (kind, number) in kinds {
+        assert_eq!(kind as u16, number, "{kind:?}");
+    }
+    let statuses = [
+        Status::Ok,
+        Status::Malformed,
+        Status::Version,
+        Status::Secret,
+        Status::NoVolume,
+        Status::Fenced,
+        Status::State,
+        Status::Full,
+        Status::Busy,
+        Status::Copies,
+        Status::Going,
+        Status::Internal,
+    ];
+    assert!(statuses.map(|status| status as u16).into_iter().eq(1..=12));
+}
+
+/// Control messages are numbered by their place in their enum: a new one goes to the end.
+#[test]
+fn messages() {
+    let bytes = |message: Result<Vec<u8>, _>| hex(&message.expect("fits"));
+    let talks = [
+        (Talk::Accepted, "01"),
+        (Talk::StateEnd { bytes: 300, checksum: 7 }, "02ac0207"),
+        (Talk::Ready, "03"),
+        (Talk::Run, "04"),
+        (Talk::Running, "05"),
+        (Talk::Members(vec![]), "0600"),
+        (Talk::Evicted, "07"),
+        (Talk::Gathered, "08"),
+        (Talk::Rejoin, "09"),
+        (Talk::Rejoined { running: true }, "0a01"),
+        (Talk::Progress { held_pages: 1, faults: 2, direct_bytes: 3, gathered_bytes: 4 }, "0b01020304"),
+        (Talk::Abort { reason: "no".into() }, "0c026e6f"),
+        (Talk::Lost(vec![PageRange::new(PageIndex(1), 2)]), "0d010102"),
+        (Talk::Failed { reason: "no".into() }, "0e026e6f"),
+    ];
+    for (talk, expected) in talks {
+        assert_eq!(bytes(message::encode(&talk)), expected, "{talk:?}");
+    }
+    let requests = [
+        (VmdRequest::Members(vec![]), "0100"),
+        (VmdRequest::Describe, "02"),
+        (VmdRequest::PutState { bytes: 5, checksum: 6 }, "030506"),
+        (VmdRequest::GetState, "04"),
+        (VmdRequest::Commit, "05"),
+        (VmdRequest::Seal, "06"),
+        (VmdRequest::Claim { epoch: Epoch(9) }, "0709"),
+        (VmdRequest::Dissolve, "08"),
+        (VmdRequest::Statistics, "09"),
+    ];
+    for (request, expected) in requests {
+        assert_eq!(bytes(message::encode(&request)), expected, "{request:?}");
+    }
+    assert_eq!(bytes(message::encode(&VmdReply::Done)), "00");
+    assert_eq!(bytes(message::encode(&VmdReply::State { bytes: 1, checksum: 2 })), "020102");
+}
