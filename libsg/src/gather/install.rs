@@ -128,12 +128,14 @@ impl Installer {
     ) -> Result<()> {
         self.runs.clear();
         let mut tracker = shared.tracker.lock();
+        // Looked at before anything is claimed: what is claimed is installed.
+        if self.good.iter().any(|piece| tracker.unit(piece.page).is_none()) {
+            return Err(Error::new(ErrorKind::Protocol, "a page outside of the volume"));
+        }
         let mut at = 0;
         while at < self.good.len() {
             let piece = self.good[at];
-            let Some(unit) = tracker.unit(piece.page) else {
-                return Err(Error::new(ErrorKind::Protocol, "a page outside of the volume"));
-            };
+            let Some(unit) = tracker.unit(piece.page) else { break };
             if unit.pages > 1 {
                 let positions = unit.positions();
                 let of_unit = |piece: &&Piece| positions.contains(&piece.page.as_usize());

@@ -12,10 +12,10 @@ use parking_lot::{Mutex, RwLock};
 
 use super::tracker::{Counts, Tracker, Word};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::{Event, Observer};
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
-use crate::event::{Event, Observer};
 use crate::pace::SharedPacer;
 use crate::page::{InstallUnit, PageIndex, PageRange};
 use crate::sink::{InstallOutcome, PageSink};

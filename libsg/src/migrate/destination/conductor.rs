@@ -247,6 +247,10 @@ impl Conductor {
                     self.offered(line, offer, &manifest)?;
                 }
                 Ok(Talk::Rejoin) if ours => self.rejoined(line),
+                // A source whose connection broke dials once more to say that it gives up.
+                Ok(Talk::Abort { reason }) if ours && self.phase < ArrivalPhase::Running => {
+                    return Err(given_up(&reason));
+                }
                 first => {
                     tracing::warn!(?greeting, ?first, "a control connection about something else");
                     let reason = "this destination takes one VM, and this is not it".to_owned();
@@ -367,12 +371,14 @@ impl Conductor {
             }
         }
         let now = Instant::now();
-        if now.saturating_duration_since(line.pinged_at) >= PING_EVERY {
+        // Until the VM runs the source has deadlines of its own.
+        let running = self.phase >= ArrivalPhase::Running;
+        if running && now.saturating_duration_since(line.pinged_at) >= PING_EVERY {
             line.pinged_at = now;
             line.outbox.push_frame(line.channel.header(Kind::Ping), &[], [])?;
         }
         line.outbox.flush(&line.channel, usize::MAX)?;
-        if now.saturating_duration_since(line.heard_at) > SILENCE_MAX {
+        if running && now.saturating_duration_since(line.heard_at) > SILENCE_MAX {
             return Err(Error::new(ErrorKind::Unreachable, "the source is silent"));
         }
         Ok(())
@@ -390,6 +396,7 @@ impl Conductor {
             Talk::Run if self.phase == ArrivalPhase::Ready => {
                 self.run_vm()?;
                 line.say(&Talk::Running);
+                line.heard_at = Instant::now();
             }
             Talk::Run if self.phase == ArrivalPhase::Running => line.say(&Talk::Running),
             Talk::Members(members) => {
@@ -404,8 +411,11 @@ impl Conductor {
                 }
             }
             Talk::Abort { reason } if self.phase < ArrivalPhase::Running => {
-                let message = format!("the source gave up before COMMIT: the VM runs on there ({reason})");
-                return Err(Error::new(ErrorKind::Cancelled, message));
+                return Err(given_up(&reason));
+            }
+            Talk::Failed { reason } => {
+                let message = format!("the source failed: {reason}");
+                return Err(Error::new(ErrorKind::Unreachable, message));
             }
             // It was sent before the source heard what has happened here since.
             Talk::Abort { .. } | Talk::StateEnd { .. } => tracing::warn!(?talk, "comes too late"),
@@ -551,6 +561,11 @@ impl Conductor {
             self.tell(&Event::Gathering { percent });
         }
     }
+}
+
+fn given_up(reason: &str) -> Error {
+    let message = format!("the source gave up before COMMIT: the VM runs on there ({reason})");
+    Error::new(ErrorKind::Cancelled, message)
 }
 
 fn send_holdings(line: &mut Line, gather: &Gather) {
