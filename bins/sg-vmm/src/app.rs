@@ -238,8 +238,10 @@ impl Controlled for Vmm {
             }
             other => Err(Error::new(
                 ErrorKind::Input,
-                format!("no command {other:?}: there are start, progress, limit, cancel, report, stats, verify, pause, \
-                     resume, spoil, quit"),
+                format!(
+                    "no command {other:?}: there are start, progress, limit, cancel, report, stats, verify, pause, \
+                     resume, spoil, quit"
+                ),
             )),
         }
     }

@@ -198,8 +198,8 @@ impl Moves {
             let now = incoming.progress();
             sample.bytes =
                 Bytes { direct: Some(now.direct_bytes), gathered: Some(now.gathered_bytes), ..sample.bytes };
-            sample.faults = Some(now.pages.faults.into());
-            sample.gathered_percent = percent(now.pages.held.into(), now.pages.total.into());
+            sample.faults = Some(now.pages.faults);
+            sample.gathered_percent = percent(now.pages.held, now.pages.total);
         }
         sample
     }
@@ -217,9 +217,7 @@ impl Moves {
         match incoming.wait_gathered(Duration::ZERO) {
             Ok(report) => Some(report),
             Err(error) if error.kind == ErrorKind::Timeout => None,
-            Err(error) => {
-                Some(DestinationReport { status: (&error).into(), ..DestinationReport::default() })
-            }
+            Err(error) => Some(DestinationReport { status: (&error).into(), ..DestinationReport::default() }),
         }
     }
 }

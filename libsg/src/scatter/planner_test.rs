@@ -201,7 +201,7 @@ fn answer(planner: &mut Planner, sink: Sink, work: Work, pick: u16, unindexed: &
         }
         (Sink::Member(MemberIndex(n)), Work::Pages(id, batch)) => {
             // One page in seven finds no room.
-            let fits = |page: PageIndex| (page.0 + u32::from(pick)) % 7 != 0;
+            let fits = |page: PageIndex| !(page.0 + u32::from(pick)).is_multiple_of(7);
             let answer = batch.iter().map(|p| (p, Checksum(1), fits(p).then(|| place(n, p.0))));
             planner.stored(id, answer.collect::<Vec<_>>(), unindexed, &mut Vec::new());
         }

@@ -1,0 +1,244 @@
+//! The rules of the code base that no lint checks: who may import whom, where `unsafe` may be, which words
+//! stay out, and how long a file may be. It reads the sources; DESIGN.md says why the rules are.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What everybody may use: it knows nothing of threads or peers.
+const VOCABULARY: &[&str] =
+    &["page", "ids", "limits", "error", "manifest", "latency", "event", "report", "usage", "units"];
+
+/// Each module above the vocabulary with those that it may use. What is not listed is a breach.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("memory", &[]),
+    ("source", &["memory"]),
+    ("sink", &[]),
+    ("uffd", &["memory", "sink"]),
+    ("wire", &[]),
+    ("pace", &[]),
+    ("transport", &["wire", "pace", "memory"]),
+    ("vmd", &["wire", "transport", "memory"]),
+    ("server", &["wire", "transport", "pace", "memory"]),
+    ("scatter", &["source", "memory", "wire", "pace", "transport", "vmd"]),
+    ("gather", &["sink", "memory", "wire", "pace", "transport", "vmd"]),
+    ("migrate", &["scatter", "gather", "source", "sink", "memory", "wire", "pace", "transport", "vmd"]),
+];
+
+/// The only files with `unsafe`: memory that others may change, and system calls that no crate offers.
+const UNSAFE_FILES: &[&str] = &[
+    "memory/mapping.rs",
+    "memory/raw.rs",
+    "memory/vectored.rs",
+    "memory/vm_memory.rs",
+    "pace/tcp_info.rs",
+    "server/arena.rs",
+    "uffd/raw.rs",
+];
+
+/// Lines of a file up to its tests.
+const LINES_MAX: usize = 500;
+
+/// Files that may be longer, up to so many lines: each is one state machine that would only be harder to
+/// follow in two places.
+const LONGER: &[(&str, usize)] = &[
+    ("gather/fault.rs", 620),   // one thread that waits for all connections at once
+    ("gather/tracker.rs", 680), // every transition of a page
+    ("migrate/destination/conductor.rs", 620), // every message of the conversation
+    ("migrate/source.rs", 580), // the handle and what is behind it
+    ("scatter/planner.rs", 600), // every transition of a batch
+    ("server/slots.rs", 540),   // every transition of a slot
+    ("server/store.rs", 580),   // all that takes more than one lock, in their one order
+];
+
+/// Words of what libsg must not know by name.
+const FOREIGN: &[&str] = &["rdma", "qemu", "ibverbs"];
+
+struct Source {
+    /// Under `src`.
+    name: String,
+    text: String,
+}
+
+impl Source {
+    fn module(&self) -> &str {
+        self.name.split('/').next().unwrap_or_default().trim_end_matches(".rs")
+    }
+
+    fn is_test(&self) -> bool {
+        self.name.ends_with("/test.rs") || self.name.ends_with("_test.rs")
+    }
+
+    /// Line numbers and lines, without comments and without the tests at the end.
+    fn code(&self) -> impl Iterator<Item = (usize, &str)> {
+        let lines = self.text.lines().enumerate().take_while(|(_, line)| !line.starts_with("#[cfg(test)]"));
+        lines.map(|(at, line)| (at + 1, line.split("//").next().unwrap_or_default()))
+    }
+}
+
+fn sources() -> Vec<Source> {
+    fn walk(directory: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(directory).expect("a directory of sources") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                walk(&path, found);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    walk(&root, &mut found);
+    found.sort();
+    assert!(found.len() > 50, "these are not the sources");
+    let read = |path: PathBuf| Source {
+        name: path.strip_prefix(&root).expect("under it").to_str().expect("UTF-8").into(),
+        text: fs::read_to_string(&path).expect("a source"),
+    };
+    found.into_iter().map(read).collect()
+}
+
+/// Fails with every breach, not only the first.
+fn none(breaches: Vec<String>) {
+    assert!(breaches.is_empty(), "\n{}", breaches.join("\n"));
+}
+
+/// The modules of this crate that a piece of code names: in `crate::x`, and in `crate::{x, y::z}`.
+fn modules_named(line: &str) -> Vec<String> {
+    let word = |text: &str| -> String {
+        text.trim_start().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect()
+    };
+    let mut named = Vec::new();
+    for behind in line.split("crate::").skip(1) {
+        match behind.strip_prefix('{') {
+            Some(list) => {
+                let mut depth = 0;
+                let top = list.split_inclusive(['{', '}', ',']).filter(|part| {
+                    let at_top = depth == 0;
+                    depth += i32::from(part.ends_with('{')) - i32::from(part.ends_with('}'));
+                    at_top
+                });
+                named.extend(top.map(word));
+            }
+            None => named.push(word(behind)),
+        }
+    }
+    // `crate::Error` and its like are re-exports of the vocabulary.
+    named.retain(|name| name.starts_with(|c: char| c.is_ascii_lowercase()));
+    named
+}
+
+#[test]
+fn imports_point_downwards() {
+    let known: BTreeSet<&str> =
+        VOCABULARY.iter().copied().chain(MAY_USE.iter().map(|(name, _)| *name)).chain(["lib"]).collect();
+    let mut breaches = Vec::new();
+    for source in &sources() {
+        let module = source.module();
+        if !known.contains(module) {
+            breaches.push(format!("{}: this test does not know where module {module} belongs", source.name));
+        }
+        let may = MAY_USE.iter().find(|(name, _)| *name == module).map_or(&[][..], |(_, may)| may);
+        for (at, line) in source.code() {
+            for used in modules_named(line) {
+                let fine = module == "lib"
+                    || used == module
+                    || VOCABULARY.contains(&used.as_str())
+                    || may.contains(&used.as_str());
+                if !fine {
+                    breaches.push(format!("{}:{at}: {module} must not use {used}", source.name));
+                }
+            }
+        }
+    }
+    none(breaches);
+}
+
+#[test]
+fn the_rules_have_no_circle() {
+    // Each module uses only those that stand above it in the list, so that reading the list is reading the story.
+    for (at, (module, may)) in MAY_USE.iter().enumerate() {
+        for used in *may {
+            let place = MAY_USE.iter().position(|(name, _)| name == used);
+            let fine = place.is_some_and(|place| place < at) || (*module, *used) == ("uffd", "sink");
+            assert!(fine, "{module} is to be listed behind {used}");
+        }
+    }
+    for half in ["scatter", "gather"] {
+        let (_, may) = MAY_USE.iter().find(|(name, _)| *name == half).expect("listed");
+        assert!(
+            !may.contains(&"scatter") && !may.contains(&"gather"),
+            "the halves mirror each other, no more"
+        );
+    }
+    let (_, server) = MAY_USE.iter().find(|(name, _)| *name == "server").expect("listed");
+    assert!(!server.contains(&"scatter") && !server.contains(&"gather"));
+}
+
+#[test]
+fn the_wire_knows_no_sockets() {
+    let mut breaches = Vec::new();
+    for source in sources().iter().filter(|source| source.module() == "wire") {
+        for (at, line) in source.code() {
+            for word in
+                ["TcpStream", "TcpListener", "socket2", "std::io", "std::fs", "std::thread", "Instant::now"]
+            {
+                if line.contains(word) {
+                    breaches.push(format!("{}:{at}: {word}", source.name));
+                }
+            }
+        }
+    }
+    none(breaches);
+}
+
+#[test]
+fn no_backend_and_no_vmm_by_name() {
+    let mut breaches = Vec::new();
+    for source in &sources() {
+        for (at, line) in source.code() {
+            let lower = line.to_ascii_lowercase();
+            for word in FOREIGN.iter().filter(|word| lower.contains(*word)) {
+                breaches.push(format!("{}:{at}: {word}", source.name));
+            }
+        }
+    }
+    none(breaches);
+}
+
+#[test]
+fn unsafe_is_in_the_named_files() {
+    let allows = |source: &Source| source.text.lines().any(|line| line.starts_with("#![allow(unsafe_code)]"));
+    let sources = sources();
+    let found: Vec<&str> = sources.iter().filter(|s| allows(s)).map(|s| s.name.as_str()).collect();
+    assert_eq!(found, UNSAFE_FILES);
+    // Elsewhere a test may, item by item.
+    for source in sources.iter().filter(|source| !source.is_test() && !allows(source)) {
+        assert!(!source.code().any(|(_, line)| line.contains("allow(unsafe_code)")), "{}", source.name);
+    }
+}
+
+#[test]
+fn files_open_with_what_they_are_for_and_stay_short() {
+    let mut breaches = Vec::new();
+    for source in sources().iter().filter(|source| !source.is_test()) {
+        if !source.text.starts_with("//! ") {
+            breaches.push(format!("{} does not open with //!", source.name));
+        }
+        let lines = source.code().count();
+        let max = LONGER.iter().find(|(name, _)| *name == source.name).map_or(LINES_MAX, |(_, max)| *max);
+        if lines > max {
+            breaches.push(format!("{} has {lines} lines before its tests, more than {max}", source.name));
+        }
+    }
+    none(breaches);
+}
+
+#[test]
+fn imports_are_read_right() {
+    assert_eq!(modules_named("use crate::error::{Error, Result};"), ["error"]);
+    assert_eq!(modules_named("use crate::{page::{A, B}, wire, Error};"), ["page", "wire"]);
+    assert_eq!(modules_named("let x = crate::ids::A(crate::page::B);"), ["ids", "page"]);
+    assert_eq!(modules_named("use crate::Result;"), [""; 0]);
+}
