@@ -74,3 +74,70 @@ impl Drop for Pinned<'_> {
         self.store.unpin(&self.chunks);
     }
 }
+
+#[cfg(test)]
+mod test {
+    use std::net::SocketAddr;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::ids::{Checksum, NodeId, Round};
+    use crate::manifest::{Manifest, Region};
+    use crate::page::{InstallUnit, PageIndex};
+    use crate::wire::GetEntry;
+    use crate::wire::message::Member;
+
+    const VOLUME: VolumeId = VolumeId(1);
+    const EPOCH: Epoch = Epoch::FIRST;
+
+    fn store() -> Store {
+        let node = NodeId { name: "i1".into(), incarnation: 1 };
+        let store = Store::new(node.clone(), None, 4 << 20, 10, None).unwrap();
+        let region = Region {
+            name: "ram".into(),
+            guest_address: None,
+            length_bytes: 1 << 20,
+            unit: InstallUnit::Page,
+        };
+        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() };
+        let member = Member { node, address: SocketAddr::from(([127, 0, 0, 1], 1)) };
+        store.create(VOLUME, EPOCH, manifest, vec![member]).unwrap();
+        store
+    }
+
+    fn entries(pages: u32) -> Vec<PageEntry> {
+        (0..pages).map(|page| PageEntry::raw(PageIndex(page), Round(0), Checksum(0))).collect()
+    }
+
+    #[test]
+    fn a_panic_frees_what_was_being_filled_and_what_was_pinned() {
+        let store = store();
+        let mut placements = Vec::new();
+        let filling = store.fill(VOLUME, EPOCH, &entries(2), Vec::new()).unwrap();
+        filling.finish(EPOCH, &entries(2), &mut placements).unwrap();
+        let wanted = [GetEntry { page: PageIndex(1), placement: placements[1].unwrap() }];
+        let session = catch_unwind(AssertUnwindSafe(|| {
+            let _filling = store.fill(VOLUME, EPOCH, &entries(100), Vec::new()).unwrap();
+            let _pinned = store.pin((VOLUME, EPOCH), &wanted, &mut Vec::new(), &mut Vec::new()).unwrap();
+            panic!("a session's mistake");
+        }));
+        assert!(session.is_err());
+        let mut runs = Vec::new();
+        let filling = store.fill(VOLUME, EPOCH, &entries(256), std::mem::take(&mut runs)).unwrap();
+        assert_eq!(filling.slots(), 256);
+        drop(filling);
+        store.dissolve(VOLUME, EPOCH).unwrap();
+        store.close();
+        store.tend_memory();
+        assert_eq!(store.statistics(0).arena_bytes, 0);
+    }
+
+    #[test]
+    fn what_was_claimed_meanwhile_is_not_stored() {
+        let store = store();
+        let filling = store.fill(VOLUME, EPOCH, &entries(5), Vec::new()).unwrap();
+        store.claim(VOLUME, Epoch(2)).unwrap();
+        assert_eq!(filling.finish(EPOCH, &entries(5), &mut Vec::new()).err(), Some(Status::Fenced));
+        assert_eq!(store.statistics(0).used_bytes, 0);
+    }
+}

@@ -42,7 +42,8 @@ pub enum Request<'a> {
         /// How many intermediaries shall hold them when the answer comes; the first of them is this.
         copies: u8,
     },
-    /// Put entries into the index here. An entry replaces one of an older round, never a newer.
+    /// Put entries into the index here. An entry replaces one of an older round or the same
+    /// (a page that was lost with an intermediary is put again elsewhere), never of a newer one.
     PutIndex(&'a [IndexEntry]),
     /// Read pages where they lie.
     Get(&'a [GetEntry]),

@@ -237,7 +237,8 @@ pub struct IndexEntry {
     pub page: PageIndex,
     /// Pages in the run: 1, or more for `Zero`.
     pub run_pages: u32,
-    /// How often it was scattered before; an entry replaces one of an older round only.
+    /// How often it was scattered before; an entry replaces one of an older round or the same, never of a
+    /// newer one.
     pub round: Round,
     /// How its bytes are kept.
     pub encoding: Encoding,
