@@ -214,6 +214,58 @@ fn a_source_that_is_lost_before_ready_is_not_waited_for() {
 }
 
 #[test]
+fn a_source_that_is_lost_while_the_state_loads_leaves_nothing_that_hangs() {
+    let scene = Scene::new(Plan { touch: vec![5], ..Plan::default() });
+    let mut source = Source::offer(&scene);
+    source.connect(&scene, |_| Answer::Silent);
+    source.control.send_state(b"state", soon()).unwrap();
+    until("loading waits for its page", || source.faults.load(Ordering::SeqCst) > 0);
+    source.die();
+    assert_eq!(failed(&scene).kind, ErrorKind::Unreachable);
+    assert!(scene.seen.abandoned.load(Ordering::SeqCst) && !scene.seen.running.load(Ordering::SeqCst));
+}
+
+#[test]
+fn a_state_that_loads_before_the_other_connections_are_there_waits_for_them() {
+    let scene = Scene::new(Plan { touch: vec![5, 299], ..Plan::default() });
+    let mut source = Source::offer(&scene);
+    source.control.send_state(b"state", soon()).unwrap();
+    std::thread::sleep(A_WHILE);
+    source.connect(&scene, |_| Answer::Page);
+    source.hear(|talk| *talk == Talk::Ready);
+}
+
+#[test]
+fn before_commit_nothing_is_lost_however_long_the_source_is_away() {
+    let scene = Scene::new(Plan { nodes: 1, ..Plan::default() });
+    let mut source = Source::offer(&scene);
+    source.connect(&scene, |_| Answer::Page);
+    source.send_state();
+    source.die();
+    // Several times the grace that pages have after COMMIT.
+    std::thread::sleep(3 * A_WHILE);
+    let entries = scene.stage(0, 0..300);
+    scene.index(0, &entries);
+    scene.control(&scene.nodes[0], &VmdRequest::Commit);
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    scene.check(|_| false, |_| false);
+}
+
+#[test]
+fn a_source_that_only_intermediaries_reach_goes_on_scattering() {
+    let scene = Scene::new(Plan { nodes: 1, grace: Duration::from_millis(1500), ..Plan::default() });
+    Source::start(&scene, |_| Answer::Silent).die();
+    // Each part comes within the grace, the last long after it.
+    for first in (0..300).step_by(75) {
+        let entries = scene.stage(0, first..first + 75);
+        scene.index(0, &entries);
+        until("it is found", || scene.incoming.progress().pages.held >= u64::from(first) + 75);
+        std::thread::sleep(A_WHILE);
+    }
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+}
+
+#[test]
 fn cancelling_after_ready_asks_the_source() {
     for commits in [false, true] {
         let scene = Scene::new(Plan::default());

@@ -66,6 +66,8 @@ impl Asked {
 /// A unit that is wanted.
 struct Pending {
     unit: PageRange,
+    /// Whether the guest waits for it; otherwise it is a wish.
+    guest: bool,
     source: Asked,
     read: Asked,
     index: Asked,
@@ -246,9 +248,10 @@ impl Worker<'_> {
         };
         let Some(unit) = unit.filter(|_| wanted != Wanted::Held) else { return Ok(()) };
         if let Some(at) = self.pending.iter().position(|pending| pending.unit == unit) {
+            self.pending[at].guest = true;
             return self.advance(at, now);
         }
-        self.pending.push(Pending::new(unit, now));
+        self.pending.push(Pending::new(unit, true, now));
         self.advance(self.pending.len() - 1, now)
     }
 
@@ -261,7 +264,7 @@ impl Worker<'_> {
         for page in &self.wishes {
             let Some(unit) = self.shared.tracker.lock().unit(*page) else { continue };
             if self.pending.iter().all(|pending| pending.unit != unit) {
-                self.pending.push(Pending::new(unit, now));
+                self.pending.push(Pending::new(unit, false, now));
             }
         }
     }
@@ -279,7 +282,9 @@ impl Worker<'_> {
             }
             Wanted::Lost => {
                 // It was poisoned when it was lost; who came in between is woken by doing it again.
-                self.shared.sink.poison(unit)?;
+                if self.pending[at].guest {
+                    self.shared.sink.poison(unit)?;
+                }
                 self.pending[at].done = true;
             }
             Wanted::Read(member) => {
@@ -549,9 +554,10 @@ impl Worker<'_> {
 }
 
 impl Pending {
-    fn new(unit: PageRange, now: Instant) -> Self {
+    fn new(unit: PageRange, guest: bool, now: Instant) -> Self {
         Self {
             unit,
+            guest,
             source: Asked::default(),
             read: Asked::default(),
             index: Asked::default(),

@@ -29,6 +29,9 @@ const LEAVE_ALONE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(50);
 const NAP: Duration = Duration::from_millis(500);
 
+/// What no index knew is asked for again after so long.
+const ASK_ANEW: Duration = Duration::from_secs(1);
+
 /// Pages of which only the source may have a copy, asked of it at once.
 const WISHES_AT_ONCE: usize = 32;
 
@@ -38,17 +41,43 @@ struct Seat {
     not_before: Option<Instant>,
 }
 
+/// How the search goes.
+struct Search {
+    /// Pages that were unknown after the last one.
+    unknown: u64,
+    /// When there were last fewer than before: a source that cannot be reached from here may still be
+    /// scattering.
+    fewer_at: Instant,
+    /// When everything was last asked for anew.
+    anew_at: Instant,
+}
+
 /// The thread `sg-gather-index`.
 pub(crate) fn run(shared: &Shared) -> Result<()> {
     let mut seats: Vec<Seat> = Vec::new();
+    let mut state: Option<Search> = None;
     while !shared.is_stopping() && !shared.is_dissolving() {
         shared.wake_index.drain();
         let source = shared.source();
-        let searches = (source.evicted || source.away_since.is_some()) && shared.counts().unknown > 0;
+        let silent = source.evicted || source.away_since.is_some();
+        let searches = shared.is_running() && silent && shared.counts().unknown > 0;
         if searches {
+            let now = Instant::now();
+            let state = state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now });
+            if state.anew_at.elapsed() >= ASK_ANEW {
+                state.anew_at = now;
+                shared.tracker.lock().ask_again(false);
+            }
             seats.resize_with(shared.members().len(), Seat::default);
             let complete = search(shared, &mut seats)?;
-            after_search(shared, complete)?;
+            let unknown = shared.counts().unknown;
+            if unknown < state.unknown {
+                state.fewer_at = Instant::now();
+            }
+            state.unknown = unknown;
+            after_search(shared, complete, state.fewer_at)?;
+        } else {
+            state = None;
         }
         wait(&[(Some(shared.wake_index.as_fd()), false)], if searches { PAUSE } else { NAP })?;
     }
@@ -188,7 +217,7 @@ fn not_indexed(shared: &Shared, range: PageRange) {
 }
 
 /// Asks the source for what only it can have; what nobody can have is lost.
-fn after_search(shared: &Shared, complete: bool) -> Result<()> {
+fn after_search(shared: &Shared, complete: bool, fewer_at: Instant) -> Result<()> {
     let source = shared.source();
     let away_for = source.away_since.map(|since| since.elapsed());
     let total = shared.counts().total;
@@ -208,7 +237,7 @@ fn after_search(shared: &Shared, complete: bool) -> Result<()> {
     if !complete || !settled {
         return Ok(());
     }
-    let source_away = away_for.is_some_and(|away| away >= shared.source_grace);
+    let source_away = away_for.is_some_and(|away| away.min(fewer_at.elapsed()) >= shared.source_grace);
     let mut lost = Vec::new();
     let mut from = PageIndex(0);
     while u64::from(from.0) < total {

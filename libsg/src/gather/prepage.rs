@@ -170,7 +170,7 @@ impl Worker<'_> {
                 let mut tracker = self.shared.tracker.lock();
                 tracker.set_member_lost(self.member, lost);
                 if !lost {
-                    tracker.ask_again();
+                    tracker.ask_again(false);
                 }
             }
             if let Some(error) = error.filter(|_| before.lost_since.is_none() || gone) {

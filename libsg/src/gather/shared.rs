@@ -116,6 +116,7 @@ pub(crate) struct Shared {
     pub unit_pages: u32,
     members: RwLock<Vec<Arc<MemberDesk>>>,
     source: Mutex<SourceState>,
+    running: AtomicBool,
     stopping: AtomicBool,
     dissolving: AtomicBool,
     failure: Mutex<Option<Arc<Error>>>,
@@ -156,6 +157,7 @@ impl Shared {
             unit_pages: unit.pages(),
             members: RwLock::new(Vec::new()),
             source: Mutex::new(SourceState { evicted: false, away_since: None }),
+            running: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             dissolving: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -295,7 +297,7 @@ impl Shared {
     pub fn set_source_away(&self, since: Option<Instant>) {
         let before = std::mem::replace(&mut self.source.lock().away_since, since);
         if before.is_some() && since.is_none() {
-            self.tracker.lock().ask_again();
+            self.tracker.lock().ask_again(true);
         }
         self.wake_all();
         self.look_again();
@@ -407,6 +409,16 @@ impl Shared {
             return Err(Error::new(ErrorKind::Cancelled, "gather ends"));
         }
         Ok(())
+    }
+
+    /// COMMIT was given. Before that nothing can be lost: the VM is the source's.
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    pub fn set_running(&self) {
+        self.running.store(true, Ordering::Release);
+        self.wake_index.wake();
     }
 
     pub fn is_stopping(&self) -> bool {

@@ -515,12 +515,14 @@ impl Tracker {
         }
     }
 
-    /// Ask indices and source again for what is not known: something has changed (a member came back, the
-    /// source reconnected).
-    pub fn ask_again(&mut self) {
+    /// What was not known is asked for again, of the indices and, where `source` says so, of the source:
+    /// something may have changed.
+    pub fn ask_again(&mut self, source: bool) {
         for state in &mut self.states {
             state.set_no_index(false);
-            state.set_no_source(false);
+            if source {
+                state.set_no_source(false);
+            }
         }
     }
 

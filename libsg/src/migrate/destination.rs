@@ -7,6 +7,7 @@
 mod conductor;
 mod ending;
 mod listener;
+mod loading;
 mod volume;
 
 use std::net::SocketAddr;

@@ -1,4 +1,5 @@
-//! Leads the conversation with the source, and calls the VM: the thread `sg-gather-lead`.
+//! Leads the conversation with the source, and calls the VM: the thread `sg-gather-lead`. It never waits
+//! for anything but for everything at once.
 //!
 //! ```text
 //!           Offer              StateEnd          RUN, or COMMIT found in the volume
@@ -15,6 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::listener::Listener;
+use super::loading::{Loading, panicked};
 use super::{ArrivalPhase, Desk, DestinationOptions, Told, volume};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gather::{Gather, Setup, Word};
@@ -100,7 +102,9 @@ pub(super) struct Offer {
 pub(super) struct Conductor {
     pub options: DestinationOptions,
     pub listener: Listener,
-    pub vm: Box<dyn IncomingVm>,
+    /// The VM; `None` while it loads its state.
+    pub vm: Option<Box<dyn IncomingVm>>,
+    loading: Option<Loading>,
     pub desk: Arc<Desk>,
     pub phase: ArrivalPhase,
     pub offer: Option<Offer>,
@@ -127,7 +131,8 @@ pub(super) fn start(
     let mut conductor = Conductor {
         options,
         listener,
-        vm,
+        vm: Some(vm),
+        loading: None,
         desk,
         phase: ArrivalPhase::Waiting,
         offer: None,
@@ -143,11 +148,8 @@ pub(super) fn start(
         told_percent: 0,
     };
     let run = move || {
-        let ended = catch_unwind(AssertUnwindSafe(|| conductor.conduct())).unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-            Err(Error::new(ErrorKind::Poisoned, format!("thread sg-gather-lead panicked: {text}")))
-        });
+        let ended = catch_unwind(AssertUnwindSafe(|| conductor.conduct()))
+            .unwrap_or_else(|panic| Err(panicked("sg-gather-lead", &*panic)));
         if let Err(error) = ended {
             conductor.end_badly(&error);
         }
@@ -266,7 +268,7 @@ impl Conductor {
         let (volume, epoch, members) = (offer.volume, offer.epoch, offer.members.clone());
         self.offer = Some(offer);
         self.control = Some(line);
-        let sink = self.vm.prepare(manifest)?;
+        let sink = self.vm()?.prepare(manifest)?;
         let gather = Gather::start(Setup {
             volume,
             epoch,
@@ -388,10 +390,9 @@ impl Conductor {
         match talk {
             Talk::StateEnd { bytes, checksum } if self.phase == ArrivalPhase::Accepted => {
                 let state = self.state.finish(bytes, Checksum(checksum))?;
-                self.vm.load(&state)?;
-                self.set_phase(ArrivalPhase::Ready);
-                line.say(&Talk::Ready);
-                self.tell(&Event::Ready);
+                if let Some(vm) = self.vm.take() {
+                    self.loading = Some(Loading::start(vm, state, self.listener.waker().clone())?);
+                }
             }
             Talk::Run if self.phase == ArrivalPhase::Ready => {
                 self.run_vm()?;
@@ -427,11 +428,37 @@ impl Conductor {
         Ok(())
     }
 
+    fn vm(&mut self) -> Result<&mut Box<dyn IncomingVm>> {
+        self.vm.as_mut().ok_or_else(|| Error::new(ErrorKind::Vm, "the VM loads its state"))
+    }
+
+    /// Once the VM has loaded its state, READY is said.
+    fn check_loaded(&mut self) -> Result<()> {
+        let Some((vm, loaded)) = self.loading.as_ref().and_then(Loading::done) else { return Ok(()) };
+        (self.vm, self.loading) = (Some(vm), None);
+        loaded?;
+        self.set_phase(ArrivalPhase::Ready);
+        self.say(&Talk::Ready);
+        self.tell(&Event::Ready);
+        Ok(())
+    }
+
+    /// Takes the VM back from a load that will not be of use. Its memory has to be ordinary memory by now, so that
+    /// nothing that it touches is waited for.
+    pub(super) fn end_loading(&mut self) {
+        if let Some((vm, _)) = self.loading.take().and_then(Loading::join) {
+            self.vm = Some(vm);
+        }
+    }
+
     /// COMMIT was given: there is no way back from here on.
     fn run_vm(&mut self) -> Result<()> {
         self.desk.change(|stage| stage.committed = true);
         self.tell(&Event::Commit);
-        self.vm.run()?;
+        self.vm()?.run()?;
+        if let Some(gather) = &self.gather {
+            gather.shared().set_running();
+        }
         self.set_phase(ArrivalPhase::Running);
         self.desk.change(|stage| stage.running = Some(Ok(())));
         self.tell(&Event::Resumed);
@@ -456,6 +483,7 @@ impl Conductor {
         if let Some(failure) = self.gather.as_ref().and_then(|gather| gather.shared().failure()) {
             return Err(Told::from(&*failure).into());
         }
+        self.check_loaded()?;
         let committed = self.phase >= ArrivalPhase::Running;
         if self.desk.cancel.load(Ordering::Acquire) && !committed {
             self.cancel()?;
@@ -534,7 +562,7 @@ impl Conductor {
         }
         let error = Error::new(ErrorKind::Lost, "no copy is left").about(pages.clone());
         tracing::error!(error = error.chain(), "pages are lost");
-        self.vm.lost(&pages);
+        self.vm()?.lost(&pages);
         for some in pages.chunks(INDEX_ENTRIES_MAX) {
             self.say(&Talk::Lost(some.to_vec()));
         }

@@ -157,9 +157,16 @@ impl Conductor {
         }
         if let Some(gather) = self.gather.take() {
             gather.stop();
+            if !committed {
+                // The VM is thrown away: whatever waits for a page of it may go on with zeros.
+                if let Err(error) = gather.shared().sink.finish() {
+                    tracing::warn!(error = error.chain(), "the VM's memory could not be let go");
+                }
+                self.end_loading();
+            }
         }
-        if !committed {
-            self.vm.abandon();
+        if let Some(vm) = self.vm.as_mut().filter(|_| !committed) {
+            vm.abandon();
         }
         self.tell(&Event::Failed { message: reason });
         let told = Told::from(error);

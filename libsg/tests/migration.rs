@@ -1,0 +1,130 @@
+//! Both ends of a migration in one process, over TCP, with intermediaries in memory.
+#![allow(clippy::unwrap_used)]
+
+mod gather_common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use gather_common::*;
+use libsg::Result;
+use libsg::memory::{Backing, GuestMemory};
+use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::{Mode, OutgoingVm};
+use libsg::page::{InstallUnit, PageIndex, PageRange};
+use libsg::report::Status;
+use libsg::source::MemorySource;
+
+struct Leaving {
+    runs: Arc<AtomicBool>,
+}
+
+impl OutgoingVm for Leaving {
+    fn pause(&mut self) -> Result<Vec<u8>> {
+        self.runs.store(false, Ordering::SeqCst);
+        Ok(b"state of the vCPUs".to_vec())
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.runs.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn committed(&mut self) {}
+}
+
+/// Pages of zeros, some of them never touched.
+fn is_zero(page: u32) -> bool {
+    (512..1024).contains(&page) || page % 97 == 5 && page < 512
+}
+
+fn leave(scene: &Scene, backing: Backing, mode: Mode) -> (Outgoing, Arc<AtomicBool>) {
+    let memory = GuestMemory::allocate(&scene.manifest, backing).unwrap();
+    for page in (0..scene.manifest.pages()).filter(|page| !is_zero(*page)) {
+        memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
+    }
+    let runs = Arc::new(AtomicBool::new(true));
+    let options = SourceOptions {
+        to: scene.address,
+        intermediaries: scene.members().iter().map(|member| member.address).collect(),
+        mode,
+        secret: secret(),
+        connector: Arc::new(scene.connector.clone()),
+        scatter_limit_bytes_per_s: 0,
+        ready_timeout: LONG,
+        observer: Arc::new(|_| {}),
+    };
+    let vm = Box::new(Leaving { runs: Arc::clone(&runs) });
+    let source = Arc::new(MemorySource::new(memory));
+    (start(vm, source, scene.manifest.clone(), options).unwrap(), runs)
+}
+
+fn migrate(plan: Plan, mode: Mode) {
+    let (backing, limited) = (plan.backing, plan.gather_limit > 0);
+    let scene = Scene::new(plan);
+    let (outgoing, runs) = leave(&scene, backing, mode);
+    scene.incoming.wait_running(LONG).unwrap();
+    let memory = scene.seen.memory();
+    let pages = scene.manifest.pages();
+    // Of few and large units, each fault brings a good part of the memory.
+    let faults = if scene.manifest.regions[0].unit == InstallUnit::Page { 200 } else { 2 };
+    for page in (0..faults).map(|step| step * 7919 % pages) {
+        let want = if is_zero(page) { vec![0; 4096] } else { content(page) };
+        assert!(read(&memory, page) == want, "page {page}");
+    }
+    outgoing.wait_evicted(LONG).unwrap();
+    if limited {
+        assert!(scene.incoming.progress().pages.held < u64::from(pages), "the source left first");
+        scene.incoming.set_gather_limit(0);
+    }
+    let report = scene.incoming.wait_gathered(LONG).unwrap();
+    assert_eq!(report.status, Status::Ok);
+    scene.check(is_zero, |_| false);
+    assert!(!runs.load(Ordering::SeqCst));
+    assert!(report.faults.count > Some(0));
+    if limited {
+        assert!(report.pages.staged > Some(0), "{report:?}");
+    }
+    scene.nothing_staged();
+}
+
+#[test]
+fn scatter_gather_over_both_kinds_of_memory() {
+    for backing in [Backing::Anon, Backing::Memfd] {
+        migrate(Plan { pages: 6000, nodes: 2, backing, ..Plan::default() }, Mode::ScatterGather);
+    }
+}
+
+#[test]
+fn a_source_leaves_before_a_slow_destination_has_its_pages() {
+    let plan = Plan { pages: 6000, nodes: 3, gather_limit: 2_000_000, ..Plan::default() };
+    migrate(plan, Mode::ScatterGather);
+}
+
+#[test]
+fn post_copy() {
+    migrate(Plan { pages: 6000, ..Plan::default() }, Mode::PostCopy);
+}
+
+#[test]
+fn huge_units() {
+    let plan = Plan {
+        pages: 10 * 512,
+        nodes: 2,
+        unit: InstallUnit::Huge2M,
+        backing: Backing::Hugetlb2M,
+        gather_limit: 4_000_000,
+        ..Plan::default()
+    };
+    migrate(plan, Mode::ScatterGather);
+}
+
+#[test]
+fn cancelled_at_the_destination_it_runs_on_at_the_source() {
+    let scene = Scene::new(Plan { pages: 3000, nodes: 1, ..Plan::default() });
+    scene.incoming.cancel().unwrap();
+    let (outgoing, runs) = leave(&scene, Backing::Anon, Mode::ScatterGather);
+    assert!(outgoing.wait_evicted(LONG).is_err());
+    assert!(runs.load(Ordering::SeqCst));
+    assert!(!scene.seen.running.load(Ordering::SeqCst));
+}
