@@ -14,6 +14,27 @@
 //!   scatter: pages out by every path            gather: faults first, the rest in the background
 //!   "evicted"                                   "gathered", volume dissolved
 //! ```
+//!
+//! The destination first: [`destination::Destination::listen`], then [`accept`], which returns an
+//! [`Incoming`] at once. Then the source: [`source::start`] returns an [`Outgoing`] at once. Both handles
+//! tell the progress, change limits, cancel, and wait; [`wait_evicted`] is what an operator of the source waits
+//! for, [`wait_gathered`] at the destination. What happens on the way is told to the [`Observer`]. The calls to
+//! the VM come from libsg's threads.
+//!
+//! **A handle that is dropped**: before COMMIT it calls the migration off, and the VM runs on at the source.
+//! After COMMIT it changes nothing: the source's threads go on until every page is safe, the destination's until
+//! every page is there, for that is the only copy of the VM. Only the end of the process ends them earlier; at
+//! the source nothing is lost by that once "evicted" was told.
+//!
+//! **A failure** before COMMIT leaves the VM at the source ([`OutgoingVm::resume`], [`IncomingVm::abandon`]).
+//! After it, either end makes the connections again, and what is lost for good is told by page
+//! ([`IncomingVm::lost`], [`Event::Lost`], the report's status).
+//!
+//! [`accept`]: destination::Destination::accept
+//! [`Incoming`]: destination::Incoming
+//! [`Outgoing`]: source::Outgoing
+//! [`wait_evicted`]: source::Outgoing::wait_evicted
+//! [`wait_gathered`]: destination::Incoming::wait_gathered
 
 pub mod destination;
 mod handover;
