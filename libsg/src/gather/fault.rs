@@ -19,7 +19,7 @@ use super::tracker::{Claim, Path, Read, Wanted, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{MemberIndex, Sequence};
 use crate::limits::INDEX_RANGE_PAGES;
-use crate::pace::{self, Class};
+use crate::pace::{self, Class, LinkId, LinkReading};
 use crate::page::{PageIndex, PageRange};
 use crate::sink::SinkEvent;
 use crate::transport::{Channel, Inbox, Outbox, WAIT_MAX, wait};
@@ -89,6 +89,7 @@ struct Line {
     outbox: Outbox,
     sequence: u64,
     counted: u64,
+    pace_link: LinkId,
 }
 
 /// A link to a member, as far as this thread has one.
@@ -98,6 +99,7 @@ struct Seat {
     /// Requests that are out.
     out: usize,
     counted: u64,
+    pace_link: LinkId,
 }
 
 struct Worker<'a> {
@@ -170,12 +172,14 @@ impl Worker<'_> {
         if let Some(channel) = self.shared.urgent.lock().take() {
             self.drop_source();
             let (inbox, outbox) = (Inbox::new(), Outbox::new());
-            self.source = Some(Line { channel, inbox, outbox, sequence: 0, counted: 0 });
+            let pace_link = self.shared.pacer.add_link();
+            self.source = Some(Line { channel, inbox, outbox, sequence: 0, counted: 0, pace_link });
             self.pending.iter_mut().for_each(|pending| pending.try_at = Instant::now());
         }
         let members = self.shared.members();
         for desk in members.into_iter().skip(self.seats.len()) {
-            self.seats.push(Seat { desk, link: None, out: 0, counted: 0 });
+            let pace_link = self.shared.pacer.add_link();
+            self.seats.push(Seat { desk, link: None, out: 0, counted: 0, pace_link });
         }
         for seat in &mut self.seats {
             if seat.link.is_none()
@@ -190,6 +194,7 @@ impl Worker<'_> {
     fn drop_source(&mut self) {
         if let Some(line) = self.source.take() {
             line.channel.shut_down();
+            self.shared.pacer.remove_link(line.pace_link);
             self.shared.wake_conductor();
         }
         let now = Instant::now();
@@ -460,6 +465,7 @@ impl Worker<'_> {
         let received = link.path().received_bytes;
         let fresh = received.saturating_sub(std::mem::replace(&mut self.seats[member].counted, received));
         self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);
+        report(self.shared, self.seats[member].pace_link, received);
         match heard {
             Ok(()) => self.seats[member].link = Some(link),
             Err(error) if is_of_link(&error) => self.drop_link(member, &error),
@@ -519,6 +525,9 @@ impl Worker<'_> {
         let wire = line.inbox.received_bytes() + line.outbox.written_bytes();
         let fresh = wire - std::mem::replace(&mut line.counted, wire);
         self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);
+        if fresh > 0 {
+            report(self.shared, line.pace_link, line.inbox.received_bytes());
+        }
         if flushed.is_err() {
             self.drop_source();
         }
@@ -569,6 +578,13 @@ impl Pending {
             done: false,
         }
     }
+}
+
+/// What faults bring is part of what the port carries: a pacer that did not hear of it would take the port for
+/// a slower one. Their own delay is no measure: they overtake.
+fn report(shared: &Shared, link: LinkId, received_bytes: u64) {
+    let reading = LinkReading { delivered: received_bytes, ..LinkReading::default() };
+    shared.pacer.report(link, reading, Instant::now());
 }
 
 fn submit(link: &mut dyn Link, request: Request<'_>) -> Result<Ticket> {

@@ -583,6 +583,8 @@ impl Conductor {
         if let Some(line) = self.control.as_mut().filter(|line| line.outbox.queued_bytes() < UNREAD_MAX) {
             line.say(&progress);
         }
+        let (rate, delay) = (shared.pacer.rate(), shared.pacer.shared_delay());
+        tracing::debug!(held = counts.held, rate, ?delay, "progress");
         let percent = (counts.held * 100 / counts.total.max(1)) as u8 / 5 * 5;
         if self.phase >= ArrivalPhase::Running && percent > self.told_percent {
             self.told_percent = percent;
