@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libsg::event::{Event, Observer};
-use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
+use libsg::migrate::destination::{ArrivalPhase, Destination, DestinationOptions, Incoming};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
 use libsg::migrate::{Mode, PoolSecret};
 use libsg::report::{Bytes, DestinationReport, Sample, SourceReport};
@@ -25,6 +25,9 @@ use crate::vm::Vm;
 
 /// How long the destination has to build and load the VM.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long intermediaries have to give the volume's memory back before a report is asked for in vain.
+const DISSOLVE_TIME: Duration = Duration::from_secs(15);
 
 /// Longer than any migration.
 const FOREVER: Duration = Duration::from_secs(30 * 86_400);
@@ -214,7 +217,12 @@ impl Moves {
     #[must_use]
     pub fn destination_report(&self) -> Option<DestinationReport> {
         let incoming = self.incoming.lock().clone()?;
-        match incoming.wait_gathered(Duration::ZERO) {
+        // "Gathered" is told before the intermediaries have their memory back; the report is there after.
+        let patience = match incoming.progress().phase {
+            ArrivalPhase::Gathered => DISSOLVE_TIME,
+            _ => Duration::ZERO,
+        };
+        match incoming.wait_gathered(patience) {
             Ok(report) => Some(report),
             Err(error) if error.kind == ErrorKind::Timeout => None,
             Err(error) => Some(DestinationReport { status: (&error).into(), ..DestinationReport::default() }),

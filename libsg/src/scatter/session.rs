@@ -13,9 +13,9 @@ use super::shared::{Counters, Scatter, panicked};
 use super::urgent::UrgentSink;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Epoch, VolumeId};
-use crate::pace::Class;
+use crate::pace::{Class, LinkId, LinkReading};
 use crate::page::PageRange;
-use crate::transport::{Channel, Conversation, Inbox, Outbox, PoolSecret, Waker, dial, wait};
+use crate::transport::{Channel, Conversation, Inbox, Outbox, PoolSecret, TcpPath, Waker, dial, wait};
 use crate::wire::entry::{decode_table, encode_table};
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, Talk};
@@ -246,8 +246,19 @@ impl<'a> Control<'a> {
     }
 
     fn run(mut self, ended: &dyn Fn() -> bool) -> Result<()> {
+        let link = self.scatter.pacer.add_link();
+        let result = self.converse(link, ended);
+        self.scatter.pacer.remove_link(link);
+        result
+    }
+
+    fn converse(&mut self, link: LinkId, ended: &dyn Fn() -> bool) -> Result<()> {
         let waker = self.scatter.control_waker().clone();
+        let mut path = TcpPath::new();
         while !ended() {
+            let now = Instant::now();
+            let reading = LinkReading::from(path.refresh(&self.channel, now));
+            self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
             self.read()?;
             self.announce()?;
             self.tell_evicted()?;

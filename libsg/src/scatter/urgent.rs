@@ -13,7 +13,7 @@ use super::shared::{Counters, Scatter};
 use crate::error::Result;
 use crate::ids::Sequence;
 use crate::limits::BATCH_PAGES_MAX;
-use crate::pace::Class;
+use crate::pace::{Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::transport::{Channel, Inbox, Outbox, TcpPath, wait};
 use crate::wire::entry::{decode_table, encode_table};
@@ -64,10 +64,21 @@ impl UrgentSink {
     /// # Errors
     /// The connection's end, or a source that gives no pages.
     pub fn run(&mut self, ended: impl Fn() -> bool) -> Result<()> {
+        let _ = crate::pace::precise_timers();
+        let link = self.scatter.pacer.add_link();
+        let result = self.serve(link, ended);
+        self.scatter.pacer.remove_link(link);
+        result
+    }
+
+    fn serve(&mut self, link: LinkId, ended: impl Fn() -> bool) -> Result<()> {
         while !ended() {
             let now = Instant::now();
             self.answer_waiting(now)?;
             self.read(now)?;
+            // What faults carry is part of the link's sum; how long it waits says nothing about bulk's queue.
+            let reading = LinkReading::from(self.path.refresh(&self.channel, now));
+            self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
             let written = self.outbox.flush(&self.channel, usize::MAX)?;
             self.scatter.pacer.charge(Class::Urgent, written as u64, now);
             Counters::add(&self.scatter.counters.wire, written);
