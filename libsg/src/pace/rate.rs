@@ -27,16 +27,17 @@ const QUEUE_DELAY: Duration = Duration::from_micros(150);
 /// delays of this order from copying alone.
 const QUEUE_DELAY_STARTUP: Duration = Duration::from_micros(600);
 
-/// How long a delay lasts, without one low reading in between, before it is a queue. While pacing, the
-/// queue of a rate that is 1 % too high grows by no more than half a millisecond in this time; on a host
-/// whose cores are all busy late readings come many in a row, but not for as long.
-const DETECT_TIME: Duration = Duration::from_millis(50);
+/// How long a delay lasts, without one low reading in between, and how many readings show it at least,
+/// before it is a queue. Where one is to be expected: unpaced, or while probing.
+const DETECT: (Duration, u32) = (Duration::from_millis(8), 3);
 
-/// Readings that show it, at least.
-const DETECT_READINGS: u32 = 6;
+/// The same at cruising speed. The queue of a rate that is 1 % too high grows by no more than half a
+/// millisecond in this time; on a host whose cores are all busy, late readings come many in a row, but not
+/// for as long, and each one that is believed would cost 1.5 % of the rate.
+const DETECT_CRUISING: (Duration, u32) = (Duration::from_millis(50), 6);
 
-/// The same for the unpaced start, which only windows bound: there is always a queue if there is a bottleneck.
-const DETECT_STARTUP: (Duration, u32) = (Duration::from_millis(8), 3);
+/// A delay of more than this is believed soon, cruising or not: somebody else took a share of the link.
+const DELAY_EXCESSIVE: Duration = Duration::from_millis(3);
 
 /// How long a queue is kept to measure by: with acknowledgements in lumps of 64 KiB, 1 % at 1 Gb/s.
 const MEASURE_TIME: Duration = Duration::from_millis(40);
@@ -86,6 +87,12 @@ const REPEAT_TIME: Duration = Duration::from_millis(1_500);
 
 /// What is left of the estimate at least when that happens: a stalled core looks like a slow link too.
 const FALL_SHARE_MIN: f64 = 0.8;
+
+/// Share of what was sent that counts as all of it: acknowledgements come in lumps.
+const ALL_DELIVERED: f64 = 0.99;
+
+/// What is left of the rate when a queue stands again and again although all is delivered.
+const STEP_BACK: f64 = 0.998;
 
 /// A queue with more than one in so many readings limited by the sender is not measured by.
 const LIMITED_PARTS: u32 = 5;
@@ -392,6 +399,13 @@ impl RateFinder {
         if queue.paced.is_some() && queue.limited * LIMITED_PARTS > queue.readings {
             return;
         }
+        // All that was sent was delivered: either the rate is right to within what can be measured, or the
+        // queue was none (a busy host sees acknowledgements late). Neither is a reason to fall by a margin.
+        if let Some(paced) = queue.paced.filter(|paced| queue.cruising && rate >= *paced * ALL_DELIVERED) {
+            let kept = paced / CRUISE_SHARE;
+            self.add_estimate(if again { kept * STEP_BACK } else { kept });
+            return;
+        }
         if again {
             rate = rate.max(self.estimate().unwrap_or(0.0) * FALL_SHARE_MIN);
             // What the earlier of the two queues said is kept: both must be low, not one stalled core.
@@ -446,10 +460,8 @@ impl RateFinder {
 
     fn queue_stands(&self) -> bool {
         self.queue.is_some_and(|queue| {
-            let (time, readings) = match self.rate {
-                Some(_) => (DETECT_TIME, DETECT_READINGS),
-                None => DETECT_STARTUP,
-            };
+            let patient = queue.cruising && queue.delay < DELAY_EXCESSIVE;
+            let (time, readings) = if patient { DETECT_CRUISING } else { DETECT };
             queue.readings >= readings && queue.time() >= time + self.base_rtt
         })
     }
