@@ -67,6 +67,7 @@ fn the_index_is_enough_when_the_source_is_gone() {
     assert_eq!(report.status, Status::Ok);
     scene.check(|page| page >= 4990, |_| false);
     assert!(scene.seen.has(|event| matches!(event, Event::NodeLost { .. })));
+    scene.incoming.wait_dissolved(LONG).unwrap();
     scene.nothing_staged();
 }
 

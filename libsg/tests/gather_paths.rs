@@ -24,6 +24,8 @@ fn finish(scene: &Scene, mut source: Source) -> libsg::report::DestinationReport
     assert_eq!(report.pages.total, Some(scene.manifest.pages().into()));
     assert!(scene.seen.has(|event| *event == Event::Gathered));
     assert_eq!(scene.incoming.progress().phase, ArrivalPhase::Gathered);
+    scene.incoming.wait_dissolved(LONG).unwrap();
+    assert!(scene.seen.has(|event| *event == Event::Dissolved));
     report
 }
 
@@ -64,7 +66,6 @@ fn announced_only_and_dissolved() {
     assert_eq!(report.pages.staged, Some(2936));
     assert_eq!(report.bytes.gathered, Some(2936 * 4096));
     assert_eq!(report.intermediaries.len(), 3);
-    assert!(scene.seen.has(|event| *event == Event::Dissolved));
     scene.nothing_staged();
 }
 

@@ -85,6 +85,7 @@ fn migrate(plan: Plan, mode: Mode) {
     if limited {
         assert!(report.pages.staged > Some(0), "{report:?}");
     }
+    scene.incoming.wait_dissolved(LONG).unwrap();
     scene.nothing_staged();
 }
 

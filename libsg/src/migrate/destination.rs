@@ -194,6 +194,7 @@ struct Stage {
     last: Option<ArrivalProgress>,
     running: Option<Result<(), Told>>,
     gathered: Option<Result<Box<DestinationReport>, Told>>,
+    dissolved: Option<Result<(), Told>>,
 }
 
 /// What the handle and the conductor share.
@@ -298,20 +299,32 @@ impl Incoming {
         }
     }
 
-    /// Waits until every page is here and the intermediaries have their memory back. The report's status says
-    /// whether pages were lost on the way.
+    /// Waits until every page is here. The report's status says whether pages were lost on the way.
     ///
     /// # Errors
     /// Why that never will be; [`ErrorKind::Poisoned`] when a thread panicked; [`ErrorKind::Timeout`].
     pub fn wait_gathered(&self, timeout: Duration) -> Result<DestinationReport> {
-        let Some(gathered) = self.desk.wait(timeout, |stage| stage.gathered.clone()) else {
-            return Err(Error::new(ErrorKind::Timeout, "not every page is here yet"));
+        match self.desk.wait(timeout, |stage| stage.gathered.clone()) {
+            Some(gathered) => gathered.map(|report| *report).map_err(Error::from),
+            None => Err(Error::new(ErrorKind::Timeout, "not every page is here yet")),
+        }
+    }
+
+    /// Waits until the intermediaries have their memory back and every thread has ended. A process that ends
+    /// after it has gathered waits for this first.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unreachable`] naming the intermediaries that could not be told; why the VM was never
+    /// gathered; [`ErrorKind::Timeout`].
+    pub fn wait_dissolved(&self, timeout: Duration) -> Result<()> {
+        let Some(dissolved) = self.desk.wait(timeout, |stage| stage.dissolved.clone()) else {
+            return Err(Error::new(ErrorKind::Timeout, "the intermediaries are not all told yet"));
         };
         if let Some(thread) = self.thread.lock().take() {
             // It catches its own panics: the result is in the stage.
             let _ = thread.join();
         }
-        gathered.map(|report| *report).map_err(Error::from)
+        dissolved.map_err(Error::from)
     }
 }
 

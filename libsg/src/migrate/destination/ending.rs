@@ -32,6 +32,12 @@ impl Conductor {
         self.report_lost()?;
         self.tell_progress();
         let counts = shared.counts();
+        let report = self.report(&shared, held_at);
+        self.phase = ArrivalPhase::Gathered;
+        // Whoever hears of the event may ask for the report at once.
+        self.desk.change(|stage| {
+            (stage.phase, stage.gathered) = (ArrivalPhase::Gathered, Some(Ok(Box::new(report))));
+        });
         if counts.lost == 0 {
             self.tell(&Event::Gathered);
             self.say(&Talk::Gathered);
@@ -40,19 +46,18 @@ impl Conductor {
             self.say(&Talk::Failed { reason: reason.clone() });
             self.tell(&Event::Failed { message: reason });
         }
-        self.desk.change(|stage| stage.phase = ArrivalPhase::Gathered);
-        self.hear_last_word(held_at)?;
-        self.dissolve(&shared)?;
-        let report = self.report(&shared, held_at);
+        let gave_back = self.hear_last_word(held_at).and_then(|()| self.dissolve(&shared));
+        if let Err(error) = &gave_back {
+            tracing::warn!(error = error.chain(), "the volume could not be dissolved everywhere");
+        }
         if let Some(gather) = self.gather.take() {
             gather.stop();
         }
-        self.phase = ArrivalPhase::Gathered;
         let last = progress_of(ArrivalPhase::Gathered, &shared);
         self.desk.change(|stage| {
             // The books are of no further use.
             (stage.gather, stage.last) = (None, Some(last));
-            stage.gathered = Some(Ok(Box::new(report)));
+            stage.dissolved = Some(gave_back.map_err(|error| Told::from(&error)));
         });
         Ok(())
     }
@@ -79,11 +84,20 @@ impl Conductor {
             self.listener.waker().drain();
             let members = shared.members();
             let answers: Vec<_> = members.iter().map(|desk| *desk.state.lock()).collect();
-            if answers.iter().all(|state| state.dissolved.is_some()) || Instant::now() >= deadline {
-                if answers.iter().all(|state| state.gone || state.dissolved == Some(true)) {
+            let ended = answers.iter().all(|state| state.dissolved.is_some());
+            if ended || Instant::now() >= deadline || shared.failure().is_some() {
+                let left: Vec<String> = members
+                    .iter()
+                    .zip(&answers)
+                    .filter(|(_, state)| !state.gone && state.dissolved != Some(true))
+                    .map(|(desk, _)| desk.member.node.to_string())
+                    .collect();
+                if left.is_empty() {
                     self.tell(&Event::Dissolved);
+                    return Ok(());
                 }
-                return Ok(());
+                let message = format!("{} may still hold pages of the volume: sg dissolve", left.join(", "));
+                return Err(Error::new(ErrorKind::Unreachable, message));
             }
             self.rest()?;
             self.hear_control()?;
@@ -174,7 +188,8 @@ impl Conductor {
             stage.phase = ArrivalPhase::Failed;
             stage.gather = None;
             stage.running.get_or_insert_with(|| Err(told.clone()));
-            stage.gathered.get_or_insert(Err(told));
+            stage.gathered.get_or_insert(Err(told.clone()));
+            stage.dissolved.get_or_insert(Err(told));
         });
         self.linger();
     }
