@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::scatter::session::{Destination, Session, serve_while};
+use crate::scatter::shared::panicked;
 use crate::scatter::{Scatter, UrgentSink};
 use crate::transport::{Conversation, wait};
 use crate::vmd::{Class, Link, Reply, Request, Ticket};
@@ -209,6 +210,9 @@ impl Handover<'_> {
     fn expect(&self, control: &mut Conversation, wanted: &Talk, deadline: Instant) -> Result<()> {
         loop {
             self.control.check_cancelled()?;
+            if self.scatter.is_poisoned() {
+                return Err(panicked("sg-scatter-urgent"));
+            }
             match control.recv_talk(deadline.min(Instant::now() + LOOK)) {
                 Ok(talk) if talk == *wanted => return Ok(()),
                 Ok(Talk::Abort { reason } | Talk::Failed { reason }) => {
@@ -253,7 +257,16 @@ impl Handover<'_> {
         let ran = run.and_then(|()| {
             serve_while(self.scatter, &mut session, |control| {
                 loop {
-                    match control.recv_talk(deadline)? {
+                    if self.scatter.is_poisoned() {
+                        return Err(panicked("sg-scatter-urgent"));
+                    }
+                    let talk = match control.recv_talk(deadline.min(Instant::now() + LOOK)) {
+                        Err(error) if error.kind == ErrorKind::Timeout && Instant::now() < deadline => {
+                            continue;
+                        }
+                        talk => talk?,
+                    };
+                    match talk {
                         Talk::Running => return Ok(()),
                         Talk::Progress { .. } => {}
                         Talk::Failed { reason } => return Err(Error::new(ErrorKind::Vm, reason)),
@@ -275,6 +288,8 @@ impl Handover<'_> {
                 let message =
                     format!("after COMMIT, destination {}: {}", self.destination.address, error.chain());
                 (self.options.observer)(&Event::NodeLost { message });
+                // Faults that were answered on the connection that broke will not be acknowledged.
+                self.scatter.destination_lost();
                 (None, None)
             }
         }

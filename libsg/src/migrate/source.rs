@@ -3,8 +3,9 @@
 //! [`start`] returns an [`Outgoing`] at once; a thread of its own (`sg-source`) does the rest.
 
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -117,6 +118,8 @@ pub(super) struct Control {
     started: Instant,
     state: Mutex<State>,
     changed: Condvar,
+    /// As it was last set, whether anything is sent yet or not.
+    limit_bytes_per_s: AtomicU64,
     cancelled: AtomicBool,
     left: AtomicBool,
     paused: AtomicBool,
@@ -143,6 +146,7 @@ pub fn start(
         started: Instant::now(),
         state: Mutex::new(State::default()),
         changed: Condvar::new(),
+        limit_bytes_per_s: options.scatter_limit_bytes_per_s.into(),
         cancelled: false.into(),
         left: false.into(),
         paused: false.into(),
@@ -227,7 +231,9 @@ impl Outgoing {
 
     /// Bounds what direct path and intermediaries together send, from now on; 0 takes the bound away.
     pub fn set_scatter_limit(&self, bytes_per_s: u64) {
-        if let Some(scatter) = &self.control.state.lock().scatter {
+        let state = self.control.state.lock();
+        self.control.limit_bytes_per_s.store(bytes_per_s, Ordering::Relaxed);
+        if let Some(scatter) = &state.scatter {
             scatter.pacer.set_limit(bytes_per_s, Instant::now());
             scatter.wake_all();
         }
@@ -236,9 +242,13 @@ impl Outgoing {
     /// Calls it off. The VM runs on here.
     ///
     /// # Errors
-    /// [`ErrorKind::Volume`] after COMMIT: the VM is the destination's, and there is no way back.
+    /// [`ErrorKind::Volume`] after COMMIT: the VM is the destination's, and there is no way back; or when the
+    /// migration has ended already.
     pub fn cancel(&self) -> Result<()> {
         let state = self.control.state.lock();
+        if state.phase == Phase::Ended {
+            return Err(Error::new(ErrorKind::Volume, "the migration has ended: there is nothing to cancel"));
+        }
         if state.phase != Phase::Connecting {
             let message = "COMMIT was given: the VM runs at the destination and cannot come back this way";
             return Err(Error::new(ErrorKind::Volume, message));
@@ -371,7 +381,12 @@ impl Manager {
             self.options.observer.clone(),
         )?);
         let mut members: Members = links.into_iter().map(Some).collect();
-        self.control.state.lock().scatter = Some(scatter.clone());
+        {
+            let mut state = self.control.state.lock();
+            let limit = self.control.limit_bytes_per_s.load(Ordering::Relaxed);
+            scatter.pacer.set_limit(limit, Instant::now());
+            state.scatter = Some(scatter.clone());
+        }
         let handover = Handover {
             control: &self.control,
             options: &self.options,
@@ -380,7 +395,9 @@ impl Manager {
             scatter: &scatter,
             started: self.control.started,
         };
-        let (session, paused_at) = match handover.until_ready(&mut *self.vm, &mut members) {
+        // Before COMMIT nothing may leave the VM paused, not even a source of pages that panics.
+        let ready = catch_unwind(AssertUnwindSafe(|| handover.until_ready(&mut *self.vm, &mut members)));
+        let (session, paused_at) = match ready.unwrap_or_else(|_| Err(panicked("sg-source"))) {
             Ok(ready) => ready,
             Err(error) => return Err(handover.give_up(&mut *self.vm, &mut members, error)),
         };
@@ -444,7 +461,8 @@ impl Manager {
             for (name, thread) in threads {
                 thread.join().map_err(|_| panicked(&name))?;
             }
-            keeper.join().map_err(|_| panicked(name))?
+            keeper.join().map_err(|_| panicked(name))??;
+            if scatter.is_poisoned() { Err(panicked("a worker")) } else { Ok(()) }
         })
     }
 

@@ -100,6 +100,12 @@ impl IndexRouter {
         self.rerouted.load(Ordering::Relaxed) || self.turn(page, 0) == Some(member)
     }
 
+    /// Whether some member answers, as far as is known.
+    #[must_use]
+    pub fn anyone_answers(&self) -> bool {
+        self.posts.iter().any(|post| post.state.load(Ordering::Relaxed) == ALIVE)
+    }
+
     /// Members that are not dead.
     #[must_use]
     pub fn alive(&self) -> usize {

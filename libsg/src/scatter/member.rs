@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::load::Loaded;
 use super::planner::{BatchId, Sink, Work, zero_entries};
-use super::shared::{Counters, Scatter};
+use super::shared::{Counters, PoisonsOnPanic, Scatter};
 use super::window::{AckTime, Window};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, MemberIndex};
 use crate::limits::INDEX_ENTRIES_MAX;
 use crate::pace::{Acquire, Class, LinkReading};
@@ -31,24 +31,16 @@ const INDEX_EVERY: Duration = Duration::from_millis(5);
 
 enum What {
     Put(BatchId, Vec<(PageIndex, Checksum)>),
-    Index(Vec<IndexEntry>),
+    Index(Vec<IndexEntry>, Rerouted),
 }
+
+/// Whether entries that are not acknowledged in time went another way already.
+type Rerouted = bool;
 
 struct Asked {
     ticket: Ticket,
     what: What,
     at: Instant,
-}
-
-/// Tells everybody when the thread panics.
-struct PoisonsOnPanic(Arc<Scatter>);
-
-impl Drop for PoisonsOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.poison();
-        }
-    }
 }
 
 /// The sink of one intermediary.
@@ -107,7 +99,7 @@ impl MemberSink {
     fn step(&mut self, pacer_link: crate::pace::LinkId) -> Result<()> {
         let now = Instant::now();
         let again = self.move_bytes(now)?;
-        self.reap(now);
+        self.reap(now)?;
         self.put_index(now)?;
         self.pull(now)?;
         self.look_for_late_entries(now);
@@ -152,7 +144,7 @@ impl MemberSink {
         }
     }
 
-    fn reap(&mut self, now: Instant) {
+    fn reap(&mut self, now: Instant) -> Result<()> {
         let mut any = false;
         while let Some(completion) = self.link.completion() {
             let Some(at) = self.asked.iter().position(|asked| asked.ticket == completion.ticket) else {
@@ -181,24 +173,27 @@ impl MemberSink {
                     pages.clear();
                     self.spare_pages.push(pages);
                 }
-                (What::Put(batch, pages), failed) => {
-                    if failed.is_err_and(|error| error.kind == ErrorKind::Full) {
-                        self.full_until = Some(now + FULL_PAUSE);
-                    }
+                (What::Put(batch, pages), refused) => {
+                    self.full_until = Some(now + FULL_PAUSE);
                     self.scatter.planner.lock().failed(batch);
                     self.spare_pages.push(pages);
+                    // One that has the volume no more has lost what it had of it.
+                    refused.map(|_| ()).or_else(only_full)?;
                 }
-                (What::Index(mut entries), Ok(_)) => {
+                (What::Index(mut entries, _), Ok(_)) => {
                     self.scatter.planner.lock().indexed(&entries);
                     self.scatter.index.answered(self.member);
                     entries.clear();
                     self.spare_entries.push(entries);
                 }
-                (What::Index(entries), Err(_)) => {
-                    // Refused as a whole (fenced, dissolved, full): the next in rotation gets them.
+                (What::Index(entries, rerouted), Err(error)) => {
+                    self.full_until = Some(now + FULL_PAUSE);
                     let mut waiting = self.scatter.index.suspect(self.member);
-                    waiting.extend_from_slice(&entries);
-                    self.scatter.route(&waiting);
+                    if !rerouted {
+                        waiting.extend_from_slice(&entries);
+                    }
+                    self.scatter.reroute(&waiting);
+                    only_full(error)?;
                 }
             }
         }
@@ -208,6 +203,7 @@ impl MemberSink {
         if any {
             self.scatter.check_progress();
         }
+        Ok(())
     }
 
     /// Slots that another way made unnecessary are given back; whether that succeeds matters to nobody.
@@ -229,32 +225,41 @@ impl MemberSink {
         }
         self.index_sent = now;
         let ticket = self.link.submit(Request::PutIndex(&entries))?;
-        self.asked.push_back(Asked { ticket, what: What::Index(entries), at: now });
+        self.asked.push_back(Asked { ticket, what: What::Index(entries, false), at: now });
         Ok(())
     }
 
-    /// Entries that this member does not acknowledge go to the next in rotation as well.
+    /// Entries that this member does not acknowledge go to the next in rotation as well, once.
     fn look_for_late_entries(&mut self, now: Instant) {
-        let late = self.ack_time.late() * 2;
+        let late = self.silence();
         let mut waiting = Vec::new();
         for asked in &mut self.asked {
-            if let What::Index(entries) = &asked.what
+            if let What::Index(entries, rerouted @ false) = &mut asked.what
                 && now.saturating_duration_since(asked.at) > late
-                && self.scatter.index.alive() > 1
             {
                 waiting.extend_from_slice(entries);
-                asked.at = now;
+                *rerouted = true;
             }
         }
         if !waiting.is_empty() {
             waiting.extend(self.scatter.index.suspect(self.member));
-            self.scatter.route(&waiting);
+            self.scatter.reroute(&waiting);
         }
+    }
+
+    /// After how long without an answer this member is not relied on.
+    fn silence(&self) -> Duration {
+        self.ack_time.late() * 2
+    }
+
+    fn is_silent(&self, now: Instant) -> bool {
+        self.asked.iter().any(|asked| now.saturating_duration_since(asked.at) > self.silence())
     }
 
     /// Takes batches while there is room for them.
     fn pull(&mut self, now: Instant) -> Result<()> {
-        if self.full_until.is_some_and(|until| now < until) || self.scatter.index.is_behind() {
+        let full = self.full_until.is_some_and(|until| now < until);
+        if full || self.scatter.index.is_behind() || self.is_silent(now) {
             return Ok(());
         }
         let batch_bytes = crate::limits::BATCH_PAGES * PAGE_BYTES;
@@ -304,4 +309,9 @@ impl MemberSink {
         self.asked.push_back(Asked { ticket, what: What::Put(id, pages), at: now });
         Ok(())
     }
+}
+
+/// No room is no failure.
+fn only_full(error: Error) -> Result<()> {
+    if error.kind == ErrorKind::Full { Ok(()) } else { Err(error) }
 }

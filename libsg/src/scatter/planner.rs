@@ -228,32 +228,46 @@ impl Planner {
         id
     }
 
-    /// The oldest batch of another sink that is late.
+    /// The oldest batch of another sink that is late, and of which this sink has nothing yet.
     fn hedge(&mut self, sink: Sink, now: Instant, hedge_after: Duration) -> Option<Work> {
         let late = |flight: &InFlight| {
             flight.sink != sink
                 && flight.hedges < HEDGES_MAX
                 && now.saturating_duration_since(flight.since) >= hedge_after
         };
-        let flight =
-            self.in_flight.iter_mut().filter(|flight| late(flight)).min_by_key(|flight| flight.since)?;
-        flight.hedges += 1;
-        let cargo = flight.batch;
-        match cargo {
-            Cargo::Zeros(range) => Some(Work::Zeros(self.launch(sink, Cargo::Zeros(range), now), range)),
-            Cargo::Pages(mut batch) => {
-                for page in batch.iter() {
-                    if self.table.state(page) != PageState::Sending {
-                        batch.remove(page);
+        let mut candidates: Vec<usize> =
+            (0..self.in_flight.len()).filter(|at| late(&self.in_flight[*at])).collect();
+        candidates.sort_unstable_by_key(|at| self.in_flight[*at].since);
+        for at in candidates {
+            match self.in_flight[at].batch {
+                Cargo::Zeros(range) => {
+                    if range.iter().any(|page| self.table.state(page) == PageState::ZeroTold) {
+                        self.in_flight[at].hedges += 1;
+                        return Some(Work::Zeros(self.launch(sink, Cargo::Zeros(range), now), range));
                     }
                 }
-                if batch.is_empty() {
-                    return None;
+                Cargo::Pages(batch) => {
+                    let batch = self.worth_hedging(batch, sink);
+                    if !batch.is_empty() {
+                        self.in_flight[at].hedges += 1;
+                        self.tally.hedged += u64::from(batch.pages());
+                        return Some(Work::Pages(self.launch(sink, Cargo::Pages(batch), now), batch));
+                    }
                 }
-                self.tally.hedged += u64::from(batch.pages());
-                Some(Work::Pages(self.launch(sink, Cargo::Pages(batch), now), batch))
             }
         }
+        None
+    }
+
+    /// What of a batch is still on its way, and not on this sink's.
+    fn worth_hedging(&self, mut batch: Batch, sink: Sink) -> Batch {
+        for page in batch.iter() {
+            let here = |flight: &InFlight| flight.sink == sink && flight.batch.contains(page);
+            if self.table.state(page) != PageState::Sending || self.in_flight.iter().any(here) {
+                batch.remove(page);
+            }
+        }
+        batch
     }
 
     /// The guest waits for a page that it asked of the source. Whatever became of it, the source
@@ -353,11 +367,35 @@ impl Planner {
         }
     }
 
+    /// No index server takes these entries: their pages go another way, to the destination for one.
+    pub fn not_indexed(&mut self, entries: &[IndexEntry]) {
+        for entry in entries {
+            for page in entry.range().iter() {
+                match (self.table.state(page), entry.placement) {
+                    (PageState::Stored, Some(at))
+                        if self.table.placement(page).is_some_and(|(now, _)| now == at) =>
+                    {
+                        self.table.set(page, PageState::Unsent);
+                        self.tally.staged -= 1;
+                        self.tally.resent += 1;
+                    }
+                    (PageState::ZeroTold, None) => self.table.set(page, PageState::Absent),
+                    _ => continue,
+                }
+                self.cursor = self.cursor.min(page);
+            }
+        }
+    }
+
     /// The destination acknowledged a direct or urgent batch, without these pages.
     pub fn installed(&mut self, id: BatchId, failed: &[PageIndex]) {
         let Some(flight) = self.land(id) else { return };
         match flight.batch {
-            Cargo::Zeros(range) => range.iter().for_each(|page| self.table.set(page, PageState::Installed)),
+            Cargo::Zeros(range) => {
+                for page in range.iter().filter(|page| !failed.contains(page)) {
+                    self.table.set(page, PageState::Installed);
+                }
+            }
             Cargo::Pages(batch) => {
                 let before = self.tally.direct;
                 for page in batch.iter().filter(|page| !failed.contains(page)) {
@@ -514,6 +552,10 @@ impl Planner {
                         self.table.set(page, PageState::Unsent);
                         self.tally.resent += 1;
                         self.cursor = self.cursor.min(page);
+                    } else if self.table.state(page) == PageState::Sending {
+                        // One way less: the others may be doubled again.
+                        let others = self.in_flight.iter_mut().filter(|f| f.batch.contains(page));
+                        others.for_each(|f| f.hedges = 0);
                     }
                 }
             }

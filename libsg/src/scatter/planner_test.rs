@@ -222,3 +222,59 @@ fn finish(planner: &mut Planner, open: Vec<(Sink, Work)>, unindexed: Vec<IndexEn
         planner.installed(id, &[]);
     }
 }
+
+#[test]
+fn entries_that_no_index_takes_leave_their_pages_unsafe_and_sent_again() {
+    let now = Instant::now();
+    let mut planner = Planner::new(&manifest(64, 0), true);
+    planner.available(PageRange::new(PageIndex(0), 32));
+    planner.absent(PageRange::new(PageIndex(32), 32));
+    let Some(Work::Pages(id, batch)) = planner.next(member(0), now, HEDGE_AFTER) else { panic!("pages") };
+    let (mut entries, mut losers) = (Vec::new(), Vec::new());
+    let answer: Vec<_> = batch.iter().map(|page| (page, Checksum(1), Some(place(0, page.0)))).collect();
+    planner.stored(id, answer, &mut entries, &mut losers);
+    let Some(Work::Zeros(id, zeros)) = planner.next(member(0), now, HEDGE_AFTER) else { panic!("zeros") };
+    planner.zeros_told(id);
+    entries.extend(zero_entries(zeros, planner.round()));
+    planner.not_indexed(&entries);
+    assert_eq!(planner.tally().staged, 0);
+    // The destination gets them instead.
+    while let Some(Work::Pages(id, _) | Work::Zeros(id, _)) = planner.next(Sink::Direct, now, HEDGE_AFTER) {
+        planner.installed(id, &[]);
+    }
+    assert!(planner.is_done());
+    // The index server comes round: what it says is of no interest any more.
+    planner.indexed(&entries);
+    assert!(planner.is_done());
+}
+
+#[test]
+fn a_late_batch_is_doubled_by_others_only_and_again_when_they_fail() {
+    let (start, late) = (Instant::now(), Instant::now() + 2 * HEDGE_AFTER);
+    let mut planner = Planner::new(&manifest(64, 0), true);
+    planner.available(all(&planner));
+    assert!(planner.next(Sink::Direct, start, HEDGE_AFTER).is_some());
+    assert_eq!(planner.next(Sink::Direct, late, HEDGE_AFTER), None, "it has it already");
+    for _ in 0..5 {
+        let Some(Work::Pages(id, _)) = planner.next(member(0), late, HEDGE_AFTER) else { panic!("a hedge") };
+        assert_eq!(planner.next(member(0), late + 2 * HEDGE_AFTER, HEDGE_AFTER), None, "it has it already");
+        planner.failed(id);
+    }
+    let Some(Work::Pages(id, batch)) = planner.next(member(1), late, HEDGE_AFTER) else { panic!("a hedge") };
+    store(&mut planner, 1, id, batch);
+    assert!(planner.is_done());
+}
+
+#[test]
+fn a_late_batch_without_anything_left_to_send_hides_none_behind_it() {
+    let (start, late) = (Instant::now(), Instant::now() + 2 * HEDGE_AFTER);
+    let mut planner = Planner::new(&manifest(128, 0), true);
+    planner.available(all(&planner));
+    let Some(Work::Pages(id, batch)) = planner.next(member(0), start, HEDGE_AFTER) else { panic!("pages") };
+    store(&mut planner, 0, id, batch);
+    for page in 0..40 {
+        planner.fault(PageIndex(page), start);
+    }
+    assert!(planner.next(Sink::Direct, start, HEDGE_AFTER).is_some());
+    assert!(planner.next(member(0), late, HEDGE_AFTER).is_some(), "what is still on its way");
+}

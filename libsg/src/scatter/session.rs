@@ -9,7 +9,7 @@ use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use super::direct::{DirectSink, unexpected};
-use super::shared::{Counters, Scatter, panicked};
+use super::shared::{Counters, PoisonsOnPanic, Scatter, panicked};
 use super::urgent::UrgentSink;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Epoch, VolumeId};
@@ -82,7 +82,10 @@ pub fn serve_while<T>(
         let over = &over;
         let ended = move || over.load(Ordering::Acquire) || scatter.stopping();
         let thread = std::thread::Builder::new().name("sg-scatter-urgent".into());
-        let thread = thread.spawn_scoped(scope, move || urgent.run(ended))?;
+        let thread = thread.spawn_scoped(scope, move || {
+            let _poisons = PoisonsOnPanic(scatter.clone());
+            urgent.run(ended)
+        })?;
         let result = talk(control);
         over.store(true, Ordering::Release);
         scatter.urgent_waker().wake();

@@ -206,6 +206,17 @@ impl Scatter {
         }
     }
 
+    /// Entries that an index server did not take go to another; where nobody answers, their pages go
+    /// another way. They are never passed around: that would have no end, and no bound.
+    pub fn reroute(&self, entries: &[IndexEntry]) {
+        if self.index.anyone_answers() {
+            self.route(entries);
+        } else {
+            self.planner.lock().not_indexed(entries);
+            self.wake_all();
+        }
+    }
+
     /// Queues entries to be announced to the destination.
     pub fn announce(&self, entries: &[IndexEntry]) {
         let mut waiting = self.announcements.lock();
@@ -286,6 +297,17 @@ impl Scatter {
             self.done_changed.wait_for(&mut done, timeout);
         }
         *done
+    }
+}
+
+/// Held by a worker: tells everybody when it panics.
+pub struct PoisonsOnPanic(pub Arc<Scatter>);
+
+impl Drop for PoisonsOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.poison();
+        }
     }
 }
 
