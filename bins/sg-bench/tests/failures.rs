@@ -1,0 +1,318 @@
+//! What may fail in a migration, with real processes: nothing is lost, nothing hangs, no page is wrong.
+//!
+//! Rates are low so that things can be made to happen in the middle: the destination takes 100 Mb/s in the
+//! background, each intermediary 200 Mb/s. No test asserts how long something takes.
+
+mod world;
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::json;
+use world::proxy::Proxy;
+use world::{Vmm, World};
+
+/// Two intermediaries, a VM of 32 MiB, and a destination for it.
+fn usual() -> (World, Vmm, Vmm) {
+    let world = World::new(2, &["--limit-in", "200mbit"]);
+    let source = world.vm("source", "");
+    let destination = world.incoming("destination", "--gather-limit 100mbit");
+    (world, source, destination)
+}
+
+/// Arrived, and the source is told so.
+fn ends_well(source: &Vmm, destination: &Vmm) {
+    source.process.wait("evicted");
+    destination.arrived(32);
+    source.quit(0);
+    destination.quit(0);
+}
+
+#[test]
+fn an_intermediary_is_killed_while_the_source_has_the_vm() {
+    let (world, source, destination) = usual();
+    source.leave(destination.address, &world.members());
+    source.process.wait_percent("scattered", 30);
+    world.intermediaries[0].process.kill();
+    ends_well(&source, &destination);
+    assert!(source.process.has_told("node-lost", "i1"));
+}
+
+#[test]
+fn all_intermediaries_are_killed() {
+    let (world, source, destination) = usual();
+    source.leave(destination.address, &world.members());
+    source.process.wait_percent("scattered", 20);
+    world.intermediaries[0].process.kill();
+    source.process.wait_percent("scattered", 40);
+    world.intermediaries[1].process.kill();
+    ends_well(&source, &destination);
+    assert!(source.process.has_told("warning", "no intermediary is left"));
+}
+
+#[test]
+fn an_intermediary_is_stopped() {
+    let (world, source, destination) = usual();
+    source.leave(destination.address, &world.members());
+    source.process.wait_percent("scattered", 30);
+    world.intermediaries[0].process.signal(Signal::STOP);
+    source.process.wait("evicted");
+    ends_well(&source, &destination);
+}
+
+#[test]
+fn the_only_intermediary_is_cut_off() {
+    let world = World::new(1, &["--limit-in", "200mbit"]);
+    let (source, destination) =
+        (world.vm("source", ""), world.incoming("destination", "--gather-limit 100mbit"));
+    let proxy = Proxy::to(world.intermediaries[0].address);
+    source.leave(destination.address, &[proxy.address]);
+    source.process.wait_percent("scattered", 30);
+    proxy.hold();
+    source.process.wait("evicted");
+    // What lay there in vain is gathered from the source, for as long as it is there.
+    destination.arrived(32);
+}
+
+#[test]
+fn the_destination_stops_right_after_it_resumed_and_the_source_dies_when_it_has_evicted() {
+    destination_stops(|_, destination| {
+        destination.process.wait("resumed");
+    });
+}
+
+#[test]
+fn the_destination_stops_half_way_and_the_source_dies_when_it_has_evicted() {
+    destination_stops(|source, _| {
+        source.process.wait_percent("scattered", 50);
+    });
+}
+
+fn destination_stops(when: impl Fn(&Vmm, &Vmm)) {
+    let (world, source, destination) = usual();
+    source.leave(destination.address, &world.members());
+    when(&source, &destination);
+    destination.process.signal(Signal::STOP);
+    source.process.wait("evicted");
+    source.process.kill();
+    destination.process.signal(Signal::CONT);
+    destination.arrived(32);
+    destination.quit(0);
+}
+
+#[test]
+fn the_destination_dies_before_commit() {
+    before_commit(|_, destination, proxy| {
+        proxy.hold_answers();
+        destination.process.kill();
+        proxy.cut();
+    });
+}
+
+#[test]
+fn the_network_is_cut_before_commit() {
+    before_commit(|_, _, proxy| {
+        proxy.cut();
+    });
+}
+
+#[test]
+fn a_migration_is_cancelled_before_commit() {
+    before_commit(|source, destination, _| {
+        assert_eq!(source.ask(&json!({"do": "cancel"}))["ok"], true);
+        // The destination, which has said READY, hears of it and gives the VM up.
+        destination.process.wait("failed");
+        assert_eq!(destination.ask(&json!({"do": "report"}))["vm"], json!(null));
+    });
+}
+
+/// READY never reaches the source: the VM is the source's, runs on, and can leave again.
+fn before_commit(harm: impl Fn(&Vmm, &Vmm, &Proxy)) {
+    let (world, source, destination) = usual();
+    let proxy = Proxy::to(destination.address);
+    proxy.delay_answers(Duration::from_millis(400));
+    source.leave(proxy.address, &world.members());
+    destination.process.wait("ready");
+    // READY is on its way.
+    harm(&source, &destination, &proxy);
+    source.process.wait("failed");
+    assert!(!source.process.told().iter().any(|line| line["event"] == "commit"));
+    source.goes_on();
+    source.verify(32);
+    drop(destination);
+    let other = world.incoming("other", "");
+    source.leave(other.address, &world.members());
+    ends_well(&source, &other);
+}
+
+#[test]
+fn a_cancel_after_commit_is_refused() {
+    let (world, source, destination) = usual();
+    source.leave(destination.address, &world.members());
+    source.process.wait("commit");
+    for vmm in [&source, &destination] {
+        vmm.process.wait("resumed");
+        let refused = vmm.ask(&json!({"do": "cancel"}));
+        assert_eq!(refused["ok"], false);
+        assert!(
+            refused["error"]["message"].as_str().unwrap_or_default().contains("COMMIT was given"),
+            "{refused}"
+        );
+    }
+    ends_well(&source, &destination);
+}
+
+#[test]
+fn connections_are_cut_after_commit_and_made_again() {
+    for mode in ["scatter-gather", "post-copy"] {
+        let (world, source, destination) = usual();
+        let proxy = Proxy::to(destination.address);
+        source.leave_by(mode, proxy.address, &world.members());
+        source.process.wait_percent("scattered", 20);
+        proxy.cut();
+        source.process.wait("node-lost");
+        std::thread::sleep(Duration::from_millis(700));
+        proxy.pass();
+        ends_well(&source, &destination);
+        assert!(destination.process.log().contains("the source reconnected"));
+    }
+}
+
+#[test]
+fn no_intermediary_can_be_reached() {
+    let world = World::new(0, &[]);
+    let (source, destination) = (world.vm("source", ""), world.incoming("destination", ""));
+    // Nobody listens at the first; the second takes connections and says nothing.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("listens");
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
+    source.leave(destination.address, &[nobody, silent.local_addr().expect("an address")]);
+    ends_well(&source, &destination);
+    assert!(source.process.has_told("warning", "no intermediary can be reached"));
+}
+
+#[test]
+fn one_intermediary_is_full_then_all_are() {
+    for full in [1, 2] {
+        let mut world = World::new(full, &["--memory", "2M"]);
+        if full == 1 {
+            world.serve("i2", &["--limit-in", "100mbit"]);
+        }
+        let source = world.vm("source", "--zero-fraction 0.2");
+        let destination = world.incoming("destination", "--gather-limit 100mbit");
+        source.leave(destination.address, &world.members());
+        ends_well(&source, &destination);
+    }
+}
+
+#[test]
+fn two_vms_at_once() {
+    let world = World::new(2, &["--limit-in", "200mbit"]);
+    let vm = |n: u32| {
+        let source = world.vm(&format!("source{n}"), &format!("--seed {n} --name vm{n} --memory 16M"));
+        (source, world.incoming(&format!("destination{n}"), "--gather-limit 50mbit"))
+    };
+    let pairs = [vm(1), vm(2)];
+    for (source, destination) in &pairs {
+        source.leave(destination.address, &world.members());
+    }
+    for (source, destination) in &pairs {
+        source.process.wait("evicted");
+        destination.arrived(16);
+    }
+    for (source, destination) in &pairs {
+        source.quit(0);
+        destination.quit(0);
+    }
+}
+
+#[test]
+fn there_and_back() {
+    let (world, source, destination) = usual();
+    source.leave(destination.address, &world.members());
+    destination.arrived(32);
+    source.quit(0);
+    let home = world.incoming("home", "--gather-limit 100mbit");
+    destination.leave(home.address, &world.members());
+    ends_well(&destination, &home);
+}
+
+#[test]
+fn the_source_is_killed_the_moment_it_has_evicted() {
+    let times = std::env::var("SG_SOAK").ok().and_then(|n| n.parse().ok()).unwrap_or(5);
+    for seed in 0..times {
+        let world = World::new(2, &["--limit-in", "400mbit"]);
+        let source = world.vm("source", &format!("--memory 16M --zero-fraction 0.1 --seed {seed}"));
+        let destination = world.incoming("destination", "--gather-limit 100mbit");
+        source.leave(destination.address, &world.members());
+        source.process.wait("evicted");
+        source.process.kill();
+        destination.arrived(16);
+        destination.quit(0);
+    }
+}
+
+#[test]
+fn a_flipped_byte_is_a_lost_copy_and_no_page_is_wrong() {
+    let world = World::new(2, &["--limit-in", "200mbit", "--canary-flip-slot", "100"]);
+    let (source, destination) =
+        (world.vm("source", ""), world.incoming("destination", "--gather-limit 50mbit"));
+    source.leave(destination.address, &world.members());
+    ends_well(&source, &destination);
+    assert!(destination.process.has_told("warning", "lost copies"), "{}", destination.process.log());
+}
+
+#[test]
+fn a_flipped_byte_without_the_source_is_a_lost_page_and_no_page_is_wrong() {
+    let world = World::new(1, &["--limit-in", "400mbit", "--canary-flip-slot", "500"]);
+    let (source, destination) =
+        (world.vm("source", "--workload idle"), world.incoming("destination", "--gather-limit 100mbit"));
+    source.leave(destination.address, &world.members());
+    source.process.wait("evicted");
+    source.process.kill();
+    let lost = destination.process.wait("lost");
+    let pages = lost["pages"].as_array().expect("ranges").clone();
+    let count: u64 = pages.iter().map(|range| range["pages"].as_u64().expect("a number")).sum();
+    assert_eq!(count, 1, "{lost}");
+    destination.process.wait("failed");
+    let report = destination.ask(&json!({"do": "report"}));
+    assert_eq!(report["destination"]["status"]["kind"], "lost", "{report}");
+    let checked = destination.ask(&json!({"do": "verify", "by": "vmm"}));
+    assert_eq!(checked["guest"]["mismatches"], 0, "{checked}");
+    destination.quit(3);
+}
+
+#[test]
+fn a_page_spoiled_after_the_check_is_exactly_one_mismatch() {
+    let (world, source, destination) = usual();
+    source.leave(destination.address, &world.members());
+    destination.arrived(32);
+    assert_eq!(destination.ask(&json!({"do": "spoil", "page": 4000}))["ok"], true);
+    let checked = destination.ask(&json!({"do": "verify"}));
+    assert_eq!(checked["guest"]["mismatches"], 1, "{checked}");
+    destination.quit(3);
+}
+
+#[test]
+fn every_kind_of_memory_and_of_vcpu() {
+    for (what, needs) in [
+        ("--zero-fraction 0.9", None),
+        ("--backing memfd", None),
+        ("--vcpus 2", None),
+        ("--backing hugetlb", Some("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")),
+        ("--vcpu kvm --vcpus 2", Some("/dev/kvm")),
+    ] {
+        let free = |path: &str| match std::fs::read_to_string(path) {
+            Ok(text) => text.trim().parse::<u64>().is_ok_and(|pages| pages >= 32),
+            Err(_) => std::fs::File::options().read(true).write(true).open(path).is_ok(),
+        };
+        if let Some(path) = needs.filter(|path| !free(path)) {
+            eprintln!("SKIPPED: a VM with {what}: {path} offers nothing");
+            continue;
+        }
+        let world = World::new(2, &["--limit-in", "200mbit"]);
+        let source = world.vm("source", what);
+        let destination = world.incoming("destination", "--gather-limit 100mbit");
+        source.leave(destination.address, &world.members());
+        ends_well(&source, &destination);
+    }
+}
