@@ -115,18 +115,6 @@ struct Worker<'a> {
     places: Vec<IndexEntry>,
     table: Vec<u8>,
     installer: Installer,
-    /// What came by this thread's connections, for the pacer: part of the link's sum.
-    came: u64,
-    pace_link: pace::LinkId,
-}
-
-/// What a guest waited for is charged to the pacer, and counts as delivered: left out, the link would look
-/// slower than it is. How long it waited says nothing about the queue of bulk.
-fn charge(shared: &Shared, link: pace::LinkId, came: u64, bytes: usize) {
-    let now = Instant::now();
-    shared.pacer.charge(Class::Urgent, bytes as u64, now);
-    let reading = pace::LinkReading { delivered: came, ..pace::LinkReading::default() };
-    shared.pacer.report(link, reading, now);
 }
 
 /// The thread `sg-gather-fault`.
@@ -146,8 +134,6 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         places: Vec::new(),
         table: Vec::new(),
         installer: Installer::default(),
-        came: 0,
-        pace_link: shared.pacer.add_link(),
     };
     while !shared.is_stopping() {
         shared.wake_fault.drain();
@@ -437,8 +423,7 @@ impl Worker<'_> {
                     let between = &mut || read_removals(shared);
                     self.installer.pages(shared, &self.entries, bytes, between)?;
                     let gone = self.entries.iter().any(|entry| entry.encoding == Encoding::Gone);
-                    self.came += bytes.len() as u64;
-                    charge(shared, self.pace_link, self.came, bytes.len());
+                    shared.pacer.charge(Class::Urgent, bytes.len() as u64, Instant::now());
                     shared.counters.direct.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     acknowledge(&mut line.outbox, &header, &self.installer.bad, &mut self.table)?;
                     self.answered(header.sequence.0, gone);
@@ -514,8 +499,7 @@ impl Worker<'_> {
                 Ok(Reply::Pages { entries, bytes }) if is_read => {
                     let between = &mut || read_removals(shared);
                     self.installer.reads(shared, &pending.reads, entries, bytes, between)?;
-                    self.came += bytes.len() as u64;
-                    charge(shared, self.pace_link, self.came, bytes.len());
+                    shared.pacer.charge(Class::Urgent, bytes.len() as u64, now);
                     shared.counters.gathered.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     self.seats[member].desk.bytes_out.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 }
