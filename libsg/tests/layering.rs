@@ -43,9 +43,11 @@ const LINES_MAX: usize = 500;
 /// follow in two places.
 const LONGER: &[(&str, usize)] = &[
     ("gather/fault.rs", 650),   // one thread that waits for all connections at once
+    ("gather/shared.rs", 550),  // what all workers share, behind its locks
     ("gather/tracker.rs", 680), // every transition of a page
     ("migrate/destination/conductor.rs", 650), // every message of the conversation
     ("migrate/source.rs", 580), // the handle and what is behind it
+    ("pace/rate.rs", 560),      // one state machine, with a reason for each of its constants
     ("scatter/planner.rs", 600), // every transition of a batch
     ("server/slots.rs", 540),   // every transition of a slot
     ("server/store.rs", 580),   // all that takes more than one lock, in their one order
