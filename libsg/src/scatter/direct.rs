@@ -11,7 +11,7 @@ use super::shared::{Counters, Scatter};
 use super::window::AckTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Sequence;
-use crate::pace::{Acquire, Class, LinkId, LinkReading};
+use crate::pace::{self, Acquire, Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait};
 use crate::wire::entry::{decode_table, encode_table};
@@ -175,7 +175,10 @@ impl DirectSink {
             };
             let sequence = Sequence(self.next);
             self.next += 1;
-            let header = pages_header(&self.channel, sequence, &self.table, &self.path);
+            let mut header = pages_header(&self.channel, sequence, &self.table, &self.path);
+            // The queue that all paths from here share is ours: the destination can do nothing about it.
+            let beyond = pace::own_delay(self.path.info().queue_delay(), self.scatter.pacer.shared_delay());
+            header.delay_us = beyond.map(|delay| delay.as_micros().min(u128::from(u32::MAX - 1)) as u32);
             self.outbox.push_frame(header, &self.table, self.loaded.slices.drain(..))?;
             self.sent.push_back(Sent { sequence, batch, at: now });
         }
