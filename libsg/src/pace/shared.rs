@@ -15,6 +15,10 @@ use super::socket::sleep_until;
 /// Readings closer together than this are taken as one.
 const TICK_TIME: Duration = Duration::from_millis(4);
 
+/// How long a link that moved data still has a say in what all links see: one thread that came late must not
+/// make another link's own queue look like the shared one's.
+const ACTIVE_TIME: Duration = Duration::from_millis(50);
+
 /// How long a direct sender that was told to wait keeps its turn beyond the time it was given: a thread on
 /// a busy core comes back that late.
 const TURN_TIME: Duration = Duration::from_micros(700);
@@ -64,6 +68,8 @@ struct Link {
     earlier: LinkReading,
     present: LinkReading,
     started: bool,
+    /// When it last moved data.
+    active_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -275,6 +281,13 @@ impl Inner {
         }
         self.shared = aggregate(self.links.iter().flatten().map(|link| (link.earlier, link.present)));
         for link in self.links.iter_mut().flatten() {
+            if link.present.delivered > link.earlier.delivered {
+                link.active_at = Some(now);
+            } else if link.active_at.is_some_and(|at| now.saturating_duration_since(at) < ACTIVE_TIME)
+                && let (Some(least), Some(delay)) = (self.shared.queue_delay, link.present.queue_delay)
+            {
+                self.shared.queue_delay = Some(least.min(delay));
+            }
             link.earlier = link.present;
         }
         self.delivered += self.shared.moved;
