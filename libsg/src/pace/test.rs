@@ -285,7 +285,7 @@ fn a_competing_flow_is_given_way_and_its_share_taken_back() {
         sim.run(2.0);
         let seen = sim.run(3.0);
         // An open-loop flow that gives no way keeps the queue from ever being ours alone.
-        assert!(seen.used > 0.46 && seen.delay_p50 < Duration::from_micros(800), "{mbit}: {seen:?}");
+        assert!(seen.used > 0.46 && seen.delay_p50 < Duration::from_micros(1_500), "{mbit}: {seen:?}");
         sim.competing = 0.0;
         sim.run(2.5);
         let seen = sim.run(3.0);

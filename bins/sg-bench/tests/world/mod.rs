@@ -181,7 +181,7 @@ impl Process {
     pub fn log(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
         let tail: Vec<&str> = text.lines().rev().take(30).collect();
-        let events: Vec<String> = self.seen.borrow().iter().map(|line| brief(line)).collect();
+        let events: Vec<String> = self.seen.borrow().iter().map(brief).collect();
         format!(
             "\n{}\n{} told: {}\n",
             tail.into_iter().rev().collect::<Vec<_>>().join("\n"),

@@ -117,8 +117,7 @@ impl Shared {
         let mut bytes = vec![0; 64 << 10];
         let _ = from.set_nodelay(true);
         let _ = to.set_nodelay(true);
-        loop {
-            let Ok(n @ 1..) = from.read(&mut bytes) else { break };
+        while let Ok(n @ 1..) = from.read(&mut bytes) {
             if std::ptr::eq(mode(self), &self.down) {
                 std::thread::sleep(Duration::from_millis(self.delay_ms.load(Ordering::SeqCst)));
             }
