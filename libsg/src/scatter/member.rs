@@ -8,8 +8,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::load::Loaded;
-use super::planner::{BatchId, Sink, Work, zero_entries};
+use super::planner::{BatchId, Sink, Work};
 use super::shared::{Counters, PoisonsOnPanic, Scatter};
+use super::spans::zero_entries;
 use super::window::{AckTime, Window};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, MemberIndex};

@@ -17,6 +17,7 @@ mod member;
 pub mod planner;
 pub mod session;
 pub mod shared;
+mod spans;
 pub mod table;
 mod urgent;
 pub mod window;

@@ -11,9 +11,9 @@
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
+use super::spans::{Span, group, unit_of};
 use super::table::{PageState, PageTable};
 use crate::ids::{Checksum, MemberIndex, Placement, Round};
-use crate::limits::{BATCH_PAGES, INDEX_RANGE_PAGES};
 use crate::manifest::Manifest;
 use crate::page::{InstallUnit, PageIndex, PageRange};
 use crate::wire::{GetEntry, IndexEntry};
@@ -100,13 +100,6 @@ impl Cargo {
             Self::Zeros(range) => range.positions().contains(&page.as_usize()),
         }
     }
-}
-
-/// A region as the sweep sees it.
-#[derive(Clone, Copy, Debug)]
-struct Span {
-    pages: PageRange,
-    unit: InstallUnit,
 }
 
 /// The planner: the state of every page and of every batch in flight.
@@ -575,35 +568,6 @@ impl Planner {
         let span = *self.spans.get(after.checked_sub(1)?)?;
         span.pages.positions().contains(&page.as_usize()).then_some(span)
     }
-}
-
-/// The pages that are swept together with `page`: 64, or a whole install unit.
-fn group(span: Span, page: PageIndex) -> PageRange {
-    let pages = match span.unit {
-        InstallUnit::Page => BATCH_PAGES as u32,
-        unit @ InstallUnit::Huge2M => unit.pages(),
-    };
-    let first = page.0 - (page.0 - span.pages.first.0) % pages;
-    let end = span.pages.first.0 + span.pages.pages;
-    PageRange::new(PageIndex(first), pages.min(end - first))
-}
-
-fn unit_of(span: Span, page: PageIndex) -> PageRange {
-    let pages = span.unit.pages();
-    PageRange::new(PageIndex(page.0 - (page.0 - span.pages.first.0) % pages), pages)
-}
-
-/// Cuts a run of zero pages where index ranges end, so that each piece has one owner.
-pub fn zero_entries(range: PageRange, round: Round) -> impl Iterator<Item = IndexEntry> {
-    let end = range.first.0 + range.pages;
-    let mut at = range.first.0;
-    std::iter::from_fn(move || {
-        let first = at;
-        (first < end).then(|| {
-            at = end.min((first / INDEX_RANGE_PAGES + 1).saturating_mul(INDEX_RANGE_PAGES));
-            IndexEntry::zero(PageIndex(first), at - first, round)
-        })
-    })
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::super::spans::zero_entries;
 use super::*;
 use crate::ids::{Generation, SlotIndex};
 use crate::manifest::Region;
