@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Epoch, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
-use crate::page::{PAGE_BYTES_U64, PageRange};
+use crate::page::PageRange;
 use crate::report::{Intermediary, SourceReport, Status};
 use crate::scatter::session::{self, Destination, Listener, Session};
 use crate::scatter::shared::panicked;
@@ -546,8 +546,7 @@ fn report(
             ..Intermediary::default()
         })
         .collect();
-    let pages = (u64::from(total) * PAGE_BYTES_U64 / PAGE_BYTES_U64).max(1);
-    report.bookkeeping_bytes_per_page = Some(bytes as f64 / pages as f64);
+    report.bookkeeping_bytes_per_page = Some(bytes as f64 / f64::from(total.max(1)));
     report.cpu_s = usage::cpu_s();
     report.peak_rss_bytes = usage::peak_rss_bytes();
     report

@@ -2,8 +2,9 @@
 //! the ranges that an index server owns.
 
 use crate::ids::Round;
-use crate::limits::{BATCH_PAGES, INDEX_RANGE_PAGES};
+use crate::limits::BATCH_PAGES;
 use crate::page::{InstallUnit, PageIndex, PageRange};
+use crate::vmd::placement::owner_runs;
 use crate::wire::IndexEntry;
 
 /// A region as the sweep sees it.
@@ -34,13 +35,5 @@ pub(super) fn unit_of(span: Span, page: PageIndex) -> PageRange {
 
 /// Cuts a run of zero pages where index ranges end, so that each piece has one owner.
 pub fn zero_entries(range: PageRange, round: Round) -> impl Iterator<Item = IndexEntry> {
-    let end = range.first.0 + range.pages;
-    let mut at = range.first.0;
-    std::iter::from_fn(move || {
-        let first = at;
-        (first < end).then(|| {
-            at = end.min((first / INDEX_RANGE_PAGES + 1).saturating_mul(INDEX_RANGE_PAGES));
-            IndexEntry::zero(PageIndex(first), at - first, round)
-        })
-    })
+    owner_runs(range).map(move |run| IndexEntry::zero(run.first, run.pages, round))
 }
