@@ -28,6 +28,8 @@ struct Followed {
     gathered: Option<Instant>,
     failed: Option<Failure>,
     source: Option<SourceReport>,
+    /// The source's process has ended, and nothing that it told is left to be taken.
+    source_gone: bool,
     samples: Vec<Sample>,
 }
 
@@ -65,6 +67,7 @@ impl<'a> Following<'a> {
                 next_sample = Instant::now() + SAMPLE_EVERY;
                 self.sample(cluster, ui);
                 self.check_processes(cluster)?;
+                self.see_who_left(cluster, ui);
             }
             if self.start.elapsed() > limit {
                 bail!("no end after {} s", limit.as_secs());
@@ -116,13 +119,25 @@ impl<'a> Following<'a> {
             vm.failed.is_some()
                 || match self.args.until {
                     Until::Evicted => vm.evicted.is_some(),
-                    Until::Gathered => vm.gathered.is_some() && (vm.evicted.is_some() || self.kills_source()),
+                    // A source that was killed earlier than that will never tell.
+                    Until::Gathered => vm.gathered.is_some() && (vm.evicted.is_some() || vm.source_gone),
                 }
         })
     }
 
-    fn kills_source(&self) -> bool {
-        self.args.kill.iter().any(|when| when.node == Node::Source)
+    /// Notes sources that have ended, after everything that they told was taken: the last word of one that is
+    /// killed when it has evicted is its report.
+    fn see_who_left(&mut self, cluster: &Cluster, ui: &Ui) {
+        for (number, pair) in cluster.pairs.iter().enumerate() {
+            if pair.source.process.is_silent() {
+                while let Ok(occurred) = self.occurred.try_recv() {
+                    self.take(&occurred, ui);
+                }
+                if let Some(vm) = self.vms.get_mut(number) {
+                    vm.source_gone = true;
+                }
+            }
+        }
     }
 
     /// A process that ended without being told to, or killed by plan, makes the run worthless.
@@ -289,6 +304,9 @@ mod test {
         let mut following = Following::new(&gathered, Instant::now(), &receiver);
         following.take(&told(Node::Destination, "gathered", json!({})), &ui);
         assert!(!following.is_over(), "the source has not evicted yet");
+        following.vms[0].source_gone = true;
+        assert!(following.is_over(), "it never will");
+        following.vms[0].source_gone = false;
         let report = SourceReport { eviction_s: Some(2.0), ..SourceReport::default() };
         following.take(&told(Node::Source, "evicted", json!({"report": report})), &ui);
         assert!(following.is_over());

@@ -87,6 +87,11 @@ impl Process {
         self.check().is_err()
     }
 
+    /// Whether it has ended and everything that it ever printed was taken.
+    pub fn is_silent(&self) -> bool {
+        self.has_ended() && self.reader.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Waits for it to end by itself; false when it has not by then.
     pub fn wait(&self, limit: Duration) -> Result<bool> {
         let until = Instant::now() + limit;
