@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::ErrorKind;
 use crate::page::PageRange;
 
 /// What happens in a migration, as it happens. Written as lines of JSON by the tools.
@@ -52,7 +53,9 @@ pub enum Event {
     },
     /// It ended without success.
     Failed {
-        /// Why.
+        /// Why, to match on.
+        kind: ErrorKind,
+        /// Why, for people.
         message: String,
     },
 }

@@ -18,6 +18,8 @@ use crate::lab::Node;
 use crate::ui::Ui;
 
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
+/// How long a destination that was given up waits for the source to say why.
+const LAST_WORD: Duration = Duration::from_secs(2);
 /// What a verification pass goes over at least, on a busy or swapping machine.
 const VERIFY_BYTES_PER_S: u64 = 4 << 20;
 
@@ -26,11 +28,47 @@ const VERIFY_BYTES_PER_S: u64 = 4 << 20;
 struct Followed {
     evicted: Option<Instant>,
     gathered: Option<Instant>,
-    failed: Option<Failure>,
+    failed: Failures,
     source: Option<SourceReport>,
     /// The source's process has ended, and nothing that it told is left to be taken.
     source_gone: bool,
     samples: Vec<Sample>,
+}
+
+/// What each end says that it failed with, and since when one did.
+#[derive(Default)]
+struct Failures {
+    source: Option<Failure>,
+    destination: Option<Failure>,
+    since: Option<Instant>,
+}
+
+impl Failures {
+    fn note(&mut self, node: Node, failure: Failure, at: Instant) {
+        self.since.get_or_insert(at);
+        let end = if node == Node::Source { &mut self.source } else { &mut self.destination };
+        end.get_or_insert(failure);
+    }
+
+    /// Whether an end failed, and nothing that it says now would be changed by what the other may still say.
+    fn are_known(&self, now: Instant) -> bool {
+        let quoting = self.source.is_none()
+            && self.destination.as_ref().is_some_and(|failure| failure.kind == ErrorKind::Cancelled);
+        self.since.is_some_and(|since| !quoting || now.saturating_duration_since(since) > LAST_WORD)
+    }
+
+    /// What the migration failed with. What is lost is lost, whoever says so. A destination that was given up says
+    /// that it was cancelled, and the source says why; of anything else the destination knows most.
+    fn verdict(self) -> Option<Failure> {
+        match (self.source, self.destination) {
+            (Some(from), Some(to)) => {
+                let gave_up = to.kind == ErrorKind::Cancelled && from.kind != ErrorKind::Vm;
+                let source_knows = to.kind != ErrorKind::Lost && (from.kind == ErrorKind::Lost || gave_up);
+                Some(if source_knows { from } else { to })
+            }
+            (from, to) => from.or(to),
+        }
+    }
 }
 
 /// A run that goes on.
@@ -99,12 +137,12 @@ impl<'a> Following<'a> {
             "lost" => {
                 let lost = serde_json::from_value(occurred.line["pages"].clone()).unwrap_or_default();
                 let message = format!("pages were lost, {} tells", occurred.node);
-                vm.failed = Some(Failure { kind: ErrorKind::Lost, message, lost });
+                vm.failed.note(occurred.node, Failure { kind: ErrorKind::Lost, message, lost }, occurred.at);
             }
-            "failed" if vm.failed.is_none() => {
+            "failed" => {
                 let kind = serde_json::from_value(occurred.line["kind"].clone()).unwrap_or(ErrorKind::System);
                 let message = format!("{}: {message}", occurred.node);
-                vm.failed = Some(Failure { kind, message, lost: Vec::new() });
+                vm.failed.note(occurred.node, Failure { kind, message, lost: Vec::new() }, occurred.at);
             }
             "warning" | "node-lost" => {
                 let at = occurred.at.saturating_duration_since(self.start).as_secs_f64();
@@ -116,7 +154,7 @@ impl<'a> Following<'a> {
 
     fn is_over(&self) -> bool {
         self.vms.iter().all(|vm| {
-            vm.failed.is_some()
+            vm.failed.are_known(Instant::now())
                 || match self.args.until {
                     Until::Evicted => vm.evicted.is_some(),
                     // A source that was killed earlier than that will never tell.
@@ -149,7 +187,7 @@ impl<'a> Following<'a> {
             if !planned(Node::Source) && vm.evicted.is_none() {
                 pair.source.process.check()?;
             }
-            if !planned(Node::Destination) && vm.failed.is_none() {
+            if !planned(Node::Destination) && vm.failed.since.is_none() {
                 pair.destination.process.check()?;
             }
         }
@@ -261,7 +299,7 @@ fn report_of(
     let source = from.and_then(|answer| part(&answer, "source")).or(vm.source.take());
     let destination: Option<DestinationReport> = to.as_ref().and_then(|answer| part(answer, "destination"));
     let mut guest: Guest = to.as_ref().and_then(|answer| part(answer, "guest")).unwrap_or_default();
-    if until == Until::Gathered && vm.failed.is_none() {
+    if until == Until::Gathered && vm.failed.since.is_none() {
         // After the report: what verification costs the guest is not what the migration cost it.
         let limit = Duration::from_secs(60 + args.vm.memory.0 / VERIFY_BYTES_PER_S);
         let answer = pair.destination.control.request(&json!({"do": "verify"}), limit);
@@ -279,8 +317,8 @@ fn report_of(
     report.eviction_s = report.eviction_s.or(seen(vm.evicted));
     report.total_migration_s = report.total_migration_s.or(seen(vm.gathered));
     report.samples = std::mem::take(&mut vm.samples);
-    if let Some(failure) = vm.failed.take()
-        && report.status == Status::Ok
+    if let Some(failure) = std::mem::take(&mut vm.failed).verdict()
+        && !matches!(&report.status, Status::Failed(told) if !told.lost.is_empty())
     {
         report.status = Status::Failed(failure);
     }
@@ -330,9 +368,31 @@ mod test {
         let pages = json!({"pages": [{"first": 7, "pages": 2}]});
         following.take(&told(Node::Destination, "lost", pages), &Ui::new());
         assert!(following.is_over());
-        let failure = following.vms[0].failed.clone().expect("failed");
+        let failure = std::mem::take(&mut following.vms[0].failed).verdict().expect("failed");
         assert_eq!((failure.kind, failure.lost[0].pages), (ErrorKind::Lost, 2));
         assert_eq!(crate::experiment::exit_code(&Status::Failed(failure)), 3);
+    }
+
+    #[test]
+    fn who_cancels_is_told_so_by_the_exit_code() {
+        let (_sender, receiver) = unbounded();
+        let args = MigrateArgs::new();
+        let failed = |node, kind: ErrorKind| told(node, "failed", json!({"kind": kind, "message": "x"}));
+        for (from, to, code) in [
+            (ErrorKind::Cancelled, ErrorKind::Cancelled, 4),
+            (ErrorKind::Timeout, ErrorKind::Cancelled, 1),
+            (ErrorKind::Vm, ErrorKind::Cancelled, 4),
+            (ErrorKind::Vm, ErrorKind::Full, 1),
+            (ErrorKind::Cancelled, ErrorKind::Lost, 3),
+        ] {
+            let mut following = Following::new(&args, Instant::now(), &receiver);
+            following.take(&failed(Node::Destination, to), &Ui::new());
+            assert_eq!(following.is_over(), to != ErrorKind::Cancelled, "the source says why it gave up");
+            following.take(&failed(Node::Source, from), &Ui::new());
+            assert!(following.is_over());
+            let failure = std::mem::take(&mut following.vms[0].failed).verdict().expect("failed");
+            assert_eq!(crate::experiment::exit_code(&Status::Failed(failure)), code, "{from:?} and {to:?}");
+        }
     }
 
     #[test]

@@ -125,7 +125,7 @@ impl Moves {
         std::thread::Builder::new().name("sg-evicted".into()).spawn(move || {
             let event = match outgoing.wait_evicted(FOREVER) {
                 Ok(_) => Event::Evicted,
-                Err(error) => Event::Failed { message: error.chain() },
+                Err(error) => Event::Failed { kind: error.kind, message: error.chain() },
             };
             moves.tell(&event, Some(&outgoing.report()));
         })?;

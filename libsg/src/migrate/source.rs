@@ -158,7 +158,7 @@ pub fn start(
         let guard = Ends(shared.clone());
         let manager = Manager { control: shared, vm, source, manifest, options };
         if let Err(error) = manager.run() {
-            observer(&Event::Failed { message: error.chain() });
+            observer(&Event::Failed { kind: error.kind, message: error.chain() });
             guard.0.fail(&error);
         }
     })?;
@@ -399,7 +399,11 @@ impl Manager {
         let ready = catch_unwind(AssertUnwindSafe(|| handover.until_ready(&mut *self.vm, &mut members)));
         let (session, paused_at) = match ready.unwrap_or_else(|_| Err(panicked("sg-source"))) {
             Ok(ready) => ready,
-            Err(error) => return Err(handover.give_up(&mut *self.vm, &mut members, error)),
+            Err(error) => {
+                // Who called it off is told so, whatever else went wrong meanwhile.
+                let error = self.control.check_cancelled().err().unwrap_or(error);
+                return Err(handover.give_up(&mut *self.vm, &mut members, error));
+            }
         };
         if let Err(error) = self.decide() {
             return Err(handover.give_up(&mut *self.vm, &mut members, error));

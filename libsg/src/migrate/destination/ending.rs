@@ -44,7 +44,7 @@ impl Conductor {
         } else {
             let reason = format!("{} pages are lost", counts.lost);
             self.say(&Talk::Failed { reason: reason.clone() });
-            self.tell(&Event::Failed { message: reason });
+            self.tell(&Event::Failed { kind: ErrorKind::Lost, message: reason });
         }
         let gave_back = self.hear_last_word(held_at).and_then(|()| self.dissolve(&shared));
         if let Err(error) = &gave_back {
@@ -182,7 +182,7 @@ impl Conductor {
         if let Some(vm) = self.vm.as_mut().filter(|_| !committed) {
             vm.abandon();
         }
-        self.tell(&Event::Failed { message: reason });
+        self.tell(&Event::Failed { kind: error.kind, message: reason });
         let told = Told::from(error);
         self.desk.change(|stage| {
             stage.phase = ArrivalPhase::Failed;

@@ -1,0 +1,132 @@
+//! `sg-bench migrate` as others run it: its report, its events, what it does to whom, its exit codes.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
+use serde_json::Value;
+
+/// What nothing takes as long as, on a busy machine: not a measure of speed, but of a hang.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One at a time: migrations beside each other take each other's processors.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// On loopback, with threads for vCPUs, slow enough that things happen in the middle.
+const LOOPBACK: &str = "--shape off --vcpu thread --memory 16M --gather-limit 100mbit";
+
+/// One `sg-bench migrate`, with a directory for everything it makes. Ended when dropped.
+struct Bench {
+    directory: tempfile::TempDir,
+    child: Option<Child>,
+    _one: MutexGuard<'static, ()>,
+}
+
+impl Bench {
+    fn start(arguments: &str) -> Self {
+        let one = ONE.lock();
+        let directory = tempfile::tempdir().expect("directory");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sg-bench"));
+        command.arg("migrate").args(arguments.split_whitespace()).args(["--json", "-", "--events"]);
+        command.arg(directory.path().join("events")).env("TMPDIR", directory.path());
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        Self { directory, child: Some(child.expect("starts")), _one: one }
+    }
+
+    /// Its end: exit code, report, what it said.
+    fn end(&mut self) -> (Option<i32>, Value, String) {
+        let child = self.child.take().expect("not ended twice");
+        let Output { status, stdout, stderr } = child.wait_with_output().expect("ends");
+        let said = String::from_utf8_lossy(&stderr).into_owned();
+        (status.code(), serde_json::from_slice(&stdout).unwrap_or(Value::Null), said)
+    }
+
+    /// Its end, which is a good one.
+    fn ends_well(&mut self) -> (Value, String) {
+        let (code, report, said) = self.end();
+        assert_eq!((code, &report["status"]), (Some(0), &Value::from("ok")), "{said}");
+        (report, said)
+    }
+
+    /// Every event so far.
+    fn events(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.directory.path().join("events")).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    }
+
+    fn wait(&self, event: &str) {
+        let began = Instant::now();
+        while !self.events().iter().any(|line| line["event"] == event) {
+            assert!(began.elapsed() < PATIENCE, "no {event}: {:?}", self.events());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// A file of the run's own directory.
+    fn file(&self, name: &str) -> PathBuf {
+        let entries = std::fs::read_dir(self.directory.path()).expect("there").flatten();
+        let paths = entries.map(|entry| entry.path().join(name));
+        paths.into_iter().find(|path| path.exists()).expect("a run makes it")
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let pid = rustix::process::Pid::from_child(&child);
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+            let _ = child.wait();
+        }
+    }
+}
+
+fn ask(socket: &Path, request: &str) -> Value {
+    let mut stream = BufReader::new(UnixStream::connect(socket).expect("connects"));
+    writeln!(stream.get_mut(), "{request}").expect("sent");
+    let mut answer = String::new();
+    stream.read_line(&mut answer).expect("answered");
+    serde_json::from_str(&answer).expect("JSON")
+}
+
+fn is_positive(value: &Value) -> bool {
+    value.as_f64().is_some_and(|number| number > 0.0)
+}
+
+#[test]
+fn a_source_that_is_killed_when_it_has_evicted_has_told_its_report() {
+    // In post-copy both ends are through at the same moment: whoever is heard first.
+    for (mode, times) in [("post-copy", 3), ("scatter-gather", 1)] {
+        for _ in 0..times {
+            let mut bench = Bench::start(&format!("{LOOPBACK} --mode {mode} --kill source@evicted"));
+            let (report, said) = bench.ends_well();
+            for key in ["eviction_s", "downtime_s", "total_migration_s"] {
+                assert!(is_positive(&report[key]), "{mode}: no {key}: {report}\n{said}");
+            }
+            assert!(is_positive(&report["bytes"]["direct"]) && is_positive(&report["pages"]["present"]));
+            assert_eq!(report["guest"]["verified_pages"], 16 * 256);
+            let events = bench.events();
+            assert!(events.iter().any(|line| line["event"] == "evicted" && line["node"] == "source"));
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_migration_is_exit_code_4() {
+    for _ in 0..5 {
+        // A destination that stands still is never READY: there is time to cancel.
+        let mut bench = Bench::start(&format!("{LOOPBACK} --stop destination@started"));
+        bench.wait("started");
+        let answer = ask(&bench.file("source.control"), r#"{"do":"cancel"}"#);
+        if answer["ok"] == false {
+            // It was stopped too late.
+            continue;
+        }
+        let (code, report, said) = bench.end();
+        assert_eq!((code, &report["status"]["kind"]), (Some(4), &Value::from("cancelled")), "{said}");
+        return;
+    }
+    panic!("COMMIT was always faster");
+}
