@@ -5,8 +5,8 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use libsg::ids::{Checksum, Epoch, Generation, MemberIndex, Placement, Round, Sequence, SlotIndex, VolumeId};
 use libsg::limits::BATCH_PAGES;
-use libsg::page::PageIndex;
-use libsg::wire::entry::{Entry, decode_table, encode_table};
+use libsg::page::{PAGE_BYTES, PageIndex};
+use libsg::wire::run::{CHECKSUM_BYTES, RunEntry, decode_runs, encode_runs};
 use libsg::wire::{Header, IndexEntry, Kind, PageEntry};
 
 fn header(criterion: &mut Criterion) {
@@ -14,8 +14,8 @@ fn header(criterion: &mut Criterion) {
         volume: VolumeId(7),
         epoch: Epoch::FIRST,
         sequence: Sequence(9),
-        count: BATCH_PAGES as u16,
-        body_bytes: (BATCH_PAGES * PageEntry::BYTES) as u32,
+        count: 1,
+        body_bytes: (PageEntry::HEAD_BYTES + BATCH_PAGES * (CHECKSUM_BYTES + PAGE_BYTES)) as u32,
         ..Header::new(Kind::Put)
     };
     let bytes = header.encode();
@@ -24,7 +24,7 @@ fn header(criterion: &mut Criterion) {
         .bench_function("header/decode", |b| b.iter(|| Header::decode(black_box(&bytes)).expect("good")));
 }
 
-fn table<E: Entry>(criterion: &mut Criterion, name: &str, entry: impl Fn(u32) -> E) {
+fn table<E: RunEntry>(criterion: &mut Criterion, name: &str, entry: impl Fn(u32) -> E) {
     let entries: Vec<E> = (0..BATCH_PAGES as u32).map(entry).collect();
     let mut group = criterion.benchmark_group(format!("table/{name}"));
     group.throughput(Throughput::Elements(BATCH_PAGES as u64));
@@ -32,12 +32,12 @@ fn table<E: Entry>(criterion: &mut Criterion, name: &str, entry: impl Fn(u32) ->
     group.bench_function("encode", |b| {
         b.iter(|| {
             bytes.clear();
-            encode_table(black_box(&entries).iter().copied(), &mut bytes);
+            encode_runs(black_box(&entries).iter().copied(), &mut bytes)
         });
     });
     let mut decoded = Vec::new();
     group.bench_function("decode", |b| {
-        b.iter(|| decode_table::<E>(black_box(&bytes), BATCH_PAGES, &mut decoded).expect("good"));
+        b.iter(|| decode_runs::<E>(black_box(&bytes), 1, &mut decoded).expect("good"));
     });
     group.finish();
 }

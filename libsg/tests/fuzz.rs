@@ -19,6 +19,7 @@ use libsg::wire::handshake::{Challenge, Hello, Purpose};
 use libsg::wire::message::{
     self, Member, NodeStatistics, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
 };
+use libsg::wire::run::{RunEntry, encode_runs};
 use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry};
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
@@ -128,6 +129,12 @@ fn counted<E: Entry>(entries: &[E]) -> Vec<u8> {
     bytes
 }
 
+fn runs<E: RunEntry>(entries: &[E]) -> Vec<u8> {
+    let mut table = Vec::new();
+    let count = encode_runs(entries.iter().copied(), &mut table) as u16;
+    [&count.to_le_bytes()[..], &table].concat()
+}
+
 fn page_entries() -> [PageEntry; 3] {
     [
         PageEntry::raw(PageIndex(5), Round(1), Checksum(9)),
@@ -138,26 +145,30 @@ fn page_entries() -> [PageEntry; 3] {
 
 fn tables() -> Vec<Vec<u8>> {
     let range = PageRange::new(PageIndex(3), 4);
+    let next = Placement { slot: SlotIndex(placement().slot.0 + 1), ..placement() };
     vec![
-        counted(&page_entries()),
-        counted(&[
+        runs(&page_entries()),
+        runs(&[
             IndexEntry::at(PageIndex(5), Round(1), placement(), Checksum(9)),
-            IndexEntry::zero(PageIndex(6), 70_000, Round(0)),
+            IndexEntry::at(PageIndex(6), Round(1), next, Checksum(8)),
+            IndexEntry::zero(PageIndex(7), 70_000, Round(0)),
         ]),
-        counted(&[GetEntry { page: PageIndex(5), placement: placement() }; 2]),
+        runs(&[GetEntry { page: PageIndex(5), placement: placement() }; 2]),
+        runs(&[(5, placement()), (6, next)].map(|(n, placement)| GetEntry { page: PageIndex(n), placement })),
         counted(&[DiscardEntry { range, below: Round(2) }]),
         counted(&[range; 3]),
         counted(&[PageIndex(1), PageIndex(2)]),
-        counted(&[Some(placement()), None]),
+        runs(&[Some(placement()), Some(next), None]),
     ]
 }
 
 fn pages() -> Vec<Vec<u8>> {
-    let mut one = counted(&page_entries());
+    let raw = |page| PageEntry::raw(PageIndex(page), Round(0), Checksum(1));
+    let mut one = runs(&page_entries());
     one.extend([7; PAGE_BYTES]);
-    let mut two = counted(&[PageEntry::raw(PageIndex(0), Round(0), Checksum(1)); 2]);
+    let mut two = runs(&[raw(0), raw(1)]);
     two.extend([7; 2 * PAGE_BYTES]);
-    vec![one, two, counted(&[PageEntry::zero(PageIndex(0), 1, Round(0)); 5])]
+    vec![one, two, runs(&[PageEntry::zero(PageIndex(0), 1, Round(0)); 5])]
 }
 
 fn manifest() -> Manifest {

@@ -11,6 +11,7 @@ use libsg::page::{PageIndex, PageRange};
 use libsg::wire::entry::Entry;
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose, Role};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
+use libsg::wire::run::{RunEntry, encode_runs};
 use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry, Status};
 
 fn hex(bytes: &[u8]) -> String {
@@ -99,27 +100,63 @@ fn entry(entry: impl Entry) -> String {
 
 #[test]
 fn entries() {
-    let placement =
-        Placement { member: MemberIndex(3), slot: SlotIndex(0xdead_beef), generation: Generation(7) };
-    let (page, round, checksum) = (PageIndex(0x0a0b_0c0d), Round(0x0102), Checksum(0x8a91_36aa));
-    assert_eq!(entry(PageEntry::raw(page, round, checksum)), "0d0c0b0aaa36918a0201010001000010");
-    assert_eq!(entry(PageEntry::zero(page, 512, round)), "0d0c0b0a000000000201020000020000");
-    assert_eq!(entry(PageEntry::gone(page)), "0d0c0b0a000000000000040001000000");
-    assert_eq!(
-        entry(IndexEntry::at(page, round, placement, checksum)),
-        "0d0c0b0aaa36918aefbeadde070003000201010001000000"
-    );
-    assert_eq!(
-        entry(IndexEntry::zero(page, 0x0010_0000, round)),
-        "0d0c0b0a0000000000000000000000000201020000001000"
-    );
-    assert_eq!(entry(GetEntry { page, placement }), "0d0c0b0a00000000efbeadde07000300");
+    let (page, round) = (PageIndex(0x0a0b_0c0d), Round(0x0102));
     let range = PageRange::new(page, 0x0203);
     assert_eq!(entry(DiscardEntry { range, below: round }), "0d0c0b0a030200000201000000000000");
     assert_eq!(entry(range), "0d0c0b0a03020000");
     assert_eq!(entry(page), "0d0c0b0a");
-    assert_eq!(entry(Some(placement)), "efbeadde07000300");
-    assert_eq!(entry(None::<Placement>), "0000000000000000");
+}
+
+fn table<E: RunEntry>(entries: &[E], runs: usize) -> String {
+    let mut bytes = Vec::new();
+    assert_eq!(encode_runs(entries.iter().copied(), &mut bytes), runs);
+    hex(&bytes)
+}
+
+/// Heads of runs first, then the checksums of all pages that have bytes.
+#[test]
+fn runs() {
+    let place = |slot| Placement { member: MemberIndex(3), slot: SlotIndex(slot), generation: Generation(7) };
+    let (page, round) = (PageIndex(0x0a0b_0c0d), Round(0x0102));
+    let (next, far) = (PageIndex(page.0 + 1), PageIndex(page.0 + 9));
+    let (sum, other) = (Checksum(0x8a91_36aa), Checksum(0x0102_0304));
+    let raw = |page, sum| PageEntry::raw(page, round, sum);
+    let pages = [raw(page, sum), raw(next, other), PageEntry::zero(page, 512, round), raw(far, sum)];
+    assert_eq!(
+        table(&pages, 3),
+        concat!(
+            "0d0c0b0a0200020101000010",
+            "0d0c0b0a0002020102000000",
+            "160c0b0a0100020101000010",
+            "aa36918a04030201aa36918a"
+        )
+    );
+    assert_eq!(table(&[PageEntry::gone(page), PageEntry::gone(next)], 1), "0d0c0b0a0200000004000000");
+    let at = |page, slot, sum| IndexEntry::at(page, round, place(slot), sum);
+    let index = [
+        at(page, 0xdead_beef, sum),
+        at(next, 0xdead_bef0, other),
+        IndexEntry::zero(page, 0x0010_0000, round),
+        at(far, 0xdead_bef1, sum),
+    ];
+    assert_eq!(
+        table(&index, 3),
+        concat!(
+            "0d0c0b0a02000000efbeadde0700030002010100",
+            "0d0c0b0a00001000000000000000000002010200",
+            "160c0b0a01000000f1beadde0700030002010100",
+            "aa36918a04030201aa36918a"
+        )
+    );
+    let get = |page, slot| GetEntry { page, placement: place(slot) };
+    assert_eq!(
+        table(&[get(page, 5), get(next, 6), get(far, 7)], 2),
+        concat!("0d0c0b0a020000000500000007000300", "160c0b0a010000000700000007000300")
+    );
+    assert_eq!(
+        table(&[Some(place(5)), Some(place(6)), None, None, None], 2),
+        concat!("050000000700030002000000", "000000000000000003000000")
+    );
 }
 
 #[test]

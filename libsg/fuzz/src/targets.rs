@@ -9,9 +9,10 @@ use libsg::ids::{Checksum, Placement};
 use libsg::limits;
 use libsg::page::{PageIndex, PageRange};
 use libsg::transport::{Inbox, StateAssembler};
-use libsg::wire::entry::{Entry, decode_pages, decode_table, encode_table, page_bytes};
+use libsg::wire::entry::{Entry, decode_table, encode_table, page_bytes};
 use libsg::wire::handshake::{Challenge, Hello, decode_mac};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
+use libsg::wire::run::{RunEntry, decode_pages, decode_runs, encode_runs, table_bytes};
 use libsg::wire::{DiscardEntry, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, PageEntry};
 
 /// A header, as it is and under a checksum that is right.
@@ -32,16 +33,16 @@ pub fn sealed(mut bytes: [u8; HEADER_BYTES]) -> [u8; HEADER_BYTES] {
     bytes
 }
 
-/// The first two bytes are a number of entries, the rest is a table, of each kind in turn.
+/// The first two bytes are a number of entries or runs, the rest is a table, of each kind in turn.
 pub fn tables(data: &[u8]) {
     let Some((count, body)) = counted(data) else { return };
-    table::<PageEntry>(body, count);
-    table::<IndexEntry>(body, count);
-    table::<GetEntry>(body, count);
+    runs::<PageEntry>(body, count);
+    runs::<IndexEntry>(body, count);
+    runs::<GetEntry>(body, count);
+    runs::<Option<Placement>>(body, count);
     table::<DiscardEntry>(body, count);
     table::<PageRange>(body, count);
     table::<PageIndex>(body, count);
-    table::<Option<Placement>>(body, count);
 }
 
 fn counted(data: &[u8]) -> Option<(usize, &[u8])> {
@@ -59,13 +60,29 @@ fn table<E: Entry + Debug>(body: &[u8], count: usize) {
     }
 }
 
-/// The first two bytes are a number of entries, the rest is the body of a frame of pages.
+fn runs<E: RunEntry + Debug>(body: &[u8], count: usize) {
+    let mut entries = Vec::<E>::new();
+    if decode_runs(body, count, &mut entries).is_ok() {
+        assert!(entries.len() <= E::ENTRIES_MAX);
+        // Runs that could have been one become one: the entries are the same.
+        let (mut table, mut again) = (Vec::new(), Vec::<E>::new());
+        let runs = encode_runs(entries.iter().copied(), &mut table);
+        assert!(runs <= count && table.len() <= body.len());
+        assert_eq!(decode_runs(&table, runs, &mut again), Ok(()));
+        assert_eq!(again, entries);
+    } else {
+        assert!(entries.len() <= E::ENTRIES_MAX);
+    }
+}
+
+/// The first two bytes are a number of runs, the rest is the body of a frame of pages.
 pub fn pages(data: &[u8]) {
     let Some((count, body)) = counted(data) else { return };
     let mut entries = Vec::new();
     if let Ok(bytes) = decode_pages(body, count, &mut entries) {
         assert_eq!(bytes.len(), page_bytes(&entries));
-        assert_eq!(bytes.len() + count * PageEntry::BYTES, body.len());
+        assert!(bytes.len() + table_bytes(&entries) <= body.len());
+        assert!(body.ends_with(bytes));
         assert!(entries.iter().all(|entry| entry.page.checked_add(entry.run_pages.into()).is_some()));
     }
 }

@@ -14,7 +14,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::pace::{self, Acquire, Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Channel, Inbox, Outbox, TcpPath, wait};
-use crate::wire::entry::{Entry, decode_pages, encode_table};
+use crate::wire::entry::encode_table;
+use crate::wire::run::decode_pages;
 use crate::wire::{HEADER_BYTES, Header, Kind, PageEntry};
 
 /// Most bytes granted and not yet here.
@@ -36,7 +37,7 @@ const GRANT_TIME: Duration = Duration::from_micros(500);
 const GRANT_BYTES_MAX: u64 = 264 << 10;
 
 /// Least piece: one page with its frame.
-const GRANT_BYTES_MIN: u64 = (PAGE_BYTES + PageEntry::BYTES + HEADER_BYTES) as u64;
+const GRANT_BYTES_MIN: u64 = (PAGE_BYTES + PageEntry::BYTES_MAX + HEADER_BYTES) as u64;
 
 /// Bytes of acknowledgements and credit that may wait to be written: a source that does not read them is
 /// stuck, and gets no more credit.
@@ -125,7 +126,7 @@ fn end(shared: &Shared, line: Option<Line>) {
 
 /// Bytes of a frame with so many pages.
 const fn frame_bytes(pages: u32) -> u64 {
-    (HEADER_BYTES + pages as usize * (PAGE_BYTES + PageEntry::BYTES)) as u64
+    (HEADER_BYTES + pages as usize * (PAGE_BYTES + PageEntry::BYTES_MAX)) as u64
 }
 
 /// The buffers of the thread.

@@ -24,7 +24,8 @@ use crate::page::{PageIndex, PageRange};
 use crate::sink::SinkEvent;
 use crate::transport::{Channel, Inbox, Outbox, WAIT_MAX, wait};
 use crate::vmd::{Link, Reply, Request, Ticket};
-use crate::wire::entry::{decode_pages, decode_table, encode_table};
+use crate::wire::entry::encode_table;
+use crate::wire::run::{decode_pages, decode_runs};
 use crate::wire::{Encoding, GetEntry, Header, IndexEntry, Kind, PageEntry};
 
 /// Whoever does not answer for this long is not waited for: many times what an answer takes.
@@ -429,7 +430,7 @@ impl Worker<'_> {
                     self.answered(header.sequence.0, gone);
                 }
                 Kind::Announce => {
-                    decode_table(frame.body, header.count.into(), &mut self.places)?;
+                    decode_runs(frame.body, header.count.into(), &mut self.places)?;
                     shared.announce(&self.places, Word::Source)?;
                     self.answered(header.sequence.0, false);
                 }

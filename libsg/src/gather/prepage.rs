@@ -32,8 +32,8 @@ const WINDOW_TIME: Duration = Duration::from_millis(3);
 /// behind it.
 const REQUEST_TIME: Duration = Duration::from_micros(500);
 
-/// What one page costs on the wire: its bytes, its entries in request and answer.
-const PAGE_WIRE_BYTES: u64 = (PAGE_BYTES + 32) as u64;
+/// What one page costs on the wire: its bytes, its checksum, and its part of heads and headers.
+const PAGE_WIRE_BYTES: u64 = (PAGE_BYTES + 8) as u64;
 
 /// How long a connection may take to be made.
 const CONNECT_MAX: Duration = Duration::from_secs(2);

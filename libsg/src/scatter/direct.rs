@@ -14,7 +14,8 @@ use crate::ids::Sequence;
 use crate::pace::{self, Acquire, Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait};
-use crate::wire::entry::{decode_table, encode_table};
+use crate::wire::entry::decode_table;
+use crate::wire::run::encode_runs;
 use crate::wire::{Header, Kind, Malformed, PageEntry};
 
 /// The longest sleep with nothing to do.
@@ -152,14 +153,13 @@ impl DirectSink {
                 let mut planner = self.scatter.planner.lock();
                 (planner.next(Sink::Direct, now, late), planner.round())
             };
-            self.table.clear();
-            let batch = match work {
+            let (batch, runs) = match work {
                 None => break,
                 Some(Work::Zeros(id, range)) => {
                     let entry = PageEntry::zero(range.first, range.pages as u16, round);
-                    encode_table([entry], &mut self.table);
+                    self.table.clear();
                     self.loaded.slices.clear();
-                    id
+                    (id, encode_runs([entry], &mut self.table))
                 }
                 Some(Work::Pages(id, batch)) => {
                     self.loaded.load(&*self.scatter.source, &batch, round)?;
@@ -167,15 +167,13 @@ impl DirectSink {
                     if zeros > 0 {
                         self.scatter.planner.lock().sent_as_zero(id, zeros);
                     }
-                    encode_table(self.loaded.entries.iter().copied(), &mut self.table);
-                    encode_table(self.loaded.zero_entries(round), &mut self.table);
                     Counters::add(&self.scatter.counters.direct, self.loaded.entries.len() * PAGE_BYTES);
-                    id
+                    (id, self.loaded.encode(round, &mut self.table))
                 }
             };
             let sequence = Sequence(self.next);
             self.next += 1;
-            let mut header = pages_header(&self.channel, sequence, &self.table, &self.path);
+            let mut header = pages_header(&self.channel, sequence, runs, &self.path);
             // The queue that all paths from here share is ours: the destination can do nothing about it.
             let beyond = pace::own_delay(self.path.info().queue_delay(), self.scatter.pacer.shared_delay());
             header.delay_us = beyond.map(|delay| delay.as_micros().min(u128::from(u32::MAX - 1)) as u32);
@@ -186,11 +184,9 @@ impl DirectSink {
     }
 }
 
-/// The header of a `Pages` frame with this table.
-pub(super) fn pages_header(channel: &Channel, sequence: Sequence, table: &[u8], path: &TcpPath) -> Header {
-    use crate::wire::entry::Entry;
-    let count = (table.len() / PageEntry::BYTES) as u16;
-    Header { sequence, count, delay_us: path.delay_us(), ..channel.header(Kind::Pages) }
+/// The header of a `Pages` frame with a table of so many runs.
+pub(super) fn pages_header(channel: &Channel, sequence: Sequence, runs: usize, path: &TcpPath) -> Header {
+    Header { sequence, count: runs as u16, delay_us: path.delay_us(), ..channel.header(Kind::Pages) }
 }
 
 /// The pages of a `PagesAck` that were not installed.

@@ -9,6 +9,7 @@ use crate::memory::PageSlice;
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::source::PageSource;
 use crate::wire::PageEntry;
+use crate::wire::run::encode_runs;
 
 /// A batch, ready for the wire. Its buffers are used again for the next one.
 #[derive(Debug, Default)]
@@ -70,8 +71,15 @@ impl Loaded {
         Ok(())
     }
 
+    /// Writes the table of a page frame with all pages of the batch: those with bytes, then the zero ones.
+    /// Returns the count in the frame's header.
+    pub fn encode(&self, round: Round, table: &mut Vec<u8>) -> usize {
+        table.clear();
+        encode_runs(self.entries.iter().copied().chain(self.zero_entries(round)), table)
+    }
+
     /// The zero pages as entries of a page frame.
-    pub fn zero_entries(&self, round: Round) -> impl Iterator<Item = PageEntry> {
+    pub fn zero_entries(&self, round: Round) -> impl Iterator<Item = PageEntry> + Clone {
         let mut pages = self.zeros.iter().copied().peekable();
         std::iter::from_fn(move || {
             let first = pages.next()?;
@@ -92,6 +100,7 @@ mod test {
     use crate::memory::{Backing, GuestMemory};
     use crate::page::InstallUnit;
     use crate::source::MemorySource;
+    use crate::wire::run::decode_runs;
 
     #[test]
     fn zero_pages_are_told_apart_on_the_way() {
@@ -120,5 +129,10 @@ mod test {
         );
         let zeros: Vec<_> = loaded.zero_entries(Round(0)).map(|e| (e.page.0, e.run_pages)).collect();
         assert_eq!(zeros, [(0, 1), (3, 2), (6, 1)]);
+        let (mut table, mut back) = (vec![1], Vec::new());
+        assert_eq!(loaded.encode(Round(0), &mut table), 5);
+        decode_runs(&table, 5, &mut back).expect("own bytes decode");
+        let pages: Vec<_> = back.iter().map(|e: &PageEntry| e.page.0).collect();
+        assert_eq!(pages, [1, 2, 5, 0, 3, 6]);
     }
 }

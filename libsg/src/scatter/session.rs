@@ -16,9 +16,10 @@ use crate::ids::{Epoch, VolumeId};
 use crate::pace::{Class, LinkId, LinkReading};
 use crate::page::PageRange;
 use crate::transport::{Channel, Conversation, Inbox, Outbox, PoolSecret, TcpPath, Waker, dial, wait};
-use crate::wire::entry::{decode_table, encode_table};
+use crate::wire::entry::decode_table;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, Talk};
+use crate::wire::run::encode_runs;
 use crate::wire::{Header, IndexEntry, Kind};
 
 /// Announcements in one frame.
@@ -305,9 +306,8 @@ impl<'a> Control<'a> {
                 break;
             }
             self.table.clear();
-            encode_table(self.entries.iter().copied(), &mut self.table);
-            let count = self.entries.len() as u16;
-            let header = Header { count, ..self.channel.header(Kind::Announce) };
+            let runs = encode_runs(self.entries.iter().copied(), &mut self.table);
+            let header = Header { count: runs as u16, ..self.channel.header(Kind::Announce) };
             self.outbox.push_frame(header, &self.table, [])?;
             let written = self.outbox.flush(&self.channel, usize::MAX)?;
             self.scatter.pacer.charge(Class::Bulk, written as u64, Instant::now());

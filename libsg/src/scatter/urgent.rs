@@ -1,6 +1,6 @@
 //! The urgent path: pages that the guest waits for, on a connection of their own.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,7 +16,8 @@ use crate::limits::BATCH_PAGES_MAX;
 use crate::pace::{Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::transport::{Channel, Inbox, Outbox, TcpPath, wait};
-use crate::wire::entry::{decode_table, encode_table};
+use crate::wire::entry::decode_table;
+use crate::wire::run::encode_runs;
 use crate::wire::{Kind, PageEntry};
 
 /// How often a page that the source has not got yet is looked for.
@@ -32,10 +33,10 @@ pub struct UrgentSink {
     inbox: Inbox,
     outbox: Outbox,
     path: TcpPath,
-    /// Batches that answered a request, oldest first, by its sequence.
-    sent: HashMap<Sequence, VecDeque<BatchId>>,
+    /// Batches that answered a request and are not acknowledged, oldest first, with its sequence.
+    sent: VecDeque<(Sequence, BatchId)>,
     /// Faults on pages that the source has not got yet.
-    waiting: Vec<(Sequence, PageIndex)>,
+    waiting: VecDeque<(Sequence, PageIndex)>,
     asked: Vec<PageIndex>,
     loaded: Loaded,
     table: Vec<u8>,
@@ -51,8 +52,8 @@ impl UrgentSink {
             inbox: Inbox::new(),
             outbox: Outbox::new(),
             path: TcpPath::new(),
-            sent: HashMap::new(),
-            waiting: Vec::new(),
+            sent: VecDeque::new(),
+            waiting: VecDeque::new(),
             asked: Vec::new(),
             loaded: Loaded::default(),
             table: Vec::new(),
@@ -99,18 +100,17 @@ impl UrgentSink {
             match frame.header.kind {
                 Kind::Fault => {
                     decode_table(frame.body, usize::from(frame.header.count), &mut self.asked)?;
-                    for page in std::mem::take(&mut self.asked) {
-                        self.answer(sequence, page, now)?;
+                    for at in 0..self.asked.len() {
+                        self.answer(sequence, self.asked[at], now)?;
                     }
                 }
                 Kind::PagesAck => {
                     let failed = failed_pages(&frame)?;
-                    let batch = self.sent.get_mut(&sequence).and_then(VecDeque::pop_front);
-                    if let Some(batch) = batch {
+                    let at = self.sent.iter().position(|(of, _)| *of == sequence);
+                    if let Some((_, batch)) = at.and_then(|at| self.sent.remove(at)) {
                         self.scatter.planner.lock().installed(batch, &failed);
                         acked = true;
                     }
-                    self.sent.retain(|_, batches| !batches.is_empty());
                 }
                 other => return Err(unexpected(other)),
             }
@@ -122,7 +122,9 @@ impl UrgentSink {
     }
 
     fn answer_waiting(&mut self, now: Instant) -> Result<()> {
-        for (sequence, page) in std::mem::take(&mut self.waiting) {
+        // What is not there yet is queued again, behind those that are looked at now.
+        for _ in 0..self.waiting.len() {
+            let Some((sequence, page)) = self.waiting.pop_front() else { break };
             self.answer(sequence, page, now)?;
         }
         Ok(())
@@ -135,42 +137,38 @@ impl UrgentSink {
         };
         self.table.clear();
         self.loaded.slices.clear();
-        match answer {
-            FaultAnswer::Unknown => {
-                encode_table([PageEntry::gone(page)], &mut self.table);
-                return self.push(sequence);
-            }
+        let runs = match answer {
+            FaultAnswer::Unknown => encode_runs([PageEntry::gone(page)], &mut self.table),
             FaultAnswer::NotYet => {
                 self.scatter.source.want(page)?;
                 if self.waiting.len() < BATCH_PAGES_MAX {
-                    self.waiting.push((sequence, page));
+                    self.waiting.push_back((sequence, page));
                 }
                 return Ok(());
             }
             FaultAnswer::Zero(id, range) => {
-                encode_table([PageEntry::zero(range.first, range.pages as u16, round)], &mut self.table);
-                self.sent.entry(sequence).or_default().push_back(id);
+                self.sent.push_back((sequence, id));
+                encode_runs([PageEntry::zero(range.first, range.pages as u16, round)], &mut self.table)
             }
             FaultAnswer::Send(id, range) => {
-                self.load(range, round)?;
-                self.sent.entry(sequence).or_default().push_back(id);
+                let runs = self.load(range, round)?;
+                self.sent.push_back((sequence, id));
+                runs
             }
-        }
-        self.push(sequence)
+        };
+        self.push(sequence, runs)
     }
 
-    fn load(&mut self, range: PageRange, round: crate::ids::Round) -> Result<()> {
+    fn load(&mut self, range: PageRange, round: crate::ids::Round) -> Result<usize> {
         let mut batch = Batch::empty(range.first);
         range.iter().for_each(|page| batch.insert(page));
         self.loaded.load(&*self.scatter.source, &batch, round)?;
-        encode_table(self.loaded.entries.iter().copied(), &mut self.table);
-        encode_table(self.loaded.zero_entries(round), &mut self.table);
         Counters::add(&self.scatter.counters.direct, self.loaded.entries.len() * PAGE_BYTES);
-        Ok(())
+        Ok(self.loaded.encode(round, &mut self.table))
     }
 
-    fn push(&mut self, sequence: Sequence) -> Result<()> {
-        let header = pages_header(&self.channel, sequence, &self.table, &self.path);
+    fn push(&mut self, sequence: Sequence, runs: usize) -> Result<()> {
+        let header = pages_header(&self.channel, sequence, runs, &self.path);
         self.outbox.push_frame(header, &self.table, self.loaded.slices.drain(..))?;
         self.outbox.flush(&self.channel, usize::MAX).map(|written| {
             self.scatter.pacer.charge(Class::Urgent, written as u64, Instant::now());

@@ -18,9 +18,10 @@ use crate::memory::vectored::IoPart;
 use crate::pace::TcpInfo;
 use crate::page::{PAGE_BYTES, PageRange};
 use crate::transport::{Channel, Frame, StateAssembler};
-use crate::wire::entry::{self, Entry, decode_table, encode_table};
+use crate::wire::entry::{self, Entry, decode_table};
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, VmdReply, VmdRequest};
+use crate::wire::run::{self, RunEntry, decode_runs, encode_runs};
 use crate::wire::{
     DiscardEntry, Encoding, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, Malformed, PageEntry, Status,
 };
@@ -137,32 +138,43 @@ impl<'c> Session<'c> {
     }
 
     fn put(&mut self, header: &Header) -> Result<()> {
-        let count = usize::from(header.count);
-        let table_bytes = count * PageEntry::BYTES;
-        if count > limits::BATCH_PAGES_MAX || table_bytes > header.body_bytes as usize {
-            return Err(Malformed::Bounds("entries of a batch").into());
-        }
-        self.buffers.body.resize(table_bytes, 0);
-        read_whole(&mut self.stream, &mut self.buffers.body)?;
-        decode_table(&self.buffers.body, count, &mut self.buffers.pages)?;
-        let page_bytes = header.body_bytes as usize - table_bytes;
-        if entry::page_bytes(&self.buffers.pages) != page_bytes {
-            return Err(Malformed::Bounds("bytes of a batch").into());
-        }
+        let page_bytes = self.read_table(header)?;
         if self.buffers.pages.iter().any(|entry| entry.encoding == Encoding::Gone) {
             return Err(Malformed::Bounds("encoding of a page that is put").into());
         }
         match self.store_pages(header, page_bytes)? {
             Ok(()) => {
                 self.buffers.answer.clear();
-                encode_table(self.buffers.placements.iter().copied(), &mut self.buffers.answer);
+                let runs = encode_runs(self.buffers.placements.iter().copied(), &mut self.buffers.answer);
                 let answer = std::mem::take(&mut self.buffers.answer);
-                let replied = self.reply(header, Kind::PutReply, Status::Ok, header.count, &answer);
+                let replied = self.reply(header, Kind::PutReply, Status::Ok, runs as u16, &answer);
                 self.buffers.answer = answer;
                 replied
             }
             Err(status) => self.reply(header, Kind::PutReply, status, 0, &[]),
         }
+    }
+
+    /// Reads the table of a batch, part by part, and says how many bytes of pages follow it.
+    fn read_table(&mut self, header: &Header) -> Result<usize> {
+        let Self { stream, buffers, .. } = self;
+        let (count, body_bytes) = (usize::from(header.count), header.body_bytes as usize);
+        let head_bytes = count * PageEntry::HEAD_BYTES;
+        if count > limits::BATCH_PAGES_MAX || head_bytes > body_bytes {
+            return Err(Malformed::Bounds("entries of a batch").into());
+        }
+        buffers.body.resize(head_bytes, 0);
+        read_whole(stream, &mut buffers.body)?;
+        run::decode_heads(&buffers.body, count, &mut buffers.pages)?;
+        let sum_bytes = run::checksum_bytes(&buffers.pages);
+        let page_bytes = entry::page_bytes(&buffers.pages);
+        if head_bytes + sum_bytes + page_bytes != body_bytes {
+            return Err(Malformed::Bounds("bytes of a batch").into());
+        }
+        buffers.body.resize(sum_bytes, 0);
+        read_whole(stream, &mut buffers.body)?;
+        run::decode_checksums(&buffers.body, &mut buffers.pages)?;
+        Ok(page_bytes)
     }
 
     /// Receives the pages of the batch whose table is in the buffers, into slots of their own.
@@ -204,11 +216,7 @@ impl<'c> Session<'c> {
     fn get(&mut self, header: &Header) -> Result<()> {
         self.read_body(header)?;
         let Self { store, stream, buffers, .. } = self;
-        let count = usize::from(header.count);
-        if count > limits::BATCH_PAGES_MAX {
-            return Err(Malformed::Bounds("entries of a batch").into());
-        }
-        decode_table(&buffers.body, count, &mut buffers.wanted)?;
+        decode_runs(&buffers.body, header.count.into(), &mut buffers.wanted)?;
         let of = (header.volume, header.epoch);
         let pinned = match store.pin(of, &buffers.wanted, &mut buffers.pages, &mut buffers.runs) {
             Ok(pinned) => pinned,
@@ -217,9 +225,9 @@ impl<'c> Session<'c> {
         let page_bytes = entry::page_bytes(&buffers.pages);
         buffers.answer.clear();
         buffers.answer.resize(HEADER_BYTES, 0);
-        encode_table(buffers.pages.iter().copied(), &mut buffers.answer);
+        let runs = encode_runs(buffers.pages.iter().copied(), &mut buffers.answer);
         let answer = Header {
-            count: header.count,
+            count: runs as u16,
             body_bytes: (buffers.answer.len() - HEADER_BYTES + page_bytes) as u32,
             delay_us: queueing_delay_us(self.channel),
             ..header.answer(Kind::GetReply)
@@ -237,7 +245,7 @@ impl<'c> Session<'c> {
 
     fn put_index(&mut self, header: &Header) -> Result<()> {
         self.read_body(header)?;
-        decode_table(&self.buffers.body, header.count.into(), &mut self.buffers.index)?;
+        decode_runs(&self.buffers.body, header.count.into(), &mut self.buffers.index)?;
         let status = done(self.store.put_index(header.volume, header.epoch, &self.buffers.index));
         self.reply(header, Kind::PutIndexReply, status, 0, &[])
     }
@@ -251,10 +259,9 @@ impl<'c> Session<'c> {
         match store.locate(volume, epoch, &buffers.ranges, most, index) {
             Ok(()) => {
                 buffers.answer.clear();
-                encode_table(buffers.index.iter().copied(), &mut buffers.answer);
+                let runs = encode_runs(buffers.index.iter().copied(), &mut buffers.answer);
                 let answer = std::mem::take(&mut buffers.answer);
-                let entries = buffers.index.len() as u16;
-                let replied = self.reply(header, Kind::LocateReply, Status::Ok, entries, &answer);
+                let replied = self.reply(header, Kind::LocateReply, Status::Ok, runs as u16, &answer);
                 self.buffers.answer = answer;
                 replied
             }
@@ -271,7 +278,7 @@ impl<'c> Session<'c> {
 
     fn drop_slots(&mut self, header: &Header) -> Result<()> {
         self.read_body(header)?;
-        decode_table(&self.buffers.body, header.count.into(), &mut self.buffers.wanted)?;
+        decode_runs(&self.buffers.body, header.count.into(), &mut self.buffers.wanted)?;
         let status = done(self.store.drop_slots(header.volume, header.epoch, &self.buffers.wanted));
         self.reply(header, Kind::DropReply, status, 0, &[])
     }

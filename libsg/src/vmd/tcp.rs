@@ -18,6 +18,7 @@ use crate::transport::{
 use crate::wire::entry::encode_table;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, Member, VmdRequest};
+use crate::wire::run::encode_runs;
 use crate::wire::{DiscardEntry, Encoding, Header, IndexEntry, Kind, PageEntry, Status};
 use answer::{Answer, Asked, Expected, Outstanding};
 
@@ -137,21 +138,21 @@ impl TcpLink {
         match request {
             Request::Put { entries, slices, copies } => {
                 check_put(entries, slices, copies)?;
-                encode_table(entries.iter().copied(), &mut self.table);
-                self.push(Kind::Put, entries.len(), slices)?;
+                let runs = encode_runs(entries.iter().copied(), &mut self.table);
+                self.push(Kind::Put, runs, slices)?;
                 let pages: usize = slices.iter().map(PageSlice::len).sum();
                 Ok((Expected::Stored(entries.len()), self.table.len() + pages))
             }
             Request::PutIndex(entries) => {
                 at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;
-                encode_table(entries.iter().copied(), &mut self.table);
-                self.push(Kind::PutIndex, entries.len(), &[])?;
+                let runs = encode_runs(entries.iter().copied(), &mut self.table);
+                self.push(Kind::PutIndex, runs, &[])?;
                 Ok((Expected::Indexed, self.table.len()))
             }
             Request::Get(entries) => {
                 at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
-                encode_table(entries.iter().copied(), &mut self.table);
-                self.push(Kind::Get, entries.len(), &[])?;
+                let runs = encode_runs(entries.iter().copied(), &mut self.table);
+                self.push(Kind::Get, runs, &[])?;
                 let mut pages = self.outstanding.page_list();
                 pages.extend(entries.iter().map(|entry| entry.page));
                 Ok((Expected::Pages(pages), self.table.len() + entries.len() * PAGE_BYTES))
@@ -168,8 +169,8 @@ impl TcpLink {
             }
             Request::Drop(entries) => {
                 at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
-                encode_table(entries.iter().copied(), &mut self.table);
-                self.push(Kind::Drop, entries.len(), &[])?;
+                let runs = encode_runs(entries.iter().copied(), &mut self.table);
+                self.push(Kind::Drop, runs, &[])?;
                 Ok((Expected::Dropped, self.table.len()))
             }
             Request::Control(request) => {

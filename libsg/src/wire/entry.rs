@@ -1,11 +1,12 @@
-//! The tables of fixed-size entries that batches consist of.
+//! What tables consist of: entries of a fixed size, one after the other, and the entries that travel as
+//! runs ([`super::run`]).
 //!
 //! Entries are encoded into, and decoded from, tables without allocation. A table is trusted
 //! only once every entry of it has been decoded.
 
 use std::mem::size_of;
 
-use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::Malformed;
@@ -29,7 +30,7 @@ pub enum Encoding {
 }
 
 impl Encoding {
-    fn decode(value: u8) -> Result<Self, Malformed> {
+    pub(super) fn decode(value: u8) -> Result<Self, Malformed> {
         match value {
             1 => Ok(Self::Raw),
             2 => Ok(Self::Zero),
@@ -82,25 +83,6 @@ pub fn decode_table<E: Entry>(bytes: &[u8], count: usize, out: &mut Vec<E>) -> R
         out.push(E::decode(entry)?);
     }
     Ok(())
-}
-
-/// Decodes the body of a page frame (`Put`, `GetReply`, `Pages`): `count` entries into `out`, and
-/// the page bytes behind them, which are exactly as many as the entries say.
-///
-/// # Errors
-/// What is wrong with the bytes.
-pub fn decode_pages<'a>(
-    body: &'a [u8],
-    count: usize,
-    out: &mut Vec<PageEntry>,
-) -> Result<&'a [u8], Malformed> {
-    let (table, bytes) = body.split_at_checked(count * PageEntry::BYTES).ok_or(Malformed::Truncated)?;
-    decode_table(table, count, out)?;
-    match bytes.len().cmp(&page_bytes(out)) {
-        std::cmp::Ordering::Less => Err(Malformed::Truncated),
-        std::cmp::Ordering::Greater => Err(Malformed::Trailing),
-        std::cmp::Ordering::Equal => Ok(bytes),
-    }
 }
 
 /// Bytes that follow a table of these entries.
@@ -166,65 +148,9 @@ impl PageEntry {
     }
 }
 
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawPage {
-    page: U32,
-    checksum: U32,
-    round: U16,
-    encoding: u8,
-    reserved: u8,
-    run_pages: U16,
-    encoded_bytes: U16,
-}
-
-const _: () = assert!(size_of::<RawPage>() == 16);
-
-impl Entry for PageEntry {
-    const BYTES: usize = size_of::<RawPage>();
-
-    fn encode(&self, out: &mut [u8]) {
-        let raw = RawPage {
-            page: self.page.0.into(),
-            checksum: self.checksum.0.into(),
-            round: self.round.0.into(),
-            encoding: self.encoding as u8,
-            reserved: 0,
-            run_pages: self.run_pages.into(),
-            encoded_bytes: self.encoded_bytes.into(),
-        };
-        out[..Self::BYTES].copy_from_slice(raw.as_bytes());
-    }
-
-    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let raw = RawPage::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
-        if raw.reserved != 0 {
-            return Err(Malformed::Reserved);
-        }
-        let entry = Self {
-            page: PageIndex(raw.page.get()),
-            run_pages: raw.run_pages.get(),
-            round: Round(raw.round.get()),
-            encoding: Encoding::decode(raw.encoding)?,
-            encoded_bytes: raw.encoded_bytes.get(),
-            checksum: Checksum(raw.checksum.get()),
-        };
-        let bytes = match entry.encoding {
-            Encoding::Raw => PAGE_BYTES,
-            Encoding::Reference => CONTENT_HASH_BYTES,
-            Encoding::Zero | Encoding::Gone => 0,
-        };
-        if usize::from(entry.encoded_bytes) != bytes {
-            return Err(Malformed::Bounds("encoded length"));
-        }
-        check_run(entry.page, u32::from(entry.run_pages), entry.encoding)?;
-        Ok(entry)
-    }
-}
-
-fn check_run(page: PageIndex, run_pages: u32, encoding: Encoding) -> Result<(), Malformed> {
-    let single = encoding != Encoding::Zero;
-    if run_pages == 0 || (single && run_pages != 1) || page.0.checked_add(run_pages).is_none() {
+/// A run has pages, and ends at a page that has a number.
+pub(super) fn check_run(page: PageIndex, run_pages: u32) -> Result<(), Malformed> {
+    if run_pages == 0 || page.0.checked_add(run_pages).is_none() {
         return Err(Malformed::Bounds("run of pages"));
     }
     Ok(())
@@ -268,64 +194,6 @@ impl IndexEntry {
     }
 }
 
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawIndex {
-    page: U32,
-    checksum: U32,
-    placement: U64,
-    round: U16,
-    encoding: u8,
-    reserved: u8,
-    run_pages: U32,
-}
-
-const _: () = assert!(size_of::<RawIndex>() == 24);
-
-impl Entry for IndexEntry {
-    const BYTES: usize = size_of::<RawIndex>();
-
-    fn encode(&self, out: &mut [u8]) {
-        let raw = RawIndex {
-            page: self.page.0.into(),
-            checksum: self.checksum.0.into(),
-            placement: self.placement.map_or(0, Placement::to_bits).into(),
-            round: self.round.0.into(),
-            encoding: self.encoding as u8,
-            reserved: 0,
-            run_pages: self.run_pages.into(),
-        };
-        out[..Self::BYTES].copy_from_slice(raw.as_bytes());
-    }
-
-    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let raw = RawIndex::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
-        if raw.reserved != 0 {
-            return Err(Malformed::Reserved);
-        }
-        let entry = Self {
-            page: PageIndex(raw.page.get()),
-            run_pages: raw.run_pages.get(),
-            round: Round(raw.round.get()),
-            encoding: Encoding::decode(raw.encoding)?,
-            placement: Placement::from_bits(raw.placement.get()),
-            checksum: Checksum(raw.checksum.get()),
-        };
-        let placed = match entry.encoding {
-            Encoding::Raw => true,
-            Encoding::Zero => false,
-            Encoding::Reference | Encoding::Gone => {
-                return Err(Malformed::Bounds("encoding of an index entry"));
-            }
-        };
-        if entry.placement.is_some() != placed || (!placed && raw.placement.get() != 0) {
-            return Err(Malformed::Bounds("placement"));
-        }
-        check_run(entry.page, entry.run_pages, entry.encoding)?;
-        Ok(entry)
-    }
-}
-
 /// A page that is asked for at the place where it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GetEntry {
@@ -333,38 +201,6 @@ pub struct GetEntry {
     pub page: PageIndex,
     /// Where its bytes lie.
     pub placement: Placement,
-}
-
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawGet {
-    page: U32,
-    reserved: U32,
-    placement: U64,
-}
-
-const _: () = assert!(size_of::<RawGet>() == 16);
-
-impl Entry for GetEntry {
-    const BYTES: usize = size_of::<RawGet>();
-
-    fn encode(&self, out: &mut [u8]) {
-        let raw = RawGet {
-            page: self.page.0.into(),
-            reserved: 0.into(),
-            placement: self.placement.to_bits().into(),
-        };
-        out[..Self::BYTES].copy_from_slice(raw.as_bytes());
-    }
-
-    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let raw = RawGet::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
-        if raw.reserved.get() != 0 {
-            return Err(Malformed::Reserved);
-        }
-        let placement = Placement::from_bits(raw.placement.get()).ok_or(Malformed::Bounds("placement"))?;
-        Ok(Self { page: PageIndex(raw.page.get()), placement })
-    }
 }
 
 /// Pages of a range that are to be dropped where they are of an older round: the body of `Discard`.
@@ -406,7 +242,7 @@ impl Entry for DiscardEntry {
             return Err(Malformed::Reserved);
         }
         let range = PageRange::new(PageIndex(raw.first.get()), raw.pages.get());
-        check_run(range.first, range.pages, Encoding::Zero)?;
+        check_run(range.first, range.pages)?;
         Ok(Self { range, below: Round(raw.below.get()) })
     }
 }
@@ -425,7 +261,7 @@ impl Entry for PageRange {
             bytes.map(u32::from_le_bytes).ok_or(Malformed::Truncated)
         };
         let (first, pages) = (word(0)?, word(4)?);
-        check_run(PageIndex(first), pages, Encoding::Zero)?;
+        check_run(PageIndex(first), pages)?;
         Ok(Self::new(PageIndex(first), pages))
     }
 }
@@ -442,38 +278,11 @@ impl Entry for PageIndex {
     }
 }
 
-/// A placement in an answer to `Put`: `None` where the page was not stored.
-impl Entry for Option<Placement> {
-    const BYTES: usize = 8;
-
-    fn encode(&self, out: &mut [u8]) {
-        out[..8].copy_from_slice(&self.map_or(0, Placement::to_bits).to_le_bytes());
-    }
-
-    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
-        let bits = bytes.try_into().map(u64::from_le_bytes).map_err(|_| Malformed::Truncated)?;
-        match (bits, Placement::from_bits(bits)) {
-            (0, _) => Ok(None),
-            (_, Some(placement)) => Ok(Some(placement)),
-            (_, None) => Err(Malformed::Bounds("placement")),
-        }
-    }
-}
-
 #[cfg(test)]
 mod test {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ids::{Generation, MemberIndex, SlotIndex};
-
-    fn placements() -> impl Strategy<Value = Placement> {
-        (any::<u16>(), any::<u32>(), 1..=u16::MAX).prop_map(|(member, slot, generation)| Placement {
-            member: MemberIndex(member),
-            slot: SlotIndex(slot),
-            generation: Generation(generation),
-        })
-    }
 
     fn round_trip<E: Entry + PartialEq + std::fmt::Debug>(entry: E) {
         let mut table = Vec::new();
@@ -487,44 +296,18 @@ mod test {
 
     proptest! {
         #[test]
-        fn entries_round_trip(page in 0..u32::MAX - 70_000, round: u16, sum: u32, place in placements(), run in 1..=u16::MAX) {
+        fn entries_round_trip(page in 0..u32::MAX - 70_000, round: u16, run in 1..=u16::MAX) {
             let page = PageIndex(page);
-            round_trip(PageEntry::raw(page, Round(round), Checksum(sum)));
-            round_trip(PageEntry::zero(page, run, Round(round)));
-            round_trip(PageEntry::gone(page));
-            round_trip(IndexEntry::at(page, Round(round), place, Checksum(sum)));
-            round_trip(IndexEntry::zero(page, run.into(), Round(round)));
-            round_trip(GetEntry { page, placement: place });
             round_trip(PageRange::new(page, run.into()));
             round_trip(DiscardEntry { range: PageRange::new(page, run.into()), below: Round(round) });
             round_trip(page);
-            round_trip(Some(place));
-            round_trip(None::<Placement>);
         }
 
         #[test]
         fn any_bytes_decode_or_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200), count in 0usize..20) {
-            let _ = decode_pages(&bytes, count, &mut Vec::new());
-            let _ = decode_table::<IndexEntry>(&bytes, count, &mut Vec::new());
-            let _ = decode_table::<GetEntry>(&bytes, count, &mut Vec::new());
+            let _ = decode_table::<PageIndex>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<PageRange>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<DiscardEntry>(&bytes, count, &mut Vec::new());
         }
-    }
-
-    #[test]
-    fn page_frames_have_exactly_the_bytes_they_say() {
-        let entries =
-            [PageEntry::raw(PageIndex(1), Round(0), Checksum(2)), PageEntry::zero(PageIndex(2), 9, Round(0))];
-        let mut body = Vec::new();
-        encode_table(entries, &mut body);
-        body.extend([7; PAGE_BYTES]);
-        let mut out = Vec::new();
-        assert_eq!(decode_pages(&body, 2, &mut out), Ok(&[7; PAGE_BYTES][..]));
-        assert_eq!(out, entries);
-        body.pop();
-        assert_eq!(decode_pages(&body, 2, &mut out), Err(Malformed::Truncated));
-        body.extend([0, 0]);
-        assert_eq!(decode_pages(&body, 2, &mut out), Err(Malformed::Trailing));
     }
 }

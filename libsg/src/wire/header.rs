@@ -30,21 +30,21 @@ pub enum Kind {
     /// The server will not go on; the status says why.
     Refused = 5,
 
-    /// Client to intermediary: a table of [`super::PageEntry`], then the pages' bytes.
+    /// Client to intermediary: runs of [`super::PageEntry`], then the pages' bytes.
     Put = 16,
-    /// Answer: one placement (8 bytes) an entry, zero where the page was not stored.
+    /// Answer: runs of placements, one for each entry, zero where the page was not stored.
     PutReply = 17,
-    /// Client to index server: a table of [`super::IndexEntry`].
+    /// Client to index server: runs of [`super::IndexEntry`].
     PutIndex = 18,
     /// Answer: all entries are in the index.
     PutIndexReply = 19,
-    /// Client to intermediary: a table of [`super::GetEntry`].
+    /// Client to intermediary: runs of [`super::GetEntry`].
     Get = 20,
-    /// Answer: a table of [`super::PageEntry`], then the bytes; `Gone` where there are none.
+    /// Answer: runs of [`super::PageEntry`], then the bytes; `Gone` where there are none.
     GetReply = 21,
     /// Client to index server: which pages it asks for, as page ranges (8 bytes each).
     Locate = 22,
-    /// Answer: a table of [`super::IndexEntry`], of those of the asked pages that are known here.
+    /// Answer: runs of [`super::IndexEntry`], of those of the asked pages that are known here.
     LocateReply = 23,
     /// Client to intermediary: drop pages of a range that are below a round.
     Discard = 24,
@@ -57,7 +57,7 @@ pub enum Kind {
     /// Either way: a piece of the VM's opaque state; the header's count is 1 on the last piece.
     State = 28,
 
-    /// Source to destination: a table of [`super::PageEntry`], then the bytes.
+    /// Source to destination: runs of [`super::PageEntry`], then the bytes.
     Pages = 32,
     /// Destination to source: the batch with this sequence is installed; the body lists pages that
     /// were not (4 bytes each), as their checksum did not match.
@@ -66,7 +66,7 @@ pub enum Kind {
     Credit = 34,
     /// Destination to source: pages the guest waits for (4 bytes each).
     Fault = 35,
-    /// Source to destination: where pages lie, a table of [`super::IndexEntry`].
+    /// Source to destination: where pages lie, runs of [`super::IndexEntry`].
     Announce = 36,
     /// Either way between source and destination: a [`super::message::Talk`].
     Talk = 37,
@@ -77,7 +77,7 @@ pub enum Kind {
     Ping = 39,
     /// The answer to `Ping`.
     Pong = 40,
-    /// Client to intermediary: nobody needs what lies at these placements: a table of
+    /// Client to intermediary: nobody needs what lies at these placements: runs of
     /// [`super::GetEntry`]. The index is left alone.
     Drop = 41,
     /// Answer: their slots are free, those that were there.
@@ -130,7 +130,8 @@ impl Kind {
         match self {
             Self::Hello | Self::Challenge | Self::Auth | Self::Welcome | Self::Refused => 256,
             Self::Put | Self::GetReply | Self::Pages => limits::BODY_BYTES_MAX,
-            Self::PutReply | Self::PagesAck | Self::Fault => limits::BATCH_PAGES_MAX * 8,
+            Self::PutReply => limits::BATCH_PAGES_MAX * 12,
+            Self::PagesAck | Self::Fault => limits::BATCH_PAGES_MAX * 4,
             Self::Get | Self::Drop => limits::BATCH_PAGES_MAX * 16,
             Self::PutIndex | Self::LocateReply | Self::Announce => limits::INDEX_ENTRIES_MAX * 24,
             Self::Locate | Self::Holdings => limits::INDEX_ENTRIES_MAX * 8,
@@ -229,7 +230,7 @@ pub struct Header {
     pub sequence: Sequence,
     /// How the request went; `Ok` in requests.
     pub status: Status,
-    /// Entries of the table in the body.
+    /// Entries of the table in the body, or runs of entries where it is one of runs.
     pub count: u16,
     /// Queueing delay of this connection as the sender's kernel measures it (smoothed round trip
     /// minus its minimum), in microseconds. Whoever paces what it receives learns the state of

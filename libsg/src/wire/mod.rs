@@ -1,9 +1,9 @@
 //! The wire: what peers say to each other, as bytes. A leaf: no sockets here, only encode and decode.
 //!
 //! Every frame is a fixed 64-byte little-endian [`Header`] and a body whose length the header
-//! bounds. There are three kinds of body: tables of fixed-size entries ([`entry`]), tables followed by
-//! raw page bytes (which never pass through the encoder), and control messages ([`message`],
-//! postcard). A connection opens with the [`handshake`], whose bytes are pinned by golden tests.
+//! bounds. There are three kinds of body: tables of fixed-size entries ([`entry`]) or of runs of them ([`run`]),
+//! such tables followed by raw page bytes (which never pass through the encoder), and control messages
+//! ([`message`], postcard). A connection opens with the [`handshake`], whose bytes are pinned by golden tests.
 //!
 //! `decode` functions are the only parsers of a peer's bytes. They never panic and allocate nothing
 //! that the caller has not bounded.
@@ -12,6 +12,7 @@ pub mod entry;
 pub mod handshake;
 pub mod header;
 pub mod message;
+pub mod run;
 
 pub use entry::{DiscardEntry, Encoding, GetEntry, IndexEntry, PageEntry};
 pub use header::{HEADER_BYTES, Header, Kind, Status};

@@ -23,9 +23,10 @@ use libsg::uffd::Uffd;
 use libsg::vmd::link::ask;
 use libsg::vmd::{Class, Connector, Reply, Request};
 use libsg::vmd::{MemoryConnector, MemoryNode};
-use libsg::wire::entry::{decode_table, encode_table};
+use libsg::wire::entry::decode_table;
 use libsg::wire::handshake::Purpose;
 use libsg::wire::message::{Member, Talk, VmdRequest};
+use libsg::wire::run::{encode_runs, table_bytes};
 use libsg::wire::{Header, IndexEntry, Kind, PageEntry};
 use parking_lot::Mutex;
 
@@ -378,9 +379,9 @@ impl Source {
     pub fn announce(&mut self, entries: &[IndexEntry]) {
         for some in entries.chunks(1000) {
             let mut table = Vec::new();
-            encode_table(some.iter().copied(), &mut table);
+            let runs = encode_runs(some.iter().copied(), &mut table);
             let header = self.control.channel().header(Kind::Announce);
-            let header = Header { count: some.len() as u16, ..header };
+            let header = Header { count: runs as u16, ..header };
             self.control.send(header, &table, soon()).unwrap();
         }
     }
@@ -464,25 +465,18 @@ fn serve_urgent(
             let mut slices = Vec::new();
             let (kind, count) = match answered {
                 Answer::Silent => continue,
-                Answer::At(entry) => {
-                    encode_table([entry], &mut table);
-                    (Kind::Announce, 1)
-                }
-                Answer::Gone => {
-                    encode_table([PageEntry::gone(PageIndex(page))], &mut table);
-                    (Kind::Pages, 1)
-                }
+                Answer::At(entry) => (Kind::Announce, encode_runs([entry], &mut table)),
+                Answer::Gone => (Kind::Pages, encode_runs([PageEntry::gone(PageIndex(page))], &mut table)),
                 Answer::Zero => {
-                    encode_table([PageEntry::zero(PageIndex(page), unit as u16, Round(0))], &mut table);
-                    (Kind::Pages, 1)
+                    let zero = PageEntry::zero(PageIndex(page), unit as u16, Round(0));
+                    (Kind::Pages, encode_runs([zero], &mut table))
                 }
                 Answer::Page => {
-                    encode_table((page..page + unit).map(raw), &mut table);
                     slices.extend((page..page + unit).map(|page| PageSlice::owned(content(page).into())));
-                    (Kind::Pages, unit as u16)
+                    (Kind::Pages, encode_runs((page..page + unit).map(raw), &mut table))
                 }
             };
-            let header = Header { count, ..frame.header.answer(kind) };
+            let header = Header { count: count as u16, ..frame.header.answer(kind) };
             outbox.push_frame(header, &table, slices).unwrap();
         }
         if outbox.flush(channel, usize::MAX).is_err() {
@@ -536,15 +530,15 @@ impl Direct {
 
     /// Sends one batch, once its credit is there; returns its number.
     pub fn send(&mut self, entries: &[PageEntry], bytes: &[Vec<u8>]) -> u64 {
-        let length = 64 + entries.len() as u64 * 16 + bytes.iter().map(|b| b.len() as u64).sum::<u64>();
+        let length = 64 + table_bytes(entries) as u64 + bytes.iter().map(|b| b.len() as u64).sum::<u64>();
         while self.sent + length > self.credit {
             self.hear(LONG).unwrap();
         }
         let mut table = Vec::new();
-        encode_table(entries.iter().copied(), &mut table);
+        let runs = encode_runs(entries.iter().copied(), &mut table);
         self.sequence += 1;
         let header = self.channel.header(Kind::Pages);
-        let header = Header { count: entries.len() as u16, sequence: Sequence(self.sequence), ..header };
+        let header = Header { count: runs as u16, sequence: Sequence(self.sequence), ..header };
         let slices = bytes.iter().map(|bytes| PageSlice::owned(bytes.as_slice().into()));
         self.sent += self.outbox.push_frame(header, &table, slices).unwrap() as u64;
         // A connection that broke is noticed by whoever listens next.

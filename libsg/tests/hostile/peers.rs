@@ -5,16 +5,16 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
 
-use libsg::ids::{Checksum, Epoch, Round, Sequence, VolumeId};
+use libsg::ids::{Checksum, Epoch, Generation, MemberIndex, Placement, Round, Sequence, SlotIndex, VolumeId};
 use libsg::page::{PAGE_BYTES, PageIndex};
 use libsg::server::ServerHandle;
 use libsg::transport::{Channel, Inbox, Outbox, PoolSecret, dial};
 use libsg::vmd::TcpConnector;
 use libsg::vmd::{Class, Connector};
-use libsg::wire::entry::encode_table;
 use libsg::wire::handshake::Purpose;
 use libsg::wire::message::VmdRequest;
-use libsg::wire::{HEADER_BYTES, Header, Kind, PageEntry, Status};
+use libsg::wire::run::{RunEntry, encode_runs};
+use libsg::wire::{GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, PageEntry, Status};
 use libsg::{Error, ErrorKind};
 
 use super::support::{Client, MIB, PATIENCE, eventually, secret, serve, wanted};
@@ -61,9 +61,10 @@ fn refused_as_malformed(channel: &Channel) {
 fn put_header(channel: &Channel, pages: u16) -> (Header, Vec<u8>) {
     let mut body = Vec::new();
     let entry = |page| PageEntry::raw(PageIndex(page), Round(0), Checksum(0));
-    encode_table((0..u32::from(pages)).map(entry), &mut body);
+    let runs = encode_runs((0..u32::from(pages)).map(entry), &mut body);
     let body_bytes = (body.len() + usize::from(pages) * PAGE_BYTES) as u32;
-    let header = Header { count: pages, body_bytes, sequence: Sequence(1), ..channel.header(Kind::Put) };
+    let header =
+        Header { count: runs as u16, body_bytes, sequence: Sequence(1), ..channel.header(Kind::Put) };
     (header, body)
 }
 
@@ -92,6 +93,19 @@ fn bytes_that_make_no_sense_end_the_connection_only() {
         let heard = last_words(&channel);
         assert_eq!(heard.last().map(|header| header.status), Some(Status::Malformed), "{what}");
         honest.check(0..64);
+    }
+    // Runs that spread out to more than a frame may have.
+    let place = Placement { member: MemberIndex(0), slot: SlotIndex(0), generation: Generation(1) };
+    let mut heads: [(Kind, Vec<u8>); 3] = [Kind::Put, Kind::Get, Kind::PutIndex].map(|kind| (kind, vec![]));
+    PageEntry::raw(PageIndex(0), Round(0), Checksum(0)).encode_head(513, &mut heads[0].1);
+    GetEntry { page: PageIndex(0), placement: place }.encode_head(513, &mut heads[1].1);
+    IndexEntry::at(PageIndex(0), Round(0), place, Checksum(0)).encode_head(4097, &mut heads[2].1);
+    for (kind, body) in heads {
+        let channel = channel();
+        let body_bytes = body.len() as u32;
+        let header = Header { count: 1, body_bytes, sequence: Sequence(1), ..channel.header(kind) };
+        write_all(&channel, &[&header.encode()[..], &body].concat()).unwrap();
+        refused_as_malformed(&channel);
     }
     // Tables of nonsense behind a good header.
     for kind in [Kind::Put, Kind::Get, Kind::PutIndex, Kind::Locate, Kind::Discard, Kind::Vmd, Kind::State] {
@@ -242,13 +256,13 @@ fn a_client_that_reads_nothing_stops_itself_alone() {
     let gets = wanted(0..64, &placements);
     let greedy = rude(&server, 1);
     let mut table = Vec::new();
-    encode_table(gets.iter().copied(), &mut table);
+    let runs = encode_runs(gets.iter().copied(), &mut table);
     let mut outbox = Outbox::new();
     // Until neither our kernel nor the server's takes any more.
     let mut idle = 0;
     while idle < 20 {
         if outbox.queued_bytes() == 0 {
-            let header = Header { count: 64, sequence: Sequence(1), ..greedy.header(Kind::Get) };
+            let header = Header { count: runs as u16, sequence: Sequence(1), ..greedy.header(Kind::Get) };
             for _ in 0..100 {
                 outbox.push_frame(header, &table, []).unwrap();
             }

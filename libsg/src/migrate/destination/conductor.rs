@@ -26,9 +26,10 @@ use crate::manifest::Manifest;
 use crate::migrate::{Event, IncomingVm};
 use crate::page::PageIndex;
 use crate::transport::{Channel, Inbox, Outbox, StateAssembler, wait};
-use crate::wire::entry::{decode_table, encode_table};
+use crate::wire::entry::encode_table;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, Member, Talk};
+use crate::wire::run::decode_runs;
 use crate::wire::{Header, IndexEntry, Kind};
 
 /// How often the conductor looks around, and tells the source how far it is.
@@ -357,7 +358,7 @@ impl Conductor {
                 }
                 Kind::State => self.state.push(frame)?,
                 Kind::Announce => {
-                    decode_table(frame.body, header.count.into(), &mut self.places)?;
+                    decode_runs(frame.body, header.count.into(), &mut self.places)?;
                     if let Some(gather) = &self.gather {
                         gather.shared().announce(&self.places, Word::Source)?;
                     }

@@ -18,6 +18,7 @@ use crate::vmd::link::{Completion, Link, PathSample, Reply, Request, Ticket};
 use crate::vmd::tcp::{at_most, check_put};
 use crate::wire::entry::Entry;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
+use crate::wire::run::table_bytes;
 use crate::wire::{GetEntry, HEADER_BYTES, IndexEntry, PageEntry, Status};
 
 /// A link to a [`super::MemoryNode`].
@@ -131,22 +132,22 @@ fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
         Request::Put { entries, slices, copies } => {
             check_put(entries, slices, copies)?;
             let pages: usize = slices.iter().map(PageSlice::len).sum();
-            (Owned::Put(entries.to_vec(), slices.to_vec()), entries.len() * PageEntry::BYTES + pages)
+            (Owned::Put(entries.to_vec(), slices.to_vec()), table_bytes(entries) + pages)
         }
         Request::PutIndex(entries) => {
             at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;
-            (Owned::PutIndex(entries.to_vec()), entries.len() * IndexEntry::BYTES)
+            (Owned::PutIndex(entries.to_vec()), table_bytes(entries))
         }
         Request::Get(entries) => {
             at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
             reply = entries.len() * PAGE_BYTES;
-            (Owned::Get(entries.to_vec()), entries.len() * GetEntry::BYTES)
+            (Owned::Get(entries.to_vec()), table_bytes(entries))
         }
         Request::Locate(range) => (Owned::Locate(range), PageRange::BYTES),
         Request::Discard { range, below } => (Owned::Discard(range, below), 16),
         Request::Drop(entries) => {
             at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
-            (Owned::Drop(entries.to_vec()), entries.len() * GetEntry::BYTES)
+            (Owned::Drop(entries.to_vec()), table_bytes(entries))
         }
         Request::Control(request) => (Owned::Control(request.clone()), 0),
         Request::PutState(state) if state.len() > limits::STATE_BYTES_MAX => {

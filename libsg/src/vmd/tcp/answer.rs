@@ -7,8 +7,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, Placement};
 use crate::page::{PageIndex, PageRange};
 use crate::transport::{Frame, StateAssembler};
-use crate::wire::entry::{decode_pages, decode_table};
 use crate::wire::message::{VmdReply, VmdRequest};
+use crate::wire::run::{decode_pages, decode_runs};
 use crate::wire::{Encoding, IndexEntry, Kind, PageEntry};
 
 /// A request whose answer has not come.
@@ -106,14 +106,14 @@ impl Expected {
         let count = usize::from(frame.header.count);
         match self {
             Self::Stored(asked) => {
-                same(count == *asked, "another number of placements than of pages")?;
-                decode_table(frame.body, count, stored)?;
+                decode_runs(frame.body, count, stored)?;
+                same(stored.len() == *asked, "another number of placements than of pages")?;
                 Ok(Answer::Stored)
             }
             Self::Indexed => Ok(Answer::Indexed),
             Self::Pages(pages) => {
-                same(count == pages.len(), "another number of pages than was asked for")?;
                 let bytes = decode_pages(frame.body, count, entries)?;
+                same(entries.len() == pages.len(), "another number of pages than was asked for")?;
                 let right = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Gone);
                 let asked =
                     pages.iter().zip(&*entries).all(|(page, entry)| *page == entry.page && right(entry));
@@ -121,7 +121,7 @@ impl Expected {
                 Ok(Answer::Pages { bytes_at: frame.body.len() - bytes.len() })
             }
             Self::Located(range) => {
-                decode_table(frame.body, count, located)?;
+                decode_runs(frame.body, count, located)?;
                 check_located(located, *range)?;
                 Ok(Answer::Located)
             }
@@ -234,7 +234,7 @@ mod test {
     use super::*;
     use crate::ids::{Generation, MemberIndex, Round, SlotIndex};
     use crate::wire::Header;
-    use crate::wire::entry::encode_table;
+    use crate::wire::run::encode_runs;
 
     fn asked(expected: Expected) -> Asked {
         Asked { expected, bytes: 10 }
@@ -274,7 +274,7 @@ mod test {
     fn lies_are_protocol_errors() {
         let place = Placement { member: MemberIndex(0), slot: SlotIndex(1), generation: Generation(1) };
         let mut placements = Vec::new();
-        encode_table([Some(place), None], &mut placements);
+        encode_runs([Some(place), None], &mut placements);
         assert!(checked(Expected::Stored(2), Kind::PutReply, 2, &placements).is_ok());
         let refused = |answer: Result<Answer>| {
             assert_eq!(answer.expect_err("a lie").kind, ErrorKind::Protocol);
@@ -284,22 +284,18 @@ mod test {
         refused(checked(Expected::Stored(2), Kind::GetReply, 2, &placements));
 
         let pages = || Expected::Pages(vec![PageIndex(5), PageIndex(6)]);
-        let reply = |entries: [PageEntry; 2]| {
+        let reply = |entries: &[PageEntry]| {
             let mut body = Vec::new();
-            encode_table(entries, &mut body);
-            body
+            let runs = encode_runs(entries.iter().copied(), &mut body);
+            checked(pages(), Kind::GetReply, runs as u16, &body)
         };
         let gone = |page| PageEntry::gone(PageIndex(page));
-        assert!(checked(pages(), Kind::GetReply, 2, &reply([gone(5), gone(6)])).is_ok());
-        refused(checked(pages(), Kind::GetReply, 2, &reply([gone(6), gone(5)])));
-        refused(checked(
-            pages(),
-            Kind::GetReply,
-            2,
-            &reply([gone(5), PageEntry::zero(PageIndex(6), 1, Round(0))]),
-        ));
-        let raw = PageEntry::raw(PageIndex(6), Round(0), Checksum(0));
-        refused(checked(pages(), Kind::GetReply, 2, &reply([gone(5), raw])));
+        assert!(reply(&[gone(5), gone(6)]).is_ok());
+        refused(reply(&[gone(6), gone(5)]));
+        refused(reply(&[gone(5)]));
+        refused(reply(&[gone(5), gone(6), gone(7)]));
+        refused(reply(&[gone(5), PageEntry::zero(PageIndex(6), 1, Round(0))]));
+        refused(reply(&[gone(5), PageEntry::raw(PageIndex(6), Round(0), Checksum(0))]));
         refused(checked(Expected::Volume, Kind::VmdReply, 0, &[0]));
         refused(checked(Expected::State(StateAssembler::new()), Kind::VmdReply, 0, &[0]));
     }
