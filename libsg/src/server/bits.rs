@@ -50,13 +50,32 @@ impl Bits {
         })
     }
 
-    /// The first run of consecutive members: where it begins, and how long it is, at most `longest`.
-    pub(super) fn first_run(&self, longest: usize) -> Option<(usize, usize)> {
-        let word = self.0.iter().position(|word| *word != 0)?;
-        let first = word * 64 + self.0[word].trailing_zeros() as usize;
-        let end = CHUNK_SLOTS.min(first + longest);
-        let past = (first..end).find(|at| !self.contains(*at)).unwrap_or(end);
-        Some((first, past - first))
+    /// The first run of `wanted` consecutive members or, where none is that long, the longest: where it begins,
+    /// and how much of it is wanted.
+    pub(super) fn best_run(&self, wanted: usize) -> Option<(usize, usize)> {
+        let mut best: Option<(usize, usize)> = None;
+        let mut from = 0;
+        while let Some(first) = self.next(from, true) {
+            let past = self.next(first, false).unwrap_or(CHUNK_SLOTS);
+            if best.is_none_or(|(_, slots)| slots < past - first) {
+                best = Some((first, wanted.min(past - first)));
+            }
+            if past - first >= wanted {
+                break;
+            }
+            from = past;
+        }
+        best
+    }
+
+    /// The first slot from `from` on that is a member, or is none.
+    fn next(&self, from: usize, member: bool) -> Option<usize> {
+        let flip = if member { 0 } else { u64::MAX };
+        (from / 64..WORDS).find_map(|at| {
+            let before = if at == from / 64 { (1 << (from % 64)) - 1 } else { 0 };
+            let word = (self.0[at] ^ flip) & !before;
+            (word != 0).then(|| at * 64 + word.trailing_zeros() as usize)
+        })
     }
 }
 
@@ -68,15 +87,19 @@ mod test {
 
     proptest! {
         #[test]
-        fn behaves_like_a_set(members in proptest::collection::btree_set(0..CHUNK_SLOTS, 0..80), longest in 1..100_usize) {
+        fn behaves_like_a_set(members in proptest::collection::btree_set(0..CHUNK_SLOTS, 0..400), wanted in 1..100_usize) {
             let mut bits = Bits::NONE;
             members.iter().for_each(|at| bits.insert(*at));
             prop_assert_eq!(bits.len() as usize, members.len());
             prop_assert_eq!(bits.iter().collect::<Vec<_>>(), members.iter().copied().collect::<Vec<_>>());
-            let run = members.first().map(|first| {
-                (*first, (*first..).take(longest).take_while(|at| members.contains(at)).count())
-            });
-            prop_assert_eq!(bits.first_run(longest), run);
+            let mut best = None;
+            for first in members.iter().copied().filter(|at| *at == 0 || !members.contains(&(at - 1))) {
+                let slots = (first..).take(wanted).take_while(|at| members.contains(at)).count();
+                if best.is_none_or(|(_, longest)| longest < slots) {
+                    best = Some((first, slots));
+                }
+            }
+            prop_assert_eq!(bits.best_run(wanted), best);
             members.iter().for_each(|at| bits.remove(*at));
             prop_assert!(bits.is_empty());
         }
@@ -84,7 +107,8 @@ mod test {
 
     #[test]
     fn all_is_one_run() {
-        assert_eq!(Bits::ALL.first_run(usize::MAX >> 1), Some((0, CHUNK_SLOTS)));
+        assert_eq!(Bits::ALL.best_run(usize::MAX), Some((0, CHUNK_SLOTS)));
+        assert_eq!(Bits::NONE.best_run(1), None);
         assert_eq!(Bits::ALL.len() as usize, CHUNK_SLOTS);
     }
 }

@@ -25,6 +25,9 @@ pub const CHUNK_BYTES: usize = CHUNK_SLOTS * PAGE_BYTES;
 /// had all their generations; the spare ones put that off to years at full speed.
 const NUMBERS_PER_CHUNK: u64 = 4;
 
+/// Chunks with free slots that are looked at for a run as long as wanted, before a shorter one is taken.
+const CHUNKS_LOOKED_AT: usize = 4;
+
 /// A chunk by its number: its slots are `512 n` to `512 n + 511`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChunkNumber(pub u32);
@@ -190,8 +193,8 @@ impl Slots {
         self.leases.entry(volume).or_default();
     }
 
-    /// Takes `count` slots for the volume, in as few runs as there are, or fewer when the limit is
-    /// reached. They are appended to `runs`; each ends in [`Self::store`] or [`Self::free`]. Gives how many there are.
+    /// Takes `count` slots for the volume, or fewer when the limit is reached: in one run where there is one, so
+    /// that what is said of them is short, else in few. They are appended to `runs`; each ends in [`Self::store`] or [`Self::free`]. Gives how many there are.
     ///
     /// # Errors
     /// No such volume.
@@ -208,30 +211,37 @@ impl Slots {
                     taken += run.slots as usize;
                     runs.push(run);
                 }
-                None if self.has_open(volume) || self.lease_chunk(volume) => {}
+                None if self.lease_chunk(volume) => {}
                 None => break,
             }
         }
         Ok(taken)
     }
 
-    fn has_open(&self, volume: VolumeId) -> bool {
-        self.leases.get(&volume).is_some_and(|lease| !lease.open.is_empty())
-    }
-
-    /// One run from the last listed chunk; `None` when it had none and is listed no more.
-    fn take_run(&mut self, volume: VolumeId, longest: usize) -> Result<Option<SlotRun>, NoVolume> {
+    /// The best run of the listed chunks that were listed last; `None` when there is no free slot.
+    fn take_run(&mut self, volume: VolumeId, wanted: usize) -> Result<Option<SlotRun>, NoVolume> {
         let lease = self.leases.get_mut(&volume).ok_or(NoVolume)?;
-        let Some(&number) = lease.open.last() else { return Ok(None) };
-        let Entry::Leased(chunk) = &mut self.entries[number as usize] else {
-            lease.open.pop();
-            return Ok(None);
-        };
-        let Some((first, slots)) = chunk.free.first_run(longest) else {
-            chunk.listed = false;
-            lease.open.pop();
-            return Ok(None);
-        };
+        let mut best: Option<(u32, (usize, usize))> = None;
+        let mut looked_at = 0;
+        while looked_at < CHUNKS_LOOKED_AT && best.is_none_or(|(_, (_, slots))| slots < wanted) {
+            let Some(at) = lease.open.len().checked_sub(looked_at + 1) else { break };
+            let number = lease.open[at];
+            let Entry::Leased(chunk) = &mut self.entries[number as usize] else {
+                lease.open.remove(at);
+                continue;
+            };
+            let Some(run) = chunk.free.best_run(wanted) else {
+                chunk.listed = false;
+                lease.open.remove(at);
+                continue;
+            };
+            if best.is_none_or(|(_, (_, slots))| slots < run.1) {
+                best = Some((number, run));
+            }
+            looked_at += 1;
+        }
+        let Some((number, (first, slots))) = best else { return Ok(None) };
+        let Entry::Leased(chunk) = &mut self.entries[number as usize] else { return Ok(None) };
         for at in first..first + slots {
             chunk.free.remove(at);
             chunk.slots[at].generation += 1;

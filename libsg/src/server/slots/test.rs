@@ -41,6 +41,27 @@ fn a_batch_is_one_run_and_a_placement_is_exact() {
 }
 
 #[test]
+fn a_batch_is_one_run_where_there_is_one() {
+    let mut slots = Slots::new(4 * CHUNK);
+    let volume = VolumeId(1);
+    slots.open(volume);
+    let mut runs = Vec::new();
+    assert_eq!(slots.allocate(volume, 1024, &mut runs), Ok(1024));
+    let hole = |first: u32, count: u32| (first..first + count).map(SlotIndex);
+    let holes = [hole(0, 1), hole(10, 2), hole(100, 64), hole(700, 70)];
+    holes.into_iter().flatten().for_each(|slot| slots.free(slot));
+    let mut take = |count| {
+        let mut runs = Vec::new();
+        assert_eq!(slots.allocate(volume, count, &mut runs), Ok(count));
+        runs.iter().map(|run| (run.first.0, run.slots)).collect::<Vec<_>>()
+    };
+    assert_eq!(take(64), [(100, 64)]);
+    assert_eq!(take(66), [(700, 66)], "in another chunk than the last one");
+    assert_eq!(take(2), [(10, 2)]);
+    assert_eq!(take(100), [(766, 4), (0, 1), (1024, 95)], "the limit is filled, the longest first");
+}
+
+#[test]
 fn the_limit_holds_and_a_stranger_gets_nothing() {
     let mut slots = Slots::new(2 * CHUNK + 17);
     let volume = VolumeId(1);
