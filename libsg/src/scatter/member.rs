@@ -135,11 +135,11 @@ impl MemberSink {
             }
             Acquire::Grant(granted) => {
                 let written = self.link.progress(granted as usize)?;
+                Counters::add(&self.scatter.counters.wire, written);
                 if (written as u64) < granted {
                     self.scatter.pacer.give_back(Class::Bulk, granted - written as u64);
                     return Ok(None);
                 }
-                Counters::add(&self.scatter.counters.wire, written);
                 Ok((self.link.queued_bytes() > 0).then_some(now))
             }
         }
@@ -315,4 +315,85 @@ impl MemberSink {
 /// No room is no failure.
 fn only_full(error: Error) -> Result<()> {
     if error.kind == ErrorKind::Full { Ok(()) } else { Err(error) }
+}
+
+#[cfg(test)]
+mod test {
+    use std::net::SocketAddr;
+    use std::os::fd::BorrowedFd;
+
+    use super::*;
+    use crate::ids::{Epoch, NodeId, VolumeId};
+    use crate::manifest::{Manifest, Region};
+    use crate::memory::{Backing, GuestMemory};
+    use crate::page::InstallUnit;
+    use crate::scatter::Planner;
+    use crate::source::MemorySource;
+    use crate::vmd::{Completion, PathSample};
+    use crate::wire::message::Member;
+
+    /// A link whose socket takes no more than `takes` bytes at a time.
+    struct Narrow {
+        member: Member,
+        queued: usize,
+        takes: usize,
+    }
+
+    impl Link for Narrow {
+        fn member(&self) -> &Member {
+            &self.member
+        }
+        fn submit(&mut self, _: Request<'_>) -> Result<Ticket> {
+            Ok(Ticket(1))
+        }
+        fn progress(&mut self, write_bytes_max: usize) -> Result<usize> {
+            let written = self.queued.min(write_bytes_max).min(self.takes);
+            self.queued -= written;
+            Ok(written)
+        }
+        fn completion(&mut self) -> Option<Completion<'_>> {
+            None
+        }
+        fn queued_bytes(&self) -> usize {
+            self.queued
+        }
+        fn outstanding_bytes(&self) -> usize {
+            self.queued
+        }
+        fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+        fn path(&self) -> PathSample {
+            PathSample::default()
+        }
+    }
+
+    #[test]
+    fn what_a_full_socket_took_is_counted() {
+        let region =
+            Region { name: "ram".into(), guest_address: None, length_bytes: 4096, unit: InstallUnit::Page };
+        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: vec![] };
+        let memory = GuestMemory::allocate(&manifest, Backing::Anon).expect("memory");
+        let node = NodeId { name: "i1".into(), incarnation: 1 };
+        let member = Member { node, address: SocketAddr::from(([127, 0, 0, 1], 1)) };
+        let scatter = Scatter::new(
+            (VolumeId(1), Epoch::FIRST),
+            Arc::new(MemorySource::new(memory)),
+            vec![member.clone()],
+            Planner::new(&manifest, true),
+            0,
+            Arc::new(|_| {}),
+        );
+        let scatter = Arc::new(scatter.expect("a scatter"));
+        let queued = 5000;
+        let narrow = Narrow { member, queued, takes: 600 };
+        let mut sink = MemberSink::new(scatter.clone(), MemberIndex(0), Box::new(narrow));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while sink.link.queued_bytes() > 0 {
+            sink.move_bytes(Instant::now()).expect("moves");
+            let left = sink.link.queued_bytes();
+            assert_eq!(scatter.counters.wire.load(Ordering::Relaxed), (queued - left) as u64);
+            assert!(Instant::now() < deadline, "{left} bytes are left");
+        }
+    }
 }
