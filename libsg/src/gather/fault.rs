@@ -18,11 +18,11 @@ use super::shared::{MemberDesk, Shared};
 use super::tracker::{Claim, Path, Read, Wanted, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{MemberIndex, Sequence};
-use crate::limits::INDEX_RANGE_PAGES;
 use crate::pace::{self, Class, LinkId, LinkReading};
 use crate::page::{PageIndex, PageRange};
 use crate::sink::SinkEvent;
 use crate::transport::{Channel, Inbox, Outbox, WAIT_MAX, wait};
+use crate::vmd::placement::index_turn;
 use crate::vmd::{Link, Reply, Request, Ticket};
 use crate::wire::entry::encode_table;
 use crate::wire::run::{decode_pages, decode_runs};
@@ -369,20 +369,21 @@ impl Worker<'_> {
         if pending.index.is_out() && !pending.index.is_silent(now, SILENCE) {
             return;
         }
-        let owner = (pending.unit.first.0 / INDEX_RANGE_PAGES) as usize;
+        let first = pending.unit.first;
         let from = pending.rotation + usize::from(pending.index.is_out());
         for turn in from..from + members {
-            let member = (owner + turn) % members;
-            let Some(link) = &mut self.seats[member].link else { continue };
+            let Some(member) = index_turn(first, turn, members) else { return };
+            let seat = &mut self.seats[member.as_usize()];
+            let Some(link) = &mut seat.link else { continue };
             match submit(&mut **link, Request::Locate(self.pending[at].unit)) {
                 Ok(ticket) => {
-                    self.seats[member].out += 1;
-                    let ticket = Some((MemberIndex(member as u16), ticket));
+                    seat.out += 1;
+                    let ticket = Some((member, ticket));
                     self.pending[at].index = Asked { since: Some(now), ticket, sequence: 0 };
                     self.pending[at].rotation = turn;
                     return;
                 }
-                Err(error) => self.drop_link(member, &error),
+                Err(error) => self.drop_link(member.as_usize(), &error),
             }
         }
     }

@@ -16,6 +16,7 @@ use crate::limits::INDEX_RANGE_PAGES;
 use crate::page::{PageIndex, PageRange};
 use crate::transport::wait;
 use crate::vmd::link::ask;
+use crate::vmd::placement::index_owners;
 use crate::vmd::{Class, Link, Reply, Request};
 use crate::wire::IndexEntry;
 
@@ -127,11 +128,9 @@ fn within_border(range: PageRange) -> PageRange {
 /// Asks the owner of a range, and as long as pages of it are unknown the others in turn. Whether
 /// everyone was asked who may still answer.
 fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange) -> Result<bool> {
-    let owner = (range.first.0 / INDEX_RANGE_PAGES) as usize;
     let mut everyone = true;
-    for turn in 0..seats.len() {
-        let member = (owner + turn) % seats.len();
-        match locate(shared, &mut seats[member], MemberIndex(member as u16), range) {
+    for member in index_owners(range.first, seats.len(), |_| true) {
+        match locate(shared, &mut seats[member.as_usize()], member, range) {
             Ok(entries) => {
                 if let Err(error) = shared.announce(&entries, Word::Index) {
                     tracing::warn!(error = error.chain(), "an index answered nonsense");
@@ -142,7 +141,7 @@ fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange) -> Result<b
                     return Ok(true);
                 }
             }
-            Err(error) if is_of_link(&error) => everyone &= !may_answer(shared, MemberIndex(member as u16)),
+            Err(error) if is_of_link(&error) => everyone &= !may_answer(shared, member),
             Err(error) => return Err(error),
         }
     }

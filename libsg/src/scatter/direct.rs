@@ -176,7 +176,7 @@ impl DirectSink {
             let mut header = pages_header(&self.channel, sequence, runs, &self.path);
             // The queue that all paths from here share is ours: the destination can do nothing about it.
             let beyond = pace::own_delay(self.path.info().queue_delay(), self.scatter.pacer.shared_delay());
-            header.delay_us = beyond.map(|delay| delay.as_micros().min(u128::from(u32::MAX - 1)) as u32);
+            header.delay_us = beyond.map(Header::delay_us_of);
             self.outbox.push_frame(header, &self.table, self.loaded.slices.drain(..))?;
             self.sent.push_back(Sent { sequence, batch, at: now });
         }

@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use parking_lot::Mutex;
 
 use crate::ids::MemberIndex;
-use crate::limits::INDEX_RANGE_PAGES;
 use crate::page::PageIndex;
 use crate::transport::Waker;
+use crate::vmd::placement::{index_owners, index_range, index_turn};
 use crate::wire::IndexEntry;
 
 const ALIVE: u8 = 0;
@@ -47,7 +47,7 @@ impl IndexRouter {
     /// Hands entries to their owners. `false` when there is no member left to take them.
     #[must_use]
     pub fn route(&self, entries: &[IndexEntry]) -> bool {
-        for run in entries.chunk_by(|a, b| range_of(a.page) == range_of(b.page)) {
+        for run in entries.chunk_by(|a, b| index_range(a.page) == index_range(b.page)) {
             let Some(owner) = run.first().and_then(|entry| self.owner(entry.page)) else { return false };
             let post = &self.posts[owner.as_usize()];
             post.pending.lock().extend_from_slice(run);
@@ -97,7 +97,7 @@ impl IndexRouter {
     /// Whether the entry of this page may be with that member only.
     #[must_use]
     pub fn may_be_with(&self, page: PageIndex, member: MemberIndex) -> bool {
-        self.rerouted.load(Ordering::Relaxed) || self.turn(page, 0) == Some(member)
+        self.rerouted.load(Ordering::Relaxed) || index_turn(page, 0, self.posts.len()) == Some(member)
     }
 
     /// Whether some member answers, as far as is known.
@@ -120,28 +120,18 @@ impl IndexRouter {
 
     fn owner(&self, page: PageIndex) -> Option<MemberIndex> {
         let at_most = |worst: u8| {
-            (0..self.posts.len())
-                .filter_map(|step| self.turn(page, step))
-                .find(|m| self.posts[m.as_usize()].state.load(Ordering::Relaxed) <= worst)
+            let answers = |m: MemberIndex| self.posts[m.as_usize()].state.load(Ordering::Relaxed) <= worst;
+            index_owners(page, self.posts.len(), answers).next()
         };
         at_most(ALIVE).or_else(|| at_most(SUSPECT))
     }
-
-    /// The member whose turn a page's range is, `step` further on in the rotation.
-    fn turn(&self, page: PageIndex, step: usize) -> Option<MemberIndex> {
-        let at = (range_of(page) as usize + step).checked_rem(self.posts.len())?;
-        Some(MemberIndex(at as u16))
-    }
-}
-
-fn range_of(page: PageIndex) -> u32 {
-    page.0 / INDEX_RANGE_PAGES
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
     use crate::ids::Round;
+    use crate::limits::INDEX_RANGE_PAGES;
 
     fn router(members: usize) -> IndexRouter {
         IndexRouter::new((0..members).map(|_| Arc::new(Waker::new().expect("eventfd"))))
@@ -154,7 +144,7 @@ mod test {
     fn taken(router: &IndexRouter, member: u16) -> Vec<u32> {
         let mut out = Vec::new();
         router.take(MemberIndex(member), usize::MAX, &mut out);
-        out.iter().map(|e| range_of(e.page)).collect()
+        out.iter().map(|e| index_range(e.page)).collect()
     }
 
     #[test]

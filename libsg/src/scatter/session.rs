@@ -210,21 +210,20 @@ fn spawn<'scope>(
     scope: &'scope Scope<'scope, '_>,
     name: &str,
     broken: &'scope AtomicBool,
-    scatter: &'scope Scatter,
+    scatter: &'scope Arc<Scatter>,
     body: impl FnOnce() -> Result<()> + Send + 'scope,
 ) -> Result<ScopedJoinHandle<'scope, Result<()>>> {
-    struct Says<'a>(&'a AtomicBool, &'a Waker, &'a Scatter);
+    struct Says<'a>(&'a AtomicBool, &'a Waker);
     impl Drop for Says<'_> {
         fn drop(&mut self) {
-            if std::thread::panicking() {
-                self.2.poison();
-            }
             self.0.store(true, Ordering::Release);
             self.1.wake();
         }
     }
     let thread = std::thread::Builder::new().name(name.into()).spawn_scoped(scope, move || {
-        let _says = Says(broken, scatter.control_waker(), scatter);
+        // Dropped last: whoever hears that it ended can see whether it panicked.
+        let _says = Says(broken, scatter.control_waker());
+        let _poisons = PoisonsOnPanic(scatter.clone());
         body()
     });
     Ok(thread?)

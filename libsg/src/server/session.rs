@@ -5,6 +5,7 @@
 //! Whatever ends a session, what it held is freed by the values that hold it.
 
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use super::budget::Budget;
 use super::slots::SlotRun;
@@ -15,9 +16,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, Epoch, Placement, VolumeId};
 use crate::limits;
 use crate::memory::vectored::IoPart;
-use crate::pace::TcpInfo;
 use crate::page::{PAGE_BYTES, PageRange};
-use crate::transport::{Channel, Frame, StateAssembler};
+use crate::transport::{Channel, Frame, StateAssembler, TcpPath};
 use crate::wire::entry::{self, Entry, decode_table};
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, VmdReply, VmdRequest};
@@ -31,6 +31,7 @@ pub(super) struct Session<'c> {
     store: &'c Store,
     channel: &'c Channel,
     stream: Stream<'c>,
+    path: TcpPath,
     state: StateParts<'c>,
     buffers: Buffers,
     statistics: &'c (dyn Fn() -> VmdReply + 'c),
@@ -73,7 +74,8 @@ impl<'c> Session<'c> {
         let state =
             StateParts { budget: store.budget(), assembler: StateAssembler::new(), taken: 0, refused: false };
         let stream = Stream::new(channel, limit_in, limit_out);
-        Self { store, channel, stream, state, buffers: Buffers::default(), statistics }
+        let path = TcpPath::new();
+        Self { store, channel, stream, path, state, buffers: Buffers::default(), statistics }
     }
 
     /// Serves the client until it closes the connection.
@@ -215,7 +217,8 @@ impl<'c> Session<'c> {
 
     fn get(&mut self, header: &Header) -> Result<()> {
         self.read_body(header)?;
-        let Self { store, stream, buffers, .. } = self;
+        let Self { store, channel, stream, path, buffers, .. } = self;
+        path.refresh(*channel, Instant::now());
         decode_runs(&buffers.body, header.count.into(), &mut buffers.wanted)?;
         let of = (header.volume, header.epoch);
         let pinned = match store.pin(of, &buffers.wanted, &mut buffers.pages, &mut buffers.runs) {
@@ -229,7 +232,7 @@ impl<'c> Session<'c> {
         let answer = Header {
             count: runs as u16,
             body_bytes: (buffers.answer.len() - HEADER_BYTES + page_bytes) as u32,
-            delay_us: queueing_delay_us(self.channel),
+            delay_us: path.delay_us(),
             ..header.answer(Kind::GetReply)
         };
         buffers.answer[..HEADER_BYTES].copy_from_slice(&answer.encode());
@@ -389,10 +392,4 @@ fn unexpected(kind: Kind) -> Error {
 
 fn done(result: Result<(), Status>) -> Status {
     result.err().unwrap_or(Status::Ok)
-}
-
-/// How long what we send on this connection waits in queues, as the kernel measures it.
-fn queueing_delay_us(channel: &Channel) -> Option<u32> {
-    let delay = TcpInfo::read(channel).ok()?.queue_delay()?;
-    u32::try_from(delay.as_micros()).ok()
 }

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use crate::pace::TcpInfo;
+use crate::wire::Header;
 
 /// How long a sample is good for: a round trip of a local network, many batches.
 const SAMPLE_EVERY: Duration = Duration::from_millis(1);
@@ -43,7 +44,6 @@ impl TcpPath {
     /// How long what we send waits in queues, for [`crate::wire::Header::delay_us`].
     #[must_use]
     pub fn delay_us(&self) -> Option<u32> {
-        // All ones on the wire is "not known"; a delay of more than an hour is none of ours.
-        self.info.queue_delay().map(|delay| delay.as_micros().min(u128::from(u32::MAX - 1)) as u32)
+        self.info.queue_delay().map(Header::delay_us_of)
     }
 }

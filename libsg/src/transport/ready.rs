@@ -25,18 +25,25 @@ pub fn wait(on: &[(Option<BorrowedFd<'_>>, bool)], timeout: Duration) -> Result<
         return Err(Error::new(ErrorKind::Input, format!("{} descriptors to wait for", on.len())));
     }
     let mut ready = 0;
-    let mut polled = Vec::with_capacity(on.len());
+    // Room for as many as there may be, on the stack: this is called before every sleep.
+    let anyone = on.iter().find_map(|(fd, _)| *fd);
+    let mut room: Option<[PollFd<'_>; WAIT_MAX]> =
+        anyone.map(|fd| std::array::from_fn(|_| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+    let room: &mut [PollFd<'_>] = room.as_mut().map_or(&mut [], |room| room);
+    let mut polled = 0;
     for (at, (fd, wants_write)) in on.iter().enumerate() {
         match fd {
             None => ready |= 1 << at,
             Some(fd) => {
                 let flags = if *wants_write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
-                polled.push(PollFd::from_borrowed_fd(*fd, flags));
+                room[polled] = PollFd::from_borrowed_fd(*fd, flags);
+                polled += 1;
             }
         }
     }
+    let polled = &mut room[..polled];
     let timeout = if ready == 0 { timeout } else { Duration::ZERO };
-    match rustix::event::poll(&mut polled, Some(&timespec(timeout))) {
+    match rustix::event::poll(polled, Some(&timespec(timeout))) {
         Ok(_) => {}
         Err(Errno::INTR) => return Ok(ready),
         Err(errno) => return Err(errno.into()),

@@ -9,14 +9,27 @@ use crate::ids::MemberIndex;
 use crate::limits;
 use crate::page::{PageIndex, PageRange};
 
+/// Numbers the runs of consecutive pages that have one owner.
+#[must_use]
+pub const fn index_range(page: PageIndex) -> u32 {
+    page.0 / limits::INDEX_RANGE_PAGES
+}
+
+/// The member whose turn a page is `step` further on in the rotation, 0 being its owner's. `None` without members.
+#[must_use]
+pub fn index_turn(page: PageIndex, step: usize, members: usize) -> Option<MemberIndex> {
+    let at = (index_range(page) as usize + step).checked_rem(members)?;
+    Some(MemberIndex(at as u16))
+}
+
 /// The members that own a page's index entry: the owner first, then those that stand in for it, in their
-/// order. Dead ones (`false` in `alive`, which has an element for each member) are left out.
-pub fn index_owners(page: PageIndex, alive: &[bool]) -> impl Iterator<Item = MemberIndex> {
-    let owner = (page.0 / limits::INDEX_RANGE_PAGES) as usize;
-    (0..alive.len())
-        .map(move |step| (owner + step) % alive.len())
-        .filter(|at| alive[*at])
-        .map(|at| MemberIndex(at as u16))
+/// order. Those of the `members` that are not alive are left out.
+pub fn index_owners(
+    page: PageIndex,
+    members: usize,
+    alive: impl Fn(MemberIndex) -> bool,
+) -> impl Iterator<Item = MemberIndex> {
+    (0..members).filter_map(move |step| index_turn(page, step, members)).filter(move |member| alive(*member))
 }
 
 /// The run, cut so that each piece has one owner.
@@ -41,7 +54,9 @@ mod test {
     const WIDE: u32 = limits::INDEX_RANGE_PAGES;
 
     fn owners(page: u32, alive: &[bool]) -> Vec<u16> {
-        index_owners(PageIndex(page), alive).map(|member| member.0).collect()
+        index_owners(PageIndex(page), alive.len(), |member| alive[member.as_usize()])
+            .map(|member| member.0)
+            .collect()
     }
 
     #[test]

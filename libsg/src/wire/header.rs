@@ -1,6 +1,7 @@
 //! The 64-byte header in front of every frame.
 
 use std::mem::{offset_of, size_of};
+use std::time::Duration;
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -292,6 +293,12 @@ impl Header {
         Self { kind, body_bytes: 0, status: Status::Ok, count: 0, delay_us: None, ..*self }
     }
 
+    /// A delay as [`Self::delay_us`] tells it. All ones are "not known"; a delay of more than an hour is none of ours.
+    #[must_use]
+    pub fn delay_us_of(delay: Duration) -> u32 {
+        delay.as_micros().min(u128::from(DELAY_UNKNOWN - 1)) as u32
+    }
+
     /// The 64 bytes.
     #[must_use]
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
@@ -391,6 +398,13 @@ mod test {
             let header = Header { status, delay_us: None, ..header() };
             assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
+    }
+
+    #[test]
+    fn a_delay_is_never_told_as_unknown() {
+        assert_eq!(Header::delay_us_of(Duration::from_millis(2)), 2000);
+        let header = Header { delay_us: Some(Header::delay_us_of(Duration::MAX)), ..header() };
+        assert_eq!(Header::decode(&header.encode()), Ok(header));
     }
 
     #[test]

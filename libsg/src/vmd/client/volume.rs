@@ -14,7 +14,7 @@ use crate::memory::PageSlice;
 use crate::page::{PageIndex, PageRange};
 use crate::vmd::device::{Fetched, PagePut, PageReference, Volume};
 use crate::vmd::link::{Class, Link, Reply, Request};
-use crate::vmd::placement::{index_owners, owner_runs};
+use crate::vmd::placement::{index_owners, index_range, owner_runs};
 use crate::wire::entry::CONTENT_HASH_BYTES;
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo};
 use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry};
@@ -84,7 +84,8 @@ impl ClientVolume {
     fn index_at_owner(&self, entries: &[IndexEntry]) -> Result<()> {
         let Some(first) = entries.first() else { return Ok(()) };
         let mut failed = Error::new(ErrorKind::Unreachable, "no intermediary of the volume is left");
-        for member in index_owners(first.page, &self.peers.alive()) {
+        let alive = self.peers.alive();
+        for member in index_owners(first.page, alive.len(), |member| alive[member.as_usize()]) {
             match self.peers.ask(member, Request::PutIndex(entries), |_| Ok(())) {
                 Ok(()) => return Ok(()),
                 Err(error) if elsewhere(error.kind) => failed = error,
@@ -258,7 +259,7 @@ impl Volume for ClientVolume {
         let mut runs: BTreeMap<u32, Vec<IndexEntry>> = BTreeMap::new();
         for entry in entries {
             for piece in owner_runs(entry.range()) {
-                let run = runs.entry(piece.first.0 / limits::INDEX_RANGE_PAGES).or_default();
+                let run = runs.entry(index_range(piece.first)).or_default();
                 run.push(IndexEntry { page: piece.first, run_pages: piece.pages, ..*entry });
             }
         }
