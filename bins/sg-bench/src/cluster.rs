@@ -27,6 +27,8 @@ const PORT_STEP: u16 = 10;
 
 /// How long a process may take until it serves; filling memory is added to it.
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// How long a VMM may take to end: its intermediaries are told first that their memory is free.
+const END_LIMIT: Duration = Duration::from_secs(20);
 /// How fast a guest fills its memory at least, on a busy machine.
 const FILL_BYTES_PER_S: u64 = 64 << 20;
 
@@ -184,18 +186,27 @@ impl Cluster {
         Ok(start)
     }
 
-    /// Ends every process in order; the intermediaries, which hold nothing any more, by SIGTERM.
-    pub fn stop(mut self) -> Result<()> {
+    /// Ends every process in order: the VMMs, then the intermediaries by SIGTERM, which they refuse while they hold
+    /// pages of a volume. Where such are left, as the run was over before everything was gathered, they are
+    /// killed.
+    pub fn stop(mut self, pages_are_left: bool) -> Result<()> {
+        let mut ending = Vec::new();
         for pair in &mut self.pairs {
             for vmm in [&mut pair.source, &mut pair.destination] {
-                if !vmm.process.has_ended() {
-                    // One that does not answer is killed when it is dropped.
-                    let _ = vmm.control.ask("quit");
+                // One that does not answer is killed when it is dropped.
+                if !vmm.process.has_ended() && vmm.control.ask("quit").is_ok() {
+                    ending.push(&vmm.process);
                 }
             }
         }
+        for process in ending {
+            process.wait(END_LIMIT)?;
+        }
         for process in &self.intermediaries {
             process.signal(Signal::TERM)?;
+        }
+        if pages_are_left {
+            return Ok(());
         }
         for process in &self.intermediaries {
             if !process.wait(Duration::from_secs(2))? {

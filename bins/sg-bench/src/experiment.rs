@@ -51,10 +51,11 @@ pub fn run(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
         report.idle_fault_us = Some(links.idle_fault_us);
         add_usage(report, &cluster);
     }
-    if reports.iter().any(|report| report.status != Status::Ok) {
+    let failed = reports.iter().any(|report| report.status != Status::Ok);
+    if failed {
         ui.say(&cluster.logs());
     }
-    cluster.stop()?;
+    cluster.stop(failed || args.until == Until::Evicted)?;
     Ok(whole(reports, following.host()))
 }
 

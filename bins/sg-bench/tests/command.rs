@@ -114,6 +114,17 @@ fn a_source_that_is_killed_when_it_has_evicted_has_told_its_report() {
 }
 
 #[test]
+fn a_run_that_ends_when_the_source_has_evicted_leaves_nothing_and_warns_of_nothing() {
+    let mut bench = Bench::start(&format!("{LOOPBACK} --until evicted --stop destination@resumed"));
+    let (report, said) = bench.ends_well();
+    assert!(is_positive(&report["eviction_s"]) && is_positive(&report["bytes"]["staged"]), "{report}");
+    assert!(!said.contains("does not end"), "{said}");
+    let left = std::fs::read_dir(bench.directory.path()).expect("there").flatten();
+    let left: Vec<_> = left.map(|entry| entry.file_name()).collect();
+    assert_eq!(left, ["events"]);
+}
+
+#[test]
 fn a_cancelled_migration_is_exit_code_4() {
     for _ in 0..5 {
         // A destination that stands still is never READY: there is time to cancel.

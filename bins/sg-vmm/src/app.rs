@@ -122,6 +122,7 @@ impl Vmm {
             return Ok(if end == End::Quit { exit::DONE } else { exit::INTERRUPTED });
         };
         let stopped = vm.stop();
+        self.moves.settle();
         if vm.stats().mismatches > 0 || !vm.lost().is_empty() {
             return Ok(exit::LOST);
         }

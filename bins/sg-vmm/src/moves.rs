@@ -26,7 +26,8 @@ use crate::vm::Vm;
 /// How long the destination has to build and load the VM.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long intermediaries have to give the volume's memory back before a report is asked for in vain.
+/// How long intermediaries have to give the volume's memory back before a report is asked for in vain, and
+/// before the process goes all the same.
 const DISSOLVE_TIME: Duration = Duration::from_secs(15);
 
 /// Longer than any migration.
@@ -180,6 +181,17 @@ impl Moves {
         match self.incoming.lock().clone() {
             Some(incoming) => incoming.cancel(),
             None => Err(Error::new(ErrorKind::Input, "no migration is under way")),
+        }
+    }
+
+    /// Before the process ends: a VM that has gathered has the intermediaries give its memory back first. Bounded,
+    /// and what is left there then is told.
+    pub fn settle(&self) {
+        let Some(incoming) = self.incoming.lock().clone() else { return };
+        if incoming.progress().phase == ArrivalPhase::Gathered
+            && let Err(error) = incoming.wait_dissolved(DISSOLVE_TIME)
+        {
+            tracing::warn!(error = error.chain(), "going before every intermediary has its memory back");
         }
     }
 
