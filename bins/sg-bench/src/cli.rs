@@ -95,9 +95,13 @@ pub struct AcceptArgs {
     /// Only says which rows there are
     #[arg(long)]
     pub list: bool,
-    /// Runs of each experiment [default: 3]
-    #[arg(long, value_name = "N")]
-    pub runs: Option<usize>,
+    /// Runs of each experiment
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub runs: u32,
+    /// Where rows, invalid runs and the reports of all runs go, - for standard output (the table then goes to
+    /// standard error)
+    #[arg(long, value_name = "PATH")]
+    pub json: Option<PathBuf>,
 }
 
 /// One experiment.
@@ -130,9 +134,16 @@ pub struct MigrateArgs {
     /// Take a node's link down (repeatable)
     #[arg(long, value_name = "NODE@EVENT[+MS]")]
     pub cut: Vec<When>,
+    /// Take a node's link up again (repeatable)
+    #[arg(long, value_name = "NODE@EVENT[+MS]")]
+    pub mend: Vec<When>,
     /// When the run is over
     #[arg(long, default_value = "gathered")]
     pub until: Until,
+    /// Once everything has evicted, lift every limit and link rate, so that the rest is gathered, and verified, at
+    /// once: for experiments about eviction alone
+    #[arg(long)]
+    pub lift_at_evicted: bool,
     /// Do it so many times; the report then has `runs`, `median`, `min` and `max`
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub repeat: u32,
@@ -230,7 +241,13 @@ impl MigrateArgs {
         let each = |harm, whens: &[When]| -> Vec<Injection> {
             whens.iter().map(|when| Injection { harm, when: when.clone() }).collect()
         };
-        [each(Harm::Kill, &self.kill), each(Harm::Stop, &self.stop), each(Harm::Cut, &self.cut)].concat()
+        [
+            each(Harm::Kill, &self.kill),
+            each(Harm::Stop, &self.stop),
+            each(Harm::Cut, &self.cut),
+            each(Harm::Mend, &self.mend),
+        ]
+        .concat()
     }
 }
 

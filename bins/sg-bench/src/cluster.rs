@@ -186,6 +186,14 @@ impl Cluster {
         Ok(start)
     }
 
+    /// Takes the gather limits off.
+    pub fn lift(&mut self) -> Result<()> {
+        for pair in &mut self.pairs {
+            pair.destination.control.request(&json!({"do": "limit", "gather": "0"}), START_LIMIT)?;
+        }
+        Ok(())
+    }
+
     /// Ends every process in order: the VMMs, then the intermediaries by SIGTERM, which they refuse while they hold
     /// pages of a volume. Where such are left, as the run was over before everything was gathered, they are
     /// killed.

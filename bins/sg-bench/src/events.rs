@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::lab::{Node, net};
 
-/// What `--kill`, `--stop` and `--cut` do.
+/// What `--kill`, `--stop`, `--cut` and `--mend` do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Harm {
     /// SIGKILL to the node's processes.
@@ -24,6 +24,8 @@ pub enum Harm {
     Stop,
     /// The node's link goes down.
     Cut,
+    /// The node's link comes up again.
+    Mend,
 }
 
 /// `NODE@EVENT[+MS]`: whom, at which event, how long after.
@@ -133,7 +135,7 @@ impl Events {
         Ok(())
     }
 
-    /// A link that `--cut` may be meant for.
+    /// A link that `--cut` and `--mend` may be meant for.
     pub fn add_link(&self, node: Node, namespace: String) {
         self.add(node, Target::Namespace(namespace));
     }
@@ -206,7 +208,10 @@ fn harm(harm: Harm, target: &Target) -> Result<()> {
         (Harm::Kill, Target::Process(process)) => signal(process, Signal::KILL),
         (Harm::Stop, Target::Process(process)) => signal(process, Signal::STOP),
         (Harm::Cut, Target::Namespace(namespace)) => net::cut(namespace),
-        (Harm::Kill | Harm::Stop, Target::Namespace(_)) | (Harm::Cut, Target::Process(_)) => Ok(()),
+        (Harm::Mend, Target::Namespace(namespace)) => net::mend(namespace),
+        (Harm::Kill | Harm::Stop, Target::Namespace(_)) | (Harm::Cut | Harm::Mend, Target::Process(_)) => {
+            Ok(())
+        }
     }
 }
 

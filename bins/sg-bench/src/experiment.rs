@@ -29,8 +29,8 @@ struct Links {
 /// When it could not be carried out, or was interrupted. A migration that fails is a report.
 pub fn run(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
     ensure!(
-        args.lab.shape || args.cut.is_empty(),
-        "--cut needs namespaces: without (--shape off) there is no link to cut"
+        args.lab.shape || (args.cut.is_empty() && args.mend.is_empty()),
+        "--cut and --mend need namespaces: without (--shape off) there is no link to cut"
     );
     let lab = Lab::create(&args.lab_spec())?;
     let links = measure(&lab, args)?;
@@ -39,7 +39,7 @@ pub fn run(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
     interrupt::check()?;
     let start = cluster.go(args)?;
     let mut following = Following::new(args, start, &occurred);
-    let followed = following.follow(&mut cluster, ui);
+    let followed = following.follow(&lab, &mut cluster, ui);
     ui.end();
     if let Err(error) = followed {
         return Err(if error.is::<interrupt::Interrupted>() { error } else { error.context(cluster.logs()) });
@@ -71,7 +71,8 @@ fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
     let mut sinks_mbps = BTreeMap::new();
     for node in sinks().filter(|node| spec.shape && speed(*node) < speed(Node::Source)) {
         interrupt::check()?;
-        sinks_mbps.insert(node.to_string(), stream::one_stream(lab, Node::Source, node)?);
+        let best = stream::in_band_mbps(lab, node, spec.rate_of(node).as_mbps())?;
+        sinks_mbps.insert(node.to_string(), best);
     }
     Ok(Links {
         mbps: stream::link_mbps(lab, Node::Source, best)?,
@@ -81,7 +82,7 @@ fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
     })
 }
 
-/// Whether a run's link measured what it was set to: 0.93 to 0.97 of it, the rest being headers.
+/// Whether a run's links measured what they were set to ([`stream::BAND`]).
 pub fn link_is_fit(args: &MigrateArgs, report: &Report) -> bool {
     let spec = args.lab_spec();
     let fastest_sink = if spec.intermediaries > 0 {
@@ -96,7 +97,12 @@ pub fn link_is_fit(args: &MigrateArgs, report: &Report) -> bool {
         (true, false) => fastest_sink,
         (false, false) => spec.link_rate.min(fastest_sink),
     };
-    report.link_mbps.is_some_and(|mbps| (0.93..=0.97).contains(&(mbps / nominal.as_mbps())))
+    let fits = |mbps: f64, rate: Rate| stream::BAND.contains(&(mbps / rate.as_mbps()));
+    let sinks = report
+        .sinks_mbps
+        .iter()
+        .all(|(name, mbps)| name.parse::<Node>().is_ok_and(|node| fits(*mbps, spec.rate_of(node))));
+    sinks && report.link_mbps.is_some_and(|mbps| fits(mbps, nominal))
 }
 
 fn fastest(a: Rate, b: Rate) -> Rate {
@@ -175,6 +181,10 @@ pub fn time_limit(args: &MigrateArgs) -> Duration {
     let bits = args.vm.memory.0 * u64::from(args.vms) * 8;
     let swapping = if args.destination_memory.is_some() { 300 } else { 0 };
     match args.until {
+        // Nothing is slow any more once the source has evicted.
+        Until::Gathered if args.lift_at_evicted => {
+            Duration::from_secs(180 + bits * 4 / slowest.0.max(100_000_000))
+        }
         Until::Gathered => Duration::from_secs(60 + swapping + bits * 4 / slowest.0),
         // The destination may be as slow as it likes; post-copy waits for it nevertheless.
         Until::Evicted => Duration::from_secs(60 + bits * 4 / slowest.0.max(100_000_000)),

@@ -14,7 +14,7 @@ use crate::cluster::{Cluster, Pair};
 use crate::events::{Harm, Occurred};
 use crate::experiment::time_limit;
 use crate::interrupt;
-use crate::lab::Node;
+use crate::lab::{Lab, Node};
 use crate::ui::Ui;
 
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
@@ -90,12 +90,18 @@ impl<'a> Following<'a> {
     ///
     /// # Errors
     /// A process ended that nobody killed, the run takes too long, or was interrupted.
-    pub fn follow(&mut self, cluster: &mut Cluster, ui: &mut Ui) -> Result<()> {
+    pub fn follow(&mut self, lab: &Lab, cluster: &mut Cluster, ui: &mut Ui) -> Result<()> {
         let limit = time_limit(self.args);
         let mut next_sample = self.start;
+        let mut to_lift = self.args.lift_at_evicted;
         loop {
             interrupt::check()?;
             self.take_events(next_sample, ui);
+            if to_lift && self.vms.iter().all(|vm| vm.evicted.is_some()) {
+                to_lift = false;
+                lab.lift()?;
+                cluster.lift()?;
+            }
             if self.is_over() {
                 // The last sample shows the end.
                 self.sample(cluster, ui);

@@ -1,176 +1,210 @@
 //! `sg-bench accept`: the rows of the acceptance table. Ratios within one run, medians of interleaved runs.
 
+mod experiments;
+mod figures;
 mod rows;
+mod runs;
 
-use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
-use libsg::report::Report;
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::json;
 
-use crate::cli::{AcceptArgs, MigrateArgs};
-use crate::experiment::{self, check_valid, link_is_fit};
+use crate::cli::AcceptArgs;
+use crate::stats;
 use crate::ui::Ui;
-use crate::{interrupt, stats, stream};
 
+use experiments::Experiment;
 use rows::{Part, Row};
+use runs::Results;
 
-/// Runs of each experiment.
-const RUNS: usize = 3;
-/// How often a run is repeated whose link did not measure what it was set to.
-const REPEATS_MAX: usize = 3;
-
-/// One experiment, run several times in turn with others.
-pub struct Variant {
-    /// What it is called in messages and in [`Results`].
-    pub name: &'static str,
-    /// How it is run.
-    pub args: MigrateArgs,
-    /// What else is measured in each of its runs.
-    pub baseline: Baseline,
-}
-
-/// A measurement without a VM, made next to each run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Baseline {
-    /// None.
-    Nothing,
-    /// One plain TCP stream over loopback, as long as the VM's memory, into fresh memory.
-    FreshStream,
-}
-
-/// One run: its report, and its baseline's megabits a second.
-pub struct Run {
-    /// The migration.
-    pub report: Report,
-    /// The baseline, if it has one.
-    pub baseline_mbps: Option<f64>,
-}
-
-/// The runs of each variant.
-#[derive(Default)]
-pub struct Results(BTreeMap<&'static str, std::result::Result<Vec<Run>, String>>);
-
-impl Results {
-    /// A figure of every run of a variant.
-    ///
-    /// # Errors
-    /// The variant could not be run, or a run did not tell.
-    pub fn each(&self, variant: &str, of: impl Fn(&Run) -> Option<f64>) -> Result<Vec<f64>> {
-        match self.0.get(variant) {
-            Some(Ok(runs)) => match runs.iter().map(of).collect() {
-                Some(values) => Ok(values),
-                None => bail!("{variant}: a run did not tell"),
-            },
-            Some(Err(why)) => bail!("{variant}: {why}"),
-            None => bail!("{variant} was not run"),
-        }
-    }
-}
+/// Exit codes: a row failed; a page was wrong or lost in some run.
+const FAILED: u8 = 1;
+const WRONG: u8 = 3;
 
 /// Runs the rows asked for, prints each as soon as it is known; 0 when all pass.
 pub fn run(args: &AcceptArgs) -> Result<u8> {
-    let rows: Vec<Row> = rows::all()
-        .into_iter()
-        .filter(|row| args.row.is_empty() || args.row.iter().any(|name| name == row.name))
-        .collect();
+    let rows = chosen(args)?;
     if args.list {
         for row in &rows {
             println!("{:20} {}", row.name, row.what);
         }
         return Ok(0);
     }
-    for name in &args.row {
-        if !rows.iter().any(|row| row.name == name) {
-            bail!("there is no row {name:?}: see --list");
-        }
-    }
-    let (mut results, mut ui, mut failed) = (Results::default(), Ui::new(), false);
-    println!("{:34} {:>16} {:>10}  {:17} ", "row", "want", "got", "spread");
+    let (begun, mut results, mut ui) = (Instant::now(), Results::default(), Ui::new());
+    let table = Table { to_stderr: args.json.as_deref() == Some(Path::new("-")) };
+    let mut told = Vec::new();
+    let planned = planned(&rows) * args.runs;
+    let mut number = 0;
+    table.say(&format!("{:32} {:>12} {:>9}  {:18} {:>7}  verdict", "row", "want", "got", "spread", "took"));
     for row in &rows {
-        for family in row.families {
-            // Everything that any row wants of a family is run in turn with the rest of it.
-            let mut missing = rows::variants(*family);
-            missing.retain(|variant| !results.0.contains_key(variant.name) && wanted(&rows, variant.name));
-            run_interleaved(&missing, args.runs.unwrap_or(RUNS), &mut results, &mut ui)?;
+        let start = Instant::now();
+        for missing in missing(&rows, row, &results) {
+            results.run(&missing, args.runs, &mut ui, |what| {
+                number += 1;
+                format!("[{number} of {planned}, {:.0} s] {what}", begun.elapsed().as_secs_f64())
+            })?;
         }
-        for part in &row.parts {
-            failed |= !print(row, part, &results);
+        let took_s = start.elapsed().as_secs_f64();
+        let lines: Vec<Line> = row.parts.iter().map(|part| Line::of(row, part, &results)).collect();
+        for (at, line) in lines.iter().enumerate() {
+            table.say(&line.text((at == 0).then_some(took_s)));
+        }
+        told.push(Told { row: row.name, what: row.what, took_s, lines });
+    }
+    let took_s = begun.elapsed().as_secs_f64();
+    conclude(args, &table, &told, &results, took_s)
+}
+
+/// The rows asked for, in the order of the table.
+fn chosen(args: &AcceptArgs) -> Result<Vec<Row>> {
+    let mut rows = rows::all();
+    if let Some(name) = args.row.iter().find(|name| !rows.iter().any(|row| row.name == **name)) {
+        bail!("there is no row {name:?}: see --list");
+    }
+    rows.retain(|row| args.row.is_empty() || args.row.iter().any(|name| name == row.name));
+    Ok(rows)
+}
+
+/// What a row still needs, family by family: of each everything that any row wants, to be run in turn.
+fn missing(rows: &[Row], row: &Row, results: &Results) -> Vec<Vec<Experiment>> {
+    let wanted = |experiment: &Experiment| rows.iter().any(|row| row.uses(experiment.name));
+    let of = |family| {
+        let mut missing = experiments::of(family);
+        missing.retain(|experiment| !results.has(experiment.name) && wanted(experiment));
+        missing
+    };
+    row.families.iter().map(|family| of(*family)).filter(|family| !family.is_empty()).collect()
+}
+
+/// How many experiments the rows need.
+fn planned(rows: &[Row]) -> u32 {
+    let mut names: Vec<_> =
+        rows.iter().flat_map(|row| &row.parts).flat_map(|part| &part.experiments).collect();
+    names.sort_unstable();
+    names.dedup();
+    names.len() as u32
+}
+
+/// Where the table goes.
+struct Table {
+    to_stderr: bool,
+}
+
+impl Table {
+    fn say(&self, line: &str) {
+        if self.to_stderr {
+            eprintln!("{line}");
+        } else {
+            println!("{line}");
         }
     }
-    Ok(u8::from(failed))
 }
 
-/// Whether any of the rows asked for needs the variant.
-fn wanted(rows: &[Row], variant: &str) -> bool {
-    rows.iter().any(|row| row.uses(variant))
+/// A row with its figures.
+#[derive(Serialize)]
+struct Told {
+    row: &'static str,
+    what: &'static str,
+    took_s: f64,
+    lines: Vec<Line>,
 }
 
-/// A B A B A B: what drifts on the machine meets all alike.
-fn run_interleaved(variants: &[Variant], runs: usize, results: &mut Results, ui: &mut Ui) -> Result<()> {
-    for round in 1..=runs {
-        for variant in variants {
-            let begun = results.0.entry(variant.name).or_insert_with(|| Ok(Vec::new()));
-            // A variant that failed once has failed.
-            let Ok(done) = begun else { continue };
-            ui.begin(&format!("{}, run {round} of {runs}", variant.name));
-            let start = Instant::now();
-            match run_fit(variant, ui) {
-                Ok(run) => done.push(run),
-                Err(error) if error.is::<interrupt::Interrupted>() => return Err(error),
-                Err(error) => {
-                    ui.say(&format!("{}: {error:#}", variant.name));
-                    *begun = Err(first_line(&format!("{error:#}")));
-                }
-            }
-            tracing::info!("{} took {:.1} s", variant.name, start.elapsed().as_secs_f64());
-        }
-    }
-    Ok(())
+/// One figure against what is wanted.
+#[derive(Serialize)]
+struct Line {
+    name: String,
+    want: String,
+    got: Option<f64>,
+    values: Vec<f64>,
+    passes: bool,
+    why: Option<String>,
 }
 
-/// Runs until the link measures what it was set to.
-fn run_fit(variant: &Variant, ui: &mut Ui) -> Result<Run> {
-    for _ in 0..=REPEATS_MAX {
-        let baseline_mbps = match variant.baseline {
-            Baseline::Nothing => None,
-            Baseline::FreshStream => {
-                Some(stream::into_fresh_memory_mbps(usize::try_from(variant.args.vm.memory.0)?)?)
-            }
+impl Line {
+    fn of(row: &Row, part: &Part, results: &Results) -> Self {
+        let name = format!("{} {}", row.name, part.name).trim_end().to_owned();
+        let (values, why) = match (part.values)(results) {
+            Ok(values) => (values, None),
+            Err(error) => (Vec::new(), Some(format!("{error:#}"))),
         };
-        let report = experiment::run(&variant.args, ui)?;
-        check_valid(&report, variant.args.until)?;
-        if link_is_fit(&variant.args, &report) {
-            return Ok(Run { report, baseline_mbps });
-        }
-        ui.say(&format!(
-            "  repeated: the link measured {:.0} Mb/s, outside 0.93 to 0.97 of what it is set to",
-            report.link_mbps.unwrap_or(0.0)
-        ));
+        let got = stats::median(&values);
+        let passes = got.is_some_and(|got| part.want.holds(got));
+        Self { name, want: part.want.to_string(), got, values, passes, why }
     }
-    bail!("the link did not measure 0.93 to 0.97 of what it is set to in {} runs", REPEATS_MAX + 1)
+
+    fn text(&self, took_s: Option<f64>) -> String {
+        let got = self.got.map_or("-".to_owned(), |got| format!("{got:.3}"));
+        let spread = stats::spread(&self.values)
+            .map_or(String::new(), |(least, most)| format!("{least:.3} to {most:.3}"));
+        let took = took_s.map_or(String::new(), |s| format!("{s:.0} s"));
+        let verdict = if self.passes { "pass" } else { "FAIL" };
+        let why = self.why.as_ref().map_or(String::new(), |why| format!(" ({why})"));
+        format!("{:32} {:>12} {got:>9}  {spread:18} {took:>7}  {verdict}{why}", self.name, self.want)
+    }
 }
 
-fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_owned()
+/// What was repeated, how long it took, the JSON, and the exit code.
+fn conclude(args: &AcceptArgs, table: &Table, told: &[Told], results: &Results, took_s: f64) -> Result<u8> {
+    for invalid in &results.invalid {
+        let wrong = if invalid.wrong { "WRONG PAGES" } else { "repeated" };
+        table.say(&format!("{wrong}: a run of {}: {}", invalid.experiment, invalid.why));
+    }
+    let failed = told.iter().flat_map(|row| &row.lines).filter(|line| !line.passes).count();
+    let wrong = results.invalid.iter().any(|invalid| invalid.wrong);
+    table.say(&format!("{failed} figures FAIL; {:.1} minutes", took_s / 60.0));
+    if let Some(path) = &args.json {
+        let all = json!({
+            "rows": told, "invalid": results.invalid, "runs": results.all(), "took_s": took_s,
+            "passes": failed == 0 && !wrong,
+        });
+        if table.to_stderr {
+            println!("{all}");
+        } else {
+            std::fs::write(path, all.to_string())
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    Ok(match (wrong, failed) {
+        (true, _) => WRONG,
+        (false, 0) => 0,
+        (false, _) => FAILED,
+    })
 }
 
-/// Prints one line, tells whether it passes.
-fn print(row: &Row, part: &Part, results: &Results) -> bool {
-    let name = if part.name.is_empty() { row.name.to_owned() } else { format!("{} {}", row.name, part.name) };
-    match (part.values)(results) {
-        Ok(values) => {
-            let got = stats::median(&values).unwrap_or(f64::NAN);
-            let (least, most) = stats::spread(&values).unwrap_or((f64::NAN, f64::NAN));
-            let passes = part.want.holds(got);
-            let spread = format!("{least:.3} to {most:.3}");
-            let verdict = if passes { "pass" } else { "FAIL" };
-            println!("{name:34} {:>16} {got:>10.3}  {spread:17} {verdict}", part.want.to_string());
-            passes
-        }
-        Err(error) => {
-            println!("{name:34} {:>16} {:>10}  {:17} FAIL ({error:#})", part.want.to_string(), "-", "");
-            false
-        }
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn each_experiment_is_run_once_for_all_rows() {
+        let rows = rows::all();
+        let results = Results::default();
+        let missing: Vec<_> = rows.iter().flat_map(|row| missing(&rows, row, &results)).flatten().collect();
+        let mut names: Vec<_> = missing.iter().map(|experiment| experiment.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len() as u32, planned(&rows));
+        let pause: Vec<Row> = rows::all().into_iter().filter(|row| row.name == "pause").collect();
+        let alone = super::missing(&pause, &pause[0], &results);
+        let names: Vec<_> = alone.iter().flatten().map(|experiment| experiment.name).collect();
+        assert_eq!(names, ["fast", "slow"], "post-copy is not needed");
+    }
+
+    #[test]
+    fn a_line_says_what_was_wanted_and_what_was_got() {
+        let rows = rows::all();
+        let line = Line::of(&rows[0], &rows[0].parts[0], &Results::default());
+        assert!(
+            !line.passes && line.text(None).ends_with("FAIL (limited was not run)"),
+            "{}",
+            line.text(None)
+        );
+        let line = Line { got: Some(1.01), values: vec![1.0, 1.01, 1.02], passes: true, why: None, ..line };
+        let text = line.text(Some(61.0));
+        assert!(text.starts_with("eviction-limited ") && text.ends_with("61 s  pass"), "{text}");
+        assert!(text.contains("<= 1.05") && text.contains("1.000 to 1.020"), "{text}");
     }
 }

@@ -115,6 +115,14 @@ impl Lab {
         self.shape.then(|| self.prefix.name(node))
     }
 
+    /// Takes the limits off all links.
+    pub fn lift(&self) -> Result<()> {
+        match self.shape {
+            true => self.nodes.iter().try_for_each(|node| net::lift(&self.prefix, *node)),
+            false => Ok(()),
+        }
+    }
+
     /// The destination's memory limit.
     pub fn memory(&self) -> Option<&MemoryLimit> {
         self.memory.as_ref()

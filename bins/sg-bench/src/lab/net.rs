@@ -134,9 +134,21 @@ fn shape(namespace: &str, device: &str, rate: Rate, queue: Queue) -> Result<()> 
     batch("tc", Some(namespace), &commands)
 }
 
+/// Lets a node's link go as fast as it can, both ways.
+pub fn lift(prefix: &Prefix, node: Node) -> Result<()> {
+    let free = |device: &str| format!("qdisc replace dev {device} root pfifo_fast\n");
+    batch("tc", Some(&prefix.name(node)), &free("eth0"))?;
+    batch("tc", Some(&prefix.name("switch")), &free(&node.to_string()))
+}
+
 /// Takes a node's link down.
 pub fn cut(namespace: &str) -> Result<()> {
     batch("ip", Some(namespace), "link set dev eth0 down\n")
+}
+
+/// Takes a node's link up again.
+pub fn mend(namespace: &str) -> Result<()> {
+    batch("ip", Some(namespace), "link set dev eth0 up\n")
 }
 
 /// Removes a namespace with everything in it.

@@ -45,6 +45,8 @@ fn hosts_reach_each_other_and_leave_nothing_behind() {
     lab.on(Node::Destination, || TcpStream::connect((address, 7701)))
         .expect("enters")
         .expect_err("the link is down");
+    net::mend(&lab.namespace(Node::Destination).expect("has one")).expect("mends");
+    lab.on(Node::Destination, || TcpStream::connect((address, 7701))).expect("enters").expect("connects");
     drop(lab);
     assert_eq!(left_of(&prefix), [""; 0]);
 }

@@ -1,0 +1,147 @@
+//! What is computed from the runs of a row.
+
+use anyhow::{Context, Result};
+use libsg::page::PAGE_BYTES_U64;
+use libsg::report::Report;
+
+use super::experiments::BOOKKEEPING;
+use super::runs::{Results, Run};
+use crate::stats;
+
+/// Faults below which a 99th percentile says nothing.
+const FAULTS_MIN: u64 = 300;
+
+/// Until nothing was left at the source.
+pub fn eviction(run: &Run) -> Option<f64> {
+    run.report.eviction_s
+}
+
+/// Until the destination held everything.
+pub fn total(run: &Run) -> Option<f64> {
+    run.report.total_migration_s
+}
+
+/// Against everything filled at the rate that the link measured in the same run.
+pub fn eviction_over_bound(run: &Run) -> Option<f64> {
+    Some(run.report.eviction_s? / run.report.line_rate_bound_s?)
+}
+
+/// Milliseconds.
+pub fn longest_pause(run: &Run) -> Option<f64> {
+    run.report.guest.longest_pause_ms
+}
+
+/// The VM's filled pages over the eviction time, each counted once however often it was sent: megabits a second.
+fn evicted_mbps(run: &Run) -> Option<f64> {
+    let pages = run.report.pages.present? - run.report.pages.zero.unwrap_or(0);
+    Some((pages * PAGE_BYTES_U64) as f64 * 8e-6 / run.report.eviction_s?)
+}
+
+/// Over the sum of what the sinks' links measured in the same run.
+pub fn over_sum_of_rates(run: &Run) -> Option<f64> {
+    let sum: f64 = run.report.sinks_mbps.values().sum();
+    Some(evicted_mbps(run)? / sum)
+}
+
+/// Share of the source's link that the scatter used, in page bytes: the link did carry more.
+pub fn link_used(run: &Run) -> Option<f64> {
+    let bytes = run.report.bytes.direct.unwrap_or(0) + run.report.bytes.staged.unwrap_or(0);
+    Some(bytes as f64 * 8e-6 / run.report.eviction_s? / run.report.link_mbps?)
+}
+
+/// Share of the destination's link that the direct path used until the source had evicted.
+pub fn destination_used(run: &Run) -> Option<f64> {
+    let mbps = run.report.bytes.direct? as f64 * 8e-6 / run.report.eviction_s?;
+    Some(mbps / run.report.sinks_mbps.get("destination")?)
+}
+
+/// Of the faults while the source scattered.
+pub fn fault_p50_over_idle(run: &Run) -> Option<f64> {
+    enough_faults(run)?;
+    Some(run.report.faults_while_scattering.p50_us? / run.report.idle_fault_us?)
+}
+
+/// Of the faults while the source scattered.
+pub fn fault_p99_us(run: &Run) -> Option<f64> {
+    enough_faults(run)?;
+    run.report.faults_while_scattering.p99_us
+}
+
+fn enough_faults(run: &Run) -> Option<u64> {
+    run.report.faults_while_scattering.count.filter(|count| *count >= FAULTS_MIN)
+}
+
+/// Throughput of the eviction over that of a plain stream in the same run.
+pub fn over_fresh_stream(run: &Run) -> Option<f64> {
+    Some(evicted_mbps(run)? / run.baseline_mbps?)
+}
+
+/// Bytes a page: what a process's largest resident set beyond the VM's memory grows by, least squares over the
+/// medians of each size.
+pub fn rss_slope(results: &Results, rss: fn(&Report) -> Option<u64>) -> Result<Vec<f64>> {
+    let mut points = Vec::new();
+    for (experiment, mebibytes) in BOOKKEEPING {
+        let bytes = mebibytes << 20;
+        let beyond = |run: &Run| rss(&run.report).map(|rss| rss as f64 - bytes as f64);
+        let median = stats::median(&results.each(experiment, beyond)?).context("no runs")?;
+        points.push(((bytes / PAGE_BYTES_U64) as f64, median));
+    }
+    Ok(vec![least_squares(&points)])
+}
+
+fn least_squares(points: &[(f64, f64)]) -> f64 {
+    let n = points.len() as f64;
+    let (mean_x, mean_y) =
+        (points.iter().map(|p| p.0).sum::<f64>() / n, points.iter().map(|p| p.1).sum::<f64>() / n);
+    let above: f64 = points.iter().map(|(x, y)| (x - mean_x) * (y - mean_y)).sum();
+    let below: f64 = points.iter().map(|(x, _)| (x - mean_x).powi(2)).sum();
+    above / below
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use libsg::report::{Faults, Pages};
+
+    fn run() -> Run {
+        let mut report = Report { eviction_s: Some(2.0), ..Report::default() };
+        report.pages = Pages { present: Some(1500), zero: Some(500), ..Pages::default() };
+        report.bytes.direct = Some(1000 * PAGE_BYTES_U64);
+        // Some pages went twice.
+        report.bytes.staged = Some(500 * PAGE_BYTES_U64);
+        report.set_link(32.768);
+        report.sinks_mbps = [("destination".to_owned(), 16.384), ("i1".to_owned(), 16.384)].into();
+        report.idle_fault_us = Some(50.0);
+        Run { report, baseline_mbps: Some(8.192) }
+    }
+
+    #[test]
+    fn rates_count_each_page_once_and_links_every_byte() {
+        let run = run();
+        let is = |got: Option<f64>, want: f64| {
+            assert!((got.expect("told") - want).abs() < 1e-9, "{got:?} {want}");
+        };
+        is(evicted_mbps(&run), 16.384);
+        is(over_sum_of_rates(&run), 0.5);
+        is(link_used(&run), 0.75);
+        is(destination_used(&run), 1.0);
+        is(over_fresh_stream(&run), 2.0);
+        is(eviction_over_bound(&run), 2.0);
+    }
+
+    #[test]
+    fn percentiles_need_faults() {
+        let mut run = run();
+        run.report.faults_while_scattering =
+            Faults { count: Some(FAULTS_MIN), p50_us: Some(75.0), p99_us: Some(300.0), ..Faults::default() };
+        assert_eq!((fault_p50_over_idle(&run), fault_p99_us(&run)), (Some(1.5), Some(300.0)));
+        run.report.faults_while_scattering.count = Some(FAULTS_MIN - 1);
+        assert_eq!((fault_p50_over_idle(&run), fault_p99_us(&run)), (None, None));
+    }
+
+    #[test]
+    fn slopes() {
+        let line = [1.0, 2.0, 4.0].map(|x| (x, 7.0 + 12.0 * x));
+        assert!((least_squares(&line) - 12.0).abs() < 1e-9);
+    }
+}
