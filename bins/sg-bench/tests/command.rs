@@ -114,6 +114,42 @@ fn a_source_that_is_killed_when_it_has_evicted_has_told_its_report() {
 }
 
 #[test]
+fn an_intermediary_is_killed_at_an_event_and_another_stopped_some_time_after_it() {
+    let harm = "--intermediaries 3 --kill i1@scattered=25% --stop i2@scattered=25%+20";
+    let mut bench = Bench::start(&format!("{LOOPBACK} {harm}"));
+    let (report, said) = bench.ends_well();
+    assert_eq!(report["guest"]["verified_pages"], 16 * 256);
+    let events = bench.events();
+    let lost = |line: &Value| line["message"].as_str().is_some_and(|message| message.contains("i1"));
+    assert!(events.iter().any(|line| line["event"] == "node-lost" && lost(line)), "{events:?}\n{said}");
+}
+
+#[test]
+fn a_link_is_cut_after_commit_and_mended() {
+    // Needs root, as the experiments do: without it this fails, it does not pretend.
+    for node in ["destination", "source"] {
+        let mut bench = Bench::start(&format!(
+            "--vcpu thread --memory 32M --link-rate 200mbit --destination-rate 100mbit \
+             --cut {node}@scattered=25% --mend {node}@scattered=25%+700"
+        ));
+        let (report, said) = bench.ends_well();
+        assert_eq!(report["guest"]["verified_pages"], 32 * 256, "{said}");
+        // It could not be over before the link was there again.
+        assert!(report["eviction_s"].as_f64() > Some(0.7), "{report}");
+    }
+}
+
+#[test]
+fn an_intermediary_is_cut_off_for_good() {
+    let mut bench = Bench::start(
+        "--vcpu thread --memory 32M --link-rate 200mbit --destination-rate 100mbit --cut i1@scattered=25%",
+    );
+    let (report, said) = bench.ends_well();
+    assert_eq!(report["guest"]["verified_pages"], 32 * 256, "{said}");
+    assert!(said.contains("i1"), "{said}");
+}
+
+#[test]
 fn a_run_that_ends_when_the_source_has_evicted_leaves_nothing_and_warns_of_nothing() {
     let mut bench = Bench::start(&format!("{LOOPBACK} --until evicted --stop destination@resumed"));
     let (report, said) = bench.ends_well();

@@ -146,6 +146,47 @@ fn before_commit(harm: impl Fn(&Vmm, &Vmm, &Proxy)) {
 }
 
 #[test]
+fn run_is_lost_and_the_volume_says_commit() {
+    let (source, destination, proxy, _world) = without_run("random");
+    proxy.cut();
+    destination.process.wait("resumed");
+    proxy.pass();
+    ends_well(&source, &destination);
+}
+
+#[test]
+fn the_source_dies_between_commit_and_run() {
+    // A guest that touches a page that is lost ends, where its vCPU is a thread.
+    let (source, destination, proxy, _world) = without_run("idle");
+    source.process.kill();
+    proxy.cut();
+    // The VM is the destination's. What nobody has any more is told, and nothing waits for it for ever.
+    destination.process.wait("resumed");
+    assert!(!destination.process.wait("lost")["pages"].as_array().expect("ranges").is_empty());
+    destination.process.wait("failed");
+    destination.quit(3);
+}
+
+/// COMMIT is in the volume, and RUN has not come to the destination.
+fn without_run(workload: &str) -> (Vmm, Vmm, Proxy, World) {
+    let world = World::new(2, &["--limit-in", "200mbit"]);
+    let source = world.vm("source", &format!("--workload {workload}"));
+    let destination = world.incoming("destination", "--gather-limit 100mbit");
+    let proxy = Proxy::to(destination.address);
+    proxy.delay_answers(Duration::from_millis(400));
+    source.leave(proxy.address, &world.members());
+    destination.process.wait("ready");
+    // READY is on its way; what the source says to it goes nowhere.
+    proxy.hold_requests();
+    source.process.wait("commit");
+    // It is written to the intermediaries right after it was told.
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!destination.process.told().iter().any(|line| line["event"] == "resumed"));
+    proxy.delay_answers(Duration::ZERO);
+    (source, destination, proxy, world)
+}
+
+#[test]
 fn a_cancel_after_commit_is_refused() {
     let (world, source, destination) = usual();
     source.leave(destination.address, &world.members());
@@ -222,6 +263,18 @@ fn two_vms_at_once() {
     for (source, destination) in &pairs {
         source.quit(0);
         destination.quit(0);
+    }
+}
+
+#[test]
+fn a_destination_that_ends_when_it_has_gathered_leaves_nothing_behind() {
+    let (world, source, destination) = usual();
+    source.leave(destination.address, &world.members());
+    destination.process.wait("gathered");
+    destination.quit(0);
+    for intermediary in &world.intermediaries {
+        intermediary.process.signal(Signal::TERM);
+        assert_eq!(intermediary.process.exit_code(), Some(0), "{}", intermediary.process.log());
     }
 }
 

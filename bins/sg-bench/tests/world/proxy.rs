@@ -70,6 +70,11 @@ impl Proxy {
         self.set(HOLD);
     }
 
+    /// What the client says goes nowhere.
+    pub fn hold_requests(&self) {
+        self.shared.up.store(HOLD, Ordering::SeqCst);
+    }
+
     /// What the server says goes nowhere.
     pub fn hold_answers(&self) {
         self.shared.down.store(HOLD, Ordering::SeqCst);
