@@ -2,8 +2,10 @@
 //! and acknowledges them, and grants the credit that paces the source.
 //!
 //! Credit is the gather limit and the pace of this host's port, in the source's hands: it sends no
-//! byte beyond what was granted. What is granted and not yet here is bounded by a window, so that a
-//! source that stops holds nothing that prepaging could use.
+//! byte beyond what was granted. Credit is granted some time ahead, so that the source has enough however late
+//! this thread wakes, and comes with the pace at which to use it, so that what has gathered does not come at
+//! once. What is granted and not yet here is bounded by a window, so that a source that stops holds nothing
+//! that prepaging could use.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -16,22 +18,32 @@ use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Channel, Inbox, Outbox, TcpPath, wait};
 use crate::wire::entry::encode_table;
 use crate::wire::run::decode_pages;
-use crate::wire::{HEADER_BYTES, Header, Kind, PageEntry};
+use crate::wire::{Credit, HEADER_BYTES, Header, Kind, PageEntry};
 
 /// Most bytes granted and not yet here.
-const WINDOW_BYTES_MAX: u64 = 2 << 20;
+const WINDOW_BYTES_MAX: u64 = 8 << 20;
+
+/// The same while the rate is not known: a queue in front of this port gets no longer by it.
+const WINDOW_BYTES_UNPACED: u64 = 2 << 20;
 
 /// Least: what keeps a slow port busy. A source sends batches that fit its credit, down to one page.
 const WINDOW_BYTES_MIN: u64 = 96 << 10;
 
-/// The window in time, where the rate is known: more than a thread on a busy host wakes late by.
-const WINDOW_TIME: Duration = Duration::from_millis(4);
+/// Credit is granted so long ahead: more than a thread on a busy host wakes late by.
+const AHEAD: Duration = Duration::from_millis(16);
+
+/// The window in time, where the rate is known: what is granted ahead, and as much as the source may be late.
+const WINDOW_TIME: Duration = Duration::from_millis(24);
+
+/// The source may use credit faster than the port's rate by one in so many, to catch up when it was late. The
+/// rate leaves as much of the port free.
+const CATCH_UP_PARTS: u64 = 64;
 
 /// Credit of a connection that was just opened, granted at once.
 const FIRST_CREDIT_BYTES: u64 = 128 << 10;
 
-/// Credit is granted in pieces of so much time: the source sends each as one frame.
-const GRANT_TIME: Duration = Duration::from_micros(500);
+/// Credit is granted in pieces of so much time.
+const GRANT_TIME: Duration = Duration::from_millis(1);
 
 /// Largest piece of credit: one batch of 64 pages.
 const GRANT_BYTES_MAX: u64 = 264 << 10;
@@ -54,6 +66,8 @@ struct Line {
     link: LinkId,
     /// Cumulative limit that the source was told.
     granted: u64,
+    /// The pace that the source was told.
+    pace: Option<u64>,
     /// Taken from the pacer, not yet told.
     saved: u64,
     /// As the source last told.
@@ -107,11 +121,13 @@ fn open(shared: &Shared, channel: Channel) -> Result<Line> {
         path: TcpPath::new(),
         link: shared.pacer.add_link(),
         granted: 0,
+        pace: None,
         saved: FIRST_CREDIT_BYTES.max(frame_bytes(shared.unit_pages)),
         delay: None,
         counted: 0,
     };
     shared.pacer.charge(Class::Direct, line.saved, Instant::now());
+    line.pace = pace(shared);
     grant(&mut line)?;
     Ok(line)
 }
@@ -189,6 +205,12 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
         }
         None => GRANT_BYTES_MAX,
     };
+    // Told at once: a source with credit for a while yet must not fill the queue that is to be drained.
+    let pace = pace(shared);
+    if pace != line.pace {
+        line.pace = pace;
+        tell_credit(line)?;
+    }
     let window = window_bytes(rate, line.path.info().base_rtt(), shared.unit_pages);
     loop {
         let open = (line.granted + line.saved).saturating_sub(line.inbox.received_bytes());
@@ -198,7 +220,7 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
             return Ok(now + NAP);
         }
         let wanted = piece.saturating_sub(line.saved).clamp(1, window - open);
-        match shared.pacer.acquire(Class::Direct, wanted, now) {
+        match shared.pacer.acquire_ahead(wanted, AHEAD, now) {
             Acquire::Grant(bytes) => line.saved += bytes,
             Acquire::WaitUntil(at) => return Ok(at),
         }
@@ -210,17 +232,29 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
 
 fn window_bytes(rate: Option<u64>, base_rtt: Option<Duration>, unit_pages: u32) -> u64 {
     let time = WINDOW_TIME + 2 * base_rtt.unwrap_or_default();
-    let bytes = rate.map_or(WINDOW_BYTES_MAX, |rate| (rate as f64 * time.as_secs_f64()) as u64);
+    let bytes = rate.map_or(WINDOW_BYTES_UNPACED, |rate| (rate as f64 * time.as_secs_f64()) as u64);
     // A frame is sent only when all of it is granted: a whole unit must fit, and the next be on its way.
     let least = if unit_pages > 1 { 2 * frame_bytes(unit_pages) } else { WINDOW_BYTES_MIN };
     bytes.clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX).max(least)
 }
 
+/// The pace at which the source is to use its credit.
+fn pace(shared: &Shared) -> Option<u64> {
+    shared.pacer.link_rate().map(|rate| rate + rate / CATCH_UP_PARTS)
+}
+
+/// Tells what was taken.
 fn grant(line: &mut Line) -> Result<()> {
     if line.saved > 0 {
         line.granted += std::mem::take(&mut line.saved);
-        line.outbox.push_frame(line.channel.header(Kind::Credit), &line.granted.to_le_bytes(), [])?;
+        tell_credit(line)?;
     }
+    Ok(())
+}
+
+fn tell_credit(line: &mut Line) -> Result<()> {
+    let credit = Credit { limit: line.granted, pace: line.pace };
+    line.outbox.push_frame(line.channel.header(Kind::Credit), &credit.encode(), [])?;
     Ok(())
 }
 

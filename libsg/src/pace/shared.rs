@@ -134,6 +134,19 @@ impl SharedPacer {
         }
     }
 
+    /// Asks for `bytes` of credit to give to a direct sender elsewhere, up to `ahead` before their time: whoever
+    /// gives credit comes late, and the sender is to have enough until then. It is to pace itself, by
+    /// [`link_rate`](Self::link_rate).
+    pub fn acquire_ahead(&self, bytes: u64, ahead: Duration, now: Instant) -> Acquire {
+        let mut inner = self.inner.lock();
+        let wait = inner.link.wait(now).max(inner.limit.wait(now)).saturating_sub(ahead);
+        if wait > Duration::ZERO {
+            return Acquire::WaitUntil(now + wait);
+        }
+        inner.charge(Class::Direct, bytes, now);
+        Acquire::Grant(bytes)
+    }
+
     /// Charges bytes that were sent without asking.
     pub fn charge(&self, class: Class, bytes: u64, now: Instant) {
         self.inner.lock().charge(class, bytes, now);
@@ -187,6 +200,12 @@ impl SharedPacer {
     #[must_use]
     pub fn rate(&self) -> Option<u64> {
         self.inner.lock().rate()
+    }
+
+    /// The rate found in bytes/s, whatever the limit; `None` is unpaced.
+    #[must_use]
+    pub fn link_rate(&self) -> Option<u64> {
+        self.inner.lock().link.rate()
     }
 
     /// What the bottleneck is believed to carry in bytes/s, once it has shown itself.
@@ -352,6 +371,24 @@ mod test {
         assert!((got[1] + got[2]) as f64 > 0.68 * LIMIT as f64, "{got:?}");
         assert!(got.iter().sum::<u64>() as f64 <= 1.005 * LIMIT as f64, "{got:?}");
         assert!(got[1].abs_diff(got[2]) < LIMIT / 10, "equals share: {got:?}");
+    }
+
+    #[test]
+    fn credit_ahead_of_its_time_keeps_to_the_rate_however_late_it_is_asked_for() {
+        const AHEAD: Duration = Duration::from_millis(16);
+        let start = Instant::now();
+        let pacer = SharedPacer::new(start, LIMIT);
+        let (mut now, mut granted) = (start, 0);
+        for step in 0..200 {
+            while let Acquire::Grant(bytes) = pacer.acquire_ahead(100_000, AHEAD, now) {
+                granted += bytes;
+            }
+            assert!(matches!(pacer.acquire(Class::Bulk, 4096, now), Acquire::WaitUntil(_)));
+            now += Duration::from_millis(1 + step % 15);
+        }
+        let time = (now - start).as_secs_f64();
+        let most = LIMIT as f64 * (time + 0.022);
+        assert!(granted as f64 > 0.995 * LIMIT as f64 * time && (granted as f64) < most, "{granted} {time}");
     }
 
     #[test]

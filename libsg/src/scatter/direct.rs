@@ -11,15 +11,18 @@ use super::shared::{Counters, Scatter};
 use super::window::AckTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Sequence;
-use crate::pace::{self, Acquire, Class, LinkId, LinkReading};
+use crate::pace::{self, Acquire, Class, LinkId, LinkReading, TokenBucket};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait};
 use crate::wire::entry::decode_table;
 use crate::wire::run::encode_runs;
-use crate::wire::{Header, Kind, Malformed, PageEntry};
+use crate::wire::{Credit, Header, Kind, Malformed, PageEntry};
 
 /// The longest sleep with nothing to do.
 const IDLE: Duration = Duration::from_millis(20);
+
+/// Bytes of batches that wait to be written, before another is taken: two of 64 pages.
+const QUEUE_BYTES: usize = 512 << 10;
 
 struct Sent {
     sequence: Sequence,
@@ -38,6 +41,8 @@ pub struct DirectSink {
     next: u64,
     /// Bytes that may be written in all, as the destination last said.
     credit: u64,
+    /// At the pace of the destination's port: credit that has gathered is no reason for a queue there.
+    pace: TokenBucket,
     loaded: Loaded,
     table: Vec<u8>,
     ack_time: AckTime,
@@ -56,6 +61,7 @@ impl DirectSink {
             sent: VecDeque::new(),
             next: 1,
             credit: 0,
+            pace: TokenBucket::new(Instant::now(), None),
             loaded: Loaded::default(),
             table: Vec::new(),
             ack_time: AckTime::default(),
@@ -106,10 +112,16 @@ impl DirectSink {
         if allowed == 0 {
             return Ok(None);
         }
+        let wait = self.pace.wait(now);
+        if wait > Duration::ZERO {
+            return Ok(Some(now + wait));
+        }
+        let allowed = allowed.min(self.pace.level(now).max(pace::slice_bytes(self.pace.rate())));
         match self.scatter.pacer.acquire(Class::Direct, allowed, now) {
             Acquire::WaitUntil(at) => Ok(Some(at)),
             Acquire::Grant(granted) => {
                 let written = self.outbox.flush(&self.channel, granted as usize)?;
+                self.pace.charge(now, written as u64);
                 Counters::add(&self.scatter.counters.wire, written);
                 if (written as u64) < granted {
                     self.scatter.pacer.give_back(Class::Direct, granted - written as u64);
@@ -124,7 +136,11 @@ impl DirectSink {
         let mut acked = false;
         while let Some(frame) = self.inbox.poll(&self.channel)? {
             match frame.header.kind {
-                Kind::Credit => self.credit = self.credit.max(credit(&frame)?),
+                Kind::Credit => {
+                    let credit = Credit::decode(frame.body)?;
+                    self.credit = self.credit.max(credit.limit);
+                    self.pace.set_rate(now, credit.pace);
+                }
                 Kind::PagesAck => {
                     let failed = failed_pages(&frame)?;
                     let Some(at) = self.sent.iter().position(|sent| sent.sequence == frame.header.sequence)
@@ -145,9 +161,12 @@ impl DirectSink {
         Ok(())
     }
 
-    /// Takes the next batch as long as credit goes beyond what is queued.
+    /// Takes the next batches as long as credit goes beyond what is queued. No more than the next few: what
+    /// waits here is on nobody else's way.
     fn pull(&mut self, now: Instant) -> Result<()> {
-        while self.outbox.written_bytes() + (self.outbox.queued_bytes() as u64) < self.credit {
+        while self.outbox.queued_bytes() < QUEUE_BYTES
+            && self.outbox.written_bytes() + (self.outbox.queued_bytes() as u64) < self.credit
+        {
             let late = self.ack_time.late();
             let (work, round) = {
                 let mut planner = self.scatter.planner.lock();
@@ -194,11 +213,6 @@ pub(super) fn failed_pages(frame: &Frame<'_>) -> Result<Vec<PageIndex>> {
     let mut failed = Vec::new();
     decode_table(frame.body, usize::from(frame.header.count), &mut failed)?;
     Ok(failed)
-}
-
-fn credit(frame: &Frame<'_>) -> Result<u64> {
-    let bytes = frame.body.try_into().map_err(|_| Malformed::Truncated)?;
-    Ok(u64::from_le_bytes(bytes))
 }
 
 pub(super) fn unexpected(kind: Kind) -> Error {

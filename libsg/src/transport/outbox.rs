@@ -246,7 +246,7 @@ mod test {
             outbox.push_frame(Header::new(Kind::Ping), &[], []).expect("fits");
         }
         assert_eq!(outbox.parts.len(), 1);
-        assert!(outbox.push_frame(Header::new(Kind::Credit), &[0; 9], []).is_err());
+        assert!(outbox.push_frame(Header::new(Kind::Credit), &[0; 17], []).is_err());
         assert_eq!((outbox.queued_bytes(), outbox.own.len(), outbox.parts.len()), (640, 640, 1));
     }
 

@@ -138,7 +138,7 @@ impl Kind {
             Self::Locate | Self::Holdings => limits::INDEX_ENTRIES_MAX * 8,
             Self::Discard => 16,
             Self::Vmd | Self::VmdReply | Self::Talk | Self::State => limits::CONTROL_BYTES_MAX,
-            Self::Credit => 8,
+            Self::Credit => super::Credit::BYTES,
             Self::PutIndexReply | Self::DiscardReply | Self::DropReply | Self::Ping | Self::Pong => 0,
         }
     }

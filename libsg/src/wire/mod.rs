@@ -8,12 +8,14 @@
 //! `decode` functions are the only parsers of a peer's bytes. They never panic and allocate nothing
 //! that the caller has not bounded.
 
+mod credit;
 pub mod entry;
 pub mod handshake;
 pub mod header;
 pub mod message;
 pub mod run;
 
+pub use credit::Credit;
 pub use entry::{DiscardEntry, Encoding, GetEntry, IndexEntry, PageEntry};
 pub use header::{HEADER_BYTES, Header, Kind, Status};
 

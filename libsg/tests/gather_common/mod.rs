@@ -27,7 +27,7 @@ use libsg::wire::entry::decode_table;
 use libsg::wire::handshake::Purpose;
 use libsg::wire::message::{Member, Talk, VmdRequest};
 use libsg::wire::run::{encode_runs, table_bytes};
-use libsg::wire::{Header, IndexEntry, Kind, PageEntry};
+use libsg::wire::{Credit, Header, IndexEntry, Kind, PageEntry};
 use parking_lot::Mutex;
 
 /// Longer than anything takes that happens at all.
@@ -513,9 +513,9 @@ impl Direct {
         while let Some(frame) = self.inbox.poll(&self.channel)? {
             match frame.header.kind {
                 Kind::Credit => {
-                    let credit = u64::from_le_bytes(frame.body.try_into().unwrap());
-                    assert!(credit > self.credit, "credit only grows");
-                    self.credit = credit;
+                    let credit = Credit::decode(frame.body).unwrap();
+                    assert!(credit.limit >= self.credit, "credit never shrinks");
+                    self.credit = credit.limit;
                 }
                 Kind::PagesAck => {
                     let mut bad = Vec::new();
