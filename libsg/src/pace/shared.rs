@@ -26,6 +26,9 @@ const TURN_TIME: Duration = Duration::from_micros(700);
 /// How often bulk looks whether direct is still hungry.
 const YIELD_TIME: Duration = Duration::from_millis(1);
 
+/// How late a thread that waited for the operator's limit asks again, on a busy host.
+const LIMITED_TIME: Duration = Duration::from_millis(10);
+
 /// More than one in so many bytes not sent although they might have been is less than pacing allows.
 const LOST_PARTS: u64 = 50;
 
@@ -81,6 +84,8 @@ struct Inner {
     limit: TokenBucket,
     direct_hungry: u32,
     direct_turn_until: Option<Instant>,
+    /// Until then somebody waits for the operator's limit.
+    limited_until: Instant,
     /// The latest time that was given to a waiting thread.
     promised: Instant,
     links: Vec<Option<Link>>,
@@ -108,6 +113,7 @@ impl SharedPacer {
                 limit: TokenBucket::new(now, limit),
                 direct_hungry: 0,
                 direct_turn_until: None,
+                limited_until: now,
                 promised: now,
                 links: Vec::new(),
                 delivered: 0,
@@ -139,7 +145,7 @@ impl SharedPacer {
     /// [`link_rate`](Self::link_rate).
     pub fn acquire_ahead(&self, bytes: u64, ahead: Duration, now: Instant) -> Acquire {
         let mut inner = self.inner.lock();
-        let wait = inner.link.wait(now).max(inner.limit.wait(now)).saturating_sub(ahead);
+        let wait = inner.wait(now).saturating_sub(ahead);
         if wait > Duration::ZERO {
             return Acquire::WaitUntil(now + wait);
         }
@@ -248,7 +254,7 @@ impl Inner {
         {
             return Acquire::WaitUntil(at);
         }
-        let wait = self.link.wait(now).max(self.limit.wait(now));
+        let wait = self.wait(now);
         if wait > Duration::ZERO {
             let at = self.turn(now + wait, time_of(slice as f64, rate));
             if class == Class::Direct {
@@ -264,6 +270,15 @@ impl Inner {
         let granted = bytes.min(slice.max(gathered));
         self.charge(class, granted, now);
         Acquire::Grant(granted)
+    }
+
+    /// How long whoever asks has to wait.
+    fn wait(&mut self, now: Instant) -> Duration {
+        let (link, limit) = (self.link.wait(now), self.limit.wait(now));
+        if limit > link {
+            self.limited_until = now + limit;
+        }
+        link.max(limit)
     }
 
     fn charge(&mut self, class: Class, bytes: u64, now: Instant) {
@@ -312,13 +327,17 @@ impl Inner {
         self.delivered += self.shared.moved;
         // The link's tokens ran over: nobody had data, or came too late, or the operator's limit is the lower.
         let app_limited = self.link.take_lost(now) > self.shared.moved / LOST_PARTS;
+        // The limit is what paces: a delay is not the doing of what we send, and what is delivered says nothing of
+        // the link. A finder that measured by it would take the limit, and then less and less, for the link.
+        let limited = now < self.limited_until + LIMITED_TIME;
+        let queue_delay = self.shared.queue_delay.map(|delay| if limited { Duration::ZERO } else { delay });
         let rate = self.finder.tick(
             now,
             Reading {
                 delivered: self.delivered,
-                queue_delay: self.shared.queue_delay,
+                queue_delay,
                 base_rtt: self.shared.base_rtt,
-                app_limited,
+                app_limited: app_limited || limited,
             },
         );
         self.ticked_at = now;
@@ -447,6 +466,36 @@ mod test {
         assert!(rate > 50_000_000 && rate < 120_000_000, "{rate}");
         assert_eq!(own.rate(), None);
         assert_eq!(own.shared_delay(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_limit_is_not_taken_for_what_the_link_carries() {
+        const LOW: u64 = 2_500_000;
+        let start = Instant::now();
+        let pacer = SharedPacer::new(start, LOW);
+        let link = pacer.add_link();
+        let (mut now, mut next, mut delivered) = (start, start, 0);
+        // Half a minute on a busy host: now and then readings are late for a while, whatever is sent.
+        for step in 0..15_000_u32 {
+            now += Duration::from_millis(2);
+            while next <= now {
+                match pacer.acquire(Class::Bulk, 4096, now) {
+                    Acquire::Grant(bytes) => delivered += bytes,
+                    Acquire::WaitUntil(at) => next = at,
+                }
+            }
+            let late = step % 150 < 40;
+            let queue_delay = Some(Duration::from_micros(if late { 3_500 } else { 20 }));
+            pacer.report(
+                link,
+                LinkReading { delivered, queue_delay, base_rtt: Duration::from_micros(50) },
+                now,
+            );
+        }
+        let carried = (now - start).as_secs_f64() * LOW as f64;
+        assert!(delivered as f64 > 0.9 * carried, "{delivered} of {carried}, {:?}", pacer.link_rate());
+        pacer.set_limit(0, now);
+        assert_eq!(pacer.rate(), None, "nothing but the limit was in the way");
     }
 
     #[test]
