@@ -1,5 +1,7 @@
 //! Encoding and decoding: the header of each frame, and the tables of a batch of 64 pages.
 
+mod short;
+
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -51,5 +53,5 @@ fn tables(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(name = benches; config = sg_benches::short(); targets = header, tables);
+criterion_group!(name = benches; config = short::short(); targets = header, tables);
 criterion_main!(benches);

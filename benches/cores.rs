@@ -1,6 +1,8 @@
 //! The pure cores, over a VM of 256 MiB: the planner at the source, the tracker at the destination, slots and
 //! index at an intermediary. What is told is the time, and so the rate, of each page.
 
+mod short;
+
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
@@ -114,5 +116,5 @@ fn index(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(name = benches; config = sg_benches::short(); targets = planner, tracker, index);
+criterion_group!(name = benches; config = short::short(); targets = planner, tracker, index);
 criterion_main!(benches);

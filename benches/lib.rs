@@ -1,22 +1,13 @@
-//! What the benches have in common. Each file beside this one is a bench of its own; all together take about
-//! two minutes: `cargo bench -p sg-benches`.
+//! What the benches, and `sg-bench micro`, have in common. Each other file beside this one that Cargo.toml names is a
+//! bench of its own; all together take about two minutes: `cargo bench -p sg-benches`.
 
-use std::time::Duration;
+pub mod plain;
+pub mod store;
 
-use criterion::Criterion;
+use libsg::Result;
 use libsg::manifest::{Manifest, Region};
 use libsg::memory::{Backing, GuestMemory};
 use libsg::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
-
-/// Short runs: differences that matter here are of tens of percents.
-#[must_use]
-pub fn short() -> Criterion {
-    Criterion::default()
-        .sample_size(20)
-        .warm_up_time(Duration::from_millis(300))
-        .measurement_time(Duration::from_secs(2))
-        .configure_from_args()
-}
 
 /// One region of so many pages.
 #[must_use]
@@ -30,17 +21,24 @@ pub fn manifest(pages: u32) -> Manifest {
     Manifest { vm: "bench".into(), regions: vec![ram], vm_config: Vec::new() }
 }
 
+/// Memory of so many pages, never touched.
+///
+/// # Errors
+/// The kernel gives no memory.
+pub fn fresh(pages: u32) -> Result<GuestMemory> {
+    GuestMemory::allocate(&manifest(pages), Backing::Anon)
+}
+
 /// Memory of so many pages, each zero but for its last byte: the longest way for the zero check.
 ///
-/// # Panics
-/// When the kernel gives no memory.
-#[must_use]
-pub fn filled(pages: u32) -> GuestMemory {
-    let memory = GuestMemory::allocate(&manifest(pages), Backing::Anon).expect("memory");
+/// # Errors
+/// The kernel gives no memory.
+pub fn filled(pages: u32) -> Result<GuestMemory> {
+    let memory = fresh(pages)?;
     let mut page = [0; PAGE_BYTES];
     page[PAGE_BYTES - 1] = 1;
     for number in 0..pages {
-        memory.copy_in(PageRange::new(PageIndex(number), 1), &page).expect("a page of it");
+        memory.copy_in(PageRange::new(PageIndex(number), 1), &page)?;
     }
-    memory
+    Ok(memory)
 }

@@ -1,9 +1,10 @@
 //! Guest memory: the zero check and the checksum at the source, the install at the destination.
 
+mod short;
+
 use std::hint::black_box;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use libsg::memory::{Backing, GuestMemory};
 use libsg::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex};
 use libsg::sink::PageSink as _;
 use libsg::uffd::Uffd;
@@ -14,7 +15,7 @@ const PAGES: u32 = 64 << 10;
 const INSTALL_PAGES: u32 = 4 << 10;
 
 fn look(criterion: &mut Criterion) {
-    let memory = sg_benches::filled(PAGES);
+    let memory = sg_benches::filled(PAGES).expect("memory");
     let mut group = criterion.benchmark_group("look");
     group.throughput(Throughput::Bytes(PAGE_BYTES_U64));
     let mut page = 0;
@@ -34,8 +35,8 @@ fn install(criterion: &mut Criterion) {
     for run_pages in [1, 16, 64] {
         let bytes = vec![0xa5; run_pages as usize * PAGE_BYTES];
         let fresh = || {
-            let memory = GuestMemory::allocate(&sg_benches::manifest(INSTALL_PAGES), Backing::Anon);
-            Uffd::register(&memory.expect("memory")).expect("userfaultfd is allowed: run as root")
+            let memory = sg_benches::fresh(INSTALL_PAGES).expect("memory");
+            Uffd::register(&memory).expect("userfaultfd is allowed: run as root")
         };
         let fill = |sink: Uffd| {
             for first in (0..INSTALL_PAGES).step_by(run_pages as usize) {
@@ -51,5 +52,5 @@ fn install(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(name = benches; config = sg_benches::short(); targets = look, install);
+criterion_group!(name = benches; config = short::short(); targets = look, install);
 criterion_main!(benches);
