@@ -10,7 +10,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::scatter::session::{Destination, Session, serve_while};
-use crate::scatter::shared::panicked;
 use crate::scatter::{Scatter, UrgentSink};
 use crate::transport::{Conversation, wait};
 use crate::vmd::{Class, Link, Reply, Request, Ticket};
@@ -20,8 +19,11 @@ use crate::wire::message::{Member, Talk, VmdRequest};
 /// How long an intermediary has to be reached and to create the volume.
 const MEMBER_TIME: Duration = Duration::from_secs(2);
 
-/// How long COMMIT may wait for intermediaries once one has it.
+/// How long state and COMMIT may wait for intermediaries as long as none has answered.
 const COMMIT_TIME: Duration = Duration::from_secs(2);
+
+/// The VM is paused: once one has answered, the others have as long again, this at least, twice over.
+const PAUSED_PATIENCE: Duration = Duration::from_millis(30);
 
 /// How often a wait looks whether the migration was cancelled.
 const LOOK: Duration = Duration::from_millis(20);
@@ -62,7 +64,7 @@ pub(super) fn connect_members(
         ask_all(
             &mut links,
             || Request::Control(&create),
-            MEMBER_TIME,
+            Patience::Even(MEMBER_TIME),
             |_, error| {
                 warn(format!("an intermediary is left out: {}", error.chain()));
             },
@@ -84,15 +86,38 @@ fn members_of(links: &Members) -> Vec<Member> {
     links.iter().flatten().map(|link| link.member().clone()).collect()
 }
 
+/// How long members may take to answer.
+#[derive(Clone, Copy, Debug)]
+enum Patience {
+    /// All of them so long.
+    Even(Duration),
+    /// So long until one has answered, the others little more: one that fell silent is not waited for.
+    Paused(Duration),
+}
+
+impl Patience {
+    /// When waiting ends, for members that were asked at `asked`, of which one answered first at `first`.
+    fn until(self, asked: Instant, first: Option<Instant>) -> Instant {
+        match (self, first) {
+            (Self::Paused(most), Some(first)) => {
+                let took = first.saturating_duration_since(asked).max(PAUSED_PATIENCE);
+                (first + 2 * took).min(asked + most)
+            }
+            (Self::Even(most) | Self::Paused(most), _) => asked + most,
+        }
+    }
+}
+
 /// Asks every member the same, all at once, and waits for the answers. A member that fails is taken
 /// out and told to `lost`. Returns how many said yes.
 fn ask_all<'r>(
     links: &mut Members,
     request: impl Fn() -> Request<'r>,
-    timeout: Duration,
+    patience: Patience,
     mut lost: impl FnMut(MemberIndex, Error),
 ) -> usize {
-    let deadline = Instant::now() + timeout;
+    let asked = Instant::now();
+    let mut first = None;
     let mut open: Vec<Option<Ticket>> = Vec::new();
     let mut drop_member = |links: &mut Members, at: usize, error: Error| {
         links[at] = None;
@@ -115,12 +140,15 @@ fn ask_all<'r>(
             let (Some(link), Some(ticket)) = (links[at].as_mut(), open[at]) else { continue };
             match answer(&mut **link, ticket) {
                 Ok(false) => continue,
-                Ok(true) => agreed += 1,
+                Ok(true) => {
+                    agreed += 1;
+                    first.get_or_insert_with(Instant::now);
+                }
                 Err(error) => drop_member(links, at, error),
             }
             open[at] = None;
         }
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = patience.until(asked, first).saturating_duration_since(Instant::now());
         let waiting: Vec<usize> = (0..links.len()).filter(|at| open[*at].is_some()).collect();
         if left.is_zero() {
             for at in waiting {
@@ -165,13 +193,15 @@ pub(super) struct Handover<'a> {
 
 impl Handover<'_> {
     /// Everything up to READY. The VM is paused as late, and for as short, as can be: connections,
-    /// the destination's memory and the volume are there before.
+    /// the destination's memory and the volume are there before. On failure the connection is left in
+    /// `open`, if it was made.
     pub(super) fn until_ready(
         &self,
         vm: &mut dyn OutgoingVm,
         members: &mut Members,
+        open: &mut Option<Conversation>,
     ) -> Result<(Session, Instant)> {
-        let mut control = Conversation::new(self.destination.dial(Purpose::MigrationControl)?);
+        let control = open.insert(Conversation::new(self.destination.dial(Purpose::MigrationControl)?));
         let offer = Talk::Offer {
             manifest: self.manifest.clone(),
             members: self.scatter.members.clone(),
@@ -179,10 +209,10 @@ impl Handover<'_> {
         };
         let deadline = Instant::now() + self.options.ready_timeout;
         control.send_talk(&offer, deadline)?;
-        self.expect(&mut control, &Talk::Accepted, deadline)?;
+        self.expect(control, &Talk::Accepted, deadline)?;
         let direct = self.destination.dial(Purpose::MigrationDirect)?;
         let urgent = self.destination.dial(Purpose::MigrationUrgent)?;
-        let urgent = UrgentSink::new(self.scatter.clone(), urgent);
+        let mut urgent = UrgentSink::new(self.scatter.clone(), urgent);
         self.control.check_cancelled()?;
 
         let paused_at = Instant::now();
@@ -193,17 +223,19 @@ impl Handover<'_> {
         ask_all(
             members,
             || Request::PutState(&state),
-            COMMIT_TIME,
+            Patience::Paused(COMMIT_TIME),
             |member, error| {
                 self.scatter.member_lost(member, &error);
             },
         );
         self.scatter.take_stock()?;
         // Loading the state may touch guest memory: faults are answered from here on.
-        let mut session = Session { control, direct, urgent };
-        self.expect_serving(&mut session, deadline)?;
+        serve_while(self.scatter, (control, &mut urgent), |control| {
+            self.expect(control, &Talk::Ready, deadline)
+        })?;
         (self.options.observer)(&Event::Ready);
-        Ok((session, paused_at))
+        let control = open.take().ok_or_else(|| Error::new(ErrorKind::Unreachable, "no connection"))?;
+        Ok((Session { control, direct, urgent }, paused_at))
     }
 
     /// Waits for one message, looking for a cancel in between.
@@ -211,7 +243,7 @@ impl Handover<'_> {
         loop {
             self.control.check_cancelled()?;
             if self.scatter.is_poisoned() {
-                return Err(panicked("sg-scatter-urgent"));
+                return Err(self.scatter.failure());
             }
             match control.recv_talk(deadline.min(Instant::now() + LOOK)) {
                 Ok(talk) if talk == *wanted => return Ok(()),
@@ -230,11 +262,6 @@ impl Handover<'_> {
         }
     }
 
-    /// Waits for READY while faults of the loading VM are answered.
-    fn expect_serving(&self, session: &mut Session, deadline: Instant) -> Result<()> {
-        serve_while(self.scatter, session, |control| self.expect(control, &Talk::Ready, deadline))
-    }
-
     /// COMMIT is written to the volume, then the destination is told to run. Whatever fails from here
     /// on, the VM is the destination's. Returns the connections, unless they broke, and the downtime.
     pub(super) fn commit(
@@ -247,7 +274,7 @@ impl Handover<'_> {
         ask_all(
             members,
             || Request::Control(&VmdRequest::Commit),
-            COMMIT_TIME,
+            Patience::Paused(COMMIT_TIME),
             |member, error| {
                 self.scatter.member_lost(member, &error);
             },
@@ -255,27 +282,9 @@ impl Handover<'_> {
         let deadline = Instant::now() + self.options.ready_timeout;
         let run = session.control.send_talk(&Talk::Run, deadline);
         let ran = run.and_then(|()| {
-            serve_while(self.scatter, &mut session, |control| {
-                loop {
-                    if self.scatter.is_poisoned() {
-                        return Err(panicked("sg-scatter-urgent"));
-                    }
-                    let talk = match control.recv_talk(deadline.min(Instant::now() + LOOK)) {
-                        Err(error) if error.kind == ErrorKind::Timeout && Instant::now() < deadline => {
-                            continue;
-                        }
-                        talk => talk?,
-                    };
-                    match talk {
-                        Talk::Running => return Ok(()),
-                        Talk::Progress { .. } => {}
-                        Talk::Failed { reason } => return Err(Error::new(ErrorKind::Vm, reason)),
-                        other => {
-                            let message = format!("the destination said {other:?} where Running belongs");
-                            return Err(Error::new(ErrorKind::Protocol, message));
-                        }
-                    }
-                }
+            let Session { control, urgent, .. } = &mut session;
+            serve_while(self.scatter, (control, urgent), |control| {
+                self.expect(control, &Talk::Running, deadline)
             })
         });
         match ran {
@@ -296,15 +305,20 @@ impl Handover<'_> {
     }
 
     /// Before COMMIT: the VM runs on here, the destination and the intermediaries are told.
-    pub(super) fn give_up(&self, vm: &mut dyn OutgoingVm, members: &mut Members, error: Error) -> Error {
+    /// `open` is the connection to the destination, if there is one.
+    pub(super) fn give_up(
+        &self,
+        vm: &mut dyn OutgoingVm,
+        members: &mut Members,
+        open: Option<Conversation>,
+        error: Error,
+    ) -> Error {
         self.scatter.stop();
         let resumed = if self.control.was_paused() { vm.resume() } else { Ok(()) };
-        let reason = error.chain();
-        let deadline = Instant::now() + LOOK * 10;
-        if let Ok(channel) = self.destination.dial(Purpose::MigrationControl) {
-            let _ = Conversation::new(channel).send_talk(&Talk::Abort { reason }, deadline);
-        }
-        ask_all(members, || Request::Control(&VmdRequest::Dissolve), MEMBER_TIME, |_, _| {});
+        let open = self.say_abort(open, &error);
+        let patience = Patience::Even(MEMBER_TIME);
+        ask_all(members, || Request::Control(&VmdRequest::Dissolve), patience, |_, _| {});
+        drop(open);
         match resumed {
             Ok(()) => error,
             Err(resume) => {
@@ -312,5 +326,37 @@ impl Handover<'_> {
                 Error::new(ErrorKind::Vm, message).because(resume)
             }
         }
+    }
+
+    /// Tells the destination that the VM stays, on the open connection, or, where that is of no use, on a new one.
+    /// Returns the one that it was said on, to be kept for as long as there is something else to do.
+    fn say_abort(&self, open: Option<Conversation>, error: &Error) -> Option<Conversation> {
+        let abort = Talk::Abort { reason: error.chain() };
+        let say = |mut line: Conversation| {
+            line.send_talk(&abort, Instant::now() + LOOK * 10).ok()?;
+            // Closing a connection on which something is unread throws away what is on its way.
+            while line.recv_talk(Instant::now()).is_ok() {}
+            Some(line)
+        };
+        let alive = open.filter(|_| !matches!(error.kind, ErrorKind::Unreachable | ErrorKind::Protocol));
+        let anew = || Some(Conversation::new(self.destination.dial(Purpose::MigrationControl).ok()?));
+        alive.and_then(say).or_else(|| say(anew()?))
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_silent_member_is_waited_for_as_long_as_nobody_else_answers() {
+        let asked = Instant::now();
+        let after = |ms| Some(asked + Duration::from_millis(ms));
+        let until = |first| Patience::Paused(COMMIT_TIME).until(asked, first) - asked;
+        assert_eq!(until(None), COMMIT_TIME);
+        assert_eq!(until(after(1)), Duration::from_millis(61));
+        assert_eq!(until(after(200)), Duration::from_millis(600));
+        assert_eq!(until(after(1_500)), COMMIT_TIME);
+        assert_eq!(Patience::Even(MEMBER_TIME).until(asked, after(1)), asked + MEMBER_TIME);
     }
 }

@@ -396,17 +396,19 @@ impl Manager {
             started: self.control.started,
         };
         // Before COMMIT nothing may leave the VM paused, not even a source of pages that panics.
-        let ready = catch_unwind(AssertUnwindSafe(|| handover.until_ready(&mut *self.vm, &mut members)));
+        let mut open = None;
+        let ready =
+            catch_unwind(AssertUnwindSafe(|| handover.until_ready(&mut *self.vm, &mut members, &mut open)));
         let (session, paused_at) = match ready.unwrap_or_else(|_| Err(panicked("sg-source"))) {
             Ok(ready) => ready,
             Err(error) => {
                 // Who called it off is told so, whatever else went wrong meanwhile.
                 let error = self.control.check_cancelled().err().unwrap_or(error);
-                return Err(handover.give_up(&mut *self.vm, &mut members, error));
+                return Err(handover.give_up(&mut *self.vm, &mut members, open, error));
             }
         };
-        if let Err(error) = self.decide() {
-            return Err(handover.give_up(&mut *self.vm, &mut members, error));
+        if let Err(error) = self.decide(&scatter) {
+            return Err(handover.give_up(&mut *self.vm, &mut members, Some(session.control), error));
         }
         self.vm.committed();
         let (session, downtime) = handover.commit(session, &mut members, paused_at);
@@ -414,9 +416,12 @@ impl Manager {
     }
 
     /// The point of no return: after it, a cancel is refused.
-    fn decide(&self) -> Result<()> {
+    fn decide(&self, scatter: &Scatter) -> Result<()> {
         let mut state = self.control.state.lock();
         self.control.check_cancelled()?;
+        if scatter.is_poisoned() {
+            return Err(scatter.failure());
+        }
         state.phase = Phase::Committed;
         Ok(())
     }
@@ -466,7 +471,7 @@ impl Manager {
                 thread.join().map_err(|_| panicked(&name))?;
             }
             keeper.join().map_err(|_| panicked(name))??;
-            if scatter.is_poisoned() { Err(panicked("a worker")) } else { Ok(()) }
+            if scatter.is_poisoned() { Err(scatter.failure()) } else { Ok(()) }
         })
     }
 

@@ -181,7 +181,7 @@ impl DirectSink {
                     (id, encode_runs([entry], &mut self.table))
                 }
                 Some(Work::Pages(id, batch)) => {
-                    self.loaded.load(&*self.scatter.source, &batch, round)?;
+                    self.scatter.given(self.loaded.load(&*self.scatter.source, &batch, round))?;
                     let zeros = self.loaded.zeros.len() as u32;
                     if zeros > 0 {
                         self.scatter.planner.lock().sent_as_zero(id, zeros);

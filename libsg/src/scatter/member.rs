@@ -90,7 +90,9 @@ impl MemberSink {
         let pacer_link = self.scatter.pacer.add_link();
         while !self.scatter.stopping() {
             if let Err(error) = self.step(pacer_link) {
-                self.scatter.member_lost(self.member, &error);
+                if !self.scatter.is_poisoned() {
+                    self.scatter.member_lost(self.member, &error);
+                }
                 break;
             }
         }
@@ -287,7 +289,7 @@ impl MemberSink {
 
     fn put(&mut self, id: BatchId, batch: &super::batch::Batch, now: Instant) -> Result<()> {
         let round = self.scatter.planner.lock().round();
-        self.loaded.load(&*self.scatter.source, batch, round)?;
+        self.scatter.given(self.loaded.load(&*self.scatter.source, batch, round))?;
         if !self.loaded.zeros.is_empty() {
             self.scatter.planner.lock().found_zero(id, self.loaded.zeros.iter().copied());
             self.entries.clear();

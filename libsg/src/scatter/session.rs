@@ -74,11 +74,10 @@ pub struct Session {
 /// The conversation's.
 pub fn serve_while<T>(
     scatter: &Arc<Scatter>,
-    session: &mut Session,
+    (control, urgent): (&mut Conversation, &mut UrgentSink),
     talk: impl FnOnce(&mut Conversation) -> Result<T>,
 ) -> Result<T> {
     let over = AtomicBool::new(false);
-    let (control, urgent) = (&mut session.control, &mut session.urgent);
     std::thread::scope(|scope| {
         let over = &over;
         let ended = move || over.load(Ordering::Acquire) || scatter.stopping();
@@ -105,7 +104,7 @@ pub trait Listener: Sync {
 /// there is none, or it breaks, makes new ones.
 ///
 /// # Errors
-/// [`ErrorKind::Poisoned`] when a thread panicked, and what a destination says that no honest one does.
+/// [`ErrorKind::Poisoned`] when a thread panicked or the source failed, and what a destination says that no honest one does.
 pub fn keep(
     scatter: &Arc<Scatter>,
     destination: &Destination,
@@ -273,12 +272,14 @@ impl<'a> Control<'a> {
             waker.drain();
         }
         if self.scatter.is_poisoned() {
-            let reason = "a worker of the source panicked".into();
+            let reason = self.scatter.failure().chain();
             let body = message::encode(&Talk::Failed { reason })?;
             self.outbox.push_frame(self.channel.header(Kind::Talk), &body, [])?;
         }
         // Best effort: what is queued may still go out.
         let _ = self.outbox.flush(&self.channel, usize::MAX);
+        // Closing a connection on which something is unread throws away what is on its way.
+        while let Ok(Some(_)) = self.inbox.poll(&self.channel) {}
         Ok(())
     }
 

@@ -67,6 +67,7 @@ pub struct Scatter {
     urgent_waker: Arc<Waker>,
     stop: AtomicBool,
     poisoned: AtomicBool,
+    failure: Mutex<Option<Arc<Error>>>,
     percent: Mutex<u8>,
     done: Mutex<Option<Instant>>,
     done_changed: Condvar,
@@ -104,6 +105,7 @@ impl Scatter {
             urgent_waker: Arc::new(Waker::new()?),
             stop: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
+            failure: Mutex::new(None),
             percent: Mutex::new(0),
             done: Mutex::new(None),
             done_changed: Condvar::new(),
@@ -131,7 +133,7 @@ impl Scatter {
     /// # Errors
     /// The source's.
     pub fn take_supply(&self, runs: &mut Vec<crate::page::PageRange>) -> Result<Supply> {
-        let supply = self.source.available(runs)?;
+        let supply = self.given(self.source.available(runs))?;
         if !runs.is_empty() {
             let mut planner = self.planner.lock();
             runs.drain(..).for_each(|run| planner.available(run));
@@ -173,13 +175,39 @@ impl Scatter {
         self.urgent_waker.wake();
     }
 
-    /// A worker panicked: nothing here can be relied on any more.
+    /// What the source of pages said. Where it failed, everything here ends: no peer is to blame, and nobody
+    /// else has the pages.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Poisoned`], because of what the source said.
+    pub fn given<T>(&self, said: Result<T>) -> Result<T> {
+        said.map_err(|cause| {
+            tracing::error!(error = cause.chain(), "the source gives no pages");
+            self.failure.lock().get_or_insert_with(|| Arc::new(cause));
+            self.poison();
+            self.failure()
+        })
+    }
+
+    /// Why it is poisoned.
+    #[must_use]
+    pub fn failure(&self) -> Error {
+        match &*self.failure.lock() {
+            Some(cause) => {
+                let message = "the source of pages failed: it cannot give what it holds";
+                Error::new(ErrorKind::Poisoned, message).because(Arc::clone(cause))
+            }
+            None => panicked("of a worker"),
+        }
+    }
+
+    /// A worker panicked, or the source failed: nothing here can be relied on any more.
     pub fn poison(&self) {
         self.poisoned.store(true, Ordering::Release);
         self.stop();
     }
 
-    /// Whether a worker panicked.
+    /// Whether a worker panicked, or the source failed.
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
         self.poisoned.load(Ordering::Acquire)

@@ -140,7 +140,7 @@ impl UrgentSink {
         let runs = match answer {
             FaultAnswer::Unknown => encode_runs([PageEntry::gone(page)], &mut self.table),
             FaultAnswer::NotYet => {
-                self.scatter.source.want(page)?;
+                self.scatter.given(self.scatter.source.want(page))?;
                 if self.waiting.len() < BATCH_PAGES_MAX {
                     self.waiting.push_back((sequence, page));
                 }
@@ -162,7 +162,7 @@ impl UrgentSink {
     fn load(&mut self, range: PageRange, round: crate::ids::Round) -> Result<usize> {
         let mut batch = Batch::empty(range.first);
         range.iter().for_each(|page| batch.insert(page));
-        self.loaded.load(&*self.scatter.source, &batch, round)?;
+        self.scatter.given(self.loaded.load(&*self.scatter.source, &batch, round))?;
         Counters::add(&self.scatter.counters.direct, self.loaded.entries.len() * PAGE_BYTES);
         Ok(self.loaded.encode(round, &mut self.table))
     }

@@ -1,0 +1,237 @@
+//! What may fail at the source: its pages, an intermediary while the VM is paused, the migration before COMMIT.
+#![allow(clippy::unwrap_used)]
+
+mod gather_common;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use gather_common::*;
+use libsg::ids::{Epoch, VolumeId};
+use libsg::memory::{Backing, GuestMemory, PageSlice, PresenceMap};
+use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::{Event, Mode, OutgoingVm};
+use libsg::page::{PageIndex, PageRange};
+use libsg::report::Status;
+use libsg::source::{MemorySource, Outcome, PageSource, Repeat, Supply};
+use libsg::vmd::link::{Completion, PathSample};
+use libsg::vmd::{Class, Connector, Link, MemoryConnector, Request, Ticket};
+use libsg::wire::message::Member;
+use libsg::{Error, ErrorKind, Result};
+use parking_lot::Mutex;
+
+/// Gives so many slices, then none any more.
+struct Fails {
+    memory: MemorySource,
+    slices_left: AtomicU32,
+}
+
+impl PageSource for Fails {
+    fn repeat(&self) -> Repeat {
+        self.memory.repeat()
+    }
+
+    fn presence(&self) -> Result<PresenceMap> {
+        self.memory.presence()
+    }
+
+    fn available(&self, out: &mut Vec<PageRange>) -> Result<Supply> {
+        self.memory.available(out)
+    }
+
+    fn want(&self, page: PageIndex) -> Result<()> {
+        self.memory.want(page)
+    }
+
+    fn slice(&self, range: PageRange) -> Result<PageSlice> {
+        let left = self.slices_left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        // Of a kind that a peer's failure has too.
+        left.map_err(|_| Error::new(ErrorKind::Unreachable, "the memory's host is gone"))?;
+        self.memory.slice(range)
+    }
+
+    fn outcome(&self, range: PageRange, outcome: Outcome) {
+        self.memory.outcome(range, outcome);
+    }
+}
+
+/// An intermediary at this address falls silent once it has the volume.
+#[derive(Clone)]
+struct Silences(MemoryConnector, Option<SocketAddr>);
+
+impl Connector for Silences {
+    fn connect(
+        &self,
+        address: SocketAddr,
+        volume: VolumeId,
+        epoch: Epoch,
+        class: Class,
+        timeout: Duration,
+    ) -> Result<Box<dyn Link>> {
+        let link = self.0.connect(address, volume, epoch, class, timeout)?;
+        Ok(if self.1 == Some(address) { Box::new(Silent { link, deaf: false }) } else { link })
+    }
+}
+
+struct Silent {
+    link: Box<dyn Link>,
+    deaf: bool,
+}
+
+impl Link for Silent {
+    fn member(&self) -> &Member {
+        self.link.member()
+    }
+
+    fn submit(&mut self, request: Request<'_>) -> Result<Ticket> {
+        self.deaf |= matches!(request, Request::PutState(_));
+        self.link.submit(request)
+    }
+
+    fn progress(&mut self, write_bytes_max: usize) -> Result<usize> {
+        if self.deaf { Ok(0) } else { self.link.progress(write_bytes_max) }
+    }
+
+    fn completion(&mut self) -> Option<Completion<'_>> {
+        if self.deaf { None } else { self.link.completion() }
+    }
+
+    fn queued_bytes(&self) -> usize {
+        self.link.queued_bytes()
+    }
+
+    fn outstanding_bytes(&self) -> usize {
+        self.link.outstanding_bytes()
+    }
+
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.link.poll_fd()
+    }
+
+    fn path(&self) -> PathSample {
+        self.link.path()
+    }
+}
+
+/// Carries connections on, and counts them.
+fn proxy(to: SocketAddr) -> (SocketAddr, Arc<AtomicU32>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, count) = (listener.local_addr().unwrap(), Arc::new(AtomicU32::new(0)));
+    let counts = Arc::clone(&count);
+    let pump = |mut from: TcpStream, mut to: TcpStream| {
+        std::thread::spawn(move || {
+            let mut bytes = vec![0; 1 << 16];
+            while let Ok(n @ 1..) = from.read(&mut bytes) {
+                if to.write_all(&bytes[..n]).is_err() {
+                    break;
+                }
+            }
+            let _ = to.shutdown(Shutdown::Both);
+        });
+    };
+    std::thread::spawn(move || {
+        while let Ok((near, _)) = listener.accept() {
+            counts.fetch_add(1, Ordering::SeqCst);
+            let Ok(far) = TcpStream::connect(to) else { continue };
+            pump(near.try_clone().unwrap(), far.try_clone().unwrap());
+            pump(far, near);
+        }
+    });
+    (address, count)
+}
+
+#[derive(Default)]
+struct Here {
+    runs: AtomicBool,
+    events: Mutex<Vec<Event>>,
+}
+
+struct Vm(Arc<Here>);
+
+impl OutgoingVm for Vm {
+    fn pause(&mut self) -> Result<Vec<u8>> {
+        self.0.runs.store(false, Ordering::SeqCst);
+        Ok(b"state of the vCPUs".to_vec())
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.0.runs.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn committed(&mut self) {}
+}
+
+fn leave(scene: &Scene, to: SocketAddr, silent: Option<SocketAddr>, slices: u32) -> (Outgoing, Arc<Here>) {
+    let memory = GuestMemory::allocate(&scene.manifest, Backing::Anon).unwrap();
+    for page in 0..scene.manifest.pages() {
+        memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
+    }
+    let here = Arc::new(Here { runs: true.into(), ..Here::default() });
+    let watch = Arc::clone(&here);
+    let options = SourceOptions {
+        to,
+        intermediaries: scene.members().iter().map(|member| member.address).collect(),
+        mode: if scene.nodes.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
+        secret: secret(),
+        connector: Arc::new(Silences(scene.connector.clone(), silent)),
+        scatter_limit_bytes_per_s: 0,
+        ready_timeout: LONG,
+        observer: Arc::new(move |event| watch.events.lock().push(event.clone())),
+    };
+    let source = Fails { memory: MemorySource::new(memory), slices_left: slices.into() };
+    let vm = Box::new(Vm(Arc::clone(&here)));
+    (start(vm, Arc::new(source), scene.manifest.clone(), options).unwrap(), here)
+}
+
+#[test]
+fn a_source_without_pages_after_commit_fails_the_migration_and_blames_no_peer() {
+    for nodes in [0, 2] {
+        for slices in [0, 5] {
+            let scene = Scene::new(Plan { pages: 3000, nodes, ..Plan::default() });
+            let (outgoing, here) = leave(&scene, scene.address, None, slices);
+            let error = outgoing.wait_evicted(LONG).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Poisoned, "{nodes} {slices}: {error}");
+            assert!(error.chain().contains("the memory's host is gone"), "{}", error.chain());
+            assert!(!here.runs.load(Ordering::SeqCst), "COMMIT was given");
+            let blames = |event: &Event| matches!(event, Event::NodeLost { .. });
+            assert!(!here.events.lock().iter().any(blames), "{:?}", here.events.lock());
+            // The destination hears of it, and does not wait for what will never come.
+            match scene.incoming.wait_gathered(LONG) {
+                Err(error) => assert_ne!(error.kind, ErrorKind::Timeout),
+                Ok(report) => assert_ne!(report.status, Status::Ok),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_source_without_pages_before_commit_keeps_its_vm_and_says_so_on_the_open_connection() {
+    let scene = Scene::new(Plan { nodes: 1, touch: vec![7], ..Plan::default() });
+    let (address, connections) = proxy(scene.address);
+    let (outgoing, here) = leave(&scene, address, None, 0);
+    let error = outgoing.wait_evicted(LONG).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Poisoned, "{error}");
+    assert!(here.runs.load(Ordering::SeqCst));
+    assert_eq!(scene.incoming.wait_running(LONG).unwrap_err().kind, ErrorKind::Cancelled);
+    until("it is abandoned", || scene.seen.abandoned.load(Ordering::SeqCst));
+    assert_eq!(connections.load(Ordering::SeqCst), 3, "control, direct and urgent, and no other to give up");
+}
+
+#[test]
+fn an_intermediary_that_falls_silent_while_the_vm_is_paused_is_left_behind() {
+    let scene = Scene::new(Plan { pages: 3000, nodes: 2, ..Plan::default() });
+    let silent = scene.members()[0].clone();
+    let (outgoing, here) = leave(&scene, scene.address, Some(silent.address), u32::MAX);
+    scene.incoming.wait_running(LONG).unwrap();
+    outgoing.wait_evicted(LONG).unwrap();
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    scene.check(|_| false, |_| false);
+    let name = silent.node.to_string();
+    let lost = |event: &Event| matches!(event, Event::NodeLost { message } if message.contains(&name));
+    assert!(here.events.lock().iter().any(lost));
+}
