@@ -159,6 +159,12 @@ fn tables() -> Vec<Vec<u8>> {
         counted(&[range; 3]),
         counted(&[PageIndex(1), PageIndex(2)]),
         runs(&[Some(placement()), Some(next), None]),
+        runs(&[(5, placement()), (9, next)].map(|(n, placement)| GetEntry { page: PageIndex(n), placement })),
+        runs(&[
+            IndexEntry::at(PageIndex(5), Round(1), placement(), Checksum(9)),
+            IndexEntry::at(PageIndex(9), Round(1), next, Checksum(8)),
+        ]),
+        runs(&[3, 9, 60].map(|page| IndexEntry::zero(PageIndex(page), 2, Round(0)))),
     ]
 }
 
@@ -166,7 +172,7 @@ fn pages() -> Vec<Vec<u8>> {
     let raw = |page| PageEntry::raw(PageIndex(page), Round(0), Checksum(1));
     let mut one = runs(&page_entries());
     one.extend([7; PAGE_BYTES]);
-    let mut two = runs(&[raw(0), raw(1)]);
+    let mut two = runs(&[raw(0), raw(5)]);
     two.extend([7; 2 * PAGE_BYTES]);
     vec![one, two, runs(&[PageEntry::zero(PageIndex(0), 1, Round(0)); 5])]
 }

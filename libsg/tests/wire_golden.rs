@@ -150,9 +150,24 @@ fn runs() {
     );
     let get = |page, slot| GetEntry { page, placement: place(slot) };
     assert_eq!(
-        table(&[get(page, 5), get(next, 6), get(far, 7)], 2),
-        concat!("0d0c0b0a020000000500000007000300", "160c0b0a010000000700000007000300")
+        table(&[get(page, 5), get(next, 6), get(far, 8)], 2),
+        concat!("0d0c0b0a020000000500000007000300", "160c0b0a010000000800000007000300")
     );
+    // With gaps between the pages: a mask behind the heads.
+    assert_eq!(
+        table(&[get(page, 5), get(next, 6), get(far, 7)], 1),
+        concat!("0d0c0b0a0a0001000500000007000300", "0302000000000000")
+    );
+    assert_eq!(
+        table(&[raw(page, sum), raw(far, other)], 1),
+        concat!("0d0c0b0a0a00020101010010", "0102000000000000", "aa36918a04030201")
+    );
+    assert_eq!(
+        table(&[at(page, 5, sum), at(far, 6, other)], 1),
+        concat!("0d0c0b0a0a000000050000000700030002010101", "0102000000000000", "aa36918a04030201")
+    );
+    let zeros = [IndexEntry::zero(page, 3, round), IndexEntry::zero(far, 1, round)];
+    assert_eq!(table(&zeros, 1), concat!("0d0c0b0a0a000000000000000000000002010201", "0702000000000000"));
     assert_eq!(
         table(&[Some(place(5)), Some(place(6)), None, None, None], 2),
         concat!("050000000700030002000000", "000000000000000003000000")

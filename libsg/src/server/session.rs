@@ -167,10 +167,17 @@ impl<'c> Session<'c> {
         }
         buffers.body.resize(head_bytes, 0);
         read_whole(stream, &mut buffers.body)?;
-        run::decode_heads(&buffers.body, count, &mut buffers.pages)?;
+        let mask_bytes = run::mask_bytes::<PageEntry>(&buffers.body)?;
+        if head_bytes + mask_bytes > body_bytes {
+            return Err(Malformed::Bounds("entries of a batch").into());
+        }
+        buffers.body.resize(head_bytes + mask_bytes, 0);
+        let (heads, masks) = buffers.body.split_at_mut(head_bytes);
+        read_whole(stream, masks)?;
+        run::decode_heads(heads, masks, &mut buffers.pages)?;
         let sum_bytes = run::checksum_bytes(&buffers.pages);
         let page_bytes = entry::page_bytes(&buffers.pages);
-        if head_bytes + sum_bytes + page_bytes != body_bytes {
+        if head_bytes + mask_bytes + sum_bytes + page_bytes != body_bytes {
             return Err(Malformed::Bounds("bytes of a batch").into());
         }
         buffers.body.resize(sum_bytes, 0);

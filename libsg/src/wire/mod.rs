@@ -12,6 +12,7 @@ mod credit;
 pub mod entry;
 pub mod handshake;
 pub mod header;
+mod heads;
 pub mod message;
 pub mod run;
 

@@ -1,24 +1,38 @@
-//! Tables of runs: pages that follow one another travel as one head and a checksum each.
+//! Tables of runs: pages that lie close together travel as one head and a checksum each.
 //!
-//! A table has three parts: the heads of its runs, of a fixed size, as many as the header counts; the
-//! checksums of all pages that have bytes, 4 bytes each, in the order of the pages; and in page frames the bytes.
-//! The first part says how long the second is, and both how long the third is, so that nothing is read, or made
-//! room for, that was not bounded before. In memory there is an entry for each page: encoding joins what follows
-//! one another, decoding spreads it out again, into a buffer of at most [`RunEntry::ENTRIES_MAX`].
+//! A table has four parts: the heads of its runs, of a fixed size, as many as the header counts; a mask of 8
+//! bytes for each run that has gaps, which says which of up to 64 pages are meant; the checksums of all pages
+//! that have bytes, 4 bytes each, in the order of the pages; and in page frames the bytes. The parts before it say
+//! how long each is, so that nothing is read, or made room for, that was not bounded before. In memory there is an
+//! entry for each page: encoding joins what lies together, decoding spreads it out again, into a buffer of at
+//! most [`RunEntry::ENTRIES_MAX`].
 
 use std::mem::size_of;
 
-use zerocopy::little_endian::{U16, U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
-
 use super::Malformed;
-use super::entry::{CONTENT_HASH_BYTES, Encoding, GetEntry, IndexEntry, PageEntry, check_run, page_bytes};
-use crate::ids::{Checksum, Placement, Round, SlotIndex};
-use crate::limits;
-use crate::page::{PAGE_BYTES, PageIndex};
+use super::entry::{PageEntry, page_bytes};
+use crate::ids::Checksum;
+use crate::page::PageRange;
 
 /// Bytes of one checksum in a table.
 pub const CHECKSUM_BYTES: usize = size_of::<u32>();
+
+/// Bytes of the mask of a run with gaps.
+const MASK_BYTES: usize = size_of::<u64>();
+
+/// From so many entries on, a run is not looked at for what lies behind a gap: its head costs little.
+const LONG: usize = 32;
+
+/// What the head of a run says.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<E> {
+    /// The first entry: of one page, without its checksum.
+    pub first: E,
+    /// From the first page to the last.
+    pub pages: u32,
+    /// Whether there are gaps between them, which a mask tells.
+    pub gaps: bool,
+}
 
 /// An entry that travels in runs.
 pub trait RunEntry: Copy + PartialEq {
@@ -28,19 +42,24 @@ pub trait RunEntry: Copy + PartialEq {
     /// Entries of one table, spread out.
     const ENTRIES_MAX: usize;
 
-    /// The entry `n` further on in a run that begins with this one, but with this one's checksum. `None` where
-    /// there is none: past the last number, or as this one stands for many pages itself.
-    fn nth(&self, n: u32) -> Option<Self>;
+    /// The entry of a run that begins with this one which is `pages` further on, and has `before` others before
+    /// it. It has this one's checksum. `None` past the last number.
+    fn further(&self, pages: u32, before: u32) -> Option<Self>;
 
-    /// Appends the head of a run of `entries` that begins with this one.
-    fn encode_head(&self, entries: u32, table: &mut Vec<u8>);
+    /// The pages of an entry that is about pages.
+    fn range(&self) -> Option<PageRange>;
 
-    /// The first entry of a run, its checksum zero, and how many entries the run has: at least one, all of
-    /// which [`Self::nth`] gives.
+    /// The entry for `pages` pages, where one can stand for many.
+    fn joined(&self, pages: u32) -> Option<Self>;
+
+    /// Appends the head of a run that begins with this entry.
+    fn encode_head(&self, pages: u32, gaps: bool, table: &mut Vec<u8>);
+
+    /// The head of a run: of at least one page, all of which have numbers.
     ///
     /// # Errors
     /// What is wrong with the bytes.
-    fn decode_head(bytes: &[u8]) -> Result<(Self, u32), Malformed>;
+    fn decode_head(bytes: &[u8]) -> Result<Head<Self>, Malformed>;
 
     /// The checksum that travels behind the heads; `None` for an entry that has none.
     fn checksum(&self) -> Option<Checksum> {
@@ -51,14 +70,31 @@ pub trait RunEntry: Copy + PartialEq {
     fn set_checksum(&mut self, _checksum: Checksum) {}
 }
 
-/// Appends `entries` to `table`, as few runs as they are. Returns how many: the count in the frame's header.
-pub fn encode_runs<E: RunEntry>(entries: impl IntoIterator<Item = E> + Clone, table: &mut Vec<u8>) -> usize {
-    let mut runs = 0;
-    for (first, count) in runs_of(entries.clone()) {
-        first.encode_head(count, table);
+/// Entries that travel together.
+struct Run<E> {
+    first: E,
+    entries: usize,
+    pages: u32,
+    /// Which pages, for one with gaps.
+    mask: Option<u64>,
+}
+
+/// Appends `entries` to `table`, in few runs. Returns how many: the count in the frame's header.
+pub fn encode_runs<E: RunEntry, I>(entries: I, table: &mut Vec<u8>) -> usize
+where
+    I: IntoIterator<Item = E, IntoIter: Clone>,
+{
+    let entries = entries.into_iter();
+    let (mut runs, mut masks) = (0, 0);
+    for run in runs_of(entries.clone()) {
+        run.first.encode_head(run.pages, run.mask.is_some(), table);
         runs += 1;
+        masks += usize::from(run.mask.is_some());
     }
-    for sum in entries.into_iter().filter_map(|entry| entry.checksum()) {
+    for mask in runs_of(entries.clone()).filter_map(|run| run.mask).take(masks) {
+        table.extend_from_slice(&mask.to_le_bytes());
+    }
+    for sum in entries.filter_map(|entry| entry.checksum()) {
         table.extend_from_slice(&sum.0.to_le_bytes());
     }
     runs
@@ -67,52 +103,137 @@ pub fn encode_runs<E: RunEntry>(entries: impl IntoIterator<Item = E> + Clone, ta
 /// Bytes of the table of these entries.
 #[must_use]
 pub fn table_bytes<E: RunEntry>(entries: &[E]) -> usize {
-    runs_of(entries.iter().copied()).count() * E::HEAD_BYTES + checksum_bytes(entries)
+    let bytes = |run: Run<E>| E::HEAD_BYTES + if run.mask.is_some() { MASK_BYTES } else { 0 };
+    runs_of(entries.iter().copied()).map(bytes).sum::<usize>() + checksum_bytes(entries)
 }
 
-/// The first entry of each run, and how many follow one another from it on, itself included.
-fn runs_of<E: RunEntry>(entries: impl IntoIterator<Item = E>) -> impl Iterator<Item = (E, u32)> {
-    let mut ahead = entries.into_iter().peekable();
+/// Cuts entries into runs, the longest from each entry on.
+fn runs_of<E: RunEntry>(mut rest: impl Iterator<Item = E> + Clone) -> impl Iterator<Item = Run<E>> {
     std::iter::from_fn(move || {
-        let first = ahead.next()?;
-        let mut count = 1;
-        while count < E::ENTRIES_MAX as u32 && ahead.next_if(|next| follows(&first, count, next)).is_some() {
-            count += 1;
+        let first = rest.next()?;
+        let dense = without_gaps(first, rest.clone());
+        let sparse = if dense.entries < LONG { with_gaps(first, rest.clone()) } else { None };
+        let run = sparse.filter(|sparse| sparse.entries > dense.entries).unwrap_or(dense);
+        if run.entries > 1 {
+            rest.nth(run.entries - 2);
         }
-        Some((first, count))
+        Some(run)
     })
 }
 
-/// Whether `next` is the `n`-th entry of a run that begins with `first`, whatever its checksum.
-fn follows<E: RunEntry>(first: &E, n: u32, next: &E) -> bool {
-    let Some(mut expected) = first.nth(n) else { return false };
+fn without_gaps<E: RunEntry>(first: E, rest: impl Iterator<Item = E>) -> Run<E> {
+    let alone = first.joined(1).is_some();
+    let follow = |(n, next): &(u32, E)| !alone && is_at(&first, *n, *n, next);
+    let more = (1..E::ENTRIES_MAX as u32).zip(rest).take_while(follow).count();
+    let pages = if alone { first.range().map_or(1, |range| range.pages) } else { 1 + more as u32 };
+    Run { first, entries: 1 + more, pages, mask: None }
+}
+
+fn with_gaps<E: RunEntry>(first: E, rest: impl Iterator<Item = E>) -> Option<Run<E>> {
+    let begin = first.range()?;
+    let mut mask = mask_of(begin, begin)?;
+    let (mut entries, mut last) = (1, begin);
+    for next in rest {
+        let Some(range) = next.range() else { break };
+        // Entries that stand for many pages come back as they were only if there is a gap between them.
+        let apart = u32::from(next.joined(1).is_some());
+        let behind = range.first.0.checked_sub(last.first.0 + last.pages).is_some_and(|gap| gap >= apart);
+        let Some(more) = mask_of(begin, range).filter(|_| behind) else { break };
+        if !is_at(&first, range.first.0 - begin.first.0, entries as u32, &next) {
+            break;
+        }
+        (mask, last) = (mask | more, range);
+        entries += 1;
+    }
+    let pages = u64::BITS - mask.leading_zeros();
+    Some(Run { first, entries, pages, mask: Some(mask) })
+}
+
+/// The pages of a range as bits of a mask that begins where `begin` does.
+fn mask_of(begin: PageRange, range: PageRange) -> Option<u64> {
+    let at = range.first.0.checked_sub(begin.first.0)?;
+    let end = at.checked_add(range.pages).filter(|end| *end <= u64::BITS && range.pages > 0)?;
+    Some((u64::MAX >> (u64::BITS - (end - at))) << at)
+}
+
+/// Whether `next` is the entry of a run that begins with `first` at that place, whatever its checksum.
+fn is_at<E: RunEntry>(first: &E, pages: u32, before: u32, next: &E) -> bool {
+    let Some(mut expected) = first.further(pages, before) else { return false };
+    if let Some(joined) = next.range().and_then(|range| expected.joined(range.pages)) {
+        expected = joined;
+    }
     if let Some(sum) = next.checksum() {
         expected.set_checksum(sum);
     }
     expected == *next
 }
 
-/// Decodes the heads of `count` runs into `out`, which is cleared first: an entry for each page, without
-/// its checksum.
+/// Bytes of the masks that follow these heads.
+///
+/// # Errors
+/// What is wrong with a head.
+pub fn mask_bytes<E: RunEntry>(heads: &[u8]) -> Result<usize, Malformed> {
+    heads
+        .chunks_exact(E::HEAD_BYTES)
+        .try_fold(0, |bytes, head| Ok(bytes + if E::decode_head(head)?.gaps { MASK_BYTES } else { 0 }))
+}
+
+/// Decodes the heads of runs, and their masks, into `out`, which is cleared first: an entry for each page,
+/// without its checksum.
 ///
 /// # Errors
 /// What is wrong with the bytes.
-pub fn decode_heads<E: RunEntry>(bytes: &[u8], count: usize, out: &mut Vec<E>) -> Result<(), Malformed> {
+pub fn decode_heads<E: RunEntry>(heads: &[u8], masks: &[u8], out: &mut Vec<E>) -> Result<(), Malformed> {
     out.clear();
-    match bytes.len().cmp(&count.saturating_mul(E::HEAD_BYTES)) {
-        std::cmp::Ordering::Less => return Err(Malformed::Truncated),
-        std::cmp::Ordering::Greater => return Err(Malformed::Trailing),
-        std::cmp::Ordering::Equal => {}
-    }
-    for head in bytes.chunks_exact(E::HEAD_BYTES) {
-        let (first, entries) = E::decode_head(head)?;
-        if entries as usize > E::ENTRIES_MAX - out.len() {
-            return Err(Malformed::Bounds("entries of a table"));
+    let mut masks = masks.chunks_exact(MASK_BYTES);
+    for head in heads.chunks_exact(E::HEAD_BYTES) {
+        let head = E::decode_head(head)?;
+        if !head.gaps {
+            spread(&head, out)?;
+            continue;
         }
-        for n in 0..entries {
-            out.push(first.nth(n).ok_or(Malformed::Bounds("run of pages"))?);
+        let mask = masks.next().and_then(|mask| mask.try_into().ok()).ok_or(Malformed::Truncated)?;
+        let mask = u64::from_le_bytes(mask);
+        // The first page and the last are in it, which makes it as long as the head says.
+        if mask & 1 == 0 || u64::BITS - mask.leading_zeros() != head.pages {
+            return Err(Malformed::Bounds("mask of a run"));
         }
+        spread_mask(&head, mask, out)?;
     }
+    Ok(())
+}
+
+fn spread<E: RunEntry>(head: &Head<E>, out: &mut Vec<E>) -> Result<(), Malformed> {
+    if let Some(joined) = head.first.joined(head.pages) {
+        return push(joined, out);
+    }
+    if head.pages as usize > E::ENTRIES_MAX - out.len() {
+        return Err(Malformed::Bounds("entries of a table"));
+    }
+    (0..head.pages).try_for_each(|n| push(head.first.further(n, n).ok_or(OUT_OF_NUMBERS)?, out))
+}
+
+fn spread_mask<E: RunEntry>(head: &Head<E>, mask: u64, out: &mut Vec<E>) -> Result<(), Malformed> {
+    let (mut left, mut before) = (mask, 0);
+    while left != 0 {
+        let at = left.trailing_zeros();
+        let here = head.first.further(at, before).ok_or(OUT_OF_NUMBERS)?;
+        let width = (left >> at).trailing_ones();
+        let (entry, pages) = here.joined(width).map_or((here, 1), |joined| (joined, width));
+        push(entry, out)?;
+        left &= u64::MAX.checked_shl(at + pages).unwrap_or(0);
+        before += 1;
+    }
+    Ok(())
+}
+
+const OUT_OF_NUMBERS: Malformed = Malformed::Bounds("run of slots");
+
+fn push<E: RunEntry>(entry: E, out: &mut Vec<E>) -> Result<(), Malformed> {
+    if out.len() >= E::ENTRIES_MAX {
+        return Err(Malformed::Bounds("entries of a table"));
+    }
+    out.push(entry);
     Ok(())
 }
 
@@ -146,7 +267,7 @@ pub fn decode_runs<E: RunEntry>(bytes: &[u8], count: usize, out: &mut Vec<E>) ->
     decode_checksums(heads_then(bytes, count, out)?, out)
 }
 
-/// Decodes the heads, and gives what follows them.
+/// Decodes the heads and masks, and gives what follows them.
 fn heads_then<'a, E: RunEntry>(
     bytes: &'a [u8],
     count: usize,
@@ -154,7 +275,8 @@ fn heads_then<'a, E: RunEntry>(
 ) -> Result<&'a [u8], Malformed> {
     let heads = count.saturating_mul(E::HEAD_BYTES);
     let (heads, rest) = bytes.split_at_checked(heads).ok_or(Malformed::Truncated)?;
-    decode_heads(heads, count, out)?;
+    let (masks, rest) = rest.split_at_checked(mask_bytes::<E>(heads)?).ok_or(Malformed::Truncated)?;
+    decode_heads(heads, masks, out)?;
     Ok(rest)
 }
 
@@ -175,267 +297,6 @@ pub fn decode_pages<'a>(
         std::cmp::Ordering::Less => Err(Malformed::Truncated),
         std::cmp::Ordering::Greater => Err(Malformed::Trailing),
         std::cmp::Ordering::Equal => Ok(bytes),
-    }
-}
-
-/// Pages that are encoded in the same way. A run of zero pages is one entry; of others there is one for each.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct PageHead {
-    page: U32,
-    pages: U16,
-    round: U16,
-    encoding: u8,
-    reserved: u8,
-    /// Of each page.
-    encoded_bytes: U16,
-}
-
-const _: () = assert!(size_of::<PageHead>() == 12);
-const _: () = assert!(limits::BATCH_PAGES_MAX <= u16::MAX as usize);
-
-impl PageEntry {
-    /// What an entry takes in a table at most: the head of a run of its own, and a checksum.
-    pub const BYTES_MAX: usize = Self::HEAD_BYTES + CHECKSUM_BYTES;
-}
-
-impl RunEntry for PageEntry {
-    const HEAD_BYTES: usize = size_of::<PageHead>();
-    const ENTRIES_MAX: usize = limits::BATCH_PAGES_MAX;
-
-    fn nth(&self, n: u32) -> Option<Self> {
-        let many = self.encoding == Encoding::Zero && n > 0;
-        let page = self.page.checked_add(n).filter(|_| !many)?;
-        Some(Self { page, ..*self })
-    }
-
-    fn encode_head(&self, entries: u32, table: &mut Vec<u8>) {
-        let pages = if self.encoding == Encoding::Zero { self.run_pages } else { entries as u16 };
-        let head = PageHead {
-            page: self.page.0.into(),
-            pages: pages.into(),
-            round: self.round.0.into(),
-            encoding: self.encoding as u8,
-            reserved: 0,
-            encoded_bytes: self.encoded_bytes.into(),
-        };
-        table.extend_from_slice(head.as_bytes());
-    }
-
-    fn decode_head(bytes: &[u8]) -> Result<(Self, u32), Malformed> {
-        let head = PageHead::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
-        if head.reserved != 0 {
-            return Err(Malformed::Reserved);
-        }
-        let encoding = Encoding::decode(head.encoding)?;
-        let encoded_bytes = match encoding {
-            Encoding::Raw => PAGE_BYTES,
-            Encoding::Reference => CONTENT_HASH_BYTES,
-            Encoding::Zero | Encoding::Gone => 0,
-        };
-        if usize::from(head.encoded_bytes.get()) != encoded_bytes {
-            return Err(Malformed::Bounds("encoded length"));
-        }
-        let (page, pages) = (PageIndex(head.page.get()), head.pages.get());
-        check_run(page, pages.into())?;
-        let (run_pages, entries) = if encoding == Encoding::Zero { (pages, 1) } else { (1, pages) };
-        let first = Self {
-            page,
-            run_pages,
-            round: Round(head.round.get()),
-            encoding,
-            encoded_bytes: encoded_bytes as u16,
-            checksum: Checksum(0),
-        };
-        Ok((first, entries.into()))
-    }
-
-    fn checksum(&self) -> Option<Checksum> {
-        matches!(self.encoding, Encoding::Raw | Encoding::Reference).then_some(self.checksum)
-    }
-
-    fn set_checksum(&mut self, checksum: Checksum) {
-        self.checksum = checksum;
-    }
-}
-
-/// Pages of one round in consecutive slots of one member under one generation, or a run of zero pages, which is
-/// one entry.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct IndexHead {
-    page: U32,
-    pages: U32,
-    /// Of the first page; zero for zero pages.
-    placement: U64,
-    round: U16,
-    encoding: u8,
-    reserved: u8,
-}
-
-const _: () = assert!(size_of::<IndexHead>() == 20);
-
-impl RunEntry for IndexEntry {
-    const HEAD_BYTES: usize = size_of::<IndexHead>();
-    const ENTRIES_MAX: usize = limits::INDEX_ENTRIES_MAX;
-
-    fn nth(&self, n: u32) -> Option<Self> {
-        match self.placement {
-            None => (n == 0).then_some(*self),
-            Some(first) => {
-                let page = self.page.checked_add(n)?;
-                Some(Self { page, placement: Some(further(first, n)?), ..*self })
-            }
-        }
-    }
-
-    fn encode_head(&self, entries: u32, table: &mut Vec<u8>) {
-        let head = IndexHead {
-            page: self.page.0.into(),
-            pages: if self.placement.is_none() { self.run_pages } else { entries }.into(),
-            placement: self.placement.map_or(0, Placement::to_bits).into(),
-            round: self.round.0.into(),
-            encoding: self.encoding as u8,
-            reserved: 0,
-        };
-        table.extend_from_slice(head.as_bytes());
-    }
-
-    fn decode_head(bytes: &[u8]) -> Result<(Self, u32), Malformed> {
-        let head = IndexHead::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
-        if head.reserved != 0 {
-            return Err(Malformed::Reserved);
-        }
-        let encoding = Encoding::decode(head.encoding)?;
-        let (page, pages, bits) = (PageIndex(head.page.get()), head.pages.get(), head.placement.get());
-        check_run(page, pages)?;
-        let placement = Placement::from_bits(bits);
-        let (run_pages, entries) = match (encoding, placement) {
-            (Encoding::Raw, Some(first)) => {
-                check_slots(first, pages)?;
-                (1, pages)
-            }
-            (Encoding::Zero, None) if bits == 0 => (pages, 1),
-            (Encoding::Raw | Encoding::Zero, _) => return Err(Malformed::Bounds("placement")),
-            (Encoding::Reference | Encoding::Gone, _) => {
-                return Err(Malformed::Bounds("encoding of an index entry"));
-            }
-        };
-        let round = Round(head.round.get());
-        Ok((Self { page, run_pages, round, encoding, placement, checksum: Checksum(0) }, entries))
-    }
-
-    fn checksum(&self) -> Option<Checksum> {
-        self.placement.is_some().then_some(self.checksum)
-    }
-
-    fn set_checksum(&mut self, checksum: Checksum) {
-        self.checksum = checksum;
-    }
-}
-
-/// The placement in the slot `n` further on.
-fn further(first: Placement, n: u32) -> Option<Placement> {
-    Some(Placement { slot: SlotIndex(first.slot.0.checked_add(n)?), ..first })
-}
-
-/// A run of slots ends at one that has a number.
-fn check_slots(first: Placement, pages: u32) -> Result<(), Malformed> {
-    match pages.checked_sub(1).and_then(|last| further(first, last)) {
-        Some(_) => Ok(()),
-        None => Err(Malformed::Bounds("run of slots")),
-    }
-}
-
-/// Pages in consecutive slots of one member under one generation.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct GetHead {
-    page: U32,
-    pages: U16,
-    reserved: U16,
-    placement: U64,
-}
-
-const _: () = assert!(size_of::<GetHead>() == 16);
-
-impl RunEntry for GetEntry {
-    const HEAD_BYTES: usize = size_of::<GetHead>();
-    const ENTRIES_MAX: usize = limits::BATCH_PAGES_MAX;
-
-    fn nth(&self, n: u32) -> Option<Self> {
-        Some(Self { page: self.page.checked_add(n)?, placement: further(self.placement, n)? })
-    }
-
-    fn encode_head(&self, entries: u32, table: &mut Vec<u8>) {
-        let head = GetHead {
-            page: self.page.0.into(),
-            pages: (entries as u16).into(),
-            reserved: 0.into(),
-            placement: self.placement.to_bits().into(),
-        };
-        table.extend_from_slice(head.as_bytes());
-    }
-
-    fn decode_head(bytes: &[u8]) -> Result<(Self, u32), Malformed> {
-        let head = GetHead::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
-        if head.reserved.get() != 0 {
-            return Err(Malformed::Reserved);
-        }
-        let (page, pages) = (PageIndex(head.page.get()), u32::from(head.pages.get()));
-        check_run(page, pages)?;
-        let placement = Placement::from_bits(head.placement.get()).ok_or(Malformed::Bounds("placement"))?;
-        check_slots(placement, pages)?;
-        Ok((Self { page, placement }, pages))
-    }
-}
-
-/// Consecutive slots of an answer to `Put`, or all zero for pages that were not stored.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct StoredHead {
-    placement: U64,
-    pages: U16,
-    reserved: U16,
-}
-
-const _: () = assert!(size_of::<StoredHead>() == 12);
-
-/// A placement in an answer to `Put`: `None` where the page was not stored.
-impl RunEntry for Option<Placement> {
-    const HEAD_BYTES: usize = size_of::<StoredHead>();
-    const ENTRIES_MAX: usize = limits::BATCH_PAGES_MAX;
-
-    fn nth(&self, n: u32) -> Option<Self> {
-        match self {
-            None => Some(None),
-            Some(first) => further(*first, n).map(Some),
-        }
-    }
-
-    fn encode_head(&self, entries: u32, table: &mut Vec<u8>) {
-        let head = StoredHead {
-            placement: self.map_or(0, Placement::to_bits).into(),
-            pages: (entries as u16).into(),
-            reserved: 0.into(),
-        };
-        table.extend_from_slice(head.as_bytes());
-    }
-
-    fn decode_head(bytes: &[u8]) -> Result<(Self, u32), Malformed> {
-        let head = StoredHead::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
-        if head.reserved.get() != 0 {
-            return Err(Malformed::Reserved);
-        }
-        let (bits, pages) = (head.placement.get(), u32::from(head.pages.get()));
-        if pages == 0 {
-            return Err(Malformed::Bounds("run of slots"));
-        }
-        match Placement::from_bits(bits) {
-            None if bits == 0 => Ok((None, pages)),
-            None => Err(Malformed::Bounds("placement")),
-            Some(first) => check_slots(first, pages).map(|()| (Some(first), pages)),
-        }
     }
 }
 

@@ -97,9 +97,9 @@ fn bytes_that_make_no_sense_end_the_connection_only() {
     // Runs that spread out to more than a frame may have.
     let place = Placement { member: MemberIndex(0), slot: SlotIndex(0), generation: Generation(1) };
     let mut heads: [(Kind, Vec<u8>); 3] = [Kind::Put, Kind::Get, Kind::PutIndex].map(|kind| (kind, vec![]));
-    PageEntry::raw(PageIndex(0), Round(0), Checksum(0)).encode_head(513, &mut heads[0].1);
-    GetEntry { page: PageIndex(0), placement: place }.encode_head(513, &mut heads[1].1);
-    IndexEntry::at(PageIndex(0), Round(0), place, Checksum(0)).encode_head(4097, &mut heads[2].1);
+    PageEntry::raw(PageIndex(0), Round(0), Checksum(0)).encode_head(513, false, &mut heads[0].1);
+    GetEntry { page: PageIndex(0), placement: place }.encode_head(513, false, &mut heads[1].1);
+    IndexEntry::at(PageIndex(0), Round(0), place, Checksum(0)).encode_head(4097, false, &mut heads[2].1);
     for (kind, body) in heads {
         let channel = channel();
         let body_bytes = body.len() as u32;
