@@ -13,8 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use libsg::pace::{
-    Acquire, Class, LinkReading, SharedPacer, TcpInfo, mark_bulk, mark_urgent, precise_timers, quick_ack,
-    set_congestion, sleep_until, smooth,
+    Class, KernelPace, LinkReading, SharedPacer, TcpInfo, mark_bulk, mark_urgent, precise_timers, quick_ack,
+    set_congestion,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -125,14 +125,13 @@ fn answer_pages(mut stream: TcpStream, pacer: &SharedPacer) -> Result<()> {
     mark_urgent(&stream)?;
     stream.write_all(b"u")?;
     let mut request = [0; 16];
-    let link = pacer.add_link();
+    let link = pacer.add_link(Class::Urgent);
     loop {
         stream.read_exact(&mut request)?;
         let now = Instant::now();
-        pacer.charge(Class::Urgent, PAGE as u64, now);
         // Part of the sum. Its round trip is known too seldom to say anything about now.
         let reading = LinkReading { queue_delay: None, ..LinkReading::from(&TcpInfo::read(&stream)?) };
-        pacer.report(link, reading, now);
+        let _ = pacer.report(link, reading, now);
         stream.write_all(&[2; PAGE])?;
     }
 }
@@ -141,41 +140,24 @@ fn send_bulk(mut stream: TcpStream, pacer: &SharedPacer, paced: bool, stop: &Ato
     mark_bulk(&stream)?;
     precise_timers()?;
     stream.write_all(b"b")?;
-    let data = vec![3; 64 * PAGE];
-    let link = pacer.add_link();
-    let (mut reported, mut smoothed) = (Instant::now(), None);
+    let data = vec![3; 16 * PAGE];
+    let link = pacer.add_link(Class::Bulk);
+    let mut pace = KernelPace::default();
+    let mut reported = Instant::now();
     while !stop.load(Ordering::Relaxed) {
         let now = Instant::now();
         if now - reported >= Duration::from_millis(2) {
             reported = now;
             let info = TcpInfo::read(&stream)?;
             if std::env::var_os("TRACE").is_some() {
-                eprintln!(
-                    "{now:?} {:?} {:?} {}",
-                    info.queue_delay(),
-                    pacer.rate().map(|r| r / 125_000),
-                    info.notsent_bytes
-                );
+                eprintln!("{now:?} {:?} {:?}", info.queue_delay(), pacer.rate().map(|r| r / 125_000));
             }
-            pacer.report(link, LinkReading::from(&info), now);
-            if paced && pacer.rate() != smoothed && std::env::var_os("NO_SMOOTH").is_none() {
-                smoothed = pacer.rate();
-                smooth(&stream, smoothed)?;
+            let share = pacer.report(link, LinkReading::from(&info), now);
+            if paced {
+                pace.set(&stream, share)?;
             }
         }
-        if !paced {
-            stream.write_all(&data)?;
-            continue;
-        }
-        match pacer.acquire(Class::Bulk, data.len() as u64, now) {
-            Acquire::Grant(bytes) => {
-                // Whole pages, as a page frame has them; what rounding adds is charged.
-                let whole = (bytes as usize).next_multiple_of(PAGE);
-                pacer.charge(Class::Bulk, whole as u64 - bytes, now);
-                stream.write_all(&data[..whole])?;
-            }
-            Acquire::WaitUntil(at) => sleep_until(at),
-        }
+        stream.write_all(&data)?;
     }
     pacer.remove_link(link);
     Ok(())

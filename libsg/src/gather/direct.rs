@@ -119,7 +119,7 @@ fn open(shared: &Shared, channel: Channel) -> Result<Line> {
         inbox: Inbox::new(),
         outbox: Outbox::new(),
         path: TcpPath::new(),
-        link: shared.pacer.add_link(),
+        link: shared.pacer.add_link(Class::Direct),
         granted: 0,
         pace: None,
         saved: FIRST_CREDIT_BYTES.max(frame_bytes(shared.unit_pages)),
@@ -260,8 +260,13 @@ fn tell_credit(line: &mut Line) -> Result<()> {
 
 fn report(shared: &Shared, line: &mut Line, now: Instant) {
     let base_rtt = line.path.refresh(&line.channel, now).base_rtt().unwrap_or_default();
-    let reading = LinkReading { delivered: line.inbox.received_bytes(), queue_delay: line.delay, base_rtt };
-    shared.pacer.report(line.link, reading, now);
+    let reading = LinkReading {
+        delivered: line.inbox.received_bytes(),
+        queue_delay: line.delay,
+        base_rtt,
+        backlogged: false,
+    };
+    let _ = shared.pacer.report(line.link, reading, now);
 }
 
 fn count(shared: &Shared, line: &mut Line) {

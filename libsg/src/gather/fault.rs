@@ -173,13 +173,13 @@ impl Worker<'_> {
         if let Some(channel) = self.shared.urgent.lock().take() {
             self.drop_source();
             let (inbox, outbox) = (Inbox::new(), Outbox::new());
-            let pace_link = self.shared.pacer.add_link();
+            let pace_link = self.shared.pacer.add_link(Class::Urgent);
             self.source = Some(Line { channel, inbox, outbox, sequence: 0, counted: 0, pace_link });
             self.pending.iter_mut().for_each(|pending| pending.try_at = Instant::now());
         }
         let members = self.shared.members();
         for desk in members.into_iter().skip(self.seats.len()) {
-            let pace_link = self.shared.pacer.add_link();
+            let pace_link = self.shared.pacer.add_link(Class::Urgent);
             self.seats.push(Seat { desk, link: None, out: 0, counted: 0, pace_link });
         }
         for seat in &mut self.seats {
@@ -586,7 +586,7 @@ impl Pending {
 /// a slower one. Their own delay is no measure: they overtake.
 fn report(shared: &Shared, link: LinkId, received_bytes: u64) {
     let reading = LinkReading { delivered: received_bytes, ..LinkReading::default() };
-    shared.pacer.report(link, reading, Instant::now());
+    let _ = shared.pacer.report(link, reading, Instant::now());
 }
 
 fn submit(link: &mut dyn Link, request: Request<'_>) -> Result<Ticket> {

@@ -62,7 +62,7 @@ pub(crate) fn run(shared: &Shared, member: MemberIndex) -> Result<()> {
         desk: &desk,
         member,
         link: None,
-        pace_link: shared.pacer.add_link(),
+        pace_link: shared.pacer.add_link(Class::Bulk),
         flights: VecDeque::new(),
         spare: Vec::new(),
         gets: Vec::new(),
@@ -328,8 +328,9 @@ impl Worker<'_> {
             delivered: path.received_bytes,
             queue_delay: path.receive_delay,
             base_rtt: Duration::ZERO,
+            backlogged: false,
         };
-        self.shared.pacer.report(self.pace_link, reading, Instant::now());
+        let _ = self.shared.pacer.report(self.pace_link, reading, Instant::now());
         let fresh = path.received_bytes.saturating_sub(self.counted);
         self.counted = path.received_bytes;
         self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);

@@ -15,6 +15,8 @@ pub struct LinkReading {
     pub queue_delay: Option<Duration>,
     /// The least round trip; zero when unknown.
     pub base_rtt: Duration,
+    /// More waits to be sent than its share let through.
+    pub backlogged: bool,
 }
 
 impl From<&TcpInfo> for LinkReading {
@@ -23,6 +25,7 @@ impl From<&TcpInfo> for LinkReading {
             delivered: info.bytes_acked,
             queue_delay: info.queue_delay(),
             base_rtt: info.base_rtt().unwrap_or_default(),
+            backlogged: info.notsent_bytes > 0,
         }
     }
 }

@@ -1,7 +1,8 @@
-//! One pacer for all worker threads of a host: classes with strict priority over one sum.
+//! One pacer for all worker threads of a host, which keep to one sum together.
 //!
-//! Used at the source (direct path before intermediaries) and at the destination (credit of the direct path
-//! before reads from intermediaries), and with one link for an intermediary whose own path is the slow one.
+//! At the source links report and get their share of the rate, which their kernel keeps. At the destination what
+//! is paced leaves elsewhere, so there they ask before they ask for bytes: credit of the direct path ahead of its
+//! time, and with what that leaves reads from intermediaries.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use parking_lot::Mutex;
 use super::bucket::{SLICE_BYTES_MAX, TokenBucket, slice_bytes, time_of};
 use super::delay::{Aggregate, LinkReading, aggregate};
 use super::rate::{RateFinder, Reading};
-use super::socket::sleep_until;
+use super::share::{Flow, share};
 
 /// Readings closer together than this are taken as one.
 const TICK_TIME: Duration = Duration::from_millis(4);
@@ -18,13 +19,6 @@ const TICK_TIME: Duration = Duration::from_millis(4);
 /// How long a link that moved data still has a say in what all links see: one thread that came late must not
 /// make another link's own queue look like the shared one's.
 const ACTIVE_TIME: Duration = Duration::from_millis(50);
-
-/// How long a direct sender that was told to wait keeps its turn beyond the time it was given: a thread on
-/// a busy core comes back that late.
-const TURN_TIME: Duration = Duration::from_micros(700);
-
-/// How often bulk looks whether direct is still hungry.
-const YIELD_TIME: Duration = Duration::from_millis(1);
 
 /// How late a thread that waited for the operator's limit asks again, on a busy host.
 const LIMITED_TIME: Duration = Duration::from_millis(10);
@@ -59,18 +53,11 @@ pub enum Acquire {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkId(usize);
 
-/// Says that direct has data and room, for as long as it lives.
-#[derive(Debug)]
-#[must_use = "hungry until dropped"]
-pub struct Hungry<'a> {
-    pacer: &'a SharedPacer,
-}
-
 #[derive(Clone, Copy, Debug, Default)]
 struct Link {
     earlier: LinkReading,
     present: LinkReading,
-    started: bool,
+    reported_at: Option<Instant>,
     /// When it last moved data.
     active_at: Option<Instant>,
 }
@@ -82,16 +69,18 @@ struct Inner {
     link: TokenBucket,
     /// At the operator's limit; charged with everything but urgent.
     limit: TokenBucket,
-    direct_hungry: u32,
-    direct_turn_until: Option<Instant>,
     /// Until then somebody waits for the operator's limit.
     limited_until: Instant,
     /// The latest time that was given to a waiting thread.
     promised: Instant,
     links: Vec<Option<Link>>,
+    /// One for each of `links`; whoever is gone has none to carry.
+    flows: Vec<Flow>,
     delivered: u64,
     shared: Aggregate,
     ticked_at: Instant,
+    /// Somebody keeps the pace by asking; else the kernel does.
+    asked: bool,
 }
 
 /// Paces the sum of what a host's worker threads send or receive. Cheap to ask: one short lock, never held
@@ -111,14 +100,14 @@ impl SharedPacer {
                 finder: RateFinder::new(),
                 link: TokenBucket::new(now, None),
                 limit: TokenBucket::new(now, limit),
-                direct_hungry: 0,
-                direct_turn_until: None,
                 limited_until: now,
                 promised: now,
                 links: Vec::new(),
+                flows: Vec::new(),
                 delivered: 0,
                 shared: Aggregate::default(),
                 ticked_at: now,
+                asked: false,
             }),
         }
     }
@@ -127,17 +116,6 @@ impl SharedPacer {
     /// [`give_back`](Self::give_back), what was sent beyond it is added by [`charge`](Self::charge).
     pub fn acquire(&self, class: Class, bytes: u64, now: Instant) -> Acquire {
         self.inner.lock().acquire(class, bytes, now)
-    }
-
-    /// Waits until some of `bytes` may be sent; returns how many.
-    #[must_use]
-    pub fn acquire_blocking(&self, class: Class, bytes: u64) -> u64 {
-        loop {
-            match self.acquire(class, bytes, Instant::now()) {
-                Acquire::Grant(granted) => return granted,
-                Acquire::WaitUntil(at) => sleep_until(at),
-            }
-        }
     }
 
     /// Asks for `bytes` of credit to give to a direct sender elsewhere, up to `ahead` before their time: whoever
@@ -167,13 +145,6 @@ impl SharedPacer {
         }
     }
 
-    /// Keeps bulk waiting while the guard lives: direct has data and its peer has room. A direct sender that
-    /// merely waits for its grant need not say so; one that gathers data for the next does.
-    pub fn direct_hungry(&self) -> Hungry<'_> {
-        self.inner.lock().direct_hungry += 1;
-        Hungry { pacer: self }
-    }
-
     /// Bounds direct and bulk, together, to `bytes_per_s` from `now` on; 0 takes the bound away.
     pub fn set_limit(&self, bytes_per_s: u64, now: Instant) {
         self.inner.lock().limit.set_rate(now, (bytes_per_s > 0).then_some(bytes_per_s));
@@ -182,24 +153,30 @@ impl SharedPacer {
     /// Adds a link that will report. Urgent connections are links too: what they carry is part of the sum, and
     /// a sum without it looks like a slower bottleneck. They report no delay: their round trips are too few.
     #[must_use]
-    pub fn add_link(&self) -> LinkId {
-        let links = &mut self.inner.lock().links;
+    pub fn add_link(&self, class: Class) -> LinkId {
+        let mut inner = self.inner.lock();
+        let Inner { links, flows, .. } = &mut *inner;
         let free = links.iter().position(Option::is_none).unwrap_or_else(|| {
             links.push(None);
+            flows.push(Flow::new(class));
             links.len() - 1
         });
         links[free] = Some(Link::default());
+        flows[free] = Flow::new(class);
         LinkId(free)
     }
 
     /// Forgets a link that was closed.
     pub fn remove_link(&self, id: LinkId) {
-        self.inner.lock().links[id.0] = None;
+        let mut inner = self.inner.lock();
+        inner.links[id.0] = None;
+        inner.flows[id.0] = Flow::new(Class::Urgent);
     }
 
-    /// Takes what was measured on a link at `now`; a link that carries data reports every 2 to 5 ms.
-    pub fn report(&self, id: LinkId, reading: LinkReading, now: Instant) {
-        self.inner.lock().report(id, reading, now);
+    /// Takes what was measured on a link at `now`; a link that carries data reports every 2 to 5 ms. Returns the
+    /// link's share in bytes/s, for a sender whose kernel paces; `None` is unpaced.
+    pub fn report(&self, id: LinkId, reading: LinkReading, now: Instant) -> Option<u64> {
+        self.inner.lock().report(id, reading, now)
     }
 
     /// The rate in force in bytes/s, the lower of found and limit; `None` is unpaced.
@@ -228,12 +205,6 @@ impl SharedPacer {
     }
 }
 
-impl Drop for Hungry<'_> {
-    fn drop(&mut self) {
-        self.pacer.inner.lock().direct_hungry -= 1;
-    }
-}
-
 impl Inner {
     fn rate(&self) -> Option<u64> {
         match (self.link.rate(), self.limit.rate()) {
@@ -247,23 +218,13 @@ impl Inner {
             self.charge(class, bytes, now);
             return Acquire::Grant(bytes);
         }
+        self.asked = true;
         let Some(rate) = self.rate() else { return Acquire::Grant(bytes) };
         let slice = slice_bytes(Some(rate));
-        if class == Class::Bulk
-            && let Some(at) = self.direct_first(now)
-        {
-            return Acquire::WaitUntil(at);
-        }
         let wait = self.wait(now);
         if wait > Duration::ZERO {
             let at = self.turn(now + wait, time_of(slice as f64, rate));
-            if class == Class::Direct {
-                self.direct_turn_until = Some(at + TURN_TIME);
-            }
             return Acquire::WaitUntil(at);
-        }
-        if class == Class::Direct {
-            self.direct_turn_until = None;
         }
         // Whoever comes late finds what gathered meanwhile, and takes it in one call.
         let gathered = self.link.level(now).min(self.limit.level(now)).min(SLICE_BYTES_MAX);
@@ -288,14 +249,6 @@ impl Inner {
         }
     }
 
-    /// When bulk may ask again, if direct has the turn.
-    fn direct_first(&mut self, now: Instant) -> Option<Instant> {
-        if self.direct_hungry > 0 {
-            return Some(now + YIELD_TIME);
-        }
-        self.direct_turn_until.filter(|until| *until > now)
-    }
-
     /// Threads that wait for the same tokens come back one slice apart, not all at once.
     fn turn(&mut self, ready: Instant, slice: Duration) -> Instant {
         let at = ready.max(self.promised).min(ready + TURNS_MAX * slice);
@@ -303,16 +256,30 @@ impl Inner {
         at
     }
 
-    fn report(&mut self, id: LinkId, reading: LinkReading, now: Instant) {
-        let Some(link) = self.links.get_mut(id.0).and_then(Option::as_mut) else { return };
+    fn report(&mut self, id: LinkId, reading: LinkReading, now: Instant) -> Option<u64> {
+        let link = self.links.get_mut(id.0)?.as_mut()?;
+        let moved = reading.delivered.saturating_sub(link.present.delivered);
         link.present = reading;
-        if !link.started {
-            link.started = true;
-            link.earlier = reading;
+        match link.reported_at {
+            None => {
+                link.reported_at = Some(now);
+                link.earlier = reading;
+            }
+            // Over its own time: what a thread that is late has not told is not what the link did not carry.
+            Some(at) if moved > 0 || now.saturating_duration_since(at) >= TICK_TIME => {
+                self.flows[id.0].carried(moved, now.saturating_duration_since(at));
+                link.reported_at = Some(now);
+            }
+            Some(_) => {}
         }
-        if now.saturating_duration_since(self.ticked_at) < TICK_TIME {
-            return;
+        if now.saturating_duration_since(self.ticked_at) >= TICK_TIME {
+            self.tick(now);
         }
+        let share = self.flows[id.0].share;
+        (share < f64::MAX).then_some(share as u64)
+    }
+
+    fn tick(&mut self, now: Instant) {
         self.shared = aggregate(self.links.iter().flatten().map(|link| (link.earlier, link.present)));
         for link in self.links.iter_mut().flatten() {
             if link.present.delivered > link.earlier.delivered {
@@ -326,10 +293,16 @@ impl Inner {
         }
         self.delivered += self.shared.moved;
         // The link's tokens ran over: nobody had data, or came too late, or the operator's limit is the lower.
-        let app_limited = self.link.take_lost(now) > self.shared.moved / LOST_PARTS;
+        let lost = self.link.take_lost(now) > self.shared.moved / LOST_PARTS;
+        let app_limited =
+            if self.asked { lost } else { !self.links.iter().flatten().any(|link| link.present.backlogged) };
         // The limit is what paces: a delay is not the doing of what we send, and what is delivered says nothing of
         // the link. A finder that measured by it would take the limit, and then less and less, for the link.
-        let limited = now < self.limited_until + LIMITED_TIME;
+        let limited = if self.asked {
+            now < self.limited_until + LIMITED_TIME
+        } else {
+            self.limit.rate().is_some_and(|limit| self.link.rate().is_none_or(|found| limit < found))
+        };
         let queue_delay = self.shared.queue_delay.map(|delay| if limited { Duration::ZERO } else { delay });
         let rate = self.finder.tick(
             now,
@@ -341,7 +314,18 @@ impl Inner {
             },
         );
         self.ticked_at = now;
+        tracing::trace!(
+            moved = self.shared.moved,
+            delay = ?self.shared.queue_delay,
+            rate,
+            capacity = self.finder.capacity(),
+            "pace"
+        );
         self.link.set_rate(now, rate);
+        match self.rate() {
+            Some(rate) => share(rate as f64, &mut self.flows),
+            None => self.flows.iter_mut().for_each(|flow| flow.share = f64::MAX),
+        }
     }
 }
 
@@ -377,19 +361,13 @@ mod test {
     }
 
     #[test]
-    fn direct_takes_all_it_wants_and_bulk_the_rest() {
+    fn those_who_ask_alike_get_alike() {
         let start = Instant::now();
         let pacer = SharedPacer::new(start, LIMIT);
-        let got = run(&pacer, start, &[Class::Direct, Class::Bulk], |_, _| true);
-        assert!(got[0] as f64 > 0.98 * LIMIT as f64, "{got:?}");
-        let pacer = SharedPacer::new(start, LIMIT);
-        let got = run(&pacer, start, &[Class::Direct, Class::Bulk, Class::Bulk], |class, at| {
-            class == Class::Bulk || at < Duration::from_millis(300)
-        });
-        assert!(got[0] as f64 > 0.29 * LIMIT as f64, "{got:?}");
-        assert!((got[1] + got[2]) as f64 > 0.68 * LIMIT as f64, "{got:?}");
+        let got = run(&pacer, start, &[Class::Bulk, Class::Bulk], |_, _| true);
+        assert!(got.iter().sum::<u64>() as f64 > 0.98 * LIMIT as f64, "{got:?}");
         assert!(got.iter().sum::<u64>() as f64 <= 1.005 * LIMIT as f64, "{got:?}");
-        assert!(got[1].abs_diff(got[2]) < LIMIT / 10, "equals share: {got:?}");
+        assert!(got[0].abs_diff(got[1]) < LIMIT / 10, "{got:?}");
     }
 
     #[test]
@@ -408,17 +386,6 @@ mod test {
         let time = (now - start).as_secs_f64();
         let most = LIMIT as f64 * (time + 0.022);
         assert!(granted as f64 > 0.995 * LIMIT as f64 * time && (granted as f64) < most, "{granted} {time}");
-    }
-
-    #[test]
-    fn a_hungry_direct_holds_bulk_back_until_dropped() {
-        let now = Instant::now();
-        let pacer = SharedPacer::new(now, LIMIT);
-        let hungry = pacer.direct_hungry();
-        assert!(matches!(pacer.acquire(Class::Bulk, 4096, now), Acquire::WaitUntil(_)));
-        assert_eq!(pacer.acquire(Class::Direct, 4096, now), Acquire::Grant(4096));
-        drop(hungry);
-        assert_eq!(pacer.acquire(Class::Bulk, 4096, now), Acquire::Grant(4096));
     }
 
     #[test]
@@ -449,7 +416,7 @@ mod test {
         let start = Instant::now();
         let (shared, own) = (SharedPacer::new(start, 0), SharedPacer::new(start, 0));
         for (pacer, second) in [(&shared, 5_000), (&own, 0)] {
-            let links = [pacer.add_link(), pacer.add_link()];
+            let links = [pacer.add_link(Class::Bulk), pacer.add_link(Class::Bulk)];
             for step in 0..40 {
                 let now = start + step as u32 * Duration::from_millis(5);
                 for (link, delay_us) in links.iter().zip([5_000, second]) {
@@ -457,8 +424,9 @@ mod test {
                         delivered: step * 300_000,
                         queue_delay: Some(Duration::from_micros(delay_us)),
                         base_rtt: Duration::from_micros(50),
+                        backlogged: true,
                     };
-                    pacer.report(*link, reading, now);
+                    let _ = pacer.report(*link, reading, now);
                 }
             }
         }
@@ -473,7 +441,7 @@ mod test {
         const LOW: u64 = 2_500_000;
         let start = Instant::now();
         let pacer = SharedPacer::new(start, LOW);
-        let link = pacer.add_link();
+        let link = pacer.add_link(Class::Bulk);
         let (mut now, mut next, mut delivered) = (start, start, 0);
         // Half a minute on a busy host: now and then readings are late for a while, whatever is sent.
         for step in 0..15_000_u32 {
@@ -488,7 +456,7 @@ mod test {
             let queue_delay = Some(Duration::from_micros(if late { 3_500 } else { 20 }));
             pacer.report(
                 link,
-                LinkReading { delivered, queue_delay, base_rtt: Duration::from_micros(50) },
+                LinkReading { delivered, queue_delay, base_rtt: Duration::from_micros(50), backlogged: true },
                 now,
             );
         }
@@ -502,9 +470,9 @@ mod test {
     fn removed_links_are_reused_and_ignored() {
         let now = Instant::now();
         let pacer = SharedPacer::new(now, 0);
-        let first = pacer.add_link();
+        let first = pacer.add_link(Class::Bulk);
         pacer.remove_link(first);
-        pacer.report(first, LinkReading::default(), now);
-        assert_eq!(pacer.add_link(), first);
+        let _ = pacer.report(first, LinkReading::default(), now);
+        assert_eq!(pacer.add_link(Class::Bulk), first);
     }
 }

@@ -3,8 +3,6 @@
 use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::AsFd;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef};
 
@@ -91,14 +89,6 @@ pub fn precise_timers() -> io::Result<()> {
 /// Niceness of threads that pace: before everything ordinary, behind what is really urgent to the system.
 const PROMPT_NICENESS: i32 = -10;
 
-/// Sleeps until `deadline`; returns at once when it has passed.
-pub fn sleep_until(deadline: Instant) {
-    let wait = deadline.saturating_duration_since(Instant::now());
-    if wait > Duration::ZERO {
-        thread::sleep(wait);
-    }
-}
-
 #[cfg(test)]
 mod test {
     use std::net::{TcpListener, TcpStream};
@@ -131,18 +121,5 @@ mod test {
         if TcpListener::bind("[::1]:0").is_ok() {
             marked("[::1]:0");
         }
-    }
-
-    #[test]
-    fn sleeps_never_end_early() {
-        thread::spawn(|| {
-            precise_timers().unwrap();
-            let deadline = Instant::now() + Duration::from_millis(2);
-            sleep_until(deadline);
-            assert!(Instant::now() >= deadline);
-            sleep_until(deadline);
-        })
-        .join()
-        .unwrap();
     }
 }

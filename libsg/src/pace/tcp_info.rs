@@ -7,6 +7,10 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
+use socket2::SockRef;
+
+use super::bucket::bytes_in;
+
 /// The kernel's `struct tcp_info` up to `tcpi_sndbuf_limited` (Linux 4.10; libc's type ends earlier).
 /// Later kernels only append.
 #[repr(C)]
@@ -127,29 +131,52 @@ impl TcpInfo {
     }
 }
 
-/// How much faster than the pacing rate the kernel may send what it was given: a thread that woke late
-/// catches up, and its lump still leaves spread out.
-const SMOOTH_SHARE: f64 = 1.2;
+/// A change of rate smaller than this share is not worth a system call.
+const CHANGE_SHARE: f64 = 0.004;
 
-/// Lets the kernel spread each grant over time, for a pacing rate in bytes/s; `None` lets it go. Pacing in
-/// user space decides how much leaves, which the kernel cannot share over sockets; the kernel's timers decide
-/// when within a grant, whatever keeps a thread from running.
-///
-/// # Errors
-/// The socket is closed, or the kernel is older than 4.20.
-pub fn smooth(socket: impl AsFd, rate: Option<u64>) -> io::Result<()> {
-    let most: u64 = rate.map_or(u64::MAX, |rate| (rate as f64 * SMOOTH_SHARE) as u64);
-    // SAFETY: the kernel reads the 8 bytes of `most`, which outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_MAX_PACING_RATE,
-            (&raw const most).cast(),
-            size_of::<u64>() as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+/// How long a connection stays busy with what the kernel holds for it, should its thread be late.
+const AHEAD_TIME: Duration = Duration::from_millis(12);
+
+/// Least and most bytes that the kernel holds: one batch, and what a fast path takes in that time.
+const AHEAD_BYTES: (u64, u64) = (128 << 10, 4 << 20);
+
+/// The pace of one connection, kept by the kernel's timers: threads fill the socket ahead, the kernel
+/// decides when each byte leaves (`SO_MAX_PACING_RATE`, Linux 4.13 for TCP without `fq`), and takes no more
+/// than what leaves in the next milliseconds (`TCP_NOTSENT_LOWAT`).
+#[derive(Debug, Default)]
+pub struct KernelPace {
+    rate: Option<u64>,
+}
+
+impl KernelPace {
+    /// Paces `socket` at `rate` bytes of payload a second; `None` lets it go.
+    ///
+    /// # Errors
+    /// The socket is not TCP, or closed.
+    pub fn set(&mut self, socket: impl AsFd, rate: Option<u64>) -> io::Result<()> {
+        let near = |a: u64, b: u64| a.abs_diff(b) as f64 <= b as f64 * CHANGE_SHARE;
+        if self.rate == rate || self.rate.zip(rate).is_some_and(|(old, new)| near(old, new)) {
+            return Ok(());
+        }
+        let most: u64 = rate.unwrap_or(u64::MAX);
+        // SAFETY: the kernel reads the 8 bytes of `most`, which outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_MAX_PACING_RATE,
+                (&raw const most).cast(),
+                size_of::<u64>() as libc::socklen_t,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let ahead = bytes_in(most.min(u64::from(u32::MAX)), AHEAD_TIME).clamp(AHEAD_BYTES.0, AHEAD_BYTES.1);
+        SockRef::from(&socket).set_tcp_notsent_lowat(ahead as u32)?;
+        self.rate = rate;
+        Ok(())
+    }
 }
 
 impl From<&Raw> for TcpInfo {
@@ -197,12 +224,20 @@ mod test {
     }
 
     #[test]
-    fn smoothing_sets_and_lifts_the_kernels_rate() {
+    fn the_kernel_keeps_the_pace_and_holds_no_more_than_leaves_soon() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        smooth(&near, Some(1_000_000)).unwrap();
-        smooth(&near, None).unwrap();
-        assert!(smooth(std::fs::File::open("/dev/null").unwrap(), None).is_err());
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let _far = listener.accept().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let mut pace = KernelPace::default();
+        pace.set(&near, Some(1_000_000)).unwrap();
+        let mut held = 0;
+        while let Ok(bytes) = near.write(&[0; 65536]) {
+            held += bytes as u64;
+        }
+        assert!(held <= 4 * AHEAD_BYTES.0, "{held}");
+        pace.set(&near, None).unwrap();
+        assert!(KernelPace::default().set(std::fs::File::open("/dev/null").unwrap(), Some(1)).is_err());
     }
 
     #[test]

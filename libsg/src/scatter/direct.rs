@@ -11,7 +11,7 @@ use super::shared::{Counters, Scatter};
 use super::window::AckTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Sequence;
-use crate::pace::{self, Acquire, Class, LinkId, LinkReading, TokenBucket};
+use crate::pace::{self, Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait};
 use crate::wire::entry::decode_table;
@@ -20,6 +20,9 @@ use crate::wire::{Credit, Header, Kind, Malformed, PageEntry};
 
 /// The longest sleep with nothing to do.
 const IDLE: Duration = Duration::from_millis(20);
+
+/// The same while pages flow: pacing lives on fresh readings.
+const BUSY: Duration = Duration::from_millis(4);
 
 /// Bytes of batches that wait to be written, before another is taken: two of 64 pages.
 const QUEUE_BYTES: usize = 512 << 10;
@@ -41,8 +44,8 @@ pub struct DirectSink {
     next: u64,
     /// Bytes that may be written in all, as the destination last said.
     credit: u64,
-    /// At the pace of the destination's port: credit that has gathered is no reason for a queue there.
-    pace: TokenBucket,
+    /// Bytes/s of the destination's port: credit that has gathered is no reason for a queue there.
+    pace: Option<u64>,
     loaded: Loaded,
     table: Vec<u8>,
     ack_time: AckTime,
@@ -61,7 +64,7 @@ impl DirectSink {
             sent: VecDeque::new(),
             next: 1,
             credit: 0,
-            pace: TokenBucket::new(Instant::now(), None),
+            pace: None,
             loaded: Loaded::default(),
             table: Vec::new(),
             ack_time: AckTime::default(),
@@ -74,7 +77,7 @@ impl DirectSink {
     /// The connection's end, or a source that gives no pages.
     pub fn run(mut self, ended: impl Fn() -> bool) -> Result<()> {
         let _ = crate::pace::precise_timers();
-        let link = self.scatter.pacer.add_link();
+        let link = self.scatter.pacer.add_link(Class::Direct);
         let scatter = self.scatter.clone();
         let result = (|| {
             while !ended() {
@@ -92,8 +95,12 @@ impl DirectSink {
         self.pull(now)?;
         let again = self.write(now)?;
         let info = self.path.refresh(&self.channel, now);
-        self.scatter.pacer.report(link, LinkReading::from(info), now);
-        let left = again.unwrap_or(now + IDLE).saturating_duration_since(Instant::now());
+        let reading = LinkReading::from(info);
+        let reading = LinkReading { backlogged: reading.backlogged || self.allowed() > 0, ..reading };
+        let share = self.scatter.pacer.report(link, reading, now);
+        self.path.pace(&self.channel, share.into_iter().chain(self.pace).min())?;
+        let idle = if self.sent.is_empty() { IDLE } else { BUSY };
+        let left = again.unwrap_or(now + idle).saturating_duration_since(Instant::now());
         let writing = again.is_none() && self.allowed() > 0;
         let waker = self.scatter.direct_waker();
         wait(&[(Some(self.channel.as_fd()), writing), (Some(waker.as_fd()), false)], left)?;
@@ -112,24 +119,9 @@ impl DirectSink {
         if allowed == 0 {
             return Ok(None);
         }
-        let wait = self.pace.wait(now);
-        if wait > Duration::ZERO {
-            return Ok(Some(now + wait));
-        }
-        let allowed = allowed.min(self.pace.level(now).max(pace::slice_bytes(self.pace.rate())));
-        match self.scatter.pacer.acquire(Class::Direct, allowed, now) {
-            Acquire::WaitUntil(at) => Ok(Some(at)),
-            Acquire::Grant(granted) => {
-                let written = self.outbox.flush(&self.channel, granted as usize)?;
-                self.pace.charge(now, written as u64);
-                Counters::add(&self.scatter.counters.wire, written);
-                if (written as u64) < granted {
-                    self.scatter.pacer.give_back(Class::Direct, granted - written as u64);
-                    return Ok(None);
-                }
-                Ok((self.allowed() > 0 || self.outbox.queued_bytes() == 0).then_some(now))
-            }
-        }
+        let written = self.outbox.flush(&self.channel, allowed as usize)?;
+        Counters::add(&self.scatter.counters.wire, written);
+        Ok((written as u64 == allowed).then_some(now))
     }
 
     fn read(&mut self, now: Instant) -> Result<()> {
@@ -139,7 +131,7 @@ impl DirectSink {
                 Kind::Credit => {
                     let credit = Credit::decode(frame.body)?;
                     self.credit = self.credit.max(credit.limit);
-                    self.pace.set_rate(now, credit.pace);
+                    self.pace = credit.pace;
                 }
                 Kind::PagesAck => {
                     let failed = failed_pages(&frame)?;

@@ -24,6 +24,9 @@ use crate::wire::{GetEntry, IndexEntry};
 /// The longest that a sink sleeps with nothing to do: how late it may notice a batch that is late.
 const IDLE: Duration = Duration::from_millis(20);
 
+/// The same while pages flow: pacing lives on fresh readings.
+const BUSY: Duration = Duration::from_millis(4);
+
 /// How long a full intermediary is left alone.
 const FULL_PAUSE: Duration = Duration::from_millis(500);
 
@@ -49,6 +52,7 @@ pub struct MemberSink {
     scatter: Arc<Scatter>,
     member: MemberIndex,
     link: Box<dyn Link>,
+    link_paces: bool,
     asked: VecDeque<Asked>,
     loaded: Loaded,
     window: Window,
@@ -70,6 +74,7 @@ impl MemberSink {
             scatter,
             member,
             link,
+            link_paces: false,
             asked: VecDeque::new(),
             loaded: Loaded::default(),
             window: Window::new(now),
@@ -87,7 +92,7 @@ impl MemberSink {
     pub fn run(mut self) {
         let _poisons = PoisonsOnPanic(self.scatter.clone());
         let _ = crate::pace::precise_timers();
-        let pacer_link = self.scatter.pacer.add_link();
+        let pacer_link = self.scatter.pacer.add_link(Class::Bulk);
         while !self.scatter.stopping() {
             if let Err(error) = self.step(pacer_link) {
                 if !self.scatter.is_poisoned() {
@@ -111,9 +116,12 @@ impl MemberSink {
             delivered: path.delivered_bytes,
             queue_delay: path.send_delay,
             base_rtt: path.base_rtt,
+            backlogged: path.unsent_bytes > 0 || self.link.queued_bytes() > 0,
         };
-        self.scatter.pacer.report(pacer_link, reading, now);
-        let until = again.unwrap_or(now + IDLE);
+        let share = self.scatter.pacer.report(pacer_link, reading, now);
+        self.link_paces = self.link.pace(share);
+        let idle = if self.asked.is_empty() { IDLE } else { BUSY };
+        let until = again.unwrap_or(now + idle);
         let left = until.saturating_duration_since(Instant::now());
         // While the pacer says no, room in the socket is no news.
         let writing = again.is_none() && self.link.queued_bytes() > 0;
@@ -129,6 +137,11 @@ impl MemberSink {
         if queued == 0 {
             self.link.progress(0)?;
             return Ok(None);
+        }
+        if self.link_paces {
+            let written = self.link.progress(queued)?;
+            Counters::add(&self.scatter.counters.wire, written);
+            return Ok((written == queued).then_some(now));
         }
         match self.scatter.pacer.acquire(Class::Bulk, queued as u64, now) {
             Acquire::WaitUntil(at) => {

@@ -248,7 +248,7 @@ impl<'a> Control<'a> {
     }
 
     fn run(mut self, ended: &dyn Fn() -> bool) -> Result<()> {
-        let link = self.scatter.pacer.add_link();
+        let link = self.scatter.pacer.add_link(Class::Urgent);
         let result = self.converse(link, ended);
         self.scatter.pacer.remove_link(link);
         result
@@ -260,7 +260,7 @@ impl<'a> Control<'a> {
         while !ended() {
             let now = Instant::now();
             let reading = LinkReading::from(path.refresh(&self.channel, now));
-            self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
+            let _ = self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
             self.read()?;
             self.announce()?;
             self.tell_evicted()?;

@@ -66,7 +66,7 @@ impl UrgentSink {
     /// The connection's end, or a source that gives no pages.
     pub fn run(&mut self, ended: impl Fn() -> bool) -> Result<()> {
         let _ = crate::pace::precise_timers();
-        let link = self.scatter.pacer.add_link();
+        let link = self.scatter.pacer.add_link(Class::Urgent);
         let result = self.serve(link, ended);
         self.scatter.pacer.remove_link(link);
         result
@@ -79,7 +79,7 @@ impl UrgentSink {
             self.read(now)?;
             // What faults carry is part of the link's sum; how long it waits says nothing about bulk's queue.
             let reading = LinkReading::from(self.path.refresh(&self.channel, now));
-            self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
+            let _ = self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
             let written = self.outbox.flush(&self.channel, usize::MAX)?;
             self.scatter.pacer.charge(Class::Urgent, written as u64, now);
             Counters::add(&self.scatter.counters.wire, written);

@@ -1,9 +1,10 @@
-//! What the kernel knows of a connection's path, asked not too often.
+//! What the kernel knows of a connection's path, asked not too often, and the pace that it keeps there.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use crate::pace::TcpInfo;
+use crate::error::Result;
+use crate::pace::{KernelPace, TcpInfo};
 use crate::wire::Header;
 
 /// How long a sample is good for: a round trip of a local network, many batches.
@@ -14,6 +15,7 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(1);
 pub struct TcpPath {
     info: TcpInfo,
     sampled: Option<Instant>,
+    pace: KernelPace,
 }
 
 impl TcpPath {
@@ -33,6 +35,14 @@ impl TcpPath {
             }
         }
         &self.info
+    }
+
+    /// Has the kernel send no more than so many bytes/s from now on; `None` lets it go.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub fn pace(&mut self, socket: impl AsFd, bytes_per_s: Option<u64>) -> Result<()> {
+        Ok(self.pace.set(socket, bytes_per_s)?)
     }
 
     /// The last sample; all zero before the first.

@@ -115,6 +115,8 @@ pub struct PathSample {
     pub send_delay: Option<Duration>,
     /// The least round trip of what we send; zero where it is not known.
     pub base_rtt: Duration,
+    /// Bytes that were written and have not left.
+    pub unsent_bytes: u64,
     /// How long what the peer sends us waits in queues, as it last reported it.
     pub receive_delay: Option<Duration>,
     /// Bytes received since the link was made.
@@ -161,6 +163,13 @@ pub trait Link: Send {
 
     /// What the link knows of its path.
     fn path(&self) -> PathSample;
+
+    /// Has what is written leave at no more than so many bytes/s; `None` is at once. Returns whether the
+    /// link's kernel or hardware does that: where it does not, whoever writes keeps the pace.
+    fn pace(&mut self, bytes_per_s: Option<u64>) -> bool {
+        let _ = bytes_per_s;
+        false
+    }
 }
 
 /// Makes links to intermediaries: the entry point of a backend.

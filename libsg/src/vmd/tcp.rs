@@ -298,9 +298,14 @@ impl Link for TcpLink {
             delivered_bytes: info.bytes_acked,
             send_delay: info.queue_delay(),
             base_rtt: info.base_rtt().unwrap_or_default(),
+            unsent_bytes: info.notsent_bytes.into(),
             receive_delay: self.receive_delay,
             received_bytes: self.inbox.received_bytes(),
         }
+    }
+
+    fn pace(&mut self, bytes_per_s: Option<u64>) -> bool {
+        self.path.pace(&self.channel, bytes_per_s).is_ok()
     }
 }
 

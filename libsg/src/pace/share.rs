@@ -1,0 +1,207 @@
+//! One rate shared over the links of a host. Pure: what each link carried comes in, what each may
+//! carry comes out.
+//!
+//! A thread that wakes late cannot keep a link busy; the kernel's timers can. So a sender's threads fill
+//! their sockets some milliseconds ahead, and the kernel spreads each socket's bytes over time at the
+//! share given here. The shares add up to the rate: the queue at the bottleneck stays as empty as if
+//! one thread, never late, had paced them all.
+
+use std::time::Duration;
+
+use super::shared::Class;
+
+/// Over what time it is learned what a link carries that goes before others: they give way that fast.
+const CARRIES_TIME_FIRST: Duration = Duration::from_millis(24);
+
+/// The same of bulk links: a thread that was late for once has no slow link.
+const CARRIES_TIME_BULK: Duration = Duration::from_millis(100);
+
+/// How much more than it carried a link may carry next that something else held back: it may grow, but
+/// not flood the others.
+const GROWTH: f64 = 1.25;
+
+/// A link that carries less than this of its share is held back by something else: what it does not take
+/// goes to others.
+const USED: f64 = 0.85;
+
+/// The share of the rate that every link may carry at least, so that it can grow from nothing.
+const LEAST: f64 = 0.02;
+
+/// One link, as far as sharing goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Flow {
+    pub class: Class,
+    /// Bytes/s carried lately.
+    pub carries: f64,
+    /// Bytes/s that it may carry.
+    pub share: f64,
+}
+
+impl Flow {
+    pub fn new(class: Class) -> Self {
+        Self { class, carries: 0.0, share: f64::MAX }
+    }
+
+    /// Whether something else holds it back, and it gets no more than `each` if it grows.
+    fn is_content(&self, each: f64, least: f64) -> bool {
+        self.share < f64::MAX && self.carries < self.share * USED && self.grown(least) <= each
+    }
+
+    fn grown(&self, least: f64) -> f64 {
+        if self.share == f64::MAX { f64::MAX } else { (self.carries * GROWTH).max(least) }
+    }
+
+    /// Takes what was carried in the last `elapsed`.
+    pub fn carried(&mut self, bytes: u64, elapsed: Duration) {
+        let time = if self.class == Class::Bulk { CARRIES_TIME_BULK } else { CARRIES_TIME_FIRST };
+        let (elapsed, time) = (elapsed.as_secs_f64(), time.as_secs_f64());
+        if elapsed <= 0.0 {
+            return;
+        }
+        let now = bytes as f64 / elapsed;
+        // The first word on a link is all there is to go by.
+        let weight = if self.carries == 0.0 { 1.0 } else { elapsed / (elapsed + time) };
+        self.carries += (now - self.carries) * weight;
+    }
+}
+
+/// Gives each flow its share of `rate` bytes/s: urgent ones take what they need, direct goes before
+/// bulk, and bulk is shared alike among those that take it.
+pub(super) fn share(rate: f64, flows: &mut [Flow]) {
+    let least = rate * LEAST;
+    let mut left = rate;
+    for flow in flows.iter_mut().filter(|flow| flow.class == Class::Urgent) {
+        left -= flow.carries;
+        flow.share = f64::MAX;
+    }
+    for flow in flows.iter_mut().filter(|flow| flow.class == Class::Direct) {
+        flow.share = flow.grown(least).min(left.max(least));
+        left -= flow.carries.min(flow.share);
+    }
+    share_alike(left, least, flows);
+}
+
+/// Shares `left` among bulk flows: those that something else holds back leave what they do not carry to the
+/// others, who get alike.
+fn share_alike(left: f64, least: f64, flows: &mut [Flow]) {
+    let mut each = f64::MAX;
+    // Falls with each flow that would take more than its fair part, until none is left that would.
+    loop {
+        let (mut carried, mut many) = (0.0, 0);
+        for flow in flows.iter().filter(|flow| flow.class == Class::Bulk) {
+            if flow.is_content(each, least) {
+                carried += flow.carries;
+            } else {
+                many += 1;
+            }
+        }
+        if many == 0 {
+            return let_grow(left, least, flows);
+        }
+        let next = ((left - carried) / f64::from(many)).max(least);
+        if next >= each {
+            break;
+        }
+        each = next;
+    }
+    for flow in flows.iter_mut().filter(|flow| flow.class == Class::Bulk) {
+        flow.share = if flow.is_content(each, least) { flow.grown(least) } else { each };
+    }
+}
+
+/// Shares `left` among bulk flows that are all held back by something else: what nobody takes is theirs to grow.
+fn let_grow(left: f64, least: f64, flows: &mut [Flow]) {
+    let bulk = || flows.iter().filter(|flow| flow.class == Class::Bulk);
+    let (many, grown) = (bulk().count() as f64, bulk().map(|flow| flow.grown(least)).sum::<f64>());
+    for flow in flows.iter_mut().filter(|flow| flow.class == Class::Bulk) {
+        let own = flow.grown(least);
+        flow.share =
+            if grown <= left { own + (left - grown) / many } else { (own * left / grown).max(least) };
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const RATE: f64 = 100e6;
+    const TICK: Duration = Duration::from_millis(4);
+
+    /// Lets flows, each with what it would carry if it could, run until their shares settle.
+    fn settle(wants: &[(Class, f64)]) -> Vec<Flow> {
+        let mut flows: Vec<Flow> = wants.iter().map(|(class, _)| Flow::new(*class)).collect();
+        for _ in 0..1_000 {
+            share(RATE, &mut flows);
+            for (flow, (_, wants)) in flows.iter_mut().zip(wants) {
+                let carries = flow.share.min(*wants).min(2.0 * RATE);
+                flow.carried((carries * TICK.as_secs_f64()) as u64, TICK);
+            }
+        }
+        flows
+    }
+
+    fn near(got: f64, want: f64) -> bool {
+        (got - want).abs() < RATE / 100.0
+    }
+
+    #[test]
+    fn bulk_is_shared_alike_and_adds_up() {
+        let flows = settle(&[(Class::Bulk, f64::MAX), (Class::Bulk, f64::MAX), (Class::Urgent, 10e6)]);
+        assert!(near(flows[0].share, 45e6) && near(flows[1].share, 45e6), "{flows:?}");
+    }
+
+    #[test]
+    fn direct_goes_first_and_bulk_takes_what_it_leaves() {
+        let flows = settle(&[(Class::Direct, 30e6), (Class::Bulk, f64::MAX), (Class::Bulk, f64::MAX)]);
+        assert!(near(flows[0].carries, 30e6), "{flows:?}");
+        assert!(near(flows[1].carries, 35e6) && near(flows[2].carries, 35e6), "{flows:?}");
+        let flows = settle(&[(Class::Direct, f64::MAX), (Class::Bulk, f64::MAX)]);
+        assert!(flows[0].carries > 0.97 * RATE, "{flows:?}");
+    }
+
+    #[test]
+    fn what_a_slow_path_leaves_goes_to_the_others() {
+        let flows = settle(&[(Class::Bulk, 10e6), (Class::Bulk, f64::MAX), (Class::Bulk, f64::MAX)]);
+        assert!(near(flows[0].carries, 10e6), "{flows:?}");
+        assert!(near(flows[1].carries, 45e6) && near(flows[2].carries, 45e6), "{flows:?}");
+    }
+
+    #[test]
+    fn a_path_that_recovers_gets_its_share_back() {
+        let mut flows = settle(&[(Class::Bulk, 5e6), (Class::Bulk, f64::MAX)]);
+        for _ in 0..1_000 {
+            share(RATE, &mut flows);
+            for flow in &mut flows {
+                flow.carried((flow.share * TICK.as_secs_f64()) as u64, TICK);
+            }
+        }
+        assert!(near(flows[0].share, 50e6), "{flows:?}");
+    }
+
+    #[test]
+    fn a_late_word_is_not_a_slow_path() {
+        let mut flows = settle(&[(Class::Bulk, f64::MAX), (Class::Bulk, f64::MAX)]);
+        let late = 8 * TICK;
+        let bytes = (flows[0].share * late.as_secs_f64()) as u64;
+        flows[0].carried(bytes, late);
+        share(RATE, &mut flows);
+        assert!(near(flows[0].share, 50e6), "{flows:?}");
+    }
+
+    proptest! {
+        /// Whatever each path takes: what they carry adds up to the rate, or to all that they take.
+        #[test]
+        fn nothing_is_wasted_and_nothing_flooded(
+            direct in 0.0f64..150e6,
+            bulk in proptest::collection::vec(0.1e6f64..150e6, 1..8),
+        ) {
+            let mut wants = vec![(Class::Direct, direct)];
+            wants.extend(bulk.iter().map(|wants| (Class::Bulk, *wants)));
+            let carried: f64 = settle(&wants).iter().map(|flow| flow.carries).sum();
+            let most = RATE.min(direct + bulk.iter().sum::<f64>());
+            prop_assert!(carried > 0.84 * most && carried < 1.17 * most, "{carried} of {most}");
+        }
+    }
+}
