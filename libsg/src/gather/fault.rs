@@ -6,6 +6,8 @@
 //! answers with the page, with "it is at P" or with "gone". Whoever is silent is not waited for: the
 //! next way is tried beside it, and the first answer counts.
 
+mod ways;
+
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,24 +17,19 @@ use super::direct::acknowledge;
 use super::install::Installer;
 use super::prepage::is_of_link;
 use super::shared::{MemberDesk, Shared};
-use super::tracker::{Claim, Path, Read, Wanted, Word};
+use super::tracker::{Path, Read, Wanted, Word};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ids::{MemberIndex, Sequence};
+use crate::ids::MemberIndex;
 use crate::pace::{self, Class, LinkId, LinkReading};
 use crate::page::{PageIndex, PageRange};
 use crate::sink::SinkEvent;
 use crate::transport::{Channel, Inbox, Outbox, WAIT_MAX, wait};
-use crate::vmd::placement::index_turn;
-use crate::vmd::{Link, Reply, Request, Ticket};
-use crate::wire::entry::encode_table;
+use crate::vmd::{Link, Reply, Ticket};
 use crate::wire::run::{decode_pages, decode_runs};
-use crate::wire::{Encoding, GetEntry, Header, IndexEntry, Kind, PageEntry};
+use crate::wire::{Encoding, GetEntry, IndexEntry, Kind, PageEntry};
 
 /// Whoever does not answer for this long is not waited for: many times what an answer takes.
 const SILENCE: Duration = Duration::from_millis(100);
-
-/// The same is asked again, of who did not answer, after so long.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long the thread sleeps at most.
 const NAP: Duration = Duration::from_millis(500);
@@ -275,129 +272,6 @@ impl Worker<'_> {
         }
     }
 
-    /// Takes every way for a unit that is worth taking now.
-    fn advance(&mut self, at: usize, now: Instant) -> Result<()> {
-        let unit = self.pending[at].unit;
-        let wanted = self.shared.tracker.lock().look(unit, &mut self.reads);
-        self.pending[at].try_at = now + SILENCE;
-        match wanted {
-            Wanted::Held => self.pending[at].done = true,
-            Wanted::Zero => {
-                self.install_zero(unit)?;
-                self.pending[at].done = true;
-            }
-            Wanted::Lost => {
-                // It was poisoned when it was lost; who came in between is woken by doing it again.
-                if self.pending[at].guest {
-                    self.shared.sink.poison(unit)?;
-                }
-                self.pending[at].done = true;
-            }
-            Wanted::Read(member) => {
-                let reads = self.read(at, member, now);
-                if !reads || self.pending[at].read.is_silent(now, SILENCE) {
-                    self.other_ways(at, now);
-                }
-            }
-            Wanted::Unknown => self.other_ways(at, now),
-        }
-        Ok(())
-    }
-
-    /// Reads a unit where it lies, unless that is under way. `false`: there is no way there.
-    fn read(&mut self, at: usize, member: MemberIndex, now: Instant) -> bool {
-        let pending = &mut self.pending[at];
-        let same =
-            pending.read.ticket.is_some_and(|(asked, _)| asked == member) && pending.reads == self.reads;
-        if pending.read.is_out() && same {
-            return true;
-        }
-        let Some(seat) = self.seats.get_mut(member.as_usize()) else { return false };
-        let Some(link) = &mut seat.link else { return false };
-        self.gets.clear();
-        self.gets
-            .extend(self.reads.iter().map(|read| GetEntry { page: read.page, placement: read.placement }));
-        match submit(&mut **link, Request::Get(&self.gets)) {
-            Ok(ticket) => {
-                seat.out += 1;
-                pending.read = Asked { since: Some(now), ticket: Some((member, ticket)), sequence: 0 };
-                pending.reads.clone_from(&self.reads);
-                true
-            }
-            Err(error) => {
-                self.drop_link(member.as_usize(), &error);
-                false
-            }
-        }
-    }
-
-    /// Asks the source; where it is away, silent, or has it no more, the index.
-    fn other_ways(&mut self, at: usize, now: Instant) {
-        let asks_source = self.ask_source(at, now);
-        if !asks_source || self.pending[at].source.is_silent(now, SILENCE) {
-            self.ask_index(at, now);
-        }
-    }
-
-    fn ask_source(&mut self, at: usize, now: Instant) -> bool {
-        let pending = &mut self.pending[at];
-        let Some(line) = self.source.as_mut().filter(|_| !pending.source_refused) else { return false };
-        if pending.source.is_out() && !pending.source.is_silent(now, ASK_AGAIN) {
-            return true;
-        }
-        if pending.source_at.is_some_and(|at| now.saturating_duration_since(at) < SILENCE) {
-            // It answered just now, and that did not help.
-            return false;
-        }
-        line.sequence += 1;
-        let sequence = line.sequence;
-        self.table.clear();
-        encode_table([pending.unit.first], &mut self.table);
-        let header = Header { sequence: Sequence(sequence), count: 1, ..line.channel.header(Kind::Fault) };
-        if let Err(error) = line.outbox.push_frame(header, &self.table, []) {
-            tracing::error!(error = error.chain(), "a fault could not be asked for");
-            return false;
-        }
-        pending.source = Asked { since: Some(now), sequence, ticket: None };
-        pending.source_at = Some(now);
-        true
-    }
-
-    fn ask_index(&mut self, at: usize, now: Instant) {
-        let members = self.seats.len();
-        let pending = &self.pending[at];
-        if pending.index.is_out() && !pending.index.is_silent(now, SILENCE) {
-            return;
-        }
-        let first = pending.unit.first;
-        let from = pending.rotation + usize::from(pending.index.is_out());
-        for turn in from..from + members {
-            let Some(member) = index_turn(first, turn, members) else { return };
-            let seat = &mut self.seats[member.as_usize()];
-            let Some(link) = &mut seat.link else { continue };
-            match submit(&mut **link, Request::Locate(self.pending[at].unit)) {
-                Ok(ticket) => {
-                    seat.out += 1;
-                    let ticket = Some((member, ticket));
-                    self.pending[at].index = Asked { since: Some(now), ticket, sequence: 0 };
-                    self.pending[at].rotation = turn;
-                    return;
-                }
-                Err(error) => self.drop_link(member.as_usize(), &error),
-            }
-        }
-    }
-
-    fn install_zero(&mut self, unit: PageRange) -> Result<()> {
-        if self.shared.tracker.lock().claim_zero(unit.first) != Claim::Held {
-            let shared = self.shared;
-            shared.install(unit, None, &mut || read_removals(shared))?;
-            shared.tracker.lock().installed(unit, Path::Zero, Instant::now());
-            shared.progressed();
-        }
-        Ok(())
-    }
-
     fn hear_source(&mut self) -> Result<()> {
         let Some(mut line) = self.source.take() else { return Ok(()) };
         match self.hear(&mut line) {
@@ -587,12 +461,6 @@ impl Pending {
 fn report(shared: &Shared, link: LinkId, received_bytes: u64) {
     let reading = LinkReading { delivered: received_bytes, ..LinkReading::default() };
     let _ = shared.pacer.report(link, reading, Instant::now());
-}
-
-fn submit(link: &mut dyn Link, request: Request<'_>) -> Result<Ticket> {
-    let ticket = link.submit(request)?;
-    link.progress(usize::MAX)?;
-    Ok(ticket)
 }
 
 /// What stands in the way of an installation is an event that was not read: the guest gives pages up. Faults

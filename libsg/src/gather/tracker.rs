@@ -6,6 +6,9 @@
 //! page: placement 8, checksum 4, round 2, state 1; of these only the state is ever touched for a
 //! page that came directly.
 
+mod batch;
+mod search;
+
 use std::time::{Duration, Instant};
 
 use super::books::{Kind, State, Units, Waiting};
@@ -19,12 +22,6 @@ use crate::wire::{Encoding, IndexEntry};
 
 /// Pages that one call looks at when it searches: what keeps the lock around the tracker short.
 const SEARCH_PAGES_MAX: usize = 128 << 10;
-
-/// Ranges of lost pages that a report names.
-const LOST_RANGES_MAX: usize = 64 << 10;
-
-/// Pages behind a fault that are prepaged before the sweep goes on; a gap of so many ends it.
-const NEAR_PAGES: usize = 256;
 
 /// Who said where a page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -396,74 +393,6 @@ impl Tracker {
         }
     }
 
-    /// The next pages to read from a member in the background: near the last fault first, then on
-    /// in a sweep. At most `pages_max`, or one whole unit. Marks them in flight.
-    pub fn next_batch(&mut self, member: MemberIndex, pages_max: usize, out: &mut Vec<Read>) {
-        out.clear();
-        let Some(&book) = self.members.get(member.as_usize()) else { return };
-        if book.lost || book.announced == book.in_flight || self.states.is_empty() {
-            return;
-        }
-        let mut unit_reads = Vec::new();
-        if let Some(near) = book.near {
-            let next = self.collect(member, near as usize, NEAR_PAGES, pages_max, out, &mut unit_reads);
-            self.members[member.as_usize()].near = (!out.is_empty()).then_some(next as u32);
-        }
-        if out.is_empty() {
-            let from = book.cursor as usize;
-            let next = self.collect(member, from, SEARCH_PAGES_MAX, pages_max, out, &mut unit_reads);
-            self.members[member.as_usize()].cursor = if next >= self.states.len() { 0 } else { next as u32 };
-        }
-        for read in out.iter() {
-            self.change(PageRange::new(read.page, 1), State::fly);
-        }
-    }
-
-    /// Collects what can be read from `member` among `search` pages from `from` on; returns where it
-    /// stopped.
-    fn collect(
-        &self,
-        member: MemberIndex,
-        from: usize,
-        search: usize,
-        pages_max: usize,
-        out: &mut Vec<Read>,
-        unit_reads: &mut Vec<Read>,
-    ) -> usize {
-        let end = (from + search).min(self.states.len());
-        let mut page = from;
-        while page < end && out.len() < pages_max {
-            let state = self.states[page];
-            let Some(unit) = self.units.of(PageIndex(page as u32)) else { return end };
-            if unit.pages == 1 {
-                if state.is_idle_announced()
-                    && let Some(placement) = Placement::from_bits(self.placements[page])
-                    && placement.member == member
-                {
-                    out.push(self.read(page, placement));
-                }
-                page += 1;
-                continue;
-            }
-            let idle = unit.positions().all(|page| !self.states[page].is_in_flight());
-            if idle && self.look(unit, unit_reads) == Wanted::Read(member) {
-                if !out.is_empty() && out.len() + unit_reads.len() > pages_max.max(limits::BATCH_PAGES) {
-                    return unit.first.as_usize();
-                }
-                out.extend_from_slice(unit_reads);
-            }
-            page = unit.positions().end;
-        }
-        page
-    }
-
-    /// Pages that were in flight will not come.
-    pub fn give_back(&mut self, reads: &[Read]) {
-        for read in reads {
-            self.change(PageRange::new(read.page, 1), State::land);
-        }
-    }
-
     /// What lies at a placement is not the page: that copy is lost. Returns whether it was the one known.
     pub fn copy_lost(&mut self, page: PageIndex, placement: Placement) -> bool {
         let at = page.as_usize();
@@ -483,128 +412,11 @@ impl Tracker {
         }
     }
 
-    /// The next run of pages from `from` on of which nobody knows where they are and of which the
-    /// index was not asked, of at most `pages_max`. `Err` says how far it looked without finding any.
-    ///
-    /// # Errors
-    /// Where to look on; the number of pages when that was all.
-    pub fn next_unknown(&self, from: PageIndex, pages_max: u32) -> Result<PageRange, PageIndex> {
-        let end = self.states.len().min(from.as_usize() + SEARCH_PAGES_MAX);
-        let open = |page: usize| {
-            matches!(self.kind(page), Kind::Missing | Kind::Suspect)
-                && !self.states[page].is_installing()
-                && !self.states[page].no_index()
-        };
-        let Some(first) = (from.as_usize()..end).find(|page| open(*page)) else {
-            return Err(PageIndex(end as u32));
-        };
-        let last = (first + pages_max as usize).min(self.states.len());
-        let pages = (first..last).take_while(|page| open(*page)).count();
-        Ok(PageRange::new(PageIndex(first as u32), pages as u32))
-    }
-
-    /// Every index that could know was asked for these pages: what is not known now is in none.
-    pub fn not_indexed(&mut self, range: PageRange) {
-        self.change(range, |state| state.set_no_index(true));
-    }
-
-    /// The source says that it has the page no more.
-    pub fn source_has_not(&mut self, page: PageIndex) {
-        if let Some(unit) = self.unit(page) {
-            self.change(unit, |state| state.set_no_source(true));
-        }
-    }
-
-    /// What was not known is asked for again, of the indices and, where `source` says so, of the source:
-    /// something may have changed.
-    pub fn ask_again(&mut self, source: bool) {
-        for state in &mut self.states {
-            state.set_no_index(false);
-            if source {
-                state.set_no_source(false);
-            }
-        }
-    }
-
-    /// The pages from `from` on that no way leads to any more: no index knows them, and the source
-    /// has them not, or is away for good. They are lost, by whole units. Returns where to go on.
-    pub fn lose(&mut self, from: PageIndex, source_away: bool, out: &mut Vec<PageIndex>) -> PageIndex {
-        let end = self.states.len().min(from.as_usize() + SEARCH_PAGES_MAX);
-        let mut page = from.as_usize();
-        while page < end {
-            let state = self.states[page];
-            let unknown = matches!(self.kind(page), Kind::Missing | Kind::Suspect) && !state.is_installing();
-            let hopeless = unknown && state.no_index() && (source_away || state.no_source());
-            let Some(unit) = self.unit(PageIndex(page as u32)).filter(|_| hopeless) else {
-                page += 1;
-                continue;
-            };
-            self.change(unit, State::lose);
-            self.waiting.forget(unit);
-            out.extend(unit.iter());
-            page = unit.positions().end;
-        }
-        PageIndex(page as u32)
-    }
-
-    /// Appends the ranges that are held, from `from` on, at most `ranges_max`; returns where to go on, and
-    /// the number of pages at the end.
-    pub fn holdings(&self, from: PageIndex, ranges_max: usize, out: &mut Vec<PageRange>) -> PageIndex {
-        let held =
-            |page: usize| matches!(self.states[page].kind(), Kind::Installed | Kind::Removed | Kind::Zero);
-        let mut page = from.as_usize();
-        let end = self.states.len().min(page + SEARCH_PAGES_MAX);
-        while page < end && out.len() < ranges_max {
-            let run = (page..end).take_while(|page| held(*page)).count();
-            if run > 0 {
-                out.push(PageRange::new(PageIndex(page as u32), run as u32));
-            }
-            page += run;
-            page += (page..end).take_while(|page| !held(*page)).count();
-        }
-        PageIndex(page as u32)
-    }
-
-    /// Appends pages that only the source could still have: no index knows them, and it was not asked,
-    /// or not answered. From `from` on, at most `units_max` units; returns where to go on.
-    pub fn only_source(&self, from: PageIndex, units_max: usize, out: &mut Vec<PageIndex>) -> PageIndex {
-        let end = self.states.len().min(from.as_usize() + SEARCH_PAGES_MAX);
-        let mut page = from.as_usize();
-        while page < end && out.len() < units_max {
-            let state = self.states[page];
-            let open = matches!(self.kind(page), Kind::Missing | Kind::Suspect) && !state.is_installing();
-            if open
-                && state.no_index()
-                && !state.no_source()
-                && let Some(unit) = self.unit(PageIndex(page as u32))
-            {
-                out.push(unit.first);
-                page = unit.positions().end;
-            } else {
-                page += 1;
-            }
-        }
-        PageIndex(page as u32)
-    }
-
     /// Whether the page is known to be zero, and not installed.
     #[must_use]
     pub fn is_zero(&self, page: PageIndex) -> bool {
         let kind = self.states.get(page.as_usize()).map(|state| state.kind());
         matches!(kind, Some(Kind::Zero | Kind::Removed))
-    }
-
-    /// Appends the ranges that are lost, the first 65536 of them.
-    pub fn lost_ranges(&self, out: &mut Vec<PageRange>) {
-        let lost = |page: usize| self.states[page].kind() == Kind::Lost;
-        let mut page = 0;
-        while page < self.states.len() && out.len() < LOST_RANGES_MAX {
-            let run = (page..self.states.len()).take_while(|page| lost(*page)).count();
-            if run > 0 {
-                out.push(PageRange::new(PageIndex(page as u32), run as u32));
-            }
-            page += run.max(1);
-        }
     }
 
     /// Whether the page is in place or known to be zero.
@@ -628,12 +440,6 @@ impl Tracker {
             staged: self.staged,
             faults: self.waiting.total.count(),
         }
-    }
-
-    /// Pages announced at a member that are neither held nor on their way.
-    #[must_use]
-    pub fn left_at(&self, member: MemberIndex) -> u64 {
-        self.members.get(member.as_usize()).map_or(0, |book| book.announced - book.in_flight)
     }
 
     /// The source has evicted: faults from now on do not count as answered while scattering.

@@ -2,28 +2,27 @@
 //!
 //! [`start`] returns an [`Outgoing`] at once; a thread of its own (`sg-source`) does the rest.
 
+mod manager;
+
 use std::net::SocketAddr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::handover::{Handover, Members, connect_members};
+use self::manager::Manager;
 use super::{Event, Mode, Observer, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ids::{Epoch, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::page::PageRange;
-use crate::report::{Intermediary, SourceReport, Status};
-use crate::scatter::session::{self, Destination, Listener, Session};
+use crate::report::{SourceReport, Status};
+use crate::scatter::Scatter;
+use crate::scatter::session::Listener;
 use crate::scatter::shared::panicked;
-use crate::scatter::{MemberSink, Planner, Scatter};
-use crate::source::{PageSource, Supply};
+use crate::source::PageSource;
 use crate::transport::PoolSecret;
-use crate::usage;
 use crate::vmd::Connector;
 use crate::wire::message::Talk;
 
@@ -351,212 +350,4 @@ impl Listener for Control {
             _ => {}
         }
     }
-}
-
-struct Manager {
-    control: Arc<Control>,
-    vm: Box<dyn OutgoingVm>,
-    source: Arc<dyn PageSource>,
-    manifest: Manifest,
-    options: SourceOptions,
-}
-
-impl Manager {
-    fn run(mut self) -> Result<()> {
-        let volume = VolumeId::random()?;
-        let epoch = Epoch::FIRST;
-        let links = match self.options.mode {
-            Mode::PostCopy => Vec::new(),
-            Mode::ScatterGather => connect_members(&self.options, volume, epoch, &self.manifest),
-        };
-        self.control.check_cancelled()?;
-        let destination =
-            Destination { address: self.options.to, secret: self.options.secret.clone(), volume, epoch };
-        let scatter = Arc::new(Scatter::new(
-            (volume, epoch),
-            self.source.clone(),
-            links.iter().map(|link| link.member().clone()).collect(),
-            Planner::new(&self.manifest, !links.is_empty()),
-            self.options.scatter_limit_bytes_per_s,
-            self.options.observer.clone(),
-        )?);
-        let mut members: Members = links.into_iter().map(Some).collect();
-        {
-            let mut state = self.control.state.lock();
-            let limit = self.control.limit_bytes_per_s.load(Ordering::Relaxed);
-            scatter.pacer.set_limit(limit, Instant::now());
-            state.scatter = Some(scatter.clone());
-        }
-        let handover = Handover {
-            control: &self.control,
-            options: &self.options,
-            manifest: &self.manifest,
-            destination: &destination,
-            scatter: &scatter,
-            started: self.control.started,
-        };
-        // Before COMMIT nothing may leave the VM paused, not even a source of pages that panics.
-        let mut open = None;
-        let ready =
-            catch_unwind(AssertUnwindSafe(|| handover.until_ready(&mut *self.vm, &mut members, &mut open)));
-        let (session, paused_at) = match ready.unwrap_or_else(|_| Err(panicked("sg-source"))) {
-            Ok(ready) => ready,
-            Err(error) => {
-                // Who called it off is told so, whatever else went wrong meanwhile.
-                let error = self.control.check_cancelled().err().unwrap_or(error);
-                return Err(handover.give_up(&mut *self.vm, &mut members, open, error));
-            }
-        };
-        if let Err(error) = self.decide(&scatter) {
-            return Err(handover.give_up(&mut *self.vm, &mut members, Some(session.control), error));
-        }
-        self.vm.committed();
-        let (session, downtime) = handover.commit(session, &mut members, paused_at);
-        self.scatter(&scatter, &destination, session, members, downtime)
-    }
-
-    /// The point of no return: after it, a cancel is refused.
-    fn decide(&self, scatter: &Scatter) -> Result<()> {
-        let mut state = self.control.state.lock();
-        self.control.check_cancelled()?;
-        if scatter.is_poisoned() {
-            return Err(scatter.failure());
-        }
-        state.phase = Phase::Committed;
-        Ok(())
-    }
-
-    fn scatter(
-        &self,
-        scatter: &Arc<Scatter>,
-        destination: &Destination,
-        session: Option<Session>,
-        members: Members,
-        downtime: Option<Duration>,
-    ) -> Result<()> {
-        std::thread::scope(|scope| {
-            let _stops = Stops(scatter);
-            let mut threads = Vec::new();
-            for (at, link) in members.into_iter().enumerate() {
-                let member = crate::ids::MemberIndex(at as u16);
-                let Some(link) = link else { continue };
-                let sink = MemberSink::new(scatter.clone(), member, link);
-                let name = format!("sg-scatter-{member}");
-                threads.push((
-                    name.clone(),
-                    std::thread::Builder::new().name(name).spawn_scoped(scope, || sink.run())?,
-                ));
-            }
-            let control = &*self.control;
-            let name = "sg-scatter-control";
-            let keeper = std::thread::Builder::new()
-                .name(name.into())
-                .spawn_scoped(scope, move || session::keep(scatter, destination, session, control))?;
-            let mut supply = self.supply(scatter)?;
-            while scatter.done_at().is_none() && !scatter.stopping() {
-                scatter.wait_done(Duration::from_millis(if supply == Supply::More { 5 } else { 100 }));
-                if supply == Supply::More {
-                    supply = self.supply(scatter)?;
-                }
-                if keeper.is_finished() {
-                    break;
-                }
-            }
-            if scatter.done_at().is_some() {
-                self.evicted(scatter, downtime);
-                self.linger(scatter, &keeper);
-            }
-            scatter.stop();
-            for (name, thread) in threads {
-                thread.join().map_err(|_| panicked(&name))?;
-            }
-            keeper.join().map_err(|_| panicked(name))??;
-            if scatter.is_poisoned() { Err(scatter.failure()) } else { Ok(()) }
-        })
-    }
-
-    fn supply(&self, scatter: &Scatter) -> Result<Supply> {
-        scatter.take_supply(&mut Vec::new())
-    }
-
-    /// Nothing is left here: tells it, first of all.
-    fn evicted(&self, scatter: &Scatter, downtime: Option<Duration>) {
-        let eviction_s = scatter.done_at().map(|at| at.duration_since(self.control.started).as_secs_f64());
-        let report = report(scatter, self.options.mode, eviction_s, downtime);
-        (self.options.observer)(&Event::Evicted);
-        let mut state = self.control.state.lock();
-        state.evicted.get_or_insert(Ok(Box::new(report)));
-        state.phase = Phase::Evicted;
-        drop(state);
-        self.control.changed.notify_all();
-    }
-
-    /// Stays reachable until the destination has everything or nobody holds the handle.
-    fn linger<T>(&self, scatter: &Scatter, keeper: &std::thread::ScopedJoinHandle<'_, T>) {
-        let mut state = self.control.state.lock();
-        while state.gathered_s.is_none()
-            && !self.control.left.load(Ordering::Acquire)
-            && !scatter.stopping()
-            && !keeper.is_finished()
-        {
-            self.control.changed.wait_for(&mut state, Duration::from_millis(100));
-        }
-    }
-}
-
-/// Ends the threads of a scope whatever way it is left.
-struct Stops<'a>(&'a Scatter);
-
-impl Drop for Stops<'_> {
-    fn drop(&mut self) {
-        self.0.stop();
-    }
-}
-
-fn report(
-    scatter: &Scatter,
-    mode: Mode,
-    eviction_s: Option<f64>,
-    downtime: Option<Duration>,
-) -> SourceReport {
-    let (tally, total, bytes, absent) = {
-        let planner = scatter.planner.lock();
-        (planner.tally(), planner.progress().1, planner.bytes(), planner.absent_pages())
-    };
-    let counters = &scatter.counters;
-    let (direct, staged, wire) = (
-        counters.direct.load(Ordering::Relaxed),
-        counters.staged.load(Ordering::Relaxed),
-        counters.wire.load(Ordering::Relaxed),
-    );
-    let mut report = SourceReport { mode: Some(mode.name().into()), eviction_s, ..SourceReport::default() };
-    report.downtime_s = downtime.map(|time| time.as_secs_f64());
-    report.pages.total = Some(total.into());
-    report.pages.present = Some(u64::from(total) - u64::from(absent));
-    report.pages.zero = Some(tally.zero);
-    report.pages.direct = Some(tally.direct);
-    report.pages.staged = Some(tally.staged);
-    report.pages.referenced = Some(0);
-    report.pages.hedged = Some(tally.hedged);
-    report.pages.resent = Some(tally.resent);
-    report.bytes.direct = Some(direct);
-    report.bytes.staged = Some(staged);
-    report.bytes.replicated = Some(0);
-    report.bytes.dedup_saved = Some(0);
-    report.bytes.overhead = Some(wire.saturating_sub(direct + staged));
-    report.bytes.wire_total = Some(wire);
-    report.intermediaries = scatter
-        .members
-        .iter()
-        .zip(&counters.members)
-        .map(|(member, bytes)| Intermediary {
-            id: member.node.name.clone(),
-            bytes_in: Some(bytes.load(Ordering::Relaxed)),
-            ..Intermediary::default()
-        })
-        .collect();
-    report.bookkeeping_bytes_per_page = Some(bytes as f64 / f64::from(total.max(1)));
-    report.cpu_s = usage::cpu_s();
-    report.peak_rss_bytes = usage::peak_rss_bytes();
-    report
 }

@@ -1,3 +1,5 @@
+//! The index against a plain map, and what it keeps of older rounds.
+
 use proptest::prelude::*;
 
 use super::*;

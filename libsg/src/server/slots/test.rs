@@ -1,3 +1,5 @@
+//! The slots against a model: written once, used again only under a new generation.
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Handshakes that fail, and what becomes of a channel whose peer does not keep to the rules.
+
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::thread;

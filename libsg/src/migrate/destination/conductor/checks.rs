@@ -1,0 +1,145 @@
+//! What time and other threads bring about: READY, a cancel, a source that is away, pages that are lost, the end.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::super::loading::Loading;
+use super::super::{ArrivalPhase, Told, volume};
+use super::{Conductor, TICK};
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::INDEX_ENTRIES_MAX;
+use crate::migrate::Event;
+use crate::wire::message::Talk;
+
+/// Without COMMIT from the source, the volume is looked into this often.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Progress is not told to a source that leaves so much unread.
+const UNREAD_MAX: usize = 64 << 10;
+
+impl Conductor {
+    /// What time and other threads bring about.
+    pub(super) fn check(&mut self) -> Result<()> {
+        if let Some(failure) = self.gather.as_ref().and_then(|gather| gather.shared().failure()) {
+            return Err(Told::from(&*failure).into());
+        }
+        self.check_loaded()?;
+        let committed = self.phase >= ArrivalPhase::Running;
+        if self.desk.cancel.load(Ordering::Acquire) && !committed {
+            self.cancel()?;
+        }
+        if let Some(away) = self.away_since
+            && !committed
+        {
+            self.without_source(away)?;
+        }
+        self.report_lost()?;
+        if self.told_at.elapsed() >= TICK {
+            self.told_at = Instant::now();
+            self.tell_progress();
+        }
+        if committed
+            && let Some(counts) = self.gather.as_ref().map(|gather| gather.shared().counts())
+            && counts.held + counts.lost == counts.total
+        {
+            self.end_well()?;
+        }
+        Ok(())
+    }
+
+    /// Once the VM has loaded its state, READY is said.
+    fn check_loaded(&mut self) -> Result<()> {
+        let Some((vm, loaded)) = self.loading.as_ref().and_then(Loading::done) else { return Ok(()) };
+        (self.vm, self.loading) = (Some(vm), None);
+        loaded?;
+        self.set_phase(ArrivalPhase::Ready);
+        self.say(&Talk::Ready);
+        self.tell(&Event::Ready);
+        Ok(())
+    }
+
+    fn cancel(&mut self) -> Result<()> {
+        let cancelled =
+            || Error::new(ErrorKind::Cancelled, "cancelled here before COMMIT: the VM runs on at the source");
+        if self.phase < ArrivalPhase::Ready {
+            // Without READY there is no COMMIT.
+            return Err(cancelled());
+        }
+        if self.control.is_none() {
+            self.look_for_commit()?;
+            return if self.phase < ArrivalPhase::Running { Err(cancelled()) } else { Ok(()) };
+        }
+        if !self.abort_said {
+            self.abort_said = true;
+            self.say(&Talk::Abort { reason: "cancelled at the destination".into() });
+        }
+        Ok(())
+    }
+
+    /// Before COMMIT, and the source cannot be heard.
+    fn without_source(&mut self, away: Instant) -> Result<()> {
+        if self.phase == ArrivalPhase::Ready {
+            if self.looked_at.elapsed() >= LOOK_EVERY {
+                self.look_for_commit()?;
+                self.looked_at = Instant::now();
+            }
+            return Ok(());
+        }
+        if away.elapsed() >= self.options.source_grace {
+            // READY was never said: the source cannot have given COMMIT.
+            return Err(Error::new(
+                ErrorKind::Unreachable,
+                "the source was lost before READY: the VM runs on there",
+            ));
+        }
+        Ok(())
+    }
+
+    fn look_for_commit(&mut self) -> Result<()> {
+        let Some(offer) = &self.offer else { return Ok(()) };
+        let connector = &*self.options.connector;
+        if volume::is_committed(connector, &offer.members, offer.volume, offer.epoch) {
+            tracing::info!("COMMIT is in the volume");
+            self.run_vm()?;
+        }
+        Ok(())
+    }
+
+    pub(in crate::migrate::destination) fn report_lost(&mut self) -> Result<()> {
+        let Some(gather) = &self.gather else { return Ok(()) };
+        let pages = gather.shared().take_lost();
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let error = Error::new(ErrorKind::Lost, "no copy is left").about(pages.clone());
+        tracing::error!(error = error.chain(), "pages are lost");
+        self.vm()?.lost(&pages);
+        for some in pages.chunks(INDEX_ENTRIES_MAX) {
+            self.say(&Talk::Lost(some.to_vec()));
+        }
+        self.tell(&Event::Lost { pages });
+        Ok(())
+    }
+
+    pub(in crate::migrate::destination) fn tell_progress(&mut self) {
+        let Some(gather) = &self.gather else { return };
+        let shared = gather.shared();
+        let counts = shared.counts();
+        let progress = Talk::Progress {
+            held_pages: counts.held,
+            faults: counts.faults,
+            direct_bytes: shared.counters.direct.load(Ordering::Relaxed),
+            gathered_bytes: shared.counters.gathered.load(Ordering::Relaxed),
+        };
+        if let Some(line) = self.control.as_mut().filter(|line| line.outbox.queued_bytes() < UNREAD_MAX) {
+            line.say(&progress);
+        }
+        let (rate, delay) = (shared.pacer.rate(), shared.pacer.shared_delay());
+        tracing::debug!(held = counts.held, rate, ?delay, "progress");
+        let percent = (counts.held * 100 / counts.total.max(1)) as u8 / 5 * 5;
+        if self.phase >= ArrivalPhase::Running && percent > self.told_percent {
+            self.told_percent = percent;
+            self.tell(&Event::Gathering { percent });
+        }
+    }
+}
