@@ -79,7 +79,7 @@ struct Inner {
     delivered: u64,
     shared: Aggregate,
     ticked_at: Instant,
-    /// Somebody keeps the pace by asking; else the kernel does.
+    /// Since the last tick somebody asked: threads keep the pace, not the kernel.
     asked: bool,
 }
 
@@ -303,6 +303,7 @@ impl Inner {
         } else {
             self.limit.rate().is_some_and(|limit| self.link.rate().is_none_or(|found| limit < found))
         };
+        self.asked = false;
         let queue_delay = self.shared.queue_delay.map(|delay| if limited { Duration::ZERO } else { delay });
         let rate = self.finder.tick(
             now,
