@@ -18,11 +18,11 @@ const CARRIES_TIME_BULK: Duration = Duration::from_millis(100);
 
 /// How much more than it carried a link may carry next that something else held back: it may grow, but
 /// not flood the others.
-const GROWTH: f64 = 1.25;
+const GROWTH: f64 = 1.35;
 
 /// A link that carries less than this of its share is held back by something else: what it does not take
 /// goes to others.
-const USED: f64 = 0.85;
+const USED: f64 = 0.75;
 
 /// The share of the rate that every link may carry at least, so that it can grow from nothing.
 const LEAST: f64 = 0.02;
@@ -201,7 +201,7 @@ mod test {
             wants.extend(bulk.iter().map(|wants| (Class::Bulk, *wants)));
             let carried: f64 = settle(&wants).iter().map(|flow| flow.carries).sum();
             let most = RATE.min(direct + bulk.iter().sum::<f64>());
-            prop_assert!(carried > 0.84 * most && carried < 1.17 * most, "{carried} of {most}");
+            prop_assert!(carried > 0.74 * most && carried < 1.25 * most, "{carried} of {most}");
         }
     }
 }

@@ -158,7 +158,7 @@ impl Sim {
         while self.now >= self.stalled_until && self.sent < most {
             let slice = slice_bytes(self.bucket.rate());
             let room = self.path.window as f64 - (self.sent - self.acked);
-            if room < slice as f64 && room < self.path.window as f64 {
+            if room < slice as f64 && room + 1.0 < self.path.window as f64 {
                 return;
             }
             if self.bucket.take(self.now, slice).is_err() {
@@ -224,7 +224,9 @@ fn hovers(path: Path, seed: u64, used_min: f64, p50_max_us: u64, p99_max_us: u64
     sim.run(2.0);
     let seen = sim.run(6.0);
     let what = format!("{path:?} seed {seed}: {seen:?}, rate {:.3} of capacity", sim.share());
-    assert!(seen.used >= used_min && seen.used <= 1.005, "{what}");
+    // What a full bucket holds goes through beyond the rate.
+    let held = path.burst as f64 / (path.capacity as f64 * 6.0);
+    assert!(seen.used >= used_min && seen.used <= 1.005 + held, "{what}");
     // A slice waits for itself, and the simulation has no shorter time than a step.
     let own = Duration::from_secs_f64(slice_bytes(Some(path.capacity)) as f64 / path.capacity as f64) + STEP;
     assert!(seen.delay_p50 <= Duration::from_micros(p50_max_us) + own, "{what}");
