@@ -123,6 +123,7 @@ impl SharedPacer {
     /// [`link_rate`](Self::link_rate).
     pub fn acquire_ahead(&self, bytes: u64, ahead: Duration, now: Instant) -> Acquire {
         let mut inner = self.inner.lock();
+        inner.asked = true;
         let wait = inner.wait(now).saturating_sub(ahead);
         if wait > Duration::ZERO {
             return Acquire::WaitUntil(now + wait);

@@ -46,6 +46,8 @@ pub struct DirectSink {
     credit: u64,
     /// Bytes/s of the destination's port: credit that has gathered is no reason for a queue there.
     pace: Option<u64>,
+    /// Bytes/s that our own link has for this path.
+    share: Option<u64>,
     loaded: Loaded,
     table: Vec<u8>,
     ack_time: AckTime,
@@ -65,6 +67,7 @@ impl DirectSink {
             next: 1,
             credit: 0,
             pace: None,
+            share: None,
             loaded: Loaded::default(),
             table: Vec::new(),
             ack_time: AckTime::default(),
@@ -96,9 +99,13 @@ impl DirectSink {
         let again = self.write(now)?;
         let info = self.path.refresh(&self.channel, now);
         let reading = LinkReading::from(info);
-        let reading = LinkReading { backlogged: reading.backlogged || self.allowed() > 0, ..reading };
-        let share = self.scatter.pacer.report(link, reading, now);
-        self.path.pace(&self.channel, share.into_iter().chain(self.pace).min())?;
+        // Held back by our share, that is: what the destination's port holds back says nothing of ours, and two ends
+        // that each learn from what the other lets through talk each other down.
+        let ours = self.pace.is_none_or(|pace| self.share.is_some_and(|share| share <= pace));
+        let waits = reading.backlogged || self.allowed() > 0;
+        let reading = LinkReading { backlogged: waits && ours, ..reading };
+        self.share = self.scatter.pacer.report(link, reading, now);
+        self.path.pace(&self.channel, self.share.into_iter().chain(self.pace).min())?;
         let idle = if self.sent.is_empty() { IDLE } else { BUSY };
         let left = again.unwrap_or(now + idle).saturating_duration_since(Instant::now());
         let writing = again.is_none() && self.allowed() > 0;
