@@ -49,7 +49,7 @@ const MEASURE_TIME_MIN: Duration = Duration::from_millis(25);
 const QUEUE_DELAY_MAX: Duration = Duration::from_millis(2);
 
 /// Drain rates as shares of the measured rate: between these, the longer the queue the lower.
-const DRAIN_SHARE: (f64, f64) = (0.6, 0.93);
+const DRAIN_SHARE: (f64, f64) = (0.6, 0.9);
 
 /// The delay that is drained at the lower of the two.
 const DRAIN_DELAY: Duration = Duration::from_millis(20);
