@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::load::Loaded;
 use super::planner::{BatchId, Sink, Work};
 use super::shared::{Counters, Scatter};
-use super::window::AckTime;
+use super::window::{AckTime, nap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::Sequence;
 use crate::pace::{self, Class, LinkId, LinkReading};
@@ -17,12 +17,6 @@ use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait};
 use crate::wire::entry::decode_table;
 use crate::wire::run::encode_runs;
 use crate::wire::{Credit, Header, Kind, Malformed, PageEntry};
-
-/// The longest sleep with nothing to do.
-const IDLE: Duration = Duration::from_millis(20);
-
-/// The same while pages flow: pacing lives on fresh readings.
-const BUSY: Duration = Duration::from_millis(4);
 
 /// Bytes of batches that wait to be written, before another is taken: two of 64 pages.
 const QUEUE_BYTES: usize = 512 << 10;
@@ -106,7 +100,7 @@ impl DirectSink {
         let reading = LinkReading { backlogged: waits && ours, ..reading };
         self.share = self.scatter.pacer.report(link, reading, now);
         self.path.pace(&self.channel, self.share.into_iter().chain(self.pace).min())?;
-        let idle = if self.sent.is_empty() { IDLE } else { BUSY };
+        let idle = nap(!self.sent.is_empty());
         let left = again.unwrap_or(now + idle).saturating_duration_since(Instant::now());
         let writing = again.is_none() && self.allowed() > 0;
         let waker = self.scatter.direct_waker();

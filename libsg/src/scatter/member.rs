@@ -11,7 +11,7 @@ use super::load::Loaded;
 use super::planner::{BatchId, Sink, Work};
 use super::shared::{Counters, PoisonsOnPanic, Scatter};
 use super::spans::zero_entries;
-use super::window::{AckTime, Window};
+use super::window::{AckTime, Window, nap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, MemberIndex};
 use crate::limits::INDEX_ENTRIES_MAX;
@@ -20,12 +20,6 @@ use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::wait;
 use crate::vmd::{Link, Reply, Request, Ticket};
 use crate::wire::{GetEntry, IndexEntry};
-
-/// The longest that a sink sleeps with nothing to do: how late it may notice a batch that is late.
-const IDLE: Duration = Duration::from_millis(20);
-
-/// The same while pages flow: pacing lives on fresh readings.
-const BUSY: Duration = Duration::from_millis(4);
 
 /// How long a full intermediary is left alone.
 const FULL_PAUSE: Duration = Duration::from_millis(500);
@@ -120,7 +114,7 @@ impl MemberSink {
         };
         let share = self.scatter.pacer.report(pacer_link, reading, now);
         self.link_paces = self.link.pace(share);
-        let idle = if self.asked.is_empty() { IDLE } else { BUSY };
+        let idle = nap(!self.asked.is_empty());
         let until = again.unwrap_or(now + idle);
         let left = until.saturating_duration_since(Instant::now());
         // While the pacer says no, room in the socket is no news.

@@ -15,6 +15,18 @@ const HOLDS: Duration = Duration::from_millis(40);
 /// How often the rate is looked at.
 const EVERY: Duration = Duration::from_millis(10);
 
+/// The longest that a sink sleeps with nothing to do: how late it may notice a batch that is late.
+const IDLE: Duration = Duration::from_millis(20);
+
+/// The same while pages flow: pacing lives on fresh readings.
+const BUSY: Duration = Duration::from_millis(4);
+
+/// The longest that a sink sleeps, with batches under way or without.
+#[must_use]
+pub const fn nap(under_way: bool) -> Duration {
+    if under_way { BUSY } else { IDLE }
+}
+
 /// A window that follows the rate at which a path acknowledges.
 #[derive(Debug)]
 pub struct Window {
