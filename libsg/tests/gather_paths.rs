@@ -137,13 +137,34 @@ fn huge_units_come_whole_by_every_path() {
     assert!(read(&memory, 77) == content(77));
     source.direct.as_mut().unwrap().pages(512..1024, 512);
     source.announce(&scene.stage(0, (1024..1536).filter(|page| *page % 2 == 0)));
+    source.announce(&[IndexEntry::zero(PageIndex(1536), 512, Round(0))]);
+    // While there is more to come: afterwards nothing has to be installed for it.
+    assert_eq!(read(&memory, 2000), vec![0; 4096]);
     let odd = (1024..1536).filter(|page| page % 2 == 1);
     source.announce(&odd.map(|page| IndexEntry::zero(PageIndex(page), 1, Round(0))).collect::<Vec<_>>());
-    source.announce(&[IndexEntry::zero(PageIndex(1536), 512, Round(0))]);
-    assert_eq!(read(&memory, 2000), vec![0; 4096]);
     finish(&scene, source);
     scene.check(|page| page >= 1536 || (page >= 1024 && page % 2 == 1), |_| false);
     assert_eq!(scene.seen.installed.load(Ordering::SeqCst), 2048);
+}
+
+#[test]
+fn a_zero_page_that_is_being_installed_is_waited_for() {
+    let scene = Scene::new(Plan { pages: 64, nodes: 1, ..Plan::default() });
+    let mut source = Source::start(&scene, |_| Answer::Silent);
+    scene.seen.hold_zeros.store(true, Ordering::SeqCst);
+    source.announce(&[IndexEntry::zero(PageIndex(0), 32, Round(0))]);
+    let memory = scene.seen.memory();
+    let guest = std::thread::spawn(move || read(&memory, 7));
+    until("the page is being installed", || scene.seen.held_zeros.load(Ordering::SeqCst) > 0);
+    source.direct.as_mut().unwrap().pages(32..64, 32);
+    until("all pages are held", || scene.incoming.progress().pages.held == 64);
+    // The memory is not let go under the hands of who installs the page.
+    std::thread::sleep(std::time::Duration::from_millis(250));
+    assert_eq!(scene.incoming.progress().phase, ArrivalPhase::Running);
+    scene.seen.hold_zeros.store(false, Ordering::SeqCst);
+    finish(&scene, source);
+    assert_eq!(guest.join().unwrap(), vec![0; 4096]);
+    assert_eq!(scene.seen.installed.load(Ordering::SeqCst), 33);
 }
 
 #[test]

@@ -347,6 +347,7 @@ impl Shared {
 
     /// Pages are lost for good: who waits for them gets an error now.
     pub fn lose(&self, pages: Vec<PageIndex>) -> Result<()> {
+        let count = pages.len() as u64;
         let ranges = PageRange::from_pages(pages);
         for range in &ranges {
             let mut first = range.first.0;
@@ -365,6 +366,8 @@ impl Shared {
             }
         }
         self.lost.lock().extend(ranges);
+        // Only now may the memory be let go, and the end be told.
+        self.tracker.lock().poisoned(count);
         self.conductor.wake();
         Ok(())
     }

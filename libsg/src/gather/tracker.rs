@@ -118,9 +118,13 @@ pub struct Tracker {
     rounds: Box<[u16]>,
     members: Vec<MemberBook>,
     kinds: [u64; Kind::COUNT],
+    installing: u64,
+    /// Lost pages that are not poisoned yet.
+    unpoisoned: u64,
     direct: u64,
     staged: u64,
     waiting: Waiting,
+    closed: bool,
 }
 
 impl Tracker {
@@ -139,9 +143,12 @@ impl Tracker {
             rounds: vec![0; pages].into_boxed_slice(),
             members: Vec::new(),
             kinds,
+            installing: 0,
+            unpoisoned: 0,
             direct: 0,
             staged: 0,
             waiting: Waiting::default(),
+            closed: false,
         }
     }
 
@@ -251,6 +258,9 @@ impl Tracker {
         let state = self.states[page];
         let count = |count: &mut u64| *count = if add { *count + 1 } else { count.saturating_sub(1) };
         count(&mut self.kinds[state.kind() as usize]);
+        if state.is_installing() {
+            count(&mut self.installing);
+        }
         if state.kind() == Kind::Announced
             && let Some(member) = Placement::from_bits(self.placements[page]).map(|p| p.member.as_usize())
             && let Some(book) = self.members.get_mut(member)
@@ -289,7 +299,7 @@ impl Tracker {
     pub fn look(&self, unit: PageRange, reads: &mut Vec<Read>) -> Wanted {
         reads.clear();
         let first = unit.first.as_usize();
-        if self.states[first].is_installing() {
+        if self.closed || self.states[first].is_installing() {
             return Wanted::Held;
         }
         match self.states[first].kind() {
@@ -321,7 +331,8 @@ impl Tracker {
     pub fn claim(&mut self, page: PageIndex, round: Round) -> Claim {
         let Some(unit) = self.unit(page) else { return Claim::Held };
         let state = self.states[unit.first.as_usize()];
-        if state.is_installing() || matches!(state.kind(), Kind::Installed | Kind::Removed | Kind::Lost) {
+        let settled = matches!(state.kind(), Kind::Installed | Kind::Removed | Kind::Lost);
+        if self.closed || settled || state.is_installing() {
             return Claim::Held;
         }
         let stale = |page: usize| match self.states[page].kind() {
@@ -344,7 +355,7 @@ impl Tracker {
             let state = self.states[page];
             !state.is_installing() && matches!(state.kind(), Kind::Zero | Kind::Removed)
         };
-        if !unit.positions().all(zero) {
+        if self.closed || !unit.positions().all(zero) {
             return Claim::Held;
         }
         // A page that was given up and is given up again while it is installed must stay so.
@@ -378,6 +389,16 @@ impl Tracker {
     /// A claimed unit could not be installed.
     pub fn unclaim(&mut self, range: PageRange) {
         self.change(range, State::uninstall);
+    }
+
+    /// Closes the books once nothing is left to come and nobody is at any page; says whether they are closed.
+    /// A page that is known to be zero counts as held while somebody installs it for the guest, and may be
+    /// asked for at any time; a page is lost before it is poisoned. Behind this call the memory can be let go.
+    pub fn close(&mut self) -> bool {
+        let of = |kind: Kind| self.kinds[kind as usize];
+        let left = of(Kind::Missing) + of(Kind::Announced) + of(Kind::Suspect);
+        self.closed |= left + self.installing + self.unpoisoned == 0;
+        self.closed
     }
 
     /// The guest gave pages up: they are zero from now on. Parts of units are left alone.

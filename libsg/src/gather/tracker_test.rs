@@ -398,6 +398,30 @@ fn a_huge_unit_is_read_and_installed_as_one() {
 }
 
 #[test]
+fn the_books_close_when_nobody_is_at_any_page() {
+    let mut tracker = tracker(vec![region(4, InstallUnit::Page)]);
+    let (now, mut reads) = (Instant::now(), Vec::new());
+    tracker.announce(&IndexEntry::zero(PageIndex(0), 3, Round(0)), Word::Source).expect("in the volume");
+    assert!(!tracker.close(), "page 3 is missing");
+    assert_eq!(tracker.claim_zero(PageIndex(1)), Claim::Install(one(1)));
+    tracker.not_indexed(one(3));
+    let mut lost = Vec::new();
+    tracker.lose(PageIndex(0), true, &mut lost);
+    assert_eq!(lost, [PageIndex(3)]);
+    assert_eq!((tracker.counts().held, tracker.counts().lost), (3, 1));
+    assert!(!tracker.close(), "a zero page is being installed");
+    tracker.installed(one(1), Path::Zero, now);
+    assert!(!tracker.close(), "the lost page would read as zero");
+    tracker.poisoned(1);
+    assert!(tracker.close());
+    // Who asks now is answered by the memory itself.
+    assert_eq!(tracker.fault(PageIndex(0), now, &mut reads), Wanted::Held);
+    assert_eq!(tracker.fault(PageIndex(3), now, &mut reads), Wanted::Held);
+    assert_eq!((tracker.claim_zero(PageIndex(0)), tracker.longest_wait(now)), (Claim::Held, None));
+    assert!(tracker.close());
+}
+
+#[test]
 fn a_unit_over_two_members_is_unknown() {
     let mut tracker = tracker(vec![region(512, InstallUnit::Huge2M)]);
     for page in 0..512 {

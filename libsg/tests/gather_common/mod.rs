@@ -74,6 +74,9 @@ pub struct Seen {
     pub events: Mutex<Vec<Event>>,
     /// The next installation panics.
     pub panic: AtomicBool,
+    /// Whoever installs zeros waits with it for as long as this is set, and counts himself.
+    pub hold_zeros: AtomicBool,
+    pub held_zeros: AtomicU64,
 }
 
 impl Seen {
@@ -154,6 +157,10 @@ impl PageSink for Spy {
     }
 
     fn install_zero(&self, range: PageRange) -> Result<InstallOutcome> {
+        if self.seen.hold_zeros.load(Ordering::SeqCst) {
+            self.seen.held_zeros.fetch_add(1, Ordering::SeqCst);
+            until("zeros may be installed", || !self.seen.hold_zeros.load(Ordering::SeqCst));
+        }
         self.note(self.uffd.install_zero(range))
     }
 

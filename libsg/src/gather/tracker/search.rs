@@ -74,7 +74,8 @@ impl Tracker {
     }
 
     /// The pages from `from` on that no way leads to any more: no index knows them, and the source
-    /// has them not, or is away for good. They are lost, by whole units. Returns where to go on.
+    /// has them not, or is away for good. They are lost, by whole units, and whoever asked poisons them and
+    /// says so ([`Self::poisoned`]). Returns where to go on.
     pub fn lose(&mut self, from: PageIndex, source_away: bool, out: &mut Vec<PageIndex>) -> PageIndex {
         let end = self.states.len().min(from.as_usize() + SEARCH_PAGES_MAX);
         let mut page = from.as_usize();
@@ -87,11 +88,17 @@ impl Tracker {
                 continue;
             };
             self.change(unit, State::lose);
+            self.unpoisoned += u64::from(unit.pages);
             self.waiting.forget(unit);
             out.extend(unit.iter());
             page = unit.positions().end;
         }
         PageIndex(page as u32)
+    }
+
+    /// Lost pages were poisoned: nobody takes them for zero ones any more.
+    pub fn poisoned(&mut self, pages: u64) {
+        self.unpoisoned = self.unpoisoned.saturating_sub(pages);
     }
 
     /// Appends the ranges that are lost, the first 65536 of them.

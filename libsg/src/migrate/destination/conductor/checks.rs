@@ -38,10 +38,7 @@ impl Conductor {
             self.told_at = Instant::now();
             self.tell_progress();
         }
-        if committed
-            && let Some(counts) = self.gather.as_ref().map(|gather| gather.shared().counts())
-            && counts.held + counts.lost == counts.total
-        {
+        if committed && self.gather.as_ref().is_some_and(|gather| gather.shared().tracker.lock().close()) {
             self.end_well()?;
         }
         Ok(())
