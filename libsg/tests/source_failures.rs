@@ -16,11 +16,11 @@ use libsg::memory::{Backing, GuestMemory, PageSlice, PresenceMap};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
 use libsg::migrate::{Event, Mode, OutgoingVm};
 use libsg::page::{PageIndex, PageRange};
-use libsg::report::Status;
+use libsg::report::{SourceReport, Status};
 use libsg::source::{MemorySource, Outcome, PageSource, Repeat, Supply};
 use libsg::vmd::link::{Completion, PathSample};
-use libsg::vmd::{Class, Connector, Link, MemoryConnector, Request, Ticket};
-use libsg::wire::message::Member;
+use libsg::vmd::{Class, Connector, Link, MemoryConnector, Reply, Request, Ticket};
+use libsg::wire::message::{Member, VmdReply, VmdRequest, VolumeSummary};
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 
@@ -59,9 +59,9 @@ impl PageSource for Fails {
     }
 }
 
-/// An intermediary at this address falls silent once it has the volume.
+/// Intermediaries that, once they have the volume, are silent for as long as this is set.
 #[derive(Clone)]
-struct Silences(MemoryConnector, Option<SocketAddr>);
+struct Silences(MemoryConnector, Arc<AtomicBool>);
 
 impl Connector for Silences {
     fn connect(
@@ -73,13 +73,20 @@ impl Connector for Silences {
         timeout: Duration,
     ) -> Result<Box<dyn Link>> {
         let link = self.0.connect(address, volume, epoch, class, timeout)?;
-        Ok(if self.1 == Some(address) { Box::new(Silent { link, deaf: false }) } else { link })
+        Ok(Box::new(Silent { link, has_volume: false, silent: Arc::clone(&self.1) }))
     }
 }
 
 struct Silent {
     link: Box<dyn Link>,
-    deaf: bool,
+    has_volume: bool,
+    silent: Arc<AtomicBool>,
+}
+
+impl Silent {
+    fn is_silent(&self) -> bool {
+        self.has_volume && self.silent.load(Ordering::SeqCst)
+    }
 }
 
 impl Link for Silent {
@@ -88,16 +95,16 @@ impl Link for Silent {
     }
 
     fn submit(&mut self, request: Request<'_>) -> Result<Ticket> {
-        self.deaf |= matches!(request, Request::PutState(_));
+        self.has_volume |= matches!(request, Request::PutState(_));
         self.link.submit(request)
     }
 
     fn progress(&mut self, write_bytes_max: usize) -> Result<usize> {
-        if self.deaf { Ok(0) } else { self.link.progress(write_bytes_max) }
+        if self.is_silent() { Ok(0) } else { self.link.progress(write_bytes_max) }
     }
 
     fn completion(&mut self) -> Option<Completion<'_>> {
-        if self.deaf { None } else { self.link.completion() }
+        if self.is_silent() { None } else { self.link.completion() }
     }
 
     fn queued_bytes(&self) -> usize {
@@ -147,6 +154,7 @@ fn proxy(to: SocketAddr) -> (SocketAddr, Arc<AtomicU32>) {
 #[derive(Default)]
 struct Here {
     runs: AtomicBool,
+    silent: Arc<AtomicBool>,
     events: Mutex<Vec<Event>>,
 }
 
@@ -166,19 +174,20 @@ impl OutgoingVm for Vm {
     fn committed(&mut self) {}
 }
 
-fn leave(scene: &Scene, to: SocketAddr, silent: Option<SocketAddr>, slices: u32) -> (Outgoing, Arc<Here>) {
+fn leave(scene: &Scene, to: SocketAddr, slices: u32, silent: bool) -> (Outgoing, Arc<Here>) {
     let memory = GuestMemory::allocate(&scene.manifest, Backing::Anon).unwrap();
     for page in 0..scene.manifest.pages() {
         memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
     }
-    let here = Arc::new(Here { runs: true.into(), ..Here::default() });
+    let silent = Arc::new(silent.into());
+    let here = Arc::new(Here { runs: true.into(), silent, ..Here::default() });
     let watch = Arc::clone(&here);
     let options = SourceOptions {
         to,
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
         mode: if scene.nodes.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
         secret: secret(),
-        connector: Arc::new(Silences(scene.connector.clone(), silent)),
+        connector: Arc::new(Silences(scene.connector.clone(), Arc::clone(&here.silent))),
         scatter_limit_bytes_per_s: 0,
         ready_timeout: LONG,
         observer: Arc::new(move |event| watch.events.lock().push(event.clone())),
@@ -193,7 +202,7 @@ fn a_source_without_pages_after_commit_fails_the_migration_and_blames_no_peer() 
     for nodes in [0, 2] {
         for slices in [0, 5] {
             let scene = Scene::new(Plan { pages: 3000, nodes, ..Plan::default() });
-            let (outgoing, here) = leave(&scene, scene.address, None, slices);
+            let (outgoing, here) = leave(&scene, scene.address, slices, false);
             let error = outgoing.wait_evicted(LONG).unwrap_err();
             assert_eq!(error.kind, ErrorKind::Poisoned, "{nodes} {slices}: {error}");
             assert!(error.chain().contains("the memory's host is gone"), "{}", error.chain());
@@ -213,7 +222,7 @@ fn a_source_without_pages_after_commit_fails_the_migration_and_blames_no_peer() 
 fn a_source_without_pages_before_commit_keeps_its_vm_and_says_so_on_the_open_connection() {
     let scene = Scene::new(Plan { nodes: 1, touch: vec![7], ..Plan::default() });
     let (address, connections) = proxy(scene.address);
-    let (outgoing, here) = leave(&scene, address, None, 0);
+    let (outgoing, here) = leave(&scene, address, 0, false);
     let error = outgoing.wait_evicted(LONG).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Poisoned, "{error}");
     assert!(here.runs.load(Ordering::SeqCst));
@@ -222,16 +231,47 @@ fn a_source_without_pages_before_commit_keeps_its_vm_and_says_so_on_the_open_con
     assert_eq!(connections.load(Ordering::SeqCst), 3, "control, direct and urgent, and no other to give up");
 }
 
-#[test]
-fn an_intermediary_that_falls_silent_while_the_vm_is_paused_is_left_behind() {
-    let scene = Scene::new(Plan { pages: 3000, nodes: 2, ..Plan::default() });
-    let silent = scene.members()[0].clone();
-    let (outgoing, here) = leave(&scene, scene.address, Some(silent.address), u32::MAX);
-    scene.incoming.wait_running(LONG).unwrap();
-    outgoing.wait_evicted(LONG).unwrap();
+/// A VM whose only intermediary is silent from the pause on, and whose destination takes next to nothing.
+fn leave_by_a_silent_one() -> (Scene, Outgoing, Arc<Here>) {
+    let scene = Scene::new(Plan { pages: 3000, nodes: 1, gather_limit: 4096, ..Plan::default() });
+    let (outgoing, here) = leave(&scene, scene.address, u32::MAX, true);
+    (scene, outgoing, here)
+}
+
+fn arrives(scene: &Scene, outgoing: &Outgoing) -> SourceReport {
+    scene.incoming.set_gather_limit(0);
+    let report = outgoing.wait_evicted(LONG).unwrap();
     assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
     scene.check(|_| false, |_| false);
-    let name = silent.node.to_string();
+    report
+}
+
+#[test]
+fn an_intermediary_that_falls_silent_while_the_vm_is_paused_does_not_hold_it_up() {
+    let (scene, outgoing, here) = leave_by_a_silent_one();
+    let name = scene.members()[0].node.to_string();
+    let place = |is: &dyn Fn(&Event) -> bool| here.events.lock().iter().position(is);
     let lost = |event: &Event| matches!(event, Event::NodeLost { message } if message.contains(&name));
-    assert!(here.events.lock().iter().any(lost));
+    until("it is counted lost", || place(&lost).is_some());
+    assert!(place(&|event| *event == Event::Resumed) < place(&lost), "{:?}", here.events.lock());
+    assert_eq!(arrives(&scene, &outgoing).pages.staged, Some(0));
+}
+
+#[test]
+fn an_intermediary_that_is_slow_to_take_the_state_gets_pages_once_it_has_it() {
+    let (scene, outgoing, here) = leave_by_a_silent_one();
+    scene.incoming.wait_running(LONG).unwrap();
+    assert_eq!(outgoing.progress().staged_bytes, 0);
+    here.silent.store(false, Ordering::SeqCst);
+    outgoing.wait_evicted(LONG).unwrap();
+    scene.ask(&scene.nodes[0], Request::Control(&VmdRequest::Statistics), |reply| match reply {
+        Reply::Control(VmdReply::Statistics(stats)) => {
+            // Pages are nowhere without COMMIT.
+            let committed = |volume: &VolumeSummary| volume.committed && volume.stored_pages > 0;
+            assert!(stats.volumes.iter().any(committed), "{stats:?}");
+            Ok(())
+        }
+        other => panic!("{other:?}"),
+    });
+    assert!(arrives(&scene, &outgoing).pages.staged > Some(0));
 }

@@ -4,182 +4,20 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::members::{Members, Patience, ask_all};
 use super::source::{Control, SourceOptions};
 use super::{Event, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::scatter::session::{Destination, Session, serve_while};
 use crate::scatter::{Scatter, UrgentSink};
-use crate::transport::{Conversation, wait};
-use crate::vmd::{Class, Link, Reply, Request, Ticket};
+use crate::transport::Conversation;
+use crate::vmd::Request;
 use crate::wire::handshake::Purpose;
-use crate::wire::message::{Member, Talk, VmdRequest};
-
-/// How long an intermediary has to be reached and to create the volume.
-const MEMBER_TIME: Duration = Duration::from_secs(2);
-
-/// How long state and COMMIT may wait for intermediaries as long as none has answered.
-const COMMIT_TIME: Duration = Duration::from_secs(2);
-
-/// The VM is paused: once one has answered, the others have as long again, this at least, twice over.
-const PAUSED_PATIENCE: Duration = Duration::from_millis(30);
+use crate::wire::message::{Talk, VmdRequest};
 
 /// How often a wait looks whether the migration was cancelled.
 const LOOK: Duration = Duration::from_millis(20);
-
-/// Links to the members, in their order; `None` for one that was lost.
-pub(super) type Members = Vec<Option<Box<dyn Link>>>;
-
-/// Connects to every intermediary at once and creates the volume there. Those that cannot be reached
-/// are left out, each with a warning.
-pub(super) fn connect_members(
-    options: &SourceOptions,
-    volume: VolumeId,
-    epoch: Epoch,
-    manifest: &Manifest,
-) -> Vec<Box<dyn Link>> {
-    let warn = |message: String| (options.observer)(&Event::Warning { message });
-    let reached: Vec<Result<Box<dyn Link>>> = std::thread::scope(|scope| {
-        let connect = |address| {
-            let connector = &options.connector;
-            scope.spawn(move || connector.connect(address, volume, epoch, Class::Bulk, MEMBER_TIME))
-        };
-        let threads: Vec<_> = options.intermediaries.iter().map(|address| connect(*address)).collect();
-        let lost = || Error::new(ErrorKind::Poisoned, "a connecting thread panicked");
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(lost()))).collect()
-    });
-    let mut links: Members = Vec::new();
-    for link in reached {
-        match link {
-            Ok(link) => links.push(Some(link)),
-            Err(error) => warn(format!("an intermediary is left out: {}", error.chain())),
-        }
-    }
-    // Those that do not take the volume are left out, and the others told a list without them.
-    loop {
-        let members = members_of(&links);
-        let create = VmdRequest::Create { manifest: manifest.clone(), members };
-        let before = links.len();
-        ask_all(
-            &mut links,
-            || Request::Control(&create),
-            Patience::Even(MEMBER_TIME),
-            |_, error| {
-                warn(format!("an intermediary is left out: {}", error.chain()));
-            },
-        );
-        links.retain(Option::is_some);
-        if links.len() == before {
-            break;
-        }
-    }
-    if links.is_empty() {
-        let message = "no intermediary can be reached: this is a post-copy migration, and the destination's \
-                       pace is the eviction's";
-        warn(message.into());
-    }
-    links.into_iter().flatten().collect()
-}
-
-fn members_of(links: &Members) -> Vec<Member> {
-    links.iter().flatten().map(|link| link.member().clone()).collect()
-}
-
-/// How long members may take to answer.
-#[derive(Clone, Copy, Debug)]
-enum Patience {
-    /// All of them so long.
-    Even(Duration),
-    /// So long until one has answered, the others little more: one that fell silent is not waited for.
-    Paused(Duration),
-}
-
-impl Patience {
-    /// When waiting ends, for members that were asked at `asked`, of which one answered first at `first`.
-    fn until(self, asked: Instant, first: Option<Instant>) -> Instant {
-        match (self, first) {
-            (Self::Paused(most), Some(first)) => {
-                let took = first.saturating_duration_since(asked).max(PAUSED_PATIENCE);
-                (first + 2 * took).min(asked + most)
-            }
-            (Self::Even(most) | Self::Paused(most), _) => asked + most,
-        }
-    }
-}
-
-/// Asks every member the same, all at once, and waits for the answers. A member that fails is taken
-/// out and told to `lost`. Returns how many said yes.
-fn ask_all<'r>(
-    links: &mut Members,
-    request: impl Fn() -> Request<'r>,
-    patience: Patience,
-    mut lost: impl FnMut(MemberIndex, Error),
-) -> usize {
-    let asked = Instant::now();
-    let mut first = None;
-    let mut open: Vec<Option<Ticket>> = Vec::new();
-    let mut drop_member = |links: &mut Members, at: usize, error: Error| {
-        links[at] = None;
-        lost(MemberIndex(at as u16), error);
-    };
-    for at in 0..links.len() {
-        let submitted = links[at].as_mut().map(|link| link.submit(request()));
-        open.push(match submitted {
-            Some(Ok(ticket)) => Some(ticket),
-            Some(Err(error)) => {
-                drop_member(links, at, error);
-                None
-            }
-            None => None,
-        });
-    }
-    let mut agreed = 0;
-    while open.iter().any(Option::is_some) {
-        for at in 0..links.len() {
-            let (Some(link), Some(ticket)) = (links[at].as_mut(), open[at]) else { continue };
-            match answer(&mut **link, ticket) {
-                Ok(false) => continue,
-                Ok(true) => {
-                    agreed += 1;
-                    first.get_or_insert_with(Instant::now);
-                }
-                Err(error) => drop_member(links, at, error),
-            }
-            open[at] = None;
-        }
-        let left = patience.until(asked, first).saturating_duration_since(Instant::now());
-        let waiting: Vec<usize> = (0..links.len()).filter(|at| open[*at].is_some()).collect();
-        if left.is_zero() {
-            for at in waiting {
-                let error = Error::new(ErrorKind::Timeout, "an intermediary did not answer in time");
-                drop_member(links, at, error);
-            }
-            break;
-        }
-        let on: Vec<_> = waiting
-            .iter()
-            .filter_map(|at| links[*at].as_ref())
-            .map(|link| (link.poll_fd(), link.queued_bytes() > 0))
-            .collect();
-        if !on.is_empty() && wait(&on, left.min(LOOK)).is_err() {
-            break;
-        }
-    }
-    agreed
-}
-
-/// Moves bytes; `true` once the request was answered with yes.
-fn answer(link: &mut dyn Link, ticket: Ticket) -> Result<bool> {
-    link.progress(usize::MAX)?;
-    while let Some(completion) = link.completion() {
-        if completion.ticket == ticket {
-            let _: Reply<'_> = completion.result?;
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
 
 /// What the handover works with.
 pub(super) struct Handover<'a> {
@@ -223,7 +61,7 @@ impl Handover<'_> {
         ask_all(
             members,
             || Request::PutState(&state),
-            Patience::Paused(COMMIT_TIME),
+            Patience::Paused,
             |member, error| {
                 self.scatter.member_lost(member, &error);
             },
@@ -263,7 +101,9 @@ impl Handover<'_> {
     }
 
     /// COMMIT is written to the volume, then the destination is told to run. Whatever fails from here
-    /// on, the VM is the destination's. Returns the connections, unless they broke, and the downtime.
+    /// on, the VM is the destination's. An intermediary that is slow to take COMMIT is not waited for: nobody but
+    /// this end decides, RUN needs no copy of it, and nothing is safe there before it has it. Returns the
+    /// connections, unless they broke, and the downtime.
     pub(super) fn commit(
         &self,
         mut session: Session,
@@ -274,7 +114,7 @@ impl Handover<'_> {
         ask_all(
             members,
             || Request::Control(&VmdRequest::Commit),
-            Patience::Paused(COMMIT_TIME),
+            Patience::Paused,
             |member, error| {
                 self.scatter.member_lost(member, &error);
             },
@@ -316,8 +156,7 @@ impl Handover<'_> {
         self.scatter.stop();
         let resumed = if self.control.was_paused() { vm.resume() } else { Ok(()) };
         let open = self.say_abort(open, &error);
-        let patience = Patience::Even(MEMBER_TIME);
-        ask_all(members, || Request::Control(&VmdRequest::Dissolve), patience, |_, _| {});
+        ask_all(members, || Request::Control(&VmdRequest::Dissolve), Patience::Even, |_, _| {});
         drop(open);
         match resumed {
             Ok(()) => error,
@@ -341,22 +180,5 @@ impl Handover<'_> {
         let alive = open.filter(|_| !matches!(error.kind, ErrorKind::Unreachable | ErrorKind::Protocol));
         let anew = || Some(Conversation::new(self.destination.dial(Purpose::MigrationControl).ok()?));
         alive.and_then(say).or_else(|| say(anew()?))
-    }
-}
-
-#[cfg(test)]
-mod test {
-    use super::*;
-
-    #[test]
-    fn a_silent_member_is_waited_for_as_long_as_nobody_else_answers() {
-        let asked = Instant::now();
-        let after = |ms| Some(asked + Duration::from_millis(ms));
-        let until = |first| Patience::Paused(COMMIT_TIME).until(asked, first) - asked;
-        assert_eq!(until(None), COMMIT_TIME);
-        assert_eq!(until(after(1)), Duration::from_millis(61));
-        assert_eq!(until(after(200)), Duration::from_millis(600));
-        assert_eq!(until(after(1_500)), COMMIT_TIME);
-        assert_eq!(Patience::Even(MEMBER_TIME).until(asked, after(1)), asked + MEMBER_TIME);
     }
 }

@@ -38,6 +38,7 @@
 
 pub mod destination;
 mod handover;
+mod members;
 pub mod source;
 
 use std::sync::Arc;

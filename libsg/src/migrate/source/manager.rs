@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use super::{Control, Phase, SourceOptions};
 use crate::error::Result;
-use crate::ids::{Epoch, VolumeId};
+use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
-use crate::migrate::handover::{Handover, Members, connect_members};
+use crate::migrate::handover::Handover;
+use crate::migrate::members::{self, Members, Seat};
 use crate::migrate::{Event, Mode, OutgoingVm};
 use crate::report::{Intermediary, SourceReport};
 use crate::scatter::session::{self, Destination, Session};
-use crate::scatter::shared::panicked;
+use crate::scatter::shared::{PoisonsOnPanic, panicked};
 use crate::scatter::{MemberSink, Planner, Scatter};
 use crate::source::{PageSource, Supply};
 use crate::usage;
@@ -30,9 +31,9 @@ impl Manager {
     pub(super) fn run(mut self) -> Result<()> {
         let volume = VolumeId::random()?;
         let epoch = Epoch::FIRST;
-        let links = match self.options.mode {
-            Mode::PostCopy => Vec::new(),
-            Mode::ScatterGather => connect_members(&self.options, volume, epoch, &self.manifest),
+        let mut members = match self.options.mode {
+            Mode::PostCopy => Members::new(),
+            Mode::ScatterGather => members::connect(&self.options, volume, epoch, &self.manifest),
         };
         self.control.check_cancelled()?;
         let destination =
@@ -40,12 +41,11 @@ impl Manager {
         let scatter = Arc::new(Scatter::new(
             (volume, epoch),
             self.source.clone(),
-            links.iter().map(|link| link.member().clone()).collect(),
-            Planner::new(&self.manifest, !links.is_empty()),
+            members::list(&members),
+            Planner::new(&self.manifest, !members.is_empty()),
             self.options.scatter_limit_bytes_per_s,
             self.options.observer.clone(),
         )?);
-        let mut members: Members = links.into_iter().map(Some).collect();
         {
             let mut state = self.control.state.lock();
             let limit = self.control.limit_bytes_per_s.load(Ordering::Relaxed);
@@ -102,15 +102,12 @@ impl Manager {
         std::thread::scope(|scope| {
             let _stops = Stops(scatter);
             let mut threads = Vec::new();
-            for (at, link) in members.into_iter().enumerate() {
-                let member = crate::ids::MemberIndex(at as u16);
-                let Some(link) = link else { continue };
-                let sink = MemberSink::new(scatter.clone(), member, link);
+            for (at, seat) in members.into_iter().enumerate() {
+                let member = MemberIndex(at as u16);
+                let Some(seat) = seat else { continue };
                 let name = format!("sg-scatter-{member}");
-                threads.push((
-                    name.clone(),
-                    std::thread::Builder::new().name(name).spawn_scoped(scope, || sink.run())?,
-                ));
+                let thread = std::thread::Builder::new().name(name.clone());
+                threads.push((name, thread.spawn_scoped(scope, move || sink(scatter, member, seat))?));
             }
             let control = &*self.control;
             let name = "sg-scatter-control";
@@ -166,6 +163,16 @@ impl Manager {
         {
             self.control.changed.wait_for(&mut state, Duration::from_millis(100));
         }
+    }
+}
+
+/// The thread of a member: no page goes there before state and COMMIT are there.
+fn sink(scatter: &Arc<Scatter>, member: MemberIndex, seat: Seat) {
+    let _poisons = PoisonsOnPanic(scatter.clone());
+    match seat.settle(|| scatter.stopping()) {
+        Ok(Some(link)) => MemberSink::new(scatter.clone(), member, link).run(),
+        Ok(None) => {}
+        Err(error) => scatter.member_lost(member, &error),
     }
 }
 

@@ -1,0 +1,243 @@
+//! The intermediaries during the handover, all asked at once. One that is slow while the VM is paused is not
+//! waited for: what it owes is heard in the background, and until then no page goes there.
+
+use std::time::{Duration, Instant};
+
+use super::Event;
+use super::source::SourceOptions;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Epoch, MemberIndex, VolumeId};
+use crate::manifest::Manifest;
+use crate::transport::wait;
+use crate::vmd::{Class, Link, Reply, Request, Ticket};
+use crate::wire::message::{Member, VmdRequest};
+
+/// How long an intermediary has to be reached, to create the volume, and to answer anything else.
+pub(super) const MEMBER_TIME: Duration = Duration::from_secs(2);
+
+/// How long a paused VM waits for the first intermediary to have its state, or COMMIT.
+const PAUSED_TIME: Duration = Duration::from_millis(50);
+
+/// How much longer for the others, once one has answered.
+const PAUSED_PATIENCE: Duration = Duration::from_millis(20);
+
+/// How often a wait looks around.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// The members, in their order; `None` for one that was lost.
+pub(super) type Members = Vec<Option<Seat>>;
+
+/// A member's link, and the requests that it has not answered.
+pub(super) struct Seat {
+    link: Box<dyn Link>,
+    owes: Vec<Ticket>,
+    /// When it last owed nothing.
+    since: Instant,
+}
+
+impl Seat {
+    fn new(link: Box<dyn Link>) -> Self {
+        Self { link, owes: Vec::new(), since: Instant::now() }
+    }
+
+    /// Who it is.
+    pub fn member(&self) -> &Member {
+        self.link.member()
+    }
+
+    fn ask(&mut self, request: Request<'_>) -> Result<()> {
+        if self.owes.is_empty() {
+            self.since = Instant::now();
+        }
+        self.owes.push(self.link.submit(request)?);
+        Ok(())
+    }
+
+    /// Moves bytes and takes the answers that came: each has to be a yes.
+    fn hear(&mut self) -> Result<()> {
+        self.link.progress(usize::MAX)?;
+        while let Some(completion) = self.link.completion() {
+            if let Some(at) = self.owes.iter().position(|ticket| *ticket == completion.ticket) {
+                let _: Reply<'_> = completion.result?;
+                self.owes.swap_remove(at);
+            }
+        }
+        Ok(())
+    }
+
+    fn late(&self) -> Result<()> {
+        if self.since.elapsed() < MEMBER_TIME {
+            return Ok(());
+        }
+        let message = format!("no answer within {} s", MEMBER_TIME.as_secs());
+        Err(Error::new(ErrorKind::Timeout, message).at(&self.member().node))
+    }
+
+    /// Waits until it has answered everything; `None` when `over` says that nobody needs it any more.
+    ///
+    /// # Errors
+    /// It said no, was lost, or took too long.
+    pub fn settle(mut self, over: impl Fn() -> bool) -> Result<Option<Box<dyn Link>>> {
+        loop {
+            self.hear()?;
+            if self.owes.is_empty() {
+                return Ok(Some(self.link));
+            }
+            if over() {
+                return Ok(None);
+            }
+            self.late()?;
+            wait(&[(self.link.poll_fd(), self.link.queued_bytes() > 0)], LOOK)?;
+        }
+    }
+}
+
+/// How long members may take to answer.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Patience {
+    /// As long as a member has. Who has not answered then is lost.
+    Even,
+    /// The VM is paused: a moment, and who has not answered then owes the answer.
+    Paused,
+}
+
+impl Patience {
+    /// When waiting ends, for members that were asked at `asked`, of which one answered first at `first`.
+    fn until(self, asked: Instant, first: Option<Instant>) -> Instant {
+        match (self, first) {
+            (Self::Even, _) => asked + MEMBER_TIME,
+            (Self::Paused, None) => asked + PAUSED_TIME,
+            (Self::Paused, Some(first)) => (first + PAUSED_PATIENCE).min(asked + PAUSED_TIME),
+        }
+    }
+}
+
+/// Connects to every intermediary at once and creates the volume there. Those that cannot be reached
+/// are left out, each with a warning.
+pub(super) fn connect(
+    options: &SourceOptions,
+    volume: VolumeId,
+    epoch: Epoch,
+    manifest: &Manifest,
+) -> Members {
+    let warn = |message: String| (options.observer)(&Event::Warning { message });
+    let reached: Vec<Result<Box<dyn Link>>> = std::thread::scope(|scope| {
+        let connect = |address| {
+            let connector = &options.connector;
+            scope.spawn(move || connector.connect(address, volume, epoch, Class::Bulk, MEMBER_TIME))
+        };
+        let threads: Vec<_> = options.intermediaries.iter().map(|address| connect(*address)).collect();
+        let lost = || Error::new(ErrorKind::Poisoned, "a connecting thread panicked");
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(lost()))).collect()
+    });
+    let mut members = Members::new();
+    for link in reached {
+        match link {
+            Ok(link) => members.push(Some(Seat::new(link))),
+            Err(error) => warn(format!("an intermediary is left out: {}", error.chain())),
+        }
+    }
+    // Those that do not take the volume are left out, and the others told a list without them.
+    loop {
+        let create = VmdRequest::Create { manifest: manifest.clone(), members: list(&members) };
+        let before = members.len();
+        ask_all(
+            &mut members,
+            || Request::Control(&create),
+            Patience::Even,
+            |_, error| {
+                warn(format!("an intermediary is left out: {}", error.chain()));
+            },
+        );
+        members.retain(Option::is_some);
+        if members.len() == before {
+            break;
+        }
+    }
+    if members.is_empty() {
+        let message = "no intermediary can be reached: this is a post-copy migration, and the destination's \
+                       pace is the eviction's";
+        warn(message.into());
+    }
+    members
+}
+
+/// Who they are.
+pub(super) fn list(members: &Members) -> Vec<Member> {
+    members.iter().flatten().map(|seat| seat.member().clone()).collect()
+}
+
+/// Asks every member the same, all at once, and waits for the answers. A member that fails is taken
+/// out and told to `lost`. One that still owes an earlier answer is asked, and not waited for.
+pub(super) fn ask_all<'r>(
+    members: &mut Members,
+    request: impl Fn() -> Request<'r>,
+    patience: Patience,
+    mut lost: impl FnMut(MemberIndex, Error),
+) {
+    let asked = Instant::now();
+    let mut first = None;
+    let mut open: Vec<usize> = Vec::new();
+    for at in 0..members.len() {
+        let Some(seat) = &mut members[at] else { continue };
+        let waits = matches!(patience, Patience::Even) || seat.owes.is_empty();
+        match seat.ask(request()).and_then(|()| seat.hear()) {
+            Ok(()) if seat.owes.is_empty() => first = Some(asked),
+            Ok(()) if waits => open.push(at),
+            Ok(()) => {}
+            Err(error) => drop_member(members, at, error, &mut lost),
+        }
+    }
+    while !open.is_empty() {
+        open.retain(|at| {
+            let Some(seat) = &mut members[*at] else { return false };
+            match seat.hear() {
+                Ok(()) if seat.owes.is_empty() => {
+                    first.get_or_insert_with(Instant::now);
+                    false
+                }
+                Ok(()) => true,
+                Err(error) => {
+                    drop_member(members, *at, error, &mut lost);
+                    false
+                }
+            }
+        });
+        let left = patience.until(asked, first).saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        let seats = open.iter().filter_map(|at| members[*at].as_ref());
+        let on: Vec<_> = seats.map(|seat| (seat.link.poll_fd(), seat.link.queued_bytes() > 0)).collect();
+        if !on.is_empty() && wait(&on, left.min(LOOK)).is_err() {
+            break;
+        }
+    }
+    if matches!(patience, Patience::Even) {
+        for at in open {
+            let late = Error::new(ErrorKind::Timeout, "an intermediary did not answer in time");
+            drop_member(members, at, late, &mut lost);
+        }
+    }
+}
+
+fn drop_member(members: &mut Members, at: usize, error: Error, lost: &mut impl FnMut(MemberIndex, Error)) {
+    members[at] = None;
+    lost(MemberIndex(at as u16), error);
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_paused_vm_does_not_wait_for_who_is_silent() {
+        let asked = Instant::now();
+        let after = |ms| Some(asked + Duration::from_millis(ms));
+        let until = |first| Patience::Paused.until(asked, first) - asked;
+        assert_eq!(until(None), PAUSED_TIME);
+        assert_eq!(until(after(1)), Duration::from_millis(21));
+        assert_eq!(until(after(40)), PAUSED_TIME);
+        assert_eq!(Patience::Even.until(asked, after(1)), asked + MEMBER_TIME);
+    }
+}
