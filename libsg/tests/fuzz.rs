@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use libsg::ErrorKind;
 use libsg::ids::{
     Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
 };
@@ -200,7 +201,7 @@ fn messages() -> Vec<Vec<u8>> {
         Talk::Offer { manifest: manifest(), members: members(), elapsed_us: 5 },
         Talk::StateEnd { bytes: 1 << 20, checksum: 7 },
         Talk::Progress { held_pages: 1, faults: 2, direct_bytes: 3, gathered_bytes: 4 },
-        Talk::Abort { reason: "no room".into() },
+        Talk::Abort { kind: ErrorKind::Full, reason: "no room".into() },
         Talk::Lost(vec![PageRange::new(PageIndex(1), 2)]),
         Talk::Members(members()),
     ];

@@ -208,11 +208,14 @@ fn commit_in_the_volume_is_enough() {
 
 #[test]
 fn the_source_gives_up_before_commit() {
-    let scene = Scene::new(Plan::default());
-    let mut source = Source::offer(&scene);
-    source.say(&Talk::Abort { reason: "changed its mind".into() });
-    assert_eq!(failed(&scene).kind, ErrorKind::Cancelled);
-    assert!(scene.seen.abandoned.load(Ordering::SeqCst) && !scene.seen.running.load(Ordering::SeqCst));
+    // For its own reason, or because somebody wants so: who waits here is told which.
+    for kind in [ErrorKind::Cancelled, ErrorKind::Vm] {
+        let scene = Scene::new(Plan::default());
+        let mut source = Source::offer(&scene);
+        source.say(&Talk::Abort { kind, reason: "changed its mind".into() });
+        assert_eq!(failed(&scene).kind, kind);
+        assert!(scene.seen.abandoned.load(Ordering::SeqCst) && !scene.seen.running.load(Ordering::SeqCst));
+    }
 }
 
 #[test]
@@ -291,7 +294,7 @@ fn cancelling_after_ready_asks_the_source() {
                 source.hear(|talk| *talk == Talk::Running);
                 assert_eq!(cancel.join().unwrap().expect_err("too late").kind, ErrorKind::Input);
             } else {
-                source.say(&Talk::Abort { reason: "as you wish".into() });
+                source.say(&Talk::Abort { kind: ErrorKind::Cancelled, reason: "as you wish".into() });
                 cancel.join().unwrap().unwrap();
             }
         });

@@ -162,6 +162,6 @@ fn a_sink_that_panics_is_an_error_at_both_ends() {
 #[test]
 fn a_panic_before_commit_leaves_the_vm_running() {
     let (here, there, runs) = migrate(0, true, true);
-    assert_eq!((here, there), (ErrorKind::Poisoned, ErrorKind::Cancelled));
+    assert_eq!((here, there), (ErrorKind::Poisoned, ErrorKind::Poisoned));
     assert!(runs);
 }

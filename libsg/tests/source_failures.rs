@@ -155,6 +155,7 @@ fn proxy(to: SocketAddr) -> (SocketAddr, Arc<AtomicU32>) {
 struct Here {
     runs: AtomicBool,
     silent: Arc<AtomicBool>,
+    cannot_pause: bool,
     events: Mutex<Vec<Event>>,
 }
 
@@ -162,6 +163,9 @@ struct Vm(Arc<Here>);
 
 impl OutgoingVm for Vm {
     fn pause(&mut self) -> Result<Vec<u8>> {
+        if self.0.cannot_pause {
+            return Err(Error::new(ErrorKind::Vm, "a vCPU does not stop"));
+        }
         self.0.runs.store(false, Ordering::SeqCst);
         Ok(b"state of the vCPUs".to_vec())
     }
@@ -174,13 +178,13 @@ impl OutgoingVm for Vm {
     fn committed(&mut self) {}
 }
 
-fn leave(scene: &Scene, to: SocketAddr, slices: u32, silent: bool) -> (Outgoing, Arc<Here>) {
+fn leave(scene: &Scene, to: SocketAddr, slices: u32, here: Here) -> (Outgoing, Arc<Here>) {
     let memory = GuestMemory::allocate(&scene.manifest, Backing::Anon).unwrap();
     for page in 0..scene.manifest.pages() {
         memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
     }
-    let silent = Arc::new(silent.into());
-    let here = Arc::new(Here { runs: true.into(), silent, ..Here::default() });
+    here.runs.store(true, Ordering::SeqCst);
+    let here = Arc::new(here);
     let watch = Arc::clone(&here);
     let options = SourceOptions {
         to,
@@ -202,7 +206,7 @@ fn a_source_without_pages_after_commit_fails_the_migration_and_blames_no_peer() 
     for nodes in [0, 2] {
         for slices in [0, 5] {
             let scene = Scene::new(Plan { pages: 3000, nodes, ..Plan::default() });
-            let (outgoing, here) = leave(&scene, scene.address, slices, false);
+            let (outgoing, here) = leave(&scene, scene.address, slices, Here::default());
             let error = outgoing.wait_evicted(LONG).unwrap_err();
             assert_eq!(error.kind, ErrorKind::Poisoned, "{nodes} {slices}: {error}");
             assert!(error.chain().contains("the memory's host is gone"), "{}", error.chain());
@@ -219,14 +223,27 @@ fn a_source_without_pages_after_commit_fails_the_migration_and_blames_no_peer() 
 }
 
 #[test]
+fn a_vm_that_cannot_be_paused_stays_and_nobody_is_told_of_a_cancel() {
+    let scene = Scene::new(Plan { nodes: 1, ..Plan::default() });
+    let here = Here { cannot_pause: true, ..Here::default() };
+    let (outgoing, here) = leave(&scene, scene.address, u32::MAX, here);
+    assert_eq!(outgoing.wait_evicted(LONG).unwrap_err().kind, ErrorKind::Vm);
+    assert!(here.runs.load(Ordering::SeqCst));
+    // Whoever gives it up there afterwards comes too late to be why.
+    until("it is abandoned", || scene.seen.abandoned.load(Ordering::SeqCst));
+    scene.incoming.cancel().unwrap();
+    assert_eq!(scene.incoming.wait_running(LONG).unwrap_err().kind, ErrorKind::Vm);
+}
+
+#[test]
 fn a_source_without_pages_before_commit_keeps_its_vm_and_says_so_on_the_open_connection() {
     let scene = Scene::new(Plan { nodes: 1, touch: vec![7], ..Plan::default() });
     let (address, connections) = proxy(scene.address);
-    let (outgoing, here) = leave(&scene, address, 0, false);
+    let (outgoing, here) = leave(&scene, address, 0, Here::default());
     let error = outgoing.wait_evicted(LONG).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Poisoned, "{error}");
     assert!(here.runs.load(Ordering::SeqCst));
-    assert_eq!(scene.incoming.wait_running(LONG).unwrap_err().kind, ErrorKind::Cancelled);
+    assert_eq!(scene.incoming.wait_running(LONG).unwrap_err().kind, ErrorKind::Poisoned);
     until("it is abandoned", || scene.seen.abandoned.load(Ordering::SeqCst));
     assert_eq!(connections.load(Ordering::SeqCst), 3, "control, direct and urgent, and no other to give up");
 }
@@ -234,7 +251,8 @@ fn a_source_without_pages_before_commit_keeps_its_vm_and_says_so_on_the_open_con
 /// A VM whose only intermediary is silent from the pause on, and whose destination takes next to nothing.
 fn leave_by_a_silent_one() -> (Scene, Outgoing, Arc<Here>) {
     let scene = Scene::new(Plan { pages: 3000, nodes: 1, gather_limit: 4096, ..Plan::default() });
-    let (outgoing, here) = leave(&scene, scene.address, u32::MAX, true);
+    let silent = Arc::new(true.into());
+    let (outgoing, here) = leave(&scene, scene.address, u32::MAX, Here { silent, ..Here::default() });
     (scene, outgoing, here)
 }
 

@@ -4,6 +4,7 @@
 //! breaks them without a word. The handshake and the header are for ever; what follows
 //! them may change under a new version number, whose bytes are then added beside these.
 
+use libsg::ErrorKind;
 use libsg::ids::{
     Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
 };
@@ -243,12 +244,23 @@ fn messages() {
         (Talk::Rejoin, "09"),
         (Talk::Rejoined { running: true }, "0a01"),
         (Talk::Progress { held_pages: 1, faults: 2, direct_bytes: 3, gathered_bytes: 4 }, "0b01020304"),
-        (Talk::Abort { reason: "no".into() }, "0c026e6f"),
+        (Talk::Abort { kind: ErrorKind::Cancelled, reason: "no".into() }, "0c0b026e6f"),
         (Talk::Lost(vec![PageRange::new(PageIndex(1), 2)]), "0d010102"),
         (Talk::Failed { reason: "no".into() }, "0e026e6f"),
     ];
     for (talk, expected) in talks {
         assert_eq!(bytes(message::encode(&talk)), expected, "{talk:?}");
+    }
+    // So are the kinds of error that one end tells the other.
+    use ErrorKind as K;
+    #[rustfmt::skip]
+    let kinds = [
+        K::Input, K::System, K::Unreachable, K::Timeout, K::Protocol, K::Version, K::Refused, K::Fenced, K::Volume, K::Full,
+        K::Lost, K::Cancelled, K::Poisoned, K::Vm,
+    ];
+    for (number, kind) in kinds.into_iter().enumerate() {
+        let expected = format!("0c{number:02x}00");
+        assert_eq!(bytes(message::encode(&Talk::Abort { kind, reason: String::new() })), expected);
     }
     let requests = [
         (VmdRequest::Members(vec![]), "0100"),

@@ -18,8 +18,6 @@ use crate::lab::{Lab, Node};
 use crate::ui::Ui;
 
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
-/// How long a destination that was given up waits for the source to say why.
-const LAST_WORD: Duration = Duration::from_secs(2);
 /// What a verification pass goes over at least, on a busy or swapping machine.
 const VERIFY_BYTES_PER_S: u64 = 4 << 20;
 
@@ -35,39 +33,28 @@ struct Followed {
     samples: Vec<Sample>,
 }
 
-/// What each end says that it failed with, and since when one did.
+/// What each end says that it failed with.
 #[derive(Default)]
 struct Failures {
     source: Option<Failure>,
     destination: Option<Failure>,
-    since: Option<Instant>,
 }
 
 impl Failures {
-    fn note(&mut self, node: Node, failure: Failure, at: Instant) {
-        self.since.get_or_insert(at);
+    fn note(&mut self, node: Node, failure: Failure) {
         let end = if node == Node::Source { &mut self.source } else { &mut self.destination };
         end.get_or_insert(failure);
     }
 
-    /// Whether an end failed, and nothing that it says now would be changed by what the other may still say.
-    fn are_known(&self, now: Instant) -> bool {
-        let quoting = self.source.is_none()
-            && self.destination.as_ref().is_some_and(|failure| failure.kind == ErrorKind::Cancelled);
-        self.since.is_some_and(|since| !quoting || now.saturating_duration_since(since) > LAST_WORD)
+    fn are_known(&self) -> bool {
+        self.source.is_some() || self.destination.is_some()
     }
 
-    /// What the migration failed with. What is lost is lost, whoever says so. A destination that was given up says
-    /// that it was cancelled, and the source says why; of anything else the destination knows most.
+    /// What the migration failed with. What is lost is lost, whoever says so; of anything else the destination knows
+    /// most, for it was told why a source gave up.
     fn verdict(self) -> Option<Failure> {
-        match (self.source, self.destination) {
-            (Some(from), Some(to)) => {
-                let gave_up = to.kind == ErrorKind::Cancelled && from.kind != ErrorKind::Vm;
-                let source_knows = to.kind != ErrorKind::Lost && (from.kind == ErrorKind::Lost || gave_up);
-                Some(if source_knows { from } else { to })
-            }
-            (from, to) => from.or(to),
-        }
+        let lost = |failure: &Failure| failure.kind == ErrorKind::Lost;
+        if self.source.as_ref().is_some_and(lost) { self.source } else { self.destination.or(self.source) }
     }
 }
 
@@ -143,12 +130,12 @@ impl<'a> Following<'a> {
             "lost" => {
                 let lost = serde_json::from_value(occurred.line["pages"].clone()).unwrap_or_default();
                 let message = format!("pages were lost, {} tells", occurred.node);
-                vm.failed.note(occurred.node, Failure { kind: ErrorKind::Lost, message, lost }, occurred.at);
+                vm.failed.note(occurred.node, Failure { kind: ErrorKind::Lost, message, lost });
             }
             "failed" => {
                 let kind = serde_json::from_value(occurred.line["kind"].clone()).unwrap_or(ErrorKind::System);
                 let message = format!("{}: {message}", occurred.node);
-                vm.failed.note(occurred.node, Failure { kind, message, lost: Vec::new() }, occurred.at);
+                vm.failed.note(occurred.node, Failure { kind, message, lost: Vec::new() });
             }
             "warning" | "node-lost" => {
                 let at = occurred.at.saturating_duration_since(self.start).as_secs_f64();
@@ -160,7 +147,7 @@ impl<'a> Following<'a> {
 
     fn is_over(&self) -> bool {
         self.vms.iter().all(|vm| {
-            vm.failed.are_known(Instant::now())
+            vm.failed.are_known()
                 || match self.args.until {
                     Until::Evicted => vm.evicted.is_some(),
                     // A source that was killed earlier than that will never tell.
@@ -193,7 +180,7 @@ impl<'a> Following<'a> {
             if !planned(Node::Source) && vm.evicted.is_none() {
                 pair.source.process.check()?;
             }
-            if !planned(Node::Destination) && vm.failed.since.is_none() {
+            if !planned(Node::Destination) && !vm.failed.are_known() {
                 pair.destination.process.check()?;
             }
         }
@@ -305,7 +292,7 @@ fn report_of(
     let source = from.and_then(|answer| part(&answer, "source")).or(vm.source.take());
     let destination: Option<DestinationReport> = to.as_ref().and_then(|answer| part(answer, "destination"));
     let mut guest: Guest = to.as_ref().and_then(|answer| part(answer, "guest")).unwrap_or_default();
-    if until == Until::Gathered && vm.failed.since.is_none() {
+    if until == Until::Gathered && !vm.failed.are_known() {
         // After the report: what verification costs the guest is not what the migration cost it.
         let limit = Duration::from_secs(60 + args.vm.memory.0 / VERIFY_BYTES_PER_S);
         let answer = pair.destination.control.request(&json!({"do": "verify"}), limit);
@@ -386,16 +373,15 @@ mod test {
         let failed = |node, kind: ErrorKind| told(node, "failed", json!({"kind": kind, "message": "x"}));
         for (from, to, code) in [
             (ErrorKind::Cancelled, ErrorKind::Cancelled, 4),
-            (ErrorKind::Timeout, ErrorKind::Cancelled, 1),
-            (ErrorKind::Vm, ErrorKind::Cancelled, 4),
+            (ErrorKind::Vm, ErrorKind::Vm, 1),
             (ErrorKind::Vm, ErrorKind::Full, 1),
             (ErrorKind::Cancelled, ErrorKind::Lost, 3),
+            (ErrorKind::Lost, ErrorKind::Unreachable, 3),
         ] {
             let mut following = Following::new(&args, Instant::now(), &receiver);
             following.take(&failed(Node::Destination, to), &Ui::new());
-            assert_eq!(following.is_over(), to != ErrorKind::Cancelled, "the source says why it gave up");
-            following.take(&failed(Node::Source, from), &Ui::new());
             assert!(following.is_over());
+            following.take(&failed(Node::Source, from), &Ui::new());
             let failure = std::mem::take(&mut following.vms[0].failed).verdict().expect("failed");
             assert_eq!(crate::experiment::exit_code(&Status::Failed(failure)), code, "{from:?} and {to:?}");
         }

@@ -85,7 +85,11 @@ impl Handover<'_> {
             }
             match control.recv_talk(deadline.min(Instant::now() + LOOK)) {
                 Ok(talk) if talk == *wanted => return Ok(()),
-                Ok(Talk::Abort { reason } | Talk::Failed { reason }) => {
+                Ok(Talk::Abort { kind: ErrorKind::Cancelled, reason }) => {
+                    let message = format!("the destination gave the VM up: {reason}");
+                    return Err(Error::new(ErrorKind::Cancelled, message));
+                }
+                Ok(Talk::Abort { reason, .. } | Talk::Failed { reason }) => {
                     let message = format!("the destination cannot take the VM: {reason}");
                     return Err(Error::new(ErrorKind::Vm, message));
                 }
@@ -170,7 +174,7 @@ impl Handover<'_> {
     /// Tells the destination that the VM stays, on the open connection, or, where that is of no use, on a new one.
     /// Returns the one that it was said on, to be kept for as long as there is something else to do.
     fn say_abort(&self, open: Option<Conversation>, error: &Error) -> Option<Conversation> {
-        let abort = Talk::Abort { reason: error.chain() };
+        let abort = Talk::Abort { kind: error.kind, reason: error.chain() };
         let say = |mut line: Conversation| {
             line.send_talk(&abort, Instant::now() + LOOK * 10).ok()?;
             // Closing a connection on which something is unread throws away what is on its way.

@@ -337,7 +337,7 @@ impl Listener for Control {
                 state.gathered_s.get_or_insert(elapsed_s);
                 self.changed.notify_all();
             }
-            Talk::Failed { reason } | Talk::Abort { reason } => {
+            Talk::Failed { reason } | Talk::Abort { reason, .. } => {
                 let message = format!("the destination failed: {reason}");
                 let failure = Failure { kind: ErrorKind::Vm, message, pages: Vec::new() };
                 // What is safe stays safe; the failure is told to who still waits.

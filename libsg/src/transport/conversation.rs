@@ -115,8 +115,8 @@ impl Conversation {
                 Kind::State => assembler.push(frame)?,
                 Kind::Talk => match Talk::decode(frame.body)? {
                     Talk::StateEnd { bytes, checksum } => return assembler.finish(bytes, Checksum(checksum)),
-                    Talk::Abort { reason } => {
-                        return Err(Error::new(ErrorKind::Cancelled, format!("the peer gave up: {reason}")));
+                    Talk::Abort { kind, reason } => {
+                        return Err(Error::new(kind, format!("the peer gave up: {reason}")));
                     }
                     _ => return Err(unexpected(Kind::Talk)),
                 },

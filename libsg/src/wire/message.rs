@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Malformed;
+use crate::error::ErrorKind;
 use crate::ids::{Epoch, NodeId, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
@@ -228,6 +229,8 @@ pub enum Talk {
     },
     /// Either side: it gives up, before COMMIT. The VM stays at the source.
     Abort {
+        /// Why, to match on: whoever hears of it ends with the same.
+        kind: ErrorKind,
         /// Why, for the operator.
         reason: String,
     },

@@ -227,7 +227,7 @@ impl Conductor {
                 }
                 Ok(None) => continue,
                 Ok(Some(frame)) if frame.header.kind == Kind::Talk => Talk::decode(frame.body),
-                Ok(Some(_)) => Ok(Talk::Abort { reason: "not a message".into() }),
+                Ok(Some(_)) => Ok(Talk::Abort { kind: ErrorKind::Protocol, reason: "not a message".into() }),
                 Err(error) => {
                     tracing::info!(
                         error = error.chain(),
@@ -247,13 +247,13 @@ impl Conductor {
                 }
                 Ok(Talk::Rejoin) if ours => self.rejoined(line),
                 // A source whose connection broke dials once more to say that it gives up.
-                Ok(Talk::Abort { reason }) if ours && self.phase < ArrivalPhase::Running => {
-                    return Err(given_up(&reason));
+                Ok(Talk::Abort { kind, reason }) if ours && self.phase < ArrivalPhase::Running => {
+                    return Err(given_up(kind, &reason));
                 }
                 first => {
                     tracing::warn!(?greeting, ?first, "a control connection about something else");
                     let reason = "this destination takes one VM, and this is not it".to_owned();
-                    line.say(&Talk::Abort { reason });
+                    line.say(&Talk::Abort { kind: ErrorKind::Volume, reason });
                 }
             }
         }
@@ -408,8 +408,8 @@ impl Conductor {
                     gather.shared().set_evicted();
                 }
             }
-            Talk::Abort { reason } if self.phase < ArrivalPhase::Running => {
-                return Err(given_up(&reason));
+            Talk::Abort { kind, reason } if self.phase < ArrivalPhase::Running => {
+                return Err(given_up(kind, &reason));
             }
             Talk::Failed { reason } => {
                 let message = format!("the source failed: {reason}");
@@ -465,9 +465,8 @@ impl Conductor {
     }
 }
 
-fn given_up(reason: &str) -> Error {
-    let message = format!("the source gave up before COMMIT: the VM runs on there ({reason})");
-    Error::new(ErrorKind::Cancelled, message)
+fn given_up(kind: ErrorKind, reason: &str) -> Error {
+    Error::new(kind, format!("the source gave up before COMMIT: the VM runs on there ({reason})"))
 }
 
 fn send_holdings(line: &mut Line, gather: &Gather) {

@@ -167,7 +167,7 @@ impl Conductor {
         if committed {
             self.say(&Talk::Failed { reason: reason.clone() });
         } else {
-            self.say(&Talk::Abort { reason: reason.clone() });
+            self.say(&Talk::Abort { kind: error.kind, reason: reason.clone() });
         }
         if let Some(gather) = self.gather.take() {
             gather.stop();

@@ -68,7 +68,8 @@ impl Conductor {
         }
         if !self.abort_said {
             self.abort_said = true;
-            self.say(&Talk::Abort { reason: "cancelled at the destination".into() });
+            let reason = "cancelled at the destination".into();
+            self.say(&Talk::Abort { kind: ErrorKind::Cancelled, reason });
         }
         Ok(())
     }
