@@ -326,6 +326,10 @@ impl Drop for Outgoing {
 
 /// Hears the destination on behalf of the waiters.
 impl Listener for Control {
+    fn has_gathered(&self) -> bool {
+        self.state.lock().gathered_s.is_some()
+    }
+
     fn heard(&self, talk: Talk) {
         let elapsed_s = self.elapsed_s();
         let mut state = self.state.lock();

@@ -98,10 +98,13 @@ pub fn serve_while<T>(
 pub trait Listener: Sync {
     /// The destination said something.
     fn heard(&self, talk: Talk);
+
+    /// Whether it has said that it holds every page.
+    fn has_gathered(&self) -> bool;
 }
 
-/// Keeps the connections to the destination until the scatter stops: runs `session`, and whenever
-/// there is none, or it breaks, makes new ones.
+/// Keeps the connections to the destination until the scatter stops or the destination has gathered: runs
+/// `session`, and whenever there is none, or it breaks, makes new ones.
 ///
 /// # Errors
 /// [`ErrorKind::Poisoned`] when a thread panicked or the source failed, and what a destination says that no honest one does.
@@ -123,6 +126,11 @@ pub fn keep(
         }) {
             Ok(()) => {}
             Err(error) if error.kind == ErrorKind::Poisoned => return Err(error),
+            Err(_) if listener.has_gathered() => {
+                // It closes behind itself. What it had no time to acknowledge is there.
+                scatter.all_held();
+                return Ok(());
+            }
             Err(error) => {
                 scatter.destination_lost();
                 if !told && !scatter.stopping() {
@@ -250,6 +258,9 @@ impl<'a> Control<'a> {
     fn run(mut self, ended: &dyn Fn() -> bool) -> Result<()> {
         let link = self.scatter.pacer.add_link(Class::Urgent);
         let result = self.converse(link, ended);
+        // Whatever ended it: what was said before counts. And closing a connection on which something is unread
+        // throws away what is on its way.
+        let _ = self.read();
         self.scatter.pacer.remove_link(link);
         result
     }
@@ -271,6 +282,7 @@ impl<'a> Control<'a> {
             wait(&[(Some(self.channel.as_fd()), writing), (Some(waker.as_fd()), false)], TICK)?;
             waker.drain();
         }
+        self.tell_evicted()?;
         if self.scatter.is_poisoned() {
             let reason = self.scatter.failure().chain();
             let body = message::encode(&Talk::Failed { reason })?;
@@ -278,8 +290,6 @@ impl<'a> Control<'a> {
         }
         // Best effort: what is queued may still go out.
         let _ = self.outbox.flush(&self.channel, usize::MAX);
-        // Closing a connection on which something is unread throws away what is on its way.
-        while let Ok(Some(_)) = self.inbox.poll(&self.channel) {}
         Ok(())
     }
 

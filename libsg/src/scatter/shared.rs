@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::pace::SharedPacer;
+use crate::page::{PageIndex, PageRange};
 use crate::source::{PageSource, Supply};
 use crate::transport::Waker;
 use crate::wire::IndexEntry;
@@ -290,6 +291,15 @@ impl Scatter {
         planner.sink_lost(Sink::Urgent);
         drop(planner);
         self.wake_all();
+    }
+
+    /// The destination has every page.
+    pub fn all_held(&self) {
+        let mut planner = self.planner.lock();
+        let (_, total) = planner.progress();
+        planner.held(PageRange::new(PageIndex(0), total));
+        drop(planner);
+        self.check_progress();
     }
 
     /// Looks whether everything is safe, and tells of progress. Called after acknowledgements.

@@ -454,11 +454,13 @@ impl Conductor {
     fn control_lost(&mut self, error: &Error) {
         let now = Instant::now();
         self.away_since = Some(now);
+        // Who is needed no more may go.
         let evicted = self.gather.as_ref().is_some_and(|gather| gather.shared().source().evicted);
+        let needed = !evicted && self.phase < ArrivalPhase::Gathered;
         if let Some(gather) = &self.gather {
             gather.shared().set_source_away(Some(now));
         }
-        if !evicted {
+        if needed {
             tracing::warn!(error = error.chain(), "the source's connection is lost");
             self.tell(&Event::NodeLost { message: format!("source: {}", error.chain()) });
         }
