@@ -323,7 +323,7 @@ fn a_limit_bounds_at_once_and_lifts() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 10, ..ProptestConfig::default() })]
 
     #[test]
     fn finds_any_rate_of_a_data_centre(
