@@ -50,10 +50,8 @@ impl FromStr for VolumeId {
 /// [`ErrorKind::System`] when the kernel gives none.
 pub fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|e| {
-        Error::new(ErrorKind::System, "the kernel gives no random bytes")
-            .because(std::io::Error::other(e.to_string()))
-    })?;
+    crate::host::fill_random(&mut bytes)
+        .map_err(|cause| Error::new(ErrorKind::System, "the kernel gives no random bytes").because(cause))?;
     Ok(bytes)
 }
 

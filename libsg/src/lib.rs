@@ -68,6 +68,7 @@ pub mod latency;
 pub mod event;
 pub mod report;
 pub mod usage;
+pub mod host;
 pub mod memory;
 pub mod source;
 pub mod sink;

@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What everybody may use: it knows nothing of threads or peers.
+/// What everybody may use: it knows nothing of peers.
 const VOCABULARY: &[&str] =
-    &["page", "ids", "limits", "error", "manifest", "latency", "event", "report", "usage", "units"];
+    &["page", "ids", "limits", "error", "manifest", "latency", "event", "report", "usage", "units", "host"];
 
 /// Each module above the vocabulary with those that it may use. What is not listed is a breach.
 const MAY_USE: &[(&str, &[&str])] = &[
@@ -184,6 +184,32 @@ fn the_wire_knows_no_sockets() {
                 if line.contains(word) {
                     breaches.push(format!("{}:{at}: {word}", source.name));
                 }
+            }
+        }
+    }
+    none(breaches);
+}
+
+/// Everybody else asks `host` for the time, and for all that waits: what asks behind its back cannot be simulated.
+#[test]
+fn only_host_asks_the_host() {
+    const WORDS: &[&str] = &[
+        "Instant::now",
+        ".elapsed()",
+        "thread::Builder::new",
+        "thread::sleep",
+        "thread::spawn",
+        "scope.spawn",
+    ];
+    // The model of the VMD, and what is measured beside a migration, are in no simulated world.
+    let stays_out = |name: &str| {
+        name.starts_with("host/") || name.starts_with("vmd/memory") || name.contains("conformance")
+    };
+    let mut breaches = Vec::new();
+    for source in sources().iter().filter(|source| !source.is_test() && !stays_out(&source.name)) {
+        for (at, line) in source.code().filter(|(_, line)| !line.contains("host::thread::")) {
+            for word in WORDS.iter().filter(|word| line.contains(**word)) {
+                breaches.push(format!("{}:{at}: {word} is for host to call", source.name));
             }
         }
     }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use super::install::Installer;
 use super::shared::Shared;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::pace::{self, Acquire, Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Channel, Inbox, Outbox, TcpPath, wait};
@@ -87,7 +88,7 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
             end(shared, line.take());
             line = Some(open(shared, channel)?);
         }
-        let mut again_at = Instant::now() + NAP;
+        let mut again_at = host::now() + NAP;
         if let Some(open) = &mut line {
             match step(shared, open, &mut work) {
                 Ok(at) => again_at = at.min(again_at),
@@ -100,7 +101,7 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
                 Err(error) => return Err(error),
             }
         }
-        let timeout = again_at.saturating_duration_since(Instant::now());
+        let timeout = again_at.saturating_duration_since(host::now());
         let waker = (Some(shared.wake_direct.as_fd()), false);
         match &line {
             Some(line) => {
@@ -126,7 +127,7 @@ fn open(shared: &Shared, channel: Channel) -> Result<Line> {
         delay: None,
         counted: 0,
     };
-    shared.pacer.charge(Class::Direct, line.saved, Instant::now());
+    shared.pacer.charge(Class::Direct, line.saved, host::now());
     line.pace = pace(shared);
     grant(&mut line)?;
     Ok(line)
@@ -161,7 +162,7 @@ fn step(shared: &Shared, line: &mut Line, work: &mut Work) -> Result<Instant> {
             let message = format!("a {:?} frame on the direct connection", header.kind);
             return Err(Error::new(ErrorKind::Protocol, message));
         }
-        let now = Instant::now();
+        let now = host::now();
         shared.direct_came(now);
         line.delay = header.delay_us.map(|us| Duration::from_micros(us.into())).or(line.delay);
         let bytes = decode_pages(frame.body, header.count.into(), &mut work.entries)?;
@@ -197,7 +198,7 @@ pub(super) fn acknowledge(
 
 /// Grants what the pacer gives, up to the window; returns when to ask it again.
 fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
-    let now = Instant::now();
+    let now = host::now();
     let rate = shared.pacer.rate();
     let piece = match rate {
         Some(rate) => {

@@ -19,6 +19,7 @@ use super::prepage::is_of_link;
 use super::shared::{MemberDesk, Shared};
 use super::tracker::{Path, Read, Wanted, Word};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::MemberIndex;
 use crate::pace::{self, Class, LinkId, LinkReading};
 use crate::page::{PageIndex, PageRange};
@@ -153,7 +154,7 @@ impl Worker<'_> {
             self.hear_member(member)?;
         }
         self.take_wishes();
-        let now = Instant::now();
+        let now = host::now();
         let all = self.shared.take_relook();
         for at in 0..self.pending.len() {
             if all || self.pending[at].try_at <= now {
@@ -172,7 +173,7 @@ impl Worker<'_> {
             let (inbox, outbox) = (Inbox::new(), Outbox::new());
             let pace_link = self.shared.pacer.add_link(Class::Urgent);
             self.source = Some(Line { channel, inbox, outbox, sequence: 0, counted: 0, pace_link });
-            self.pending.iter_mut().for_each(|pending| pending.try_at = Instant::now());
+            self.pending.iter_mut().for_each(|pending| pending.try_at = host::now());
         }
         let members = self.shared.members();
         for desk in members.into_iter().skip(self.seats.len()) {
@@ -184,7 +185,7 @@ impl Worker<'_> {
                 && let Some(link) = seat.desk.urgent.lock().take()
             {
                 (seat.link, seat.out, seat.counted) = (Some(link), 0, 0);
-                self.pending.iter_mut().for_each(|pending| pending.try_at = Instant::now());
+                self.pending.iter_mut().for_each(|pending| pending.try_at = host::now());
             }
         }
     }
@@ -195,7 +196,7 @@ impl Worker<'_> {
             self.shared.pacer.remove_link(line.pace_link);
             self.shared.wake_conductor();
         }
-        let now = Instant::now();
+        let now = host::now();
         for pending in &mut self.pending {
             (pending.source, pending.try_at) = (Asked::default(), now);
         }
@@ -206,7 +207,7 @@ impl Worker<'_> {
         self.seats[member].link = None;
         self.seats[member].desk.wants_urgent.store(true, Ordering::Release);
         self.seats[member].desk.waker.wake();
-        let now = Instant::now();
+        let now = host::now();
         let lost = |asked: &Asked| asked.ticket.is_some_and(|(at, _)| at.as_usize() == member);
         for pending in &mut self.pending {
             if lost(&pending.read) {
@@ -235,7 +236,7 @@ impl Worker<'_> {
                     SinkEvent::Fault { page, .. } => self.fault(page)?,
                     SinkEvent::Removed(range) => self.shared.tracker.lock().removed(range),
                     SinkEvent::Installed(range) => {
-                        self.shared.tracker.lock().installed(range, Path::Staged, Instant::now());
+                        self.shared.tracker.lock().installed(range, Path::Staged, host::now());
                     }
                 }
             }
@@ -244,7 +245,7 @@ impl Worker<'_> {
     }
 
     fn fault(&mut self, page: PageIndex) -> Result<()> {
-        let now = Instant::now();
+        let now = host::now();
         let (wanted, unit) = {
             let mut tracker = self.shared.tracker.lock();
             (tracker.fault(page, now, &mut self.reads), tracker.unit(page))
@@ -263,7 +264,7 @@ impl Worker<'_> {
             return;
         }
         self.shared.take_wishes(&mut self.wishes);
-        let now = Instant::now();
+        let now = host::now();
         for page in &self.wishes {
             let Some(unit) = self.shared.tracker.lock().unit(*page) else { continue };
             if self.pending.iter().all(|pending| pending.unit != unit) {
@@ -299,7 +300,7 @@ impl Worker<'_> {
                     let between = &mut || read_removals(shared);
                     self.installer.pages(shared, &self.entries, bytes, between)?;
                     let gone = self.entries.iter().any(|entry| entry.encoding == Encoding::Gone);
-                    shared.pacer.charge(Class::Urgent, bytes.len() as u64, Instant::now());
+                    shared.pacer.charge(Class::Urgent, bytes.len() as u64, host::now());
                     shared.counters.direct.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     acknowledge(&mut line.outbox, &header, &self.installer.bad, &mut self.table)?;
                     self.answered(header.sequence.0, gone);
@@ -320,7 +321,7 @@ impl Worker<'_> {
 
     /// The source answered: what came of it is seen by looking.
     fn answered(&mut self, sequence: u64, gone: bool) {
-        let now = Instant::now();
+        let now = host::now();
         let asked = |pending: &&mut Pending| pending.source.sequence == sequence && pending.source.is_out();
         if let Some(pending) = self.pending.iter_mut().find(asked) {
             (pending.source, pending.try_at) = (Asked::default(), now);
@@ -355,7 +356,7 @@ impl Worker<'_> {
         link.progress(usize::MAX)?;
         while let Some(completion) = link.completion() {
             self.seats[member].out = self.seats[member].out.saturating_sub(1);
-            let now = Instant::now();
+            let now = host::now();
             let ticket = Some((MemberIndex(member as u16), completion.ticket));
             let of = |asked: &Asked| asked.is_out() && asked.ticket == ticket;
             let Some(pending) = self.pending.iter_mut().find(|p| of(&p.read) || of(&p.index)) else {
@@ -410,7 +411,7 @@ impl Worker<'_> {
     }
 
     fn rest(&self) -> Result<()> {
-        let now = Instant::now();
+        let now = host::now();
         let next = self.pending.iter().map(|p| p.try_at.saturating_duration_since(now)).min();
         let mut timeout = next.unwrap_or(NAP).min(NAP);
         let mut on: [(Option<BorrowedFd<'_>>, bool); WAIT_MAX] = [(None, false); WAIT_MAX];
@@ -460,7 +461,7 @@ impl Pending {
 /// a slower one. Their own delay is no measure: they overtake.
 fn report(shared: &Shared, link: LinkId, received_bytes: u64) {
     let reading = LinkReading { delivered: received_bytes, ..LinkReading::default() };
-    let _ = shared.pacer.report(link, reading, Instant::now());
+    let _ = shared.pacer.report(link, reading, host::now());
 }
 
 /// What stands in the way of an installation is an event that was not read: the guest gives pages up. Faults
@@ -472,7 +473,7 @@ fn read_removals(shared: &Shared) -> Result<()> {
     for event in events {
         match event {
             SinkEvent::Removed(range) => tracker.removed(range),
-            SinkEvent::Installed(range) => tracker.installed(range, Path::Staged, Instant::now()),
+            SinkEvent::Installed(range) => tracker.installed(range, Path::Staged, host::now()),
             SinkEvent::Fault { page, .. } => shared.fault_for_later(page),
         }
     }
@@ -480,6 +481,6 @@ fn read_removals(shared: &Shared) -> Result<()> {
     if shared.is_stopping() {
         return Err(Error::new(ErrorKind::Cancelled, "gather ends"));
     }
-    std::thread::yield_now();
+    host::thread::yield_now();
     Ok(())
 }

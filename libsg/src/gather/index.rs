@@ -11,6 +11,7 @@ use super::prepage::is_of_link;
 use super::shared::Shared;
 use super::tracker::Word;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::MemberIndex;
 use crate::limits::INDEX_RANGE_PAGES;
 use crate::page::{PageIndex, PageRange};
@@ -63,9 +64,9 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         let silent = source.evicted || source.away_since.is_some();
         let searches = shared.is_running() && silent && shared.counts().unknown > 0;
         if searches {
-            let now = Instant::now();
+            let now = host::now();
             let state = state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now });
-            if state.anew_at.elapsed() >= ASK_ANEW {
+            if host::elapsed(state.anew_at) >= ASK_ANEW {
                 state.anew_at = now;
                 shared.tracker.lock().ask_again(false);
             }
@@ -73,7 +74,7 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
             let complete = search(shared, &mut seats)?;
             let unknown = shared.counts().unknown;
             if unknown < state.unknown {
-                state.fewer_at = Instant::now();
+                state.fewer_at = host::now();
             }
             state.unknown = unknown;
             after_search(shared, complete, state.fewer_at)?;
@@ -156,7 +157,7 @@ fn overlaps(a: PageRange, b: PageRange) -> bool {
 fn may_answer(shared: &Shared, member: MemberIndex) -> bool {
     let Some(desk) = shared.member(member) else { return false };
     let state = *desk.state.lock();
-    !state.gone && state.lost_since.is_none_or(|since| since.elapsed() < shared.member_grace)
+    !state.gone && state.lost_since.is_none_or(|since| host::elapsed(since) < shared.member_grace)
 }
 
 fn locate(
@@ -168,7 +169,7 @@ fn locate(
     let unreachable = || Error::new(ErrorKind::Unreachable, "it was not there just now");
     let desk = shared.member(member).ok_or_else(unreachable)?;
     let known_lost = desk.state.lock().lost_since.is_some();
-    if known_lost || seat.not_before.is_some_and(|at| Instant::now() < at) {
+    if known_lost || seat.not_before.is_some_and(|at| host::now() < at) {
         return Err(unreachable());
     }
     let mut link = match seat.link.take() {
@@ -179,7 +180,7 @@ fn locate(
                 Ok(link) if link.member().node == desk.member.node => link,
                 Ok(_) => return Err(unreachable()),
                 Err(error) => {
-                    seat.not_before = Some(Instant::now() + LEAVE_ALONE);
+                    seat.not_before = Some(host::now() + LEAVE_ALONE);
                     return Err(error);
                 }
             }
@@ -193,7 +194,7 @@ fn locate(
         Ok(_) => seat.link = Some(link),
         // It does not know the volume: then it knows none of its pages.
         Err(error) if error.kind == ErrorKind::Volume => return Ok(Vec::new()),
-        Err(_) => seat.not_before = Some(Instant::now() + LEAVE_ALONE),
+        Err(_) => seat.not_before = Some(host::now() + LEAVE_ALONE),
     }
     located
 }
@@ -218,7 +219,7 @@ fn not_indexed(shared: &Shared, range: PageRange) {
 /// Asks the source for what only it can have; what nobody can have is lost.
 fn after_search(shared: &Shared, complete: bool, fewer_at: Instant) -> Result<()> {
     let source = shared.source();
-    let away_for = source.away_since.map(|since| since.elapsed());
+    let away_for = source.away_since.map(host::elapsed);
     let total = shared.counts().total;
     if away_for.is_none() {
         let mut wishes = Vec::new();
@@ -231,12 +232,12 @@ fn after_search(shared: &Shared, complete: bool, fewer_at: Instant) -> Result<()
     let members = shared.members();
     let settled = members.iter().all(|desk| {
         let state = *desk.state.lock();
-        state.gone || state.lost_since.is_none_or(|since| since.elapsed() >= shared.member_grace)
+        state.gone || state.lost_since.is_none_or(|since| host::elapsed(since) >= shared.member_grace)
     });
     if !complete || !settled {
         return Ok(());
     }
-    let source_away = away_for.is_some_and(|away| away.min(fewer_at.elapsed()) >= shared.source_grace);
+    let source_away = away_for.is_some_and(|away| away.min(host::elapsed(fewer_at)) >= shared.source_grace);
     let mut lost = Vec::new();
     let mut from = PageIndex(0);
     while u64::from(from.0) < total {

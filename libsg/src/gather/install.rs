@@ -1,11 +1,10 @@
 //! From received bytes into memory: check, claim, install in runs, settle. One call a batch; two
 //! short locks; nothing is allocated once the buffers have grown to a batch.
 
-use std::time::Instant;
-
 use super::shared::Shared;
 use super::tracker::{Claim, Path, Read, Word};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::{Checksum, Round};
 use crate::limits::BATCH_PAGES_MAX;
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
@@ -166,7 +165,7 @@ impl Installer {
             let bytes = bytes.get(*offset..*offset + run.pages as usize * PAGE_BYTES);
             shared.install(*run, Some(bytes.ok_or(Malformed::Truncated)?), between)?;
         }
-        let now = Instant::now();
+        let now = host::now();
         let mut tracker = shared.tracker.lock();
         for (run, _) in &self.runs {
             tracker.installed(*run, path, now);
@@ -210,7 +209,7 @@ impl Installer {
             self.unit[to..to + PAGE_BYTES].copy_from_slice(from);
         }
         shared.install(unit, Some(&self.unit), between)?;
-        shared.tracker.lock().installed(unit, path, Instant::now());
+        shared.tracker.lock().installed(unit, path, host::now());
         Ok(())
     }
 }

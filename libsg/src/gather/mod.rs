@@ -23,7 +23,6 @@ mod tracker;
 mod tracker_test;
 
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 
@@ -31,6 +30,7 @@ pub(crate) use shared::{Setup, Shared};
 pub use tracker::{Claim, Counts, Path, Read, Tracker, Wanted, Word};
 
 use crate::error::Result;
+use crate::host::thread::JoinHandle;
 use crate::ids::MemberIndex;
 use crate::wire::message::Member;
 

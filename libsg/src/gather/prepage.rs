@@ -12,6 +12,7 @@ use super::shared::{MemberDesk, MemberState, Shared};
 use super::tracker::Read;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
+use crate::host;
 use crate::ids::MemberIndex;
 use crate::limits::BATCH_PAGES;
 use crate::pace::{self, Acquire, Class, LinkId, LinkReading};
@@ -69,7 +70,7 @@ pub(crate) fn run(shared: &Shared, member: MemberIndex) -> Result<()> {
         entries: Vec::new(),
         installer: Installer::default(),
         budget: 0,
-        last_sign: Instant::now(),
+        last_sign: host::now(),
         counted: 0,
     };
     let ended = worker.work();
@@ -123,7 +124,7 @@ impl Worker<'_> {
             match self.connect_once(vmd::Class::Bulk) {
                 Ok(link) => {
                     self.link = Some(link);
-                    (self.last_sign, self.counted) = (Instant::now(), 0);
+                    (self.last_sign, self.counted) = (host::now(), 0);
                     self.set_lost(false, None);
                     return Ok(true);
                 }
@@ -161,7 +162,7 @@ impl Worker<'_> {
         let before = {
             let mut state = self.desk.state.lock();
             let before = *state;
-            let since = before.lost_since.unwrap_or_else(Instant::now);
+            let since = before.lost_since.unwrap_or_else(host::now);
             *state = MemberState { lost_since: lost.then_some(since), gone, ..before };
             before
         };
@@ -214,7 +215,7 @@ impl Worker<'_> {
         link.progress(usize::MAX)?;
         self.reap()?;
         self.report();
-        if !self.flights.is_empty() && self.last_sign.elapsed() > self.shared.member_grace {
+        if !self.flights.is_empty() && host::elapsed(self.last_sign) > self.shared.member_grace {
             let message = format!("no answer for {} s", self.shared.member_grace.as_secs());
             return Err(Error::new(ErrorKind::Timeout, message).at(&self.desk.member.node));
         }
@@ -222,7 +223,7 @@ impl Worker<'_> {
     }
 
     fn request(&mut self) -> Result<Instant> {
-        let now = Instant::now();
+        let now = host::now();
         let nap = now + NAP;
         if self.shared.direct_first(now) {
             return Ok(nap.min(now + Duration::from_millis(2)));
@@ -265,13 +266,13 @@ impl Worker<'_> {
         let bytes = reads.len() as u64 * PAGE_WIRE_BYTES;
         // A whole unit may be more than was granted: the next request then waits for longer.
         if bytes > self.budget {
-            self.shared.pacer.charge(Class::Bulk, bytes - self.budget, Instant::now());
+            self.shared.pacer.charge(Class::Bulk, bytes - self.budget, host::now());
         }
         self.budget = self.budget.saturating_sub(bytes);
         self.gets.clear();
         self.gets.extend(reads.iter().map(|read| GetEntry { page: read.page, placement: read.placement }));
         if self.flights.is_empty() {
-            self.last_sign = Instant::now();
+            self.last_sign = host::now();
         }
         let submitted = match &mut self.link {
             Some(link) => link.submit(Request::Get(&self.gets)),
@@ -292,7 +293,7 @@ impl Worker<'_> {
         while let Some(completion) = link.completion() {
             let place = self.flights.iter().position(|(ticket, _)| *ticket == completion.ticket);
             let Some((_, mut reads)) = place.and_then(|place| self.flights.remove(place)) else { continue };
-            self.last_sign = Instant::now();
+            self.last_sign = host::now();
             let shared = self.shared;
             match completion.result {
                 Ok(Reply::Pages { entries, bytes }) => {
@@ -330,14 +331,14 @@ impl Worker<'_> {
             base_rtt: Duration::ZERO,
             backlogged: false,
         };
-        let _ = self.shared.pacer.report(self.pace_link, reading, Instant::now());
+        let _ = self.shared.pacer.report(self.pace_link, reading, host::now());
         let fresh = path.received_bytes.saturating_sub(self.counted);
         self.counted = path.received_bytes;
         self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);
     }
 
     fn rest(&self, again_at: Instant) -> Result<()> {
-        let timeout = again_at.saturating_duration_since(Instant::now());
+        let timeout = again_at.saturating_duration_since(host::now());
         let waker = (Some(self.desk.waker.as_fd()), false);
         match &self.link {
             Some(link) if !self.flights.is_empty() || link.queued_bytes() > 0 => {

@@ -5,7 +5,6 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -13,6 +12,7 @@ use parking_lot::{Mutex, RwLock};
 use super::tracker::{Counts, Tracker, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
+use crate::host::{self, thread::JoinHandle};
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
@@ -138,7 +138,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub fn new(setup: Setup) -> Result<Self> {
-        let now = Instant::now();
+        let now = host::now();
         let mut tracker = Tracker::new(&setup.manifest);
         tracker.set_members(setup.members.len());
         let huge = setup.manifest.regions.iter().any(|region| region.unit == InstallUnit::Huge2M);
@@ -407,7 +407,7 @@ impl Shared {
     /// What threads that do not read the sink's events do between two tries.
     pub fn let_events_be_read(&self) -> Result<()> {
         self.wake_fault.wake();
-        std::thread::sleep(RETRY_AFTER);
+        host::thread::sleep(RETRY_AFTER);
         if self.is_stopping() {
             return Err(Error::new(ErrorKind::Cancelled, "gather ends"));
         }
@@ -496,7 +496,7 @@ pub(crate) fn spawn(
             }
         }
     };
-    std::thread::Builder::new()
+    host::thread::Builder::new()
         .name(name)
         .spawn(run)
         .map_err(|cause| Error::new(ErrorKind::System, "a thread could not be started").because(cause))

@@ -13,14 +13,14 @@ mod volume;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use super::{IncomingVm, Observer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gather::{Counts, Shared};
+use crate::host::{self, Condvar, thread::JoinHandle};
 use crate::report::DestinationReport;
 use crate::transport::{PoolSecret, Waker};
 use crate::vmd::Connector;
@@ -150,7 +150,7 @@ pub struct ArrivalProgress {
 fn progress_of(phase: ArrivalPhase, gather: &Shared) -> ArrivalProgress {
     let (pages, longest_wait) = {
         let tracker = gather.tracker.lock();
-        (tracker.counts(), tracker.longest_wait(Instant::now()))
+        (tracker.counts(), tracker.longest_wait(host::now()))
     };
     ArrivalProgress {
         phase,
@@ -214,7 +214,7 @@ impl Desk {
 
     /// Waits until `take` finds something.
     fn wait<T>(&self, timeout: Duration, take: impl Fn(&Stage) -> Option<T>) -> Option<T> {
-        let deadline = Instant::now() + timeout;
+        let deadline = host::now() + timeout;
         let mut stage = self.stage.lock();
         loop {
             if let Some(found) = take(&stage) {
@@ -256,7 +256,7 @@ impl Incoming {
         self.desk.limit.store(bytes_per_s, Ordering::Release);
         let gather = self.desk.stage.lock().gather.clone();
         if let Some(gather) = gather {
-            gather.pacer.set_limit(bytes_per_s, Instant::now());
+            gather.pacer.set_limit(bytes_per_s, host::now());
             gather.wake_all();
         }
     }

@@ -8,6 +8,7 @@ use super::members::{Members, Patience, ask_all};
 use super::source::{Control, SourceOptions};
 use super::{Event, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::manifest::Manifest;
 use crate::scatter::session::{Destination, Session, serve_while};
 use crate::scatter::{Scatter, UrgentSink};
@@ -43,9 +44,9 @@ impl Handover<'_> {
         let offer = Talk::Offer {
             manifest: self.manifest.clone(),
             members: self.scatter.members.clone(),
-            elapsed_us: self.started.elapsed().as_micros() as u64,
+            elapsed_us: host::elapsed(self.started).as_micros() as u64,
         };
-        let deadline = Instant::now() + self.options.ready_timeout;
+        let deadline = host::now() + self.options.ready_timeout;
         control.send_talk(&offer, deadline)?;
         self.expect(control, &Talk::Accepted, deadline)?;
         let direct = self.destination.dial(Purpose::MigrationDirect)?;
@@ -53,10 +54,10 @@ impl Handover<'_> {
         let mut urgent = UrgentSink::new(self.scatter.clone(), urgent);
         self.control.check_cancelled()?;
 
-        let paused_at = Instant::now();
+        let paused_at = host::now();
         let state = vm.pause()?;
         self.control.mark_paused();
-        let deadline = Instant::now() + self.options.ready_timeout;
+        let deadline = host::now() + self.options.ready_timeout;
         control.send_state(&state, deadline)?;
         ask_all(
             members,
@@ -83,7 +84,7 @@ impl Handover<'_> {
             if self.scatter.is_poisoned() {
                 return Err(self.scatter.failure());
             }
-            match control.recv_talk(deadline.min(Instant::now() + LOOK)) {
+            match control.recv_talk(deadline.min(host::now() + LOOK)) {
                 Ok(talk) if talk == *wanted => return Ok(()),
                 Ok(Talk::Abort { kind: ErrorKind::Cancelled, reason }) => {
                     let message = format!("the destination gave the VM up: {reason}");
@@ -98,7 +99,7 @@ impl Handover<'_> {
                     let message = format!("the destination said {other:?} where {wanted:?} belongs");
                     return Err(Error::new(ErrorKind::Protocol, message));
                 }
-                Err(error) if error.kind == ErrorKind::Timeout && Instant::now() < deadline => {}
+                Err(error) if error.kind == ErrorKind::Timeout && host::now() < deadline => {}
                 Err(error) => return Err(error),
             }
         }
@@ -123,7 +124,7 @@ impl Handover<'_> {
                 self.scatter.member_lost(member, &error);
             },
         );
-        let deadline = Instant::now() + self.options.ready_timeout;
+        let deadline = host::now() + self.options.ready_timeout;
         let run = session.control.send_talk(&Talk::Run, deadline);
         let ran = run.and_then(|()| {
             let Session { control, urgent, .. } = &mut session;
@@ -133,7 +134,7 @@ impl Handover<'_> {
         });
         match ran {
             Ok(()) => {
-                let downtime = paused_at.elapsed();
+                let downtime = host::elapsed(paused_at);
                 (self.options.observer)(&Event::Resumed);
                 (Some(session), Some(downtime))
             }
@@ -176,9 +177,9 @@ impl Handover<'_> {
     fn say_abort(&self, open: Option<Conversation>, error: &Error) -> Option<Conversation> {
         let abort = Talk::Abort { kind: error.kind, reason: error.chain() };
         let say = |mut line: Conversation| {
-            line.send_talk(&abort, Instant::now() + LOOK * 10).ok()?;
+            line.send_talk(&abort, host::now() + LOOK * 10).ok()?;
             // Closing a connection on which something is unread throws away what is on its way.
-            while line.recv_talk(Instant::now()).is_ok() {}
+            while line.recv_talk(host::now()).is_ok() {}
             Some(line)
         };
         let alive = open.filter(|_| !matches!(error.kind, ErrorKind::Unreachable | ErrorKind::Protocol));

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::Event;
 use super::source::SourceOptions;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::transport::wait;
@@ -37,7 +38,7 @@ pub(super) struct Seat {
 
 impl Seat {
     fn new(link: Box<dyn Link>) -> Self {
-        Self { link, owes: Vec::new(), since: Instant::now() }
+        Self { link, owes: Vec::new(), since: host::now() }
     }
 
     /// Who it is.
@@ -47,7 +48,7 @@ impl Seat {
 
     fn ask(&mut self, request: Request<'_>) -> Result<()> {
         if self.owes.is_empty() {
-            self.since = Instant::now();
+            self.since = host::now();
         }
         self.owes.push(self.link.submit(request)?);
         Ok(())
@@ -66,7 +67,7 @@ impl Seat {
     }
 
     fn late(&self) -> Result<()> {
-        if self.since.elapsed() < MEMBER_TIME {
+        if host::elapsed(self.since) < MEMBER_TIME {
             return Ok(());
         }
         let message = format!("no answer within {} s", MEMBER_TIME.as_secs());
@@ -124,11 +125,12 @@ pub(super) fn connect(
     let reached: Vec<Result<Box<dyn Link>>> = std::thread::scope(|scope| {
         let connect = |address| {
             let connector = &options.connector;
-            scope.spawn(move || connector.connect(address, volume, epoch, Class::Bulk, MEMBER_TIME))
+            let connect = move || connector.connect(address, volume, epoch, Class::Bulk, MEMBER_TIME);
+            host::thread::Builder::new().spawn_scoped(scope, connect)
         };
         let threads: Vec<_> = options.intermediaries.iter().map(|address| connect(*address)).collect();
         let lost = || Error::new(ErrorKind::Poisoned, "a connecting thread panicked");
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(lost()))).collect()
+        threads.into_iter().map(|thread| thread?.join().unwrap_or_else(|_| Err(lost()))).collect()
     });
     let mut members = Members::new();
     for link in reached {
@@ -175,7 +177,7 @@ pub(super) fn ask_all<'r>(
     patience: Patience,
     mut lost: impl FnMut(MemberIndex, Error),
 ) {
-    let asked = Instant::now();
+    let asked = host::now();
     let mut first = None;
     let mut open: Vec<usize> = Vec::new();
     for at in 0..members.len() {
@@ -193,7 +195,7 @@ pub(super) fn ask_all<'r>(
             let Some(seat) = &mut members[*at] else { return false };
             match seat.hear() {
                 Ok(()) if seat.owes.is_empty() => {
-                    first.get_or_insert_with(Instant::now);
+                    first.get_or_insert_with(host::now);
                     false
                 }
                 Ok(()) => true,
@@ -203,7 +205,7 @@ pub(super) fn ask_all<'r>(
                 }
             }
         });
-        let left = patience.until(asked, first).saturating_duration_since(Instant::now());
+        let left = patience.until(asked, first).saturating_duration_since(host::now());
         if left.is_zero() {
             break;
         }

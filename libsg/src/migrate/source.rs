@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use self::manager::Manager;
 use super::{Event, Mode, Observer, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::{self, Condvar};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::page::PageRange;
@@ -142,7 +143,7 @@ pub fn start(
         return Err(Error::new(ErrorKind::Input, message));
     }
     let control = Arc::new(Control {
-        started: Instant::now(),
+        started: host::now(),
         state: Mutex::new(State::default()),
         changed: Condvar::new(),
         limit_bytes_per_s: options.scatter_limit_bytes_per_s.into(),
@@ -152,7 +153,7 @@ pub fn start(
     });
     (options.observer)(&Event::Started);
     let shared = control.clone();
-    std::thread::Builder::new().name("sg-source".into()).spawn(move || {
+    host::thread::Builder::new().name("sg-source".into()).spawn(move || {
         let observer = options.observer.clone();
         let guard = Ends(shared.clone());
         let manager = Manager { control: shared, vm, source, manifest, options };
@@ -206,7 +207,7 @@ impl Control {
     }
 
     fn elapsed_s(&self) -> f64 {
-        self.started.elapsed().as_secs_f64()
+        host::elapsed(self.started).as_secs_f64()
     }
 }
 
@@ -233,7 +234,7 @@ impl Outgoing {
         let state = self.control.state.lock();
         self.control.limit_bytes_per_s.store(bytes_per_s, Ordering::Relaxed);
         if let Some(scatter) = &state.scatter {
-            scatter.pacer.set_limit(bytes_per_s, Instant::now());
+            scatter.pacer.set_limit(bytes_per_s, host::now());
             scatter.wake_all();
         }
     }
@@ -261,7 +262,7 @@ impl Outgoing {
     /// # Errors
     /// Why it failed; [`ErrorKind::Timeout`] when it is not so far yet.
     pub fn wait_evicted(&self, timeout: Duration) -> Result<SourceReport> {
-        let deadline = Instant::now() + timeout;
+        let deadline = host::now() + timeout;
         let mut state = self.control.state.lock();
         loop {
             match &state.evicted {
@@ -284,7 +285,7 @@ impl Outgoing {
     /// # Errors
     /// As [`Self::wait_evicted`].
     pub fn wait_gathered(&self, timeout: Duration) -> Result<SourceReport> {
-        let deadline = Instant::now() + timeout;
+        let deadline = host::now() + timeout;
         self.wait_evicted(timeout)?;
         let mut state = self.control.state.lock();
         while state.gathered_s.is_none() {
@@ -297,6 +298,13 @@ impl Outgoing {
         }
         drop(state);
         self.wait_evicted(Duration::ZERO)
+    }
+
+    /// What its threads share, for a simulation that looks at them between two steps.
+    #[cfg(feature = "simulation")]
+    #[must_use]
+    pub fn scatter(&self) -> Option<Arc<Scatter>> {
+        self.control.state.lock().scatter.clone()
     }
 
     /// Whether it has come to its end: everything safe, or failed.

@@ -10,6 +10,7 @@ use super::planner::{BatchId, Sink, Work};
 use super::shared::{Counters, Scatter};
 use super::window::{AckTime, nap};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::Sequence;
 use crate::pace::{self, Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
@@ -87,7 +88,7 @@ impl DirectSink {
     }
 
     fn step(&mut self, link: LinkId) -> Result<()> {
-        let now = Instant::now();
+        let now = host::now();
         self.read(now)?;
         self.pull(now)?;
         let again = self.write(now)?;
@@ -99,9 +100,11 @@ impl DirectSink {
         let waits = reading.backlogged || self.allowed() > 0;
         let reading = LinkReading { backlogged: waits && ours, ..reading };
         self.share = self.scatter.pacer.report(link, reading, now);
-        self.path.pace(&self.channel, self.share.into_iter().chain(self.pace).min())?;
+        if host::has_tcp() {
+            self.path.pace(&self.channel, self.share.into_iter().chain(self.pace).min())?;
+        }
         let idle = nap(!self.sent.is_empty());
-        let left = again.unwrap_or(now + idle).saturating_duration_since(Instant::now());
+        let left = again.unwrap_or(now + idle).saturating_duration_since(host::now());
         let writing = again.is_none() && self.allowed() > 0;
         let waker = self.scatter.direct_waker();
         wait(&[(Some(self.channel.as_fd()), writing), (Some(waker.as_fd()), false)], left)?;

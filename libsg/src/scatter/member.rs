@@ -13,6 +13,7 @@ use super::shared::{Counters, PoisonsOnPanic, Scatter};
 use super::spans::zero_entries;
 use super::window::{AckTime, Window, nap};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::{Checksum, MemberIndex};
 use crate::limits::INDEX_ENTRIES_MAX;
 use crate::pace::{Acquire, Class, LinkReading};
@@ -63,7 +64,7 @@ impl MemberSink {
     /// A sink over an open link.
     #[must_use]
     pub fn new(scatter: Arc<Scatter>, member: MemberIndex, link: Box<dyn Link>) -> Self {
-        let now = Instant::now();
+        let now = host::now();
         Self {
             scatter,
             member,
@@ -99,7 +100,7 @@ impl MemberSink {
     }
 
     fn step(&mut self, pacer_link: crate::pace::LinkId) -> Result<()> {
-        let now = Instant::now();
+        let now = host::now();
         let again = self.move_bytes(now)?;
         self.reap(now)?;
         self.put_index(now)?;
@@ -116,7 +117,7 @@ impl MemberSink {
         self.link_paces = self.link.pace(share);
         let idle = nap(!self.asked.is_empty());
         let until = again.unwrap_or(now + idle);
-        let left = until.saturating_duration_since(Instant::now());
+        let left = until.saturating_duration_since(host::now());
         // While the pacer says no, room in the socket is no news.
         let writing = again.is_none() && self.link.queued_bytes() > 0;
         let waker = self.scatter.member_waker(self.member);

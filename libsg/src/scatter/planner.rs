@@ -483,6 +483,12 @@ impl Planner {
         }
     }
 
+    /// Whether a page is safe: no copy at the source is needed any more.
+    #[must_use]
+    pub fn is_safe(&self, page: PageIndex) -> bool {
+        self.table.state(page).is_safe()
+    }
+
     /// Whether every page is safe.
     #[must_use]
     pub fn is_done(&self) -> bool {

@@ -5,13 +5,14 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{Scope, ScopedJoinHandle};
-use std::time::{Duration, Instant};
+use std::thread::Scope;
+use std::time::Duration;
 
 use super::direct::{DirectSink, unexpected};
 use super::shared::{Counters, PoisonsOnPanic, Scatter, panicked};
 use super::urgent::UrgentSink;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::{self, thread::ScopedJoinHandle};
 use crate::ids::{Epoch, VolumeId};
 use crate::pace::{Class, LinkId, LinkReading};
 use crate::page::PageRange;
@@ -81,7 +82,7 @@ pub fn serve_while<T>(
     std::thread::scope(|scope| {
         let over = &over;
         let ended = move || over.load(Ordering::Acquire) || scatter.stopping();
-        let thread = std::thread::Builder::new().name("sg-scatter-urgent".into());
+        let thread = host::thread::Builder::new().name("sg-scatter-urgent".into());
         let thread = thread.spawn_scoped(scope, move || {
             let _poisons = PoisonsOnPanic(scatter.clone());
             urgent.run(ended)
@@ -147,7 +148,7 @@ pub fn keep(
 
 /// Connects again and learns what the destination holds.
 fn rejoin(scatter: &Arc<Scatter>, destination: &Destination, listener: &dyn Listener) -> Result<Session> {
-    let deadline = Instant::now() + DIAL_TIME;
+    let deadline = host::now() + DIAL_TIME;
     let mut control = Conversation::new(destination.dial(Purpose::MigrationControl)?);
     control.send_talk(&Talk::Rejoin, deadline)?;
     let mut ranges: Vec<PageRange> = Vec::new();
@@ -227,7 +228,7 @@ fn spawn<'scope>(
             self.1.wake();
         }
     }
-    let thread = std::thread::Builder::new().name(name.into()).spawn_scoped(scope, move || {
+    let thread = host::thread::Builder::new().name(name.into()).spawn_scoped(scope, move || {
         // Dropped last: whoever hears that it ended can see whether it panicked.
         let _says = Says(broken, scatter.control_waker());
         let _poisons = PoisonsOnPanic(scatter.clone());
@@ -269,14 +270,14 @@ impl<'a> Control<'a> {
         let waker = self.scatter.control_waker().clone();
         let mut path = TcpPath::new();
         while !ended() {
-            let now = Instant::now();
+            let now = host::now();
             let reading = LinkReading::from(path.refresh(&self.channel, now));
             let _ = self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
             self.read()?;
             self.announce()?;
             self.tell_evicted()?;
             let written = self.outbox.flush(&self.channel, usize::MAX)?;
-            self.scatter.pacer.charge(Class::Bulk, written as u64, Instant::now());
+            self.scatter.pacer.charge(Class::Bulk, written as u64, host::now());
             Counters::add(&self.scatter.counters.wire, written);
             let writing = self.outbox.queued_bytes() > 0;
             wait(&[(Some(self.channel.as_fd()), writing), (Some(waker.as_fd()), false)], TICK)?;
@@ -320,7 +321,7 @@ impl<'a> Control<'a> {
             let header = Header { count: runs as u16, ..self.channel.header(Kind::Announce) };
             self.outbox.push_frame(header, &self.table, [])?;
             let written = self.outbox.flush(&self.channel, usize::MAX)?;
-            self.scatter.pacer.charge(Class::Bulk, written as u64, Instant::now());
+            self.scatter.pacer.charge(Class::Bulk, written as u64, host::now());
             Counters::add(&self.scatter.counters.wire, written);
         }
         Ok(())

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use super::index_router::IndexRouter;
 use super::planner::{Planner, Sink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
+use crate::host::{self, Condvar};
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::pace::SharedPacer;
 use crate::page::{PageIndex, PageRange};
@@ -94,7 +95,7 @@ impl Scatter {
             epoch,
             source,
             planner: Mutex::new(planner),
-            pacer: SharedPacer::new(Instant::now(), limit_bytes_per_s),
+            pacer: SharedPacer::new(host::now(), limit_bytes_per_s),
             index: IndexRouter::new(wakers.iter().cloned()),
             counters: Counters { members: per_member, ..Counters::default() },
             observer,
@@ -316,7 +317,7 @@ impl Scatter {
         if safe == total {
             let mut done = self.done.lock();
             if done.is_none() {
-                *done = Some(Instant::now());
+                *done = Some(host::now());
                 self.done_changed.notify_all();
             }
         }

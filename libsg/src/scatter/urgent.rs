@@ -11,6 +11,7 @@ use super::load::Loaded;
 use super::planner::{BatchId, FaultAnswer};
 use super::shared::{Counters, Scatter};
 use crate::error::Result;
+use crate::host;
 use crate::ids::Sequence;
 use crate::limits::BATCH_PAGES_MAX;
 use crate::pace::{Class, LinkId, LinkReading};
@@ -74,7 +75,7 @@ impl UrgentSink {
 
     fn serve(&mut self, link: LinkId, ended: impl Fn() -> bool) -> Result<()> {
         while !ended() {
-            let now = Instant::now();
+            let now = host::now();
             self.answer_waiting(now)?;
             self.read(now)?;
             // What faults carry is part of the link's sum; how long it waits says nothing about bulk's queue.
@@ -171,7 +172,7 @@ impl UrgentSink {
         let header = pages_header(&self.channel, sequence, runs, &self.path);
         self.outbox.push_frame(header, &self.table, self.loaded.slices.drain(..))?;
         self.outbox.flush(&self.channel, usize::MAX).map(|written| {
-            self.scatter.pacer.charge(Class::Urgent, written as u64, Instant::now());
+            self.scatter.pacer.charge(Class::Urgent, written as u64, host::now());
             Counters::add(&self.scatter.counters.wire, written);
         })
     }

@@ -1,18 +1,20 @@
 //! Taking connections in: so many in the handshake, so many behind it, each with a thread of its own.
 
 use std::collections::BTreeMap;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use super::Config;
 use super::session::Session;
 use super::store::Store;
 use super::stream::Limit;
 use crate::error::{ErrorKind, Result};
+use crate::host::{self, Condvar, Listener};
 use crate::ids::NodeId;
 use crate::transport::{self, Channel};
 use crate::wire::Status;
@@ -95,7 +97,7 @@ impl Shared {
         drop(connections);
         self.left.notify_all();
         // Wakes the accept loop, which then sees that it is over.
-        let _ = TcpStream::connect_timeout(&reachable(self.address), REST);
+        let _ = host::connect(reachable(self.address), REST);
     }
 
     /// Room for one more in the handshake: the oldest of too many goes. Waits for threads that are about to end, so
@@ -146,12 +148,19 @@ fn reachable(mut address: SocketAddr) -> SocketAddr {
 }
 
 /// The accept loop: until the server closes, and its connections' threads have ended.
-pub(super) fn run(shared: &Arc<Shared>, listener: &TcpListener) {
+pub(super) fn run(shared: &Arc<Shared>, listener: &Listener) {
     while !shared.store.is_closing() {
-        let taken = listener.accept().map_err(Into::into).and_then(|(stream, _)| take(shared, stream));
+        let taken = match listener.accept() {
+            Ok((stream, _)) => take(shared, stream),
+            // Of a socket that blocks only a simulated world says that.
+            Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => {
+                transport::wait(&[(Some(listener.as_fd()), false)], REST * 20).map(|_| ())
+            }
+            Err(cause) => Err(cause.into()),
+        };
         if let Err(error) = taken {
             tracing::warn!(error = error.chain(), "a connection could not be taken");
-            std::thread::sleep(REST);
+            host::thread::sleep(REST);
         }
     }
     let mut connections = shared.connections.lock();
@@ -167,7 +176,7 @@ pub(super) fn run(shared: &Arc<Shared>, listener: &TcpListener) {
 fn take(shared: &Arc<Shared>, stream: TcpStream) -> Result<()> {
     let Some(number) = shared.admit(&stream)? else { return Ok(()) };
     let present = Present { shared: Arc::clone(shared), number };
-    std::thread::Builder::new()
+    host::thread::Builder::new()
         .name(format!("sg-serve-{number}"))
         .stack_size(STACK_BYTES)
         .spawn(move || present.serve(stream))?;
@@ -183,7 +192,7 @@ struct Present {
 impl Present {
     fn serve(self, stream: TcpStream) {
         let shared = &self.shared;
-        let deadline = Instant::now() + shared.config.handshake_timeout;
+        let deadline = host::now() + shared.config.handshake_timeout;
         match transport::accept(stream, &shared.config.secret, shared.node(), deadline) {
             Ok((channel, _)) => self.serve_channel(&channel),
             Err(error) => tracing::debug!(error = error.chain(), "handshake failed"),

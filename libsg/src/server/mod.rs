@@ -14,6 +14,8 @@ mod arena;
 mod bits;
 mod budget;
 pub mod index;
+#[cfg(feature = "simulation")]
+mod inspect;
 mod session;
 pub mod slots;
 mod store;
@@ -23,12 +25,12 @@ pub mod volumes;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::{self, Listener, thread::JoinHandle};
 use crate::ids::{NodeId, random_bytes};
 use crate::limits;
 use crate::transport::PoolSecret;
@@ -94,7 +96,7 @@ impl Config {
 /// A server that listens and does not serve yet.
 #[derive(Debug)]
 pub struct Server {
-    listener: TcpListener,
+    listener: Listener,
     shared: Arc<Shared>,
 }
 
@@ -112,11 +114,11 @@ impl Server {
         if config.memory_bytes < slots::CHUNK_BYTES as u64 {
             return Err(Error::new(ErrorKind::Input, "an intermediary needs at least 2M of memory"));
         }
-        let listener = listen(config.listen).map_err(|cause| {
+        let listener = Listener::bind(config.listen, listen).map_err(|cause| {
             let what = format!("cannot listen on {}: is another server running there?", config.listen);
             Error::new(ErrorKind::System, what).because(cause)
         })?;
-        let address = listener.local_addr()?;
+        let address = listener.address();
         let node = NodeId { name: config.name.clone(), incarnation: u64::from_le_bytes(random_bytes()?) };
         Ok(Self { listener, shared: Arc::new(Shared::new(config, node, address)?) })
     }
@@ -150,7 +152,7 @@ impl Server {
 }
 
 fn named(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    Ok(std::thread::Builder::new().name(name.into()).spawn(work)?)
+    Ok(host::thread::Builder::new().name(name.into()).spawn(work)?)
 }
 
 fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {

@@ -5,7 +5,6 @@
 //! Whatever ends a session, what it held is freed by the values that hold it.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use super::budget::Budget;
 use super::slots::SlotRun;
@@ -13,6 +12,7 @@ use super::store::Store;
 use super::stream::{Limit, Stream};
 use super::volumes::StateBlob;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::{Checksum, Epoch, Placement, VolumeId};
 use crate::limits;
 use crate::memory::vectored::IoPart;
@@ -225,7 +225,7 @@ impl<'c> Session<'c> {
     fn get(&mut self, header: &Header) -> Result<()> {
         self.read_body(header)?;
         let Self { store, channel, stream, path, buffers, .. } = self;
-        path.refresh(*channel, Instant::now());
+        path.refresh(*channel, host::now());
         decode_runs(&buffers.body, header.count.into(), &mut buffers.wanted)?;
         let of = (header.volume, header.epoch);
         let pinned = match store.pin(of, &buffers.wanted, &mut buffers.pages, &mut buffers.runs) {

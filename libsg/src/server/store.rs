@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::arena::Arena;
 use super::budget::Budget;
@@ -16,6 +16,7 @@ use super::slots::{ChunkNumber, NoVolume, Owner, SlotRun, Slots};
 use super::transit::{Filling, Pinned};
 use super::volumes::{Access, StateBlob, Volume, Volumes};
 use crate::error::Result;
+use crate::host::{self, Condvar};
 use crate::ids::{Epoch, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::page::{PAGE_BYTES, PAGE_BYTES_U64, PageRange};
@@ -263,7 +264,7 @@ impl Store {
         let books = Arc::new(Books { index: Mutex::default(), budget: Arc::clone(&self.budget) });
         let vm = manifest.vm.clone();
         let mut volumes = self.volumes.lock();
-        if volumes.create(volume, epoch, (manifest, members), books, Instant::now())? {
+        if volumes.create(volume, epoch, (manifest, members), books, host::now())? {
             self.slots.lock().open(volume);
             tracing::info!(%volume, vm, epoch = epoch.0, "volume created");
         }
@@ -451,7 +452,7 @@ impl Store {
                     state: volume.state,
                     committed: volume.committed,
                     stored_pages,
-                    age_s: volume.created.elapsed().as_secs(),
+                    age_s: host::elapsed(volume.created).as_secs(),
                 };
                 (summary, volume.blob.is_some(), Arc::clone(&volume.payload))
             })
@@ -548,6 +549,6 @@ fn info<P>(id: VolumeId, volume: &Volume<P>, stored_pages: u64, indexed_pages: u
         has_state: volume.blob.is_some(),
         stored_pages,
         indexed_pages,
-        age_s: volume.created.elapsed().as_secs(),
+        age_s: host::elapsed(volume.created).as_secs(),
     }
 }

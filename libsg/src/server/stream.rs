@@ -4,12 +4,13 @@
 //! answers to be taken stops only a client that reads nothing, and holds no more than one answer for it.
 
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::memory::SlotSlice;
 use crate::memory::vectored::{self, IoPart, IoPartMut};
 use crate::pace::{self, TokenBucket};
@@ -30,7 +31,7 @@ impl Limit {
     /// So many bytes a second; zero is unlimited.
     pub(super) fn new(bytes_per_s: u64) -> Self {
         let rate = (bytes_per_s > 0).then_some(bytes_per_s);
-        Self(Mutex::new(TokenBucket::new(Instant::now(), rate)))
+        Self(Mutex::new(TokenBucket::new(host::now(), rate)))
     }
 
     /// Waits until some of `bytes` may move, and says how many.
@@ -39,10 +40,10 @@ impl Limit {
         let Some(rate) = bucket.rate() else { return bytes };
         let slice = bytes.min(pace::slice_bytes(Some(rate)) as usize);
         loop {
-            match bucket.take(Instant::now(), slice as u64) {
+            match bucket.take(host::now(), slice as u64) {
                 Ok(()) => return slice,
                 Err(wait) => parking_lot::MutexGuard::unlocked(&mut bucket, || {
-                    std::thread::sleep(wait.min(LOOK_EVERY));
+                    host::thread::sleep(wait.min(LOOK_EVERY));
                 }),
             }
         }
@@ -208,7 +209,8 @@ impl<'c> Stream<'c> {
 
 /// Waits until the socket takes bytes; `false` when it did not for a while.
 fn writable_soon(socket: impl AsFd) -> Result<bool> {
-    let timeout = Timespec { tv_sec: LOOK_EVERY.as_secs() as i64, tv_nsec: 0 };
+    let timeout = host::before_wait([(socket.as_fd(), false, true)].into_iter(), LOOK_EVERY);
+    let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: 0 };
     match rustix::event::poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&timeout)) {
         Ok(ready) => Ok(ready > 0),
         Err(rustix::io::Errno::INTR) => Ok(true),

@@ -10,6 +10,7 @@ use socket2::{SockRef, TcpKeepalive};
 use super::ready::wait_writable;
 use super::{PoolSecret, wait};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::{Epoch, NodeId, VolumeId, random_bytes};
 use crate::pace;
 use crate::wire::handshake::{Challenge, Hello, PoolKey, Purpose, Role, decode_mac};
@@ -107,8 +108,8 @@ pub fn dial(
         error.message = format!("connecting to {address}: {}", error.message);
         error
     };
-    let deadline = Instant::now() + timeout;
-    let stream = TcpStream::connect_timeout(&address, timeout).map_err(|e| context(Error::from(e)))?;
+    let deadline = host::now() + timeout;
+    let stream = host::connect(address, timeout).map_err(|e| context(Error::from(e)))?;
     configure(&stream, purpose).map_err(|e| context(Error::from(e)))?;
     greet(stream, address, purpose, (volume, epoch), secret, deadline).map_err(context)
 }
@@ -162,7 +163,7 @@ pub fn accept(
     node: &NodeId,
     deadline: Instant,
 ) -> Result<(Channel, Greeting)> {
-    let peer = stream.peer_addr()?;
+    let peer = host::peer_address(&stream)?;
     stream.set_nonblocking(true)?;
     let answered = answer(&stream, secret.key(), node, deadline);
     if let Err(error) = &answered {
@@ -247,6 +248,9 @@ fn expect(header: Header, kind: Kind) -> Result<()> {
 
 fn configure(stream: &TcpStream, purpose: Purpose) -> io::Result<()> {
     stream.set_nonblocking(true)?;
+    if !host::has_tcp() {
+        return Ok(());
+    }
     let bulk = matches!(purpose, Purpose::VmdBulk | Purpose::MigrationDirect);
     if purpose.is_urgent() {
         pace::mark_urgent(stream)?;
@@ -305,7 +309,7 @@ fn read_exact(stream: &TcpStream, mut to: &mut [u8], deadline: Instant) -> Resul
 
 /// Waits for the socket once. Fails at the deadline, also when bytes keep dripping in.
 fn wait_until(stream: &TcpStream, writable: bool, deadline: Instant) -> Result<()> {
-    let left = deadline.saturating_duration_since(Instant::now());
+    let left = deadline.saturating_duration_since(host::now());
     if left.is_zero() {
         return Err(Error::new(ErrorKind::Timeout, "the peer did not answer in time"));
     }

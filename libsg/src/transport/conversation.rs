@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::{Channel, Frame, Inbox, Outbox, StateAssembler, push_state, wait};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::Checksum;
 use crate::wire::message::{self, Talk};
 use crate::wire::{Header, Kind};
@@ -61,7 +62,7 @@ impl Conversation {
     /// [`ErrorKind::Timeout`] at the deadline; else as [`Inbox::poll`].
     pub fn recv(&mut self, deadline: Instant) -> Result<Frame<'_>> {
         while !self.inbox.has_frame(&self.channel)? {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(host::now());
             if left.is_zero() {
                 return Err(Error::new(ErrorKind::Timeout, "the peer did not answer in time"));
             }

@@ -8,6 +8,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 
 /// Descriptors that one [`wait`] can watch: the bits of its answer.
 pub const WAIT_MAX: usize = 64;
@@ -43,6 +44,8 @@ pub fn wait(on: &[(Option<BorrowedFd<'_>>, bool)], timeout: Duration) -> Result<
     }
     let polled = &mut room[..polled];
     let timeout = if ready == 0 { timeout } else { Duration::ZERO };
+    let awaited = on.iter().filter_map(|(fd, wants_write)| Some(((*fd)?, true, *wants_write)));
+    let timeout = host::before_wait(awaited, timeout);
     match rustix::event::poll(polled, Some(&timespec(timeout))) {
         Ok(_) => {}
         Err(Errno::INTR) => return Ok(ready),
@@ -59,6 +62,7 @@ pub fn wait(on: &[(Option<BorrowedFd<'_>>, bool)], timeout: Duration) -> Result<
 
 /// Waits until the descriptor takes bytes, whatever there may be to read.
 pub(super) fn wait_writable(fd: impl AsFd, timeout: Duration) -> Result<()> {
+    let timeout = host::before_wait([(fd.as_fd(), false, true)].into_iter(), timeout);
     let mut polled = [PollFd::new(&fd, PollFlags::OUT)];
     match rustix::event::poll(&mut polled, Some(&timespec(timeout))) {
         Ok(_) | Err(Errno::INTR) => Ok(()),

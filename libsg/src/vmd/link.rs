@@ -9,6 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::host;
 use crate::ids::{Epoch, Placement, Round, VolumeId};
 use crate::memory::PageSlice;
 use crate::page::PageRange;
@@ -201,7 +202,7 @@ pub fn ask<T>(
     timeout: Duration,
     take: impl FnOnce(Reply<'_>) -> Result<T>,
 ) -> Result<T> {
-    let deadline = std::time::Instant::now() + timeout;
+    let deadline = host::now() + timeout;
     let ticket = link.submit(request)?;
     loop {
         link.progress(usize::MAX)?;
@@ -210,7 +211,7 @@ pub fn ask<T>(
                 return take(completion.result?);
             }
         }
-        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        let left = deadline.saturating_duration_since(host::now());
         if left.is_zero() {
             let message = format!("no answer within {} ms", timeout.as_millis());
             return Err(Error::new(crate::ErrorKind::Timeout, message).at(&link.member().node));

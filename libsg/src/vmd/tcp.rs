@@ -4,10 +4,11 @@ mod answer;
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::link::{Class, Completion, Connector, Link, PathSample, Reply, Request, Ticket};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::ids::{Epoch, Placement, Sequence, VolumeId};
 use crate::limits;
 use crate::memory::PageSlice;
@@ -114,7 +115,7 @@ impl TcpLink {
 
     /// Queues a frame whose table is in `self.table`.
     fn push(&mut self, kind: Kind, count: usize, slices: &[PageSlice]) -> Result<()> {
-        let now = Instant::now();
+        let now = host::now();
         self.path.refresh(&self.channel, now);
         let header = Header {
             sequence: Sequence(self.outstanding.next()),
@@ -244,7 +245,7 @@ impl Link for TcpLink {
 
     fn progress(&mut self, write_bytes_max: usize) -> Result<usize> {
         self.check_alive()?;
-        self.path.refresh(&self.channel, Instant::now());
+        self.path.refresh(&self.channel, host::now());
         match self.outbox.flush(&self.channel, write_bytes_max) {
             Ok(written) => Ok(written),
             Err(error) => {

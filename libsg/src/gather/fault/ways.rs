@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::{Asked, SILENCE, Worker, read_removals};
 use crate::error::Result;
 use crate::gather::tracker::{Claim, Path, Wanted};
+use crate::host;
 use crate::ids::{MemberIndex, Sequence};
 use crate::page::PageRange;
 use crate::vmd::placement::index_turn;
@@ -133,7 +134,7 @@ impl Worker<'_> {
         if self.shared.tracker.lock().claim_zero(unit.first) != Claim::Held {
             let shared = self.shared;
             shared.install(unit, None, &mut || read_removals(shared))?;
-            shared.tracker.lock().installed(unit, Path::Zero, Instant::now());
+            shared.tracker.lock().installed(unit, Path::Zero, host::now());
             shared.progressed();
         }
         Ok(())

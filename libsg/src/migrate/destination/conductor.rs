@@ -14,7 +14,6 @@ use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::listener::Listener;
@@ -22,6 +21,7 @@ use super::loading::{Loading, panicked};
 use super::{ArrivalPhase, Desk, DestinationOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gather::{Gather, Setup, Word};
+use crate::host::{self, thread::JoinHandle};
 use crate::ids::{Checksum, Epoch, VolumeId};
 use crate::limits::INDEX_ENTRIES_MAX;
 use crate::manifest::Manifest;
@@ -61,7 +61,7 @@ pub(super) struct Line {
 
 impl Line {
     fn new(channel: Channel) -> Self {
-        let now = Instant::now();
+        let now = host::now();
         let (inbox, outbox) = (Inbox::new(), Outbox::new());
         Self { channel, inbox, outbox, since: now, heard_at: now, pinged_at: now }
     }
@@ -124,7 +124,7 @@ pub(super) fn start(
     vm: Box<dyn IncomingVm>,
     desk: Arc<Desk>,
 ) -> Result<JoinHandle<()>> {
-    let now = Instant::now();
+    let now = host::now();
     let mut conductor = Conductor {
         options,
         listener,
@@ -151,7 +151,7 @@ pub(super) fn start(
             conductor.end_badly(&error);
         }
     };
-    std::thread::Builder::new()
+    host::thread::Builder::new()
         .name("sg-gather-lead".into())
         .spawn(run)
         .map_err(|cause| Error::new(ErrorKind::System, "a thread could not be started").because(cause))
@@ -221,7 +221,7 @@ impl Conductor {
     pub(super) fn hear_openings(&mut self) -> Result<()> {
         for mut line in std::mem::take(&mut self.openings) {
             let first = match line.inbox.poll(&line.channel) {
-                Ok(None) if line.since.elapsed() < OPENING_MAX => {
+                Ok(None) if host::elapsed(line.since) < OPENING_MAX => {
                     self.openings.push(line);
                     continue;
                 }
@@ -242,7 +242,7 @@ impl Conductor {
             match first {
                 Ok(Talk::Offer { manifest, members, elapsed_us }) if self.offer.is_none() => {
                     let (volume, epoch) = (greeting.volume, greeting.epoch);
-                    let offer = Offer { volume, epoch, members, elapsed_us, at: Instant::now() };
+                    let offer = Offer { volume, epoch, members, elapsed_us, at: host::now() };
                     self.offered(line, offer, &manifest)?;
                 }
                 Ok(Talk::Rejoin) if ours => self.rejoined(line),
@@ -282,7 +282,7 @@ impl Conductor {
         let shared = Arc::clone(gather.shared());
         // A limit that was set between the two lines above is not lost.
         self.desk.change(|stage| stage.gather = Some(Arc::clone(&shared)));
-        shared.pacer.set_limit(self.desk.limit.load(Ordering::Acquire), Instant::now());
+        shared.pacer.set_limit(self.desk.limit.load(Ordering::Acquire), host::now());
         self.gather = Some(gather);
         self.set_phase(ArrivalPhase::Accepted);
         self.say(&Talk::Accepted);
@@ -306,7 +306,7 @@ impl Conductor {
         if self.phase == ArrivalPhase::Ready {
             line.say(&Talk::Ready);
         }
-        line.heard_at = Instant::now();
+        line.heard_at = host::now();
         self.control = Some(line);
     }
 
@@ -345,7 +345,7 @@ impl Conductor {
     fn hear(&mut self, line: &mut Line) -> Result<()> {
         loop {
             let Some(frame) = line.inbox.poll(&line.channel)? else { break };
-            line.heard_at = Instant::now();
+            line.heard_at = host::now();
             let header = frame.header;
             match header.kind {
                 Kind::Talk => {
@@ -369,7 +369,7 @@ impl Conductor {
                 }
             }
         }
-        let now = Instant::now();
+        let now = host::now();
         // Until the VM runs the source has deadlines of its own.
         let running = self.phase >= ArrivalPhase::Running;
         if running && now.saturating_duration_since(line.pinged_at) >= PING_EVERY {
@@ -394,7 +394,7 @@ impl Conductor {
             Talk::Run if self.phase == ArrivalPhase::Ready => {
                 self.run_vm()?;
                 line.say(&Talk::Running);
-                line.heard_at = Instant::now();
+                line.heard_at = host::now();
             }
             Talk::Run if self.phase == ArrivalPhase::Running => line.say(&Talk::Running),
             Talk::Members(members) => {
@@ -452,7 +452,7 @@ impl Conductor {
     }
 
     fn control_lost(&mut self, error: &Error) {
-        let now = Instant::now();
+        let now = host::now();
         self.away_since = Some(now);
         // Who is needed no more may go.
         let evicted = self.gather.as_ref().is_some_and(|gather| gather.shared().source().evicted);

@@ -7,6 +7,7 @@ use super::conductor::Conductor;
 use super::{ArrivalPhase, Told, progress_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gather::Shared;
+use crate::host;
 use crate::migrate::Event;
 use crate::report::{Bytes, DestinationReport, Faults, Intermediary, Pages, Status};
 use crate::usage;
@@ -28,7 +29,7 @@ impl Conductor {
         let Some(gather) = &self.gather else { return Ok(()) };
         let shared = std::sync::Arc::clone(gather.shared());
         shared.sink.finish()?;
-        let held_at = Instant::now();
+        let held_at = host::now();
         self.report_lost()?;
         self.tell_progress();
         let counts = shared.counts();
@@ -64,7 +65,7 @@ impl Conductor {
 
     /// Until the source has evicted, or is gone.
     fn hear_last_word(&mut self, held_at: Instant) -> Result<()> {
-        while self.control.is_some() && held_at.elapsed() < LAST_WORD {
+        while self.control.is_some() && host::elapsed(held_at) < LAST_WORD {
             if self.gather.as_ref().is_none_or(|gather| gather.shared().source().evicted) {
                 return Ok(());
             }
@@ -79,13 +80,13 @@ impl Conductor {
 
     fn dissolve(&mut self, shared: &Shared) -> Result<()> {
         shared.dissolve();
-        let deadline = Instant::now() + DISSOLVE_MAX;
+        let deadline = host::now() + DISSOLVE_MAX;
         loop {
             self.listener.waker().drain();
             let members = shared.members();
             let answers: Vec<_> = members.iter().map(|desk| *desk.state.lock()).collect();
             let ended = answers.iter().all(|state| state.dissolved.is_some());
-            if ended || Instant::now() >= deadline || shared.failure().is_some() {
+            if ended || host::now() >= deadline || shared.failure().is_some() {
                 let left: Vec<String> = members
                     .iter()
                     .zip(&answers)
@@ -197,12 +198,12 @@ impl Conductor {
     /// Lets the last words reach a source that is still sending: closing a connection on which something is
     /// unread throws away what is queued on it.
     fn linger(&mut self) {
-        let until = Instant::now() + LINGER;
-        while self.control.is_some() && Instant::now() < until {
+        let until = host::now() + LINGER;
+        while self.control.is_some() && host::now() < until {
             if self.control.as_mut().is_some_and(|line| line.discard().is_err()) {
                 return;
             }
-            std::thread::sleep(LINGER / 20);
+            host::thread::sleep(LINGER / 20);
         }
     }
 }

@@ -5,13 +5,13 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use super::DestinationOptions;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::{self, thread::JoinHandle};
 use crate::ids::{NodeId, random_bytes};
 use crate::transport::{self, Channel, PoolSecret, Waker, wait};
 use crate::wire::Status;
@@ -54,9 +54,13 @@ impl Listener {
         let listen = |cause: std::io::Error| {
             Error::new(ErrorKind::System, format!("cannot listen on {}", options.address)).because(cause)
         };
-        let socket = TcpListener::bind(options.address).map_err(listen)?;
-        socket.set_nonblocking(true).map_err(listen)?;
-        let address = socket.local_addr().map_err(listen)?;
+        let bind = |address| {
+            let socket = TcpListener::bind(address)?;
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        };
+        let socket = host::Listener::bind(options.address, bind).map_err(listen)?;
+        let address = socket.address();
         let (sender, arrivals) = bounded(ARRIVALS_MAX);
         let (waker, wake_listener) = (Waker::new()?, Waker::new()?);
         let incarnation = u64::from_le_bytes(random_bytes()?);
@@ -69,7 +73,7 @@ impl Listener {
         });
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, wakes) = (Arc::clone(&stop), wake_listener.clone());
-        let thread = std::thread::Builder::new()
+        let thread = host::thread::Builder::new()
             .name("sg-gather-listen".into())
             .spawn(move || listen_until(&socket, &door, &stopped, &wakes))
             .map_err(|cause| Error::new(ErrorKind::System, "a thread could not be started").because(cause))?;
@@ -100,7 +104,7 @@ impl Drop for Listener {
     }
 }
 
-fn listen_until(socket: &TcpListener, door: &Arc<Door>, stop: &AtomicBool, wakes: &Waker) {
+fn listen_until(socket: &host::Listener, door: &Arc<Door>, stop: &AtomicBool, wakes: &Waker) {
     while !stop.load(Ordering::Acquire) {
         if let Err(error) = wait(&[(Some(wakes.as_fd()), false), (Some(socket.as_fd()), false)], NAP) {
             tracing::error!(error = error.chain(), "cannot wait for connections");
@@ -112,7 +116,7 @@ fn listen_until(socket: &TcpListener, door: &Arc<Door>, stop: &AtomicBool, wakes
                 Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => break,
                 Err(cause) => {
                     tracing::warn!(%cause, "a connection could not be accepted");
-                    std::thread::sleep(REFUSED_PAUSE);
+                    host::thread::sleep(REFUSED_PAUSE);
                     break;
                 }
             }
@@ -132,14 +136,14 @@ fn receive(stream: TcpStream, peer: SocketAddr, door: &Arc<Door>) {
         greet(stream, &theirs);
         theirs.handshakes.fetch_sub(1, Ordering::AcqRel);
     };
-    if let Err(cause) = std::thread::Builder::new().name("sg-gather-hello".into()).spawn(greet) {
+    if let Err(cause) = host::thread::Builder::new().name("sg-gather-hello".into()).spawn(greet) {
         door.handshakes.fetch_sub(1, Ordering::AcqRel);
         tracing::warn!(%cause, %peer, "no thread to answer a connection with");
     }
 }
 
 fn greet(stream: TcpStream, door: &Door) {
-    let deadline = Instant::now() + HANDSHAKE_MAX;
+    let deadline = host::now() + HANDSHAKE_MAX;
     let (channel, greeting) = match transport::accept(stream, &door.secret, &door.node, deadline) {
         Ok(accepted) => accepted,
         Err(error) => {

@@ -3,11 +3,11 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, bounded};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::{self, thread::JoinHandle};
 use crate::migrate::IncomingVm;
 use crate::transport::Waker;
 
@@ -31,7 +31,7 @@ impl Loading {
             let _ = sender.send((vm, loaded));
             waker.wake();
         };
-        let thread = std::thread::Builder::new()
+        let thread = host::thread::Builder::new()
             .name("sg-gather-load".into())
             .spawn(load)
             .map_err(|cause| Error::new(ErrorKind::System, "a thread could not be started").because(cause))?;
@@ -45,6 +45,7 @@ impl Loading {
 
     /// Waits for the end.
     pub fn join(self) -> Option<Loaded> {
+        self.thread.wait_for_end();
         let loaded = self.result.recv().ok();
         // Its panic was caught.
         let _ = self.thread.join();

@@ -3,10 +3,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{Control, Phase, SourceOptions};
 use crate::error::Result;
+use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::migrate::handover::Handover;
@@ -49,7 +50,7 @@ impl Manager {
         {
             let mut state = self.control.state.lock();
             let limit = self.control.limit_bytes_per_s.load(Ordering::Relaxed);
-            scatter.pacer.set_limit(limit, Instant::now());
+            scatter.pacer.set_limit(limit, host::now());
             state.scatter = Some(scatter.clone());
         }
         let handover = Handover {
@@ -106,12 +107,12 @@ impl Manager {
                 let member = MemberIndex(at as u16);
                 let Some(seat) = seat else { continue };
                 let name = format!("sg-scatter-{member}");
-                let thread = std::thread::Builder::new().name(name.clone());
+                let thread = host::thread::Builder::new().name(name.clone());
                 threads.push((name, thread.spawn_scoped(scope, move || sink(scatter, member, seat))?));
             }
             let control = &*self.control;
             let name = "sg-scatter-control";
-            let keeper = std::thread::Builder::new()
+            let keeper = host::thread::Builder::new()
                 .name(name.into())
                 .spawn_scoped(scope, move || session::keep(scatter, destination, session, control))?;
             let mut supply = self.supply(scatter)?;
@@ -154,7 +155,7 @@ impl Manager {
     }
 
     /// Stays reachable until the destination has everything or nobody holds the handle.
-    fn linger<T>(&self, scatter: &Scatter, keeper: &std::thread::ScopedJoinHandle<'_, T>) {
+    fn linger<T>(&self, scatter: &Scatter, keeper: &host::thread::ScopedJoinHandle<'_, T>) {
         let mut state = self.control.state.lock();
         while state.gathered_s.is_none()
             && !self.control.left.load(Ordering::Acquire)

@@ -7,6 +7,7 @@ use super::super::loading::Loading;
 use super::super::{ArrivalPhase, Told, volume};
 use super::{Conductor, TICK};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::limits::INDEX_ENTRIES_MAX;
 use crate::migrate::Event;
 use crate::wire::message::Talk;
@@ -34,8 +35,8 @@ impl Conductor {
             self.without_source(away)?;
         }
         self.report_lost()?;
-        if self.told_at.elapsed() >= TICK {
-            self.told_at = Instant::now();
+        if host::elapsed(self.told_at) >= TICK {
+            self.told_at = host::now();
             self.tell_progress();
         }
         if committed && self.gather.as_ref().is_some_and(|gather| gather.shared().tracker.lock().close()) {
@@ -77,13 +78,13 @@ impl Conductor {
     /// Before COMMIT, and the source cannot be heard.
     fn without_source(&mut self, away: Instant) -> Result<()> {
         if self.phase == ArrivalPhase::Ready {
-            if self.looked_at.elapsed() >= LOOK_EVERY {
+            if host::elapsed(self.looked_at) >= LOOK_EVERY {
                 self.look_for_commit()?;
-                self.looked_at = Instant::now();
+                self.looked_at = host::now();
             }
             return Ok(());
         }
-        if away.elapsed() >= self.options.source_grace {
+        if host::elapsed(away) >= self.options.source_grace {
             // READY was never said: the source cannot have given COMMIT.
             return Err(Error::new(
                 ErrorKind::Unreachable,

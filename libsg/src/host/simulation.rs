@@ -1,0 +1,141 @@
+//! A world that stands for the host of some threads: a simulated clock, scheduler and network.
+//!
+//! A thread belongs to the world of the thread that started it; [`enter`] makes the first ones. The world lets
+//! one thread run at a time: each runs until it waits, and goes on when the world says so.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What libsg's threads ask instead of their host.
+///
+/// A world that ends a thread (its node was killed) unwinds it out of any of these calls; called by a thread that
+/// unwinds already, each returns at once.
+pub trait World: Send + Sync {
+    /// The time.
+    fn now(&self) -> Instant;
+
+    /// Waits until a descriptor is ready (readable where the first flag says so, writable where the second
+    /// does), the key is notified, or the time is over.
+    fn wait(&self, on: &[(BorrowedFd<'_>, bool, bool)], key: Option<usize>, timeout: Duration);
+
+    /// Ends the waits for a key.
+    fn notify(&self, key: usize);
+
+    /// A thread will be started; gives its number.
+    fn thread_starts(&self) -> u64;
+
+    /// Called by that thread first: waits until it may run.
+    fn thread_runs(&self, thread: u64);
+
+    /// Called by that thread last, also when it panicked.
+    fn thread_ends(&self, thread: u64);
+
+    /// Whether that thread has ended.
+    fn has_ended(&self, thread: u64) -> bool;
+
+    /// Random bytes.
+    fn fill_random(&self, bytes: &mut [u8]);
+
+    /// Opens a connection.
+    ///
+    /// # Errors
+    /// As the kernel's: nobody listens, or time is over.
+    fn connect(&self, address: SocketAddr, timeout: Duration) -> io::Result<TcpStream>;
+
+    /// Listens. The descriptor is readable while somebody waits to be accepted.
+    ///
+    /// # Errors
+    /// Somebody listens there.
+    fn listen(&self, address: SocketAddr) -> io::Result<OwnedFd>;
+
+    /// The next connection that came to the address.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] when there is none.
+    fn accept(&self, address: SocketAddr) -> io::Result<(TcpStream, SocketAddr)>;
+
+    /// Whether a bug is to be there, for a test that sees whether it is found.
+    fn has_bug(&self, bug: Bug) -> bool;
+}
+
+/// Bugs that can be switched on in a simulated world, one for each thing that the simulation must find.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Bug {}
+
+thread_local! {
+    static WORLD: RefCell<Option<Arc<dyn World>>> = const { RefCell::new(None) };
+}
+
+/// The calling thread's world; `None` on the real host.
+pub(super) fn world() -> Option<Arc<dyn World>> {
+    WORLD.with_borrow(Clone::clone)
+}
+
+/// Whether the calling thread's world has a bug.
+#[must_use]
+pub fn has_bug(bug: Bug) -> bool {
+    world().is_some_and(|world| world.has_bug(bug))
+}
+
+/// Runs `body` in a world.
+pub fn enter<T>(world: Arc<dyn World>, body: impl FnOnce() -> T) -> T {
+    struct Leaves(Option<Arc<dyn World>>);
+    impl Drop for Leaves {
+        fn drop(&mut self) {
+            WORLD.set(self.0.take());
+        }
+    }
+    let _leaves = Leaves(WORLD.replace(Some(world)));
+    body()
+}
+
+/// A thread's place in its world.
+#[derive(Clone)]
+pub(super) struct Seat {
+    world: Arc<dyn World>,
+    thread: u64,
+}
+
+impl std::fmt::Debug for Seat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "simulated thread {}", self.thread)
+    }
+}
+
+impl Seat {
+    pub(super) fn of(world: Arc<dyn World>) -> Self {
+        let thread = world.thread_starts();
+        Self { world, thread }
+    }
+
+    /// The body of the thread.
+    pub(super) fn run<T>(self, body: impl FnOnce() -> T) -> T {
+        struct Ends(Seat);
+        impl Drop for Ends {
+            fn drop(&mut self) {
+                self.0.world.thread_ends(self.0.thread);
+            }
+        }
+        let ends = Ends(self);
+        let world = Arc::clone(&ends.0.world);
+        world.thread_runs(ends.0.thread);
+        enter(world, body)
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.world.has_ended(self.thread)
+    }
+
+    pub(super) fn wait_for_end(&self) {
+        while !self.has_ended() {
+            self.world.wait(&[], Some(KEY_OF_THREADS | self.thread as usize), Duration::from_secs(3600));
+        }
+    }
+}
+
+/// Keys of threads that end; those of condition variables are addresses, which have not this bit.
+pub const KEY_OF_THREADS: usize = 1 << (usize::BITS - 1);
