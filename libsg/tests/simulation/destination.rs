@@ -1,0 +1,106 @@
+//! The destination's host: a VM that arrives, and the memory that it arrives in.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use libsg::event::Observer;
+use libsg::manifest::Manifest;
+use libsg::migrate::IncomingVm;
+use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
+use libsg::page::PageRange;
+use libsg::sink::PageSink;
+use libsg::vmd::TcpConnector;
+use parking_lot::Mutex;
+
+use crate::clock::Node;
+use crate::guest::{Memory, Vm, run_at_destination};
+use crate::random::Random;
+use crate::scenario::{DESTINATION, Scenario, address, secret};
+
+/// Longer than any run.
+const ALWAYS: Duration = Duration::from_secs(100_000);
+
+/// The VM as its VMM at the destination sees it.
+struct Arriving {
+    vm: Arc<Vm>,
+    node: Arc<Node>,
+    memory: Arc<Memory>,
+    random: Random,
+    think: Duration,
+}
+
+impl IncomingVm for Arriving {
+    fn prepare(&mut self, manifest: &Manifest) -> libsg::Result<Arc<dyn PageSink>> {
+        assert_eq!(*manifest, self.vm.manifest);
+        Ok(self.memory.clone())
+    }
+
+    fn load(&mut self, state: &[u8]) -> libsg::Result<()> {
+        assert_eq!(state, [7; 3000]);
+        Ok(())
+    }
+
+    fn run(&mut self) -> libsg::Result<()> {
+        if !self.node.is_dead() {
+            self.vm.run_at_destination();
+            let (memory, random, think) = (Arc::clone(&self.memory), self.random.clone(), self.think);
+            self.node.spawn("guest", move || run_at_destination(&memory, random, think));
+        }
+        Ok(())
+    }
+
+    fn abandon(&mut self) {
+        if self.vm.runs_at_destination() && !self.node.is_dead() {
+            self.vm.breach("one owner: the VM was thrown away where it runs".into());
+        }
+    }
+
+    fn lost(&mut self, _: &[PageRange]) {}
+}
+
+/// How an arrival ended.
+#[derive(Clone, Debug, Default)]
+pub struct Ended {
+    /// Gathered: how many pages were lost, or why it failed.
+    pub gathered: Option<Result<usize, String>>,
+    pub dissolved: Option<Result<(), String>>,
+}
+
+/// The destination's host.
+pub struct Host {
+    pub memory: Arc<Memory>,
+    pub ended: Arc<Mutex<Ended>>,
+    pub incoming: Arc<Mutex<Option<Arc<Incoming>>>>,
+}
+
+/// Starts it.
+pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Observer) -> Host {
+    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node)));
+    let arriving = Arriving {
+        vm: Arc::clone(vm),
+        node: Arc::clone(node),
+        memory: Arc::clone(&memory),
+        random: scenario.random(4),
+        think: scenario.think,
+    };
+    let options = DestinationOptions {
+        gather_limit: scenario.gather_limit,
+        source_grace: scenario.grace,
+        member_grace: scenario.grace,
+        observer,
+        ..DestinationOptions::new(address(DESTINATION), secret(), Arc::new(TcpConnector::new(secret())))
+    };
+    let host = Host { memory, ended: Arc::default(), incoming: Arc::default() };
+    let (ended, handle) = (Arc::clone(&host.ended), Arc::clone(&host.incoming));
+    node.spawn("vmm-destination", move || {
+        let destination = Destination::listen(options).expect("listens");
+        let incoming = Arc::new(destination.accept(Box::new(arriving)).expect("accepts"));
+        *handle.lock() = Some(Arc::clone(&incoming));
+        let gathered = incoming.wait_gathered(ALWAYS);
+        let lost = gathered.map(|report| usize::from(report.status != libsg::report::Status::Ok));
+        ended.lock().gathered = Some(lost.map_err(|error| error.chain()));
+        let dissolved = incoming.wait_dissolved(ALWAYS);
+        ended.lock().dissolved = Some(dissolved.map_err(|error| error.chain()));
+    });
+    host
+}

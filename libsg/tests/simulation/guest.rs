@@ -1,0 +1,349 @@
+//! The VM: what is in its pages, where it runs, and a guest that reads and writes them and looks whether they
+//! are right. A page's content follows from its number and its version, so that any bytes can be checked.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use libsg::manifest::{Manifest, Region};
+use libsg::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
+use libsg::sink::{InstallOutcome, PageSink, SinkEvent};
+use libsg::transport::{Waker, wait};
+use parking_lot::Mutex;
+
+use crate::clock::Node;
+use crate::random::Random;
+
+/// What is in a page: absent (it has no memory), zero, or a version of its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    Absent,
+    Zero,
+    Version(u32),
+}
+
+impl Content {
+    pub fn bytes(self, page: PageIndex) -> Vec<u8> {
+        match self {
+            Self::Absent | Self::Zero => vec![0; PAGE_BYTES],
+            Self::Version(version) => {
+                let seed = u64::from(page.0) << 32 | u64::from(version);
+                let word = (Random::new(seed).next() | 1).to_le_bytes();
+                word.repeat(PAGE_BYTES / word.len())
+            }
+        }
+    }
+
+    /// Whether these bytes are this content.
+    pub fn is(self, page: PageIndex, bytes: &[u8]) -> bool {
+        bytes == self.bytes(page)
+    }
+}
+
+/// The VM and everything that is wrong with it.
+pub struct Vm {
+    pub manifest: Manifest,
+    state: Mutex<State>,
+    breaches: Mutex<Vec<String>>,
+}
+
+struct State {
+    memory: Vec<Content>,
+    runs_at_source: bool,
+    runs_at_destination: bool,
+    committed: bool,
+}
+
+impl Vm {
+    pub fn new(memory: Vec<Content>) -> Arc<Self> {
+        let region = Region {
+            name: "ram".into(),
+            guest_address: Some(0),
+            length_bytes: memory.len() as u64 * PAGE_BYTES_U64,
+            unit: InstallUnit::Page,
+        };
+        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() };
+        let state = State { memory, runs_at_source: true, runs_at_destination: false, committed: false };
+        Arc::new(Self { manifest, state: Mutex::new(state), breaches: Mutex::new(Vec::new()) })
+    }
+
+    pub fn pages(&self) -> u32 {
+        self.manifest.pages()
+    }
+
+    /// Something was wrong.
+    pub fn breach(&self, what: String) {
+        self.breaches.lock().push(what);
+    }
+
+    pub fn breaches(&self) -> Vec<String> {
+        self.breaches.lock().clone()
+    }
+
+    /// What a page must be wherever it is, from the pause on; what it is at the source, before.
+    pub fn content(&self, page: PageIndex) -> Content {
+        self.state.lock().memory[page.as_usize()]
+    }
+
+    pub fn contents(&self) -> Vec<Content> {
+        self.state.lock().memory.clone()
+    }
+
+    pub fn runs_at_source(&self) -> bool {
+        self.state.lock().runs_at_source
+    }
+
+    pub fn runs_at_destination(&self) -> bool {
+        self.state.lock().runs_at_destination
+    }
+
+    pub fn is_committed(&self) -> bool {
+        self.state.lock().committed
+    }
+
+    pub fn pause(&self) {
+        self.state.lock().runs_at_source = false;
+    }
+
+    pub fn resume(&self) {
+        let mut state = self.state.lock();
+        if state.committed {
+            self.breach("one owner: the source runs the VM again after COMMIT".into());
+        }
+        state.runs_at_source = true;
+    }
+
+    pub fn commit(&self) {
+        self.state.lock().committed = true;
+    }
+
+    pub fn run_at_destination(&self) {
+        let mut state = self.state.lock();
+        if !state.committed {
+            self.breach("one owner: the destination runs the VM without COMMIT".into());
+        }
+        if state.runs_at_source {
+            self.breach("one owner: the VM runs at both ends".into());
+        }
+        state.runs_at_destination = true;
+    }
+
+    /// The source's host is gone, and with it a VM that ran there.
+    pub fn source_died(&self) {
+        self.state.lock().runs_at_source = false;
+    }
+
+    /// The destination's host is gone, and with it a VM that ran there.
+    pub fn destination_died(&self) {
+        self.state.lock().runs_at_destination = false;
+    }
+
+    /// The guest at the source writes a page, unless it is paused.
+    pub fn write_at_source(&self, page: PageIndex, version: u32) {
+        let mut state = self.state.lock();
+        if state.runs_at_source {
+            state.memory[page.as_usize()] = Content::Version(version);
+        }
+    }
+}
+
+/// Runs the guest at the source until it is paused.
+pub fn run_at_source(vm: &Vm, mut random: Random) {
+    let mut version = 1_000_000;
+    while !vm.is_committed() {
+        version += 1;
+        vm.write_at_source(PageIndex(random.below(vm.pages().into()) as u32), version);
+        libsg::host::thread::sleep(Duration::from_millis(random.within(1, 10)));
+    }
+}
+
+/// A page of the guest's memory at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Missing,
+    Present,
+    Poisoned,
+}
+
+/// The guest's memory at the destination, and where faults come from.
+pub struct Memory {
+    vm: Arc<Vm>,
+    node: Arc<Node>,
+    state: Mutex<MemoryState>,
+    faulted: Waker,
+    resolved: Waker,
+}
+
+struct MemoryState {
+    places: Vec<Place>,
+    /// What the guest wrote since a page came.
+    written: Vec<u32>,
+    faults: Vec<PageIndex>,
+    waits: Option<(PageIndex, Duration)>,
+    /// Which page waited how long.
+    longest: Duration,
+    finished: bool,
+}
+
+impl Memory {
+    pub fn new(vm: Arc<Vm>, node: Arc<Node>) -> Self {
+        let pages = vm.pages() as usize;
+        let state = MemoryState {
+            places: vec![Place::Missing; pages],
+            written: vec![0; pages],
+            faults: Vec::new(),
+            waits: None,
+            longest: Duration::ZERO,
+            finished: false,
+        };
+        let waker = || Waker::new().expect("an eventfd");
+        Self { vm, node, state: Mutex::new(state), faulted: waker(), resolved: waker() }
+    }
+
+    /// Whether a page is in place.
+    pub fn has(&self, page: PageIndex) -> bool {
+        let state = self.state.lock();
+        state.finished || state.places[page.as_usize()] == Place::Present
+    }
+
+    pub fn poisoned(&self) -> Vec<PageIndex> {
+        let state = self.state.lock();
+        let places = state.places.iter().enumerate();
+        places
+            .filter(|(_, place)| **place == Place::Poisoned)
+            .map(|(page, _)| PageIndex(page as u32))
+            .collect()
+    }
+
+    /// The fault that waits now, and since when; and the longest wait that ended.
+    pub fn waits(&self) -> (Option<(PageIndex, Duration)>, Duration) {
+        let state = self.state.lock();
+        (state.waits, state.longest)
+    }
+
+    fn place(&self, page: PageIndex) -> Place {
+        let state = self.state.lock();
+        if state.finished && state.places[page.as_usize()] == Place::Missing {
+            return Place::Present;
+        }
+        state.places[page.as_usize()]
+    }
+
+    /// One access of the guest, which waits for the page.
+    fn touch(&self, page: PageIndex, write: bool) {
+        if self.place(page) == Place::Missing {
+            let since = self.node.host().now();
+            let mut state = self.state.lock();
+            state.faults.push(page);
+            state.waits = Some((page, since));
+            drop(state);
+            self.faulted.wake();
+            while self.place(page) == Place::Missing {
+                wait(&[(Some(self.resolved.as_fd()), false)], Duration::from_secs(5)).expect("waits");
+                self.resolved.drain();
+            }
+            let mut state = self.state.lock();
+            state.longest = state.longest.max(self.node.host().now() - since);
+            state.waits = None;
+        }
+        if write && self.place(page) == Place::Present {
+            self.state.lock().written[page.as_usize()] += 1;
+        }
+    }
+
+    fn install_one(&self, state: &mut MemoryState, page: PageIndex, bytes: Option<&[u8]>) {
+        let truth = self.vm.content(page);
+        let is_right = match bytes {
+            Some(bytes) => truth.is(page, bytes),
+            None => !matches!(truth, Content::Version(_)),
+        };
+        if !is_right {
+            self.vm.breach(format!("each page is right: {page} was installed as something that it is not"));
+        }
+        let place = &mut state.places[page.as_usize()];
+        if *place == Place::Present {
+            self.vm.breach(format!("install once: {page} was installed twice"));
+        }
+        if *place == Place::Poisoned {
+            self.vm.breach(format!("lost is lost: {page} was installed after it was given up"));
+        }
+        *place = Place::Present;
+    }
+
+    fn install_all(&self, range: PageRange, bytes: Option<&[u8]>) -> libsg::Result<InstallOutcome> {
+        let mut outcome = InstallOutcome::new(range)?;
+        let mut state = self.state.lock();
+        for (nth, page) in range.iter().enumerate() {
+            let bytes = bytes.map(|bytes| &bytes[nth * PAGE_BYTES..(nth + 1) * PAGE_BYTES]);
+            self.install_one(&mut state, page, bytes);
+        }
+        outcome.add_installed(range.pages);
+        if state.waits.is_some_and(|(page, _)| range.positions().contains(&page.as_usize())) {
+            self.resolved.wake();
+        }
+        Ok(outcome)
+    }
+}
+
+impl PageSink for Memory {
+    fn install(&self, first: PageIndex, bytes: &[u8]) -> libsg::Result<InstallOutcome> {
+        self.install_all(PageRange::new(first, (bytes.len() / PAGE_BYTES) as u32), Some(bytes))
+    }
+
+    fn install_zero(&self, range: PageRange) -> libsg::Result<InstallOutcome> {
+        self.install_all(range, None)
+    }
+
+    fn poison(&self, range: PageRange) -> libsg::Result<()> {
+        let mut state = self.state.lock();
+        for page in range.positions() {
+            if state.places[page] == Place::Missing {
+                state.places[page] = Place::Poisoned;
+            }
+        }
+        drop(state);
+        self.resolved.wake();
+        Ok(())
+    }
+
+    fn events(&self, out: &mut Vec<SinkEvent>) -> libsg::Result<usize> {
+        self.faulted.drain();
+        let faults = std::mem::take(&mut self.state.lock().faults);
+        out.extend(faults.iter().map(|page| SinkEvent::Fault { page: *page, write: false, thread: 1 }));
+        Ok(faults.len())
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.faulted.as_fd())
+    }
+
+    fn finish(&self) -> libsg::Result<()> {
+        if self.node.is_dead() {
+            return Ok(());
+        }
+        let contents = self.vm.contents();
+        let mut state = self.state.lock();
+        state.finished = true;
+        if self.vm.runs_at_destination() {
+            let places = state.places.iter().zip(&contents).enumerate();
+            for (page, _) in places.filter(|(_, (place, content))| {
+                **place == Place::Missing && matches!(content, Content::Version(_))
+            }) {
+                self.vm.breach(format!("each page is right: page {page} never came, and reads as zero"));
+            }
+        }
+        drop(state);
+        self.resolved.wake();
+        Ok(())
+    }
+}
+
+/// Runs the guest at the destination: touches pages until it has seen all of them.
+pub fn run_at_destination(memory: &Memory, mut random: Random, think: Duration) {
+    let pages = memory.vm.pages();
+    for _ in 0..pages / 4 {
+        let page = PageIndex(random.below(pages.into()) as u32);
+        memory.touch(page, random.one_in(3));
+        libsg::host::thread::sleep(think * random.below(200) as u32 / 100);
+    }
+}

@@ -1,0 +1,28 @@
+//! An intermediary's host.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use libsg::server::{Config, Server, ServerHandle};
+use parking_lot::Mutex;
+
+use crate::clock::Node;
+use crate::scenario::{Role, address, secret};
+
+/// The server there; gone when its host was killed.
+pub type Handle = Arc<Mutex<Weak<ServerHandle>>>;
+
+/// Starts it, with so much memory.
+pub fn start(node: &Arc<Node>, role: Role, memory_bytes: u64) -> Handle {
+    let handle = Handle::default();
+    let given = Arc::clone(&handle);
+    node.spawn("intermediary", move || {
+        let config = Config::new(address(role), format!("{role:?}"), memory_bytes, secret());
+        let server = Arc::new(Server::bind(config).expect("listens").spawn().expect("serves"));
+        *given.lock() = Arc::downgrade(&server);
+        loop {
+            libsg::host::thread::sleep(Duration::from_secs(1000));
+        }
+    });
+    handle
+}

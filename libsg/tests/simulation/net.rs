@@ -1,0 +1,313 @@
+//! The simulated network. Each connection is two pairs of sockets: the threads of the product hold one end of
+//! each, and here are the others, between which bytes are carried: late, at a rate, in order within a connection
+//! and in none between them, or not at all.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use libsg::transport::Waker;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
+
+use crate::random::Random;
+
+/// A node, of which one that restarts is another one.
+pub type NodeNumber = usize;
+
+/// Bytes of a connection that are on their way in one direction.
+const WINDOW_BYTES: usize = 256 << 10;
+
+/// Bytes taken from a sender at once.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// What the network is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Weather {
+    /// The least time that bytes are on their way.
+    pub delay: Duration,
+    /// What comes on top, at most: drawn for each piece.
+    pub jitter: Duration,
+    /// Bytes/s of each node's port, each way; zero is unlimited.
+    pub port_rate: u64,
+}
+
+/// The network.
+pub struct Net {
+    weather: Weather,
+    random: Random,
+    hosts: BTreeMap<NodeNumber, Host>,
+    listeners: BTreeMap<SocketAddr, Listener>,
+    links: Vec<Link>,
+    /// Nodes between which nothing is carried.
+    cut: Vec<(NodeNumber, NodeNumber)>,
+    carried_bytes: u64,
+    /// Where bytes are taken into.
+    scratch: Vec<u8>,
+}
+
+struct Host {
+    address: SocketAddr,
+    /// When the port is free again: out, in.
+    free: [Duration; 2],
+}
+
+struct Listener {
+    node: NodeNumber,
+    waker: Waker,
+    pending: VecDeque<UnixStream>,
+}
+
+/// A connection.
+struct Link {
+    nodes: [NodeNumber; 2],
+    /// Our ends of the sockets of both nodes.
+    ends: [UnixStream; 2],
+    /// From the first node to the second, and back.
+    ways: [Way; 2],
+    broken: bool,
+}
+
+#[derive(Default)]
+struct Way {
+    pieces: VecDeque<Piece>,
+    bytes: usize,
+    last: Duration,
+    /// The window is used up, and the sender may have more.
+    full: bool,
+    /// The receiver takes nothing.
+    blocked: bool,
+    /// The sender closed its end.
+    ended: bool,
+    shut: bool,
+}
+
+struct Piece {
+    due: Duration,
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+impl Net {
+    pub fn new(seed: u64, weather: Weather) -> Self {
+        Self {
+            weather,
+            random: Random::new(seed).fork(2),
+            hosts: BTreeMap::new(),
+            listeners: BTreeMap::new(),
+            links: Vec::new(),
+            cut: Vec::new(),
+            carried_bytes: 0,
+            scratch: vec![0; PIECE_BYTES],
+        }
+    }
+
+    /// Bytes that were carried.
+    pub const fn carried_bytes(&self) -> u64 {
+        self.carried_bytes
+    }
+
+    /// A node is there now, at this address.
+    pub fn add(&mut self, node: NodeNumber, address: SocketAddr) {
+        self.hosts.insert(node, Host { address, free: [Duration::ZERO; 2] });
+    }
+
+    /// A node is gone: its connections break, at once (its kernel says so).
+    pub fn remove(&mut self, node: NodeNumber) {
+        self.hosts.remove(&node);
+        self.listeners.retain(|_, listener| listener.node != node);
+        self.links.retain(|link| !link.nodes.contains(&node));
+    }
+
+    /// Breaks every connection between two nodes.
+    pub fn break_links(&mut self, one: NodeNumber, other: NodeNumber) {
+        self.links.retain(|link| !(link.nodes.contains(&one) && link.nodes.contains(&other)));
+    }
+
+    /// Carries nothing between two nodes from now on, or again. Connections stay.
+    pub fn cut(&mut self, one: NodeNumber, other: NodeNumber, cut: bool) {
+        self.cut.retain(|pair| *pair != (one, other) && *pair != (other, one));
+        if cut {
+            self.cut.push((one, other));
+        }
+    }
+
+    fn is_cut(cut: &[(NodeNumber, NodeNumber)], [one, other]: [NodeNumber; 2]) -> bool {
+        cut.contains(&(one, other)) || cut.contains(&(other, one))
+    }
+
+    /// How long it takes to connect; `None` where nobody ever answers.
+    pub fn way(&mut self, from: NodeNumber, to: SocketAddr) -> Option<Duration> {
+        let (there, _) = self.hosts.iter().find(|(_, host)| host.address == to)?;
+        (!Self::is_cut(&self.cut, [from, *there])).then_some(2 * self.weather.delay)
+    }
+
+    pub fn connect(&mut self, from: NodeNumber, to: SocketAddr) -> io::Result<TcpStream> {
+        let listener = self.listeners.get_mut(&to).ok_or(io::ErrorKind::ConnectionRefused)?;
+        let (near, our_near) = pair()?;
+        let (far, our_far) = pair()?;
+        listener.pending.push_back(far);
+        listener.waker.wake();
+        self.links.push(Link {
+            nodes: [from, listener.node],
+            ends: [our_near, our_far],
+            ways: Default::default(),
+            broken: false,
+        });
+        Ok(TcpStream::from(OwnedFd::from(near)))
+    }
+
+    pub fn listen(&mut self, node: NodeNumber, address: SocketAddr) -> io::Result<Waker> {
+        if self.listeners.contains_key(&address) {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        let waker = Waker::new().map_err(|error| io::Error::other(error.to_string()))?;
+        self.listeners.insert(address, Listener { node, waker: waker.clone(), pending: VecDeque::new() });
+        Ok(waker)
+    }
+
+    pub fn accept(&mut self, address: SocketAddr) -> io::Result<(TcpStream, SocketAddr)> {
+        let listener = self.listeners.get_mut(&address).ok_or(io::ErrorKind::NotConnected)?;
+        match listener.pending.pop_front() {
+            Some(stream) => Ok((TcpStream::from(OwnedFd::from(stream)), address)),
+            None => {
+                listener.waker.drain();
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+        }
+    }
+
+    /// Takes what a node has sent.
+    pub fn collect(&mut self, node: NodeNumber, now: Duration) {
+        let Self { weather, random, hosts, links, carried_bytes, scratch, .. } = self;
+        let mut ports = Ports { weather, random, hosts, carried_bytes, scratch };
+        for link in links.iter_mut() {
+            let nodes = link.nodes;
+            for side in (0..2).filter(|side| nodes[*side] == node) {
+                link.take(side, now, &mut ports);
+            }
+        }
+        self.links.retain(|link| !link.broken);
+    }
+
+    /// Gives what is due.
+    pub fn deliver(&mut self, now: Duration) {
+        let Self { weather, random, hosts, links, carried_bytes, cut, scratch, .. } = self;
+        let mut ports = Ports { weather, random, hosts, carried_bytes, scratch };
+        for link in links.iter_mut().filter(|link| !Self::is_cut(cut, link.nodes)) {
+            for side in 0..2 {
+                link.give(side, now);
+                if link.ways[side].full && link.ways[side].bytes < WINDOW_BYTES {
+                    link.take(side, now, &mut ports);
+                }
+            }
+            let [there, back] = &link.ways;
+            link.broken |= there.shut && back.shut;
+        }
+        self.links.retain(|link| !link.broken);
+    }
+
+    /// When something can be given next.
+    pub fn next_delivery(&self) -> Option<Duration> {
+        let open = self.links.iter().filter(|link| !Self::is_cut(&self.cut, link.nodes));
+        let ways = open.flat_map(|link| &link.ways);
+        // What is blocked goes on when its receiver has read.
+        ways.filter(|way| !way.blocked).filter_map(|way| way.pieces.front()).map(|piece| piece.due).min()
+    }
+}
+
+/// The nodes' ports, and what draws how long something takes.
+struct Ports<'n> {
+    weather: &'n Weather,
+    random: &'n mut Random,
+    hosts: &'n mut BTreeMap<NodeNumber, Host>,
+    carried_bytes: &'n mut u64,
+    scratch: &'n mut [u8],
+}
+
+impl Ports<'_> {
+    /// When bytes that are sent now arrive.
+    fn arrival(&mut self, [from, to]: [NodeNumber; 2], bytes: usize, now: Duration) -> Duration {
+        *self.carried_bytes += bytes as u64;
+        let mut at = now;
+        if let Some(nanos) = (bytes as u64 * 1_000_000_000).checked_div(self.weather.port_rate) {
+            let time = Duration::from_nanos(nanos);
+            for (node, port) in [(from, 0), (to, 1)] {
+                if let Some(host) = self.hosts.get_mut(&node) {
+                    host.free[port] = at.max(host.free[port]) + time;
+                    at = host.free[port];
+                }
+            }
+        }
+        at + self.weather.delay + self.weather.jitter * self.random.below(1000) as u32 / 1000
+    }
+}
+
+impl Link {
+    /// Takes what one side sent, up to the window.
+    fn take(&mut self, side: usize, now: Duration, ports: &mut Ports<'_>) {
+        let (end, way) = (&self.ends[side], &mut self.ways[side]);
+        way.full = false;
+        while !way.ended {
+            if way.bytes >= WINDOW_BYTES {
+                way.full = true;
+                return;
+            }
+            match rustix::net::recv(end, &mut *ports.scratch, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => way.ended = true,
+                Ok((got, _)) => {
+                    let bytes = ports.scratch[..got].to_vec();
+                    way.bytes += got;
+                    way.last =
+                        way.last.max(ports.arrival([self.nodes[side], self.nodes[1 - side]], got, now));
+                    way.pieces.push_back(Piece { due: way.last, bytes, written: 0 });
+                }
+                Err(Errno::AGAIN) => return,
+                Err(_) => {
+                    self.broken = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Gives the other side what is due.
+    fn give(&mut self, side: usize, now: Duration) {
+        let (end, way) = (&self.ends[1 - side], &mut self.ways[side]);
+        way.blocked = false;
+        while let Some(piece) = way.pieces.front_mut().filter(|piece| piece.due <= now) {
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match rustix::net::send(end, &piece.bytes[piece.written..], flags) {
+                Ok(sent) => {
+                    piece.written += sent;
+                    way.bytes -= sent;
+                    if piece.written == piece.bytes.len() {
+                        way.pieces.pop_front();
+                    }
+                }
+                Err(Errno::AGAIN) => {
+                    way.blocked = true;
+                    return;
+                }
+                Err(_) => {
+                    self.broken = true;
+                    return;
+                }
+            }
+        }
+        if way.ended && way.pieces.is_empty() && !way.shut {
+            way.shut = true;
+            self.broken |= rustix::net::shutdown(end, Shutdown::Write).is_err();
+        }
+    }
+}
+
+fn pair() -> io::Result<(UnixStream, UnixStream)> {
+    let (one, other) = UnixStream::pair()?;
+    one.set_nonblocking(true)?;
+    other.set_nonblocking(true)?;
+    Ok((one, other))
+}

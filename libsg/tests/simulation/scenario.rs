@@ -1,0 +1,204 @@
+//! What a seed stands for: a VM, hosts, a network, and what happens to them.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use libsg::transport::PoolSecret;
+
+use crate::guest::Content;
+use crate::net::Weather;
+use crate::random::Random;
+
+/// A host, whatever node is there at the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    Source,
+    Destination,
+    /// From 0 on.
+    Intermediary(usize),
+}
+
+pub const SOURCE: Role = Role::Source;
+pub const DESTINATION: Role = Role::Destination;
+
+/// Where a host is.
+pub fn address(role: Role) -> SocketAddr {
+    let last = match role {
+        Role::Source => 1,
+        Role::Destination => 2,
+        Role::Intermediary(nth) => 10 + nth as u8,
+    };
+    SocketAddr::from(([10, 0, 0, last], 7700))
+}
+
+/// What all hosts have in common.
+pub fn secret() -> PoolSecret {
+    PoolSecret::from_bytes(b"a secret of the simulation").expect("long enough")
+}
+
+/// From when on an event is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum After {
+    Start,
+    Ready,
+    Commit,
+    Running,
+    Evicted,
+}
+
+/// What happens to a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Its processes are killed; after that long, if at all, new ones are started.
+    Kill(Role, Option<Duration>),
+    /// Its processes stop for so long.
+    Freeze(Role, Duration),
+    /// All connections between two hosts break.
+    Break(Role, Role),
+    /// Nothing is carried between two hosts for so long.
+    Cut(Role, Role, Duration),
+    /// A page that is stored at an intermediary is damaged.
+    Damage(Role),
+    /// Somebody else's volume takes all memory of an intermediary that is free.
+    Fill(Role),
+    /// The operator sets another limit at the destination.
+    Limit(u64),
+}
+
+/// Something that happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    pub after: After,
+    pub delay: Duration,
+    pub what: What,
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} + {:?}: {:?}", self.after, self.delay, self.what)
+    }
+}
+
+/// Everything about a run.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    pub seed: u64,
+    pub memory: Vec<Content>,
+    /// Memory of each intermediary.
+    pub intermediaries: Vec<u64>,
+    pub weather: Weather,
+    pub gather_limit: u64,
+    pub scatter_limit: u64,
+    pub grace: Duration,
+    pub think: Duration,
+    pub events: Vec<Event>,
+}
+
+/// Pages of an index owner's range: VMs of more than that have several owners.
+const FAR: u64 = 1024;
+
+impl Scenario {
+    /// The one of a seed.
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let intermediaries = random.pick(&[0, 1, 1, 2, 2, 2, 3, 3]);
+        let mut scenario = Self {
+            seed,
+            memory: memory(&mut random),
+            intermediaries: (0..intermediaries).map(|_| random.pick(&[2, 2, 4, 8]) << 20).collect(),
+            weather: Weather {
+                delay: Duration::from_micros(random.pick(&[20, 50, 100, 500, 2000])),
+                jitter: Duration::from_micros(random.pick(&[0, 10, 100, 3000])),
+                port_rate: random.pick(&[0, 0, 125_000_000, 12_500_000]),
+            },
+            gather_limit: random.pick(&[0, 0, 1_000_000, 4_000_000, 32_000_000]),
+            scatter_limit: random.pick(&[0, 0, 0, 20_000_000]),
+            grace: Duration::from_millis(random.pick(&[500, 1000, 2000])),
+            think: Duration::from_micros(random.pick(&[100, 1000, 5000])),
+            events: Vec::new(),
+        };
+        let count = random.pick(&[0, 1, 1, 1, 2, 2, 3, 4, 6]);
+        scenario.events = (0..count).map(|_| scenario.event(&mut random)).collect();
+        scenario
+    }
+
+    pub fn members(&self) -> impl Iterator<Item = Role> + use<> {
+        (0..self.intermediaries.len()).map(Role::Intermediary)
+    }
+
+    pub fn roles(&self) -> Vec<Role> {
+        [SOURCE, DESTINATION].into_iter().chain(self.members()).collect()
+    }
+
+    /// A stream of random numbers for one purpose.
+    pub fn random(&self, purpose: u64) -> Random {
+        Random::new(self.seed).fork(purpose)
+    }
+
+    fn event(&self, random: &mut Random) -> Event {
+        let after = random.pick(&[
+            After::Start,
+            After::Ready,
+            After::Commit,
+            After::Commit,
+            After::Running,
+            After::Running,
+            After::Running,
+            After::Evicted,
+            After::Evicted,
+        ]);
+        let most = random.pick(&[0, 1000, 20_000, 20_000, 200_000, 1_000_000]);
+        let delay = Duration::from_micros(random.within(0, most));
+        Event { after, delay, what: self.what(random) }
+    }
+
+    fn what(&self, random: &mut Random) -> What {
+        let roles = self.roles();
+        let member = |random: &mut Random| {
+            let members: Vec<_> = self.members().collect();
+            if members.is_empty() { DESTINATION } else { random.pick(&members) }
+        };
+        let time = |random: &mut Random| Duration::from_millis(random.pick(&[1, 20, 150, 600, 3000]));
+        let two = |random: &mut Random| {
+            let one = random.below(roles.len() as u64) as usize;
+            let other = (one + random.within(1, roles.len() as u64 - 1) as usize) % roles.len();
+            (roles[one], roles[other])
+        };
+        match random.below(16) {
+            0 => What::Kill(SOURCE, None),
+            1 => What::Kill(DESTINATION, None),
+            2..=4 => What::Kill(member(random), random.one_in(2).then(|| time(random))),
+            5..=6 => What::Freeze(random.pick(&roles), time(random)),
+            7..=9 => {
+                let (one, other) = two(random);
+                What::Break(one, other)
+            }
+            10..=12 => {
+                let (one, other) = two(random);
+                What::Cut(one, other, time(random))
+            }
+            13 => What::Damage(member(random)),
+            14 => What::Fill(member(random)),
+            _ => What::Limit(random.pick(&[0, 500_000, 8_000_000])),
+        }
+    }
+}
+
+/// Mostly data, some of it zero or absent; sometimes with much that is absent, over several index ranges.
+fn memory(random: &mut Random) -> Vec<Content> {
+    let pages = random.pick(&[64, 64, 128, 200, 300, 1024]);
+    let (zero, absent) = (random.pick(&[0, 5, 30]), random.pick(&[0, 5, 50]));
+    let mut draw = |_| match random.below(100) {
+        part if part < zero => Content::Zero,
+        part if part < zero + absent => Content::Absent,
+        _ => Content::Version(1),
+    };
+    let mut memory: Vec<_> = (0..pages).map(&mut draw).collect();
+    if random.one_in(4) {
+        memory.resize(FAR as usize + 10, Content::Absent);
+        memory.extend((0..40).map(|_| Content::Version(1)));
+        memory.resize(2 * FAR as usize + 20, Content::Absent);
+    }
+    memory
+}

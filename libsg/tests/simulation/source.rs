@@ -1,0 +1,120 @@
+//! The source's host: a VM that leaves, and its memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use libsg::event::Observer;
+use libsg::memory::{PageSlice, PresenceMap};
+use libsg::migrate::source::{self, Outgoing, SourceOptions};
+use libsg::migrate::{Mode, OutgoingVm};
+use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
+use libsg::source::{Outcome, PageSource, Repeat, Supply};
+use libsg::vmd::TcpConnector;
+use parking_lot::Mutex;
+
+use crate::clock::Node;
+use crate::guest::{Content, Vm, run_at_source};
+use crate::scenario::{DESTINATION, Scenario, address, secret};
+
+/// The VM as its VMM at the source sees it.
+struct Leaving {
+    vm: Arc<Vm>,
+    node: Arc<Node>,
+}
+
+impl OutgoingVm for Leaving {
+    fn pause(&mut self) -> libsg::Result<Vec<u8>> {
+        self.vm.pause();
+        Ok(vec![7; 3000])
+    }
+
+    fn resume(&mut self) -> libsg::Result<()> {
+        // What a host does that was killed happens nowhere.
+        if !self.node.is_dead() {
+            self.vm.resume();
+        }
+        Ok(())
+    }
+
+    fn committed(&mut self) {
+        self.vm.commit();
+    }
+}
+
+/// Its memory.
+struct Pages {
+    vm: Arc<Vm>,
+    named: Mutex<bool>,
+}
+
+impl Pages {
+    fn presence(&self) -> PresenceMap {
+        let contents = self.vm.contents();
+        let mut presence = PresenceMap::new(contents.len() as u32);
+        for (page, _) in contents.iter().enumerate().filter(|(_, content)| **content != Content::Absent) {
+            presence.insert(PageRange::new(PageIndex(page as u32), 1));
+        }
+        presence
+    }
+}
+
+impl PageSource for Pages {
+    fn repeat(&self) -> Repeat {
+        Repeat::Any
+    }
+
+    fn presence(&self) -> libsg::Result<PresenceMap> {
+        Ok(self.presence())
+    }
+
+    fn available(&self, out: &mut Vec<PageRange>) -> libsg::Result<Supply> {
+        if !std::mem::replace(&mut *self.named.lock(), true) {
+            out.extend(self.presence().runs());
+        }
+        Ok(Supply::Complete)
+    }
+
+    fn want(&self, _: PageIndex) -> libsg::Result<()> {
+        Ok(())
+    }
+
+    fn slice(&self, range: PageRange) -> libsg::Result<PageSlice> {
+        if self.vm.runs_at_source() {
+            self.vm.breach("each page is right: memory is sent while the guest writes it".into());
+        }
+        let mut bytes = Vec::with_capacity(range.pages as usize * PAGE_BYTES);
+        range.iter().for_each(|page| bytes.extend(self.vm.content(page).bytes(page)));
+        Ok(PageSlice::owned(bytes.into()))
+    }
+
+    fn outcome(&self, _: PageRange, _: Outcome) {}
+}
+
+/// The migration, once it was started.
+pub type Handle = Arc<Mutex<Option<Arc<Outgoing>>>>;
+
+/// Starts the source's host.
+pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Observer) -> Handle {
+    let handle = Handle::default();
+    let (given, node_of_vm, vm_there) = (Arc::clone(&handle), Arc::clone(node), Arc::clone(vm));
+    let options = SourceOptions {
+        to: address(DESTINATION),
+        intermediaries: scenario.members().map(address).collect(),
+        mode: Mode::ScatterGather,
+        secret: secret(),
+        connector: Arc::new(TcpConnector::new(secret())),
+        scatter_limit_bytes_per_s: scenario.scatter_limit,
+        ready_timeout: Duration::from_secs(5),
+        observer,
+    };
+    node.spawn("vmm-source", move || {
+        let pages = Arc::new(Pages { vm: Arc::clone(&vm_there), named: Mutex::new(false) });
+        let leaving = Leaving { vm: Arc::clone(&vm_there), node: node_of_vm };
+        let manifest = vm_there.manifest.clone();
+        let outgoing = source::start(Box::new(leaving), pages, manifest, options).expect("started");
+        *given.lock() = Some(Arc::new(outgoing));
+    });
+    let (vm, random) = (Arc::clone(vm), scenario.random(3));
+    node.spawn("guest-source", move || run_at_source(&vm, random));
+    handle
+}
