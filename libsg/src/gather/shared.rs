@@ -496,8 +496,5 @@ pub(crate) fn spawn(
             }
         }
     };
-    host::thread::Builder::new()
-        .name(name)
-        .spawn(run)
-        .map_err(|cause| Error::new(ErrorKind::System, "a thread could not be started").because(cause))
+    Ok(host::thread::Builder::new().name(name).spawn(run)?)
 }
