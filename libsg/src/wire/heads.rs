@@ -65,7 +65,7 @@ impl RunEntry for PageEntry {
     }
 
     fn decode_head(bytes: &[u8]) -> Result<Head<Self>, Malformed> {
-        let head = PageHead::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
+        let head: &PageHead = head(bytes)?;
         let encoding = Encoding::decode(head.encoding)?;
         let encoded_bytes = match encoding {
             Encoding::Raw => PAGE_BYTES,
@@ -75,9 +75,7 @@ impl RunEntry for PageEntry {
         if usize::from(head.encoded_bytes.get()) != encoded_bytes {
             return Err(Malformed::Bounds("encoded length"));
         }
-        let (page, pages) = (PageIndex(head.page.get()), head.pages.get().into());
-        let gaps = check_gaps(head.gaps.into(), pages)?;
-        check_run(page, pages)?;
+        let (page, pages, gaps) = run(head.page, head.pages.get().into(), head.gaps.into())?;
         let first = Self {
             page,
             run_pages: 1,
@@ -148,15 +146,12 @@ impl RunEntry for IndexEntry {
     }
 
     fn decode_head(bytes: &[u8]) -> Result<Head<Self>, Malformed> {
-        let head = IndexHead::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
+        let head: &IndexHead = head(bytes)?;
         let encoding = Encoding::decode(head.encoding)?;
-        let (page, pages, bits) = (PageIndex(head.page.get()), head.pages.get(), head.placement.get());
-        check_run(page, pages)?;
-        let gaps = check_gaps(head.gaps.into(), pages)?;
-        let placement = Placement::from_bits(bits);
+        let (page, pages, gaps) = run(head.page, head.pages.get(), head.gaps.into())?;
+        let placement = placement(head.placement)?;
         match (encoding, placement) {
-            (Encoding::Raw, Some(_)) => {}
-            (Encoding::Zero, None) if bits == 0 => {}
+            (Encoding::Raw, Some(_)) | (Encoding::Zero, None) => {}
             (Encoding::Raw | Encoding::Zero, _) => return Err(Malformed::Bounds("placement")),
             (Encoding::Reference | Encoding::Gone, _) => {
                 return Err(Malformed::Bounds("encoding of an index entry"));
@@ -181,13 +176,27 @@ fn further(first: Placement, n: u32) -> Option<Placement> {
     Some(Placement { slot: SlotIndex(first.slot.0.checked_add(n)?), ..first })
 }
 
-/// Whether a mask follows: its value is one of two, and a mask has 64 bits.
-fn check_gaps(gaps: u16, pages: u32) -> Result<bool, Malformed> {
+fn head<H: FromBytes + Immutable + KnownLayout + Unaligned>(bytes: &[u8]) -> Result<&H, Malformed> {
+    H::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)
+}
+
+/// First page and pages of a run, and whether a mask follows: `gaps` is one of two values, and a mask has 64 bits.
+fn run(first: U32, pages: u32, gaps: u16) -> Result<(PageIndex, u32, bool), Malformed> {
+    let first = PageIndex(first.get());
+    check_run(first, pages)?;
     match gaps {
-        0 => Ok(false),
-        1 if pages <= u64::BITS => Ok(true),
+        0 => Ok((first, pages, false)),
+        1 if pages <= u64::BITS => Ok((first, pages, true)),
         1 => Err(Malformed::Bounds("mask of a run")),
         _ => Err(Malformed::Reserved),
+    }
+}
+
+/// A placement; zero is none.
+fn placement(bits: U64) -> Result<Option<Placement>, Malformed> {
+    match Placement::from_bits(bits.get()) {
+        None if bits.get() != 0 => Err(Malformed::Bounds("placement")),
+        placement => Ok(placement),
     }
 }
 
@@ -231,11 +240,9 @@ impl RunEntry for GetEntry {
     }
 
     fn decode_head(bytes: &[u8]) -> Result<Head<Self>, Malformed> {
-        let head = GetHead::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
-        let (page, pages) = (PageIndex(head.page.get()), u32::from(head.pages.get()));
-        let gaps = check_gaps(head.gaps.get(), pages)?;
-        check_run(page, pages)?;
-        let placement = Placement::from_bits(head.placement.get()).ok_or(Malformed::Bounds("placement"))?;
+        let head: &GetHead = head(bytes)?;
+        let (page, pages, gaps) = run(head.page, head.pages.get().into(), head.gaps.get())?;
+        let placement = placement(head.placement)?.ok_or(Malformed::Bounds("placement"))?;
         Ok(Head { first: Self { page, placement }, pages, gaps })
     }
 }
@@ -282,17 +289,14 @@ impl RunEntry for Option<Placement> {
     }
 
     fn decode_head(bytes: &[u8]) -> Result<Head<Self>, Malformed> {
-        let head = StoredHead::ref_from_bytes(bytes).map_err(|_| Malformed::Truncated)?;
+        let head: &StoredHead = head(bytes)?;
         if head.reserved.get() != 0 {
             return Err(Malformed::Reserved);
         }
-        let (bits, pages) = (head.placement.get(), u32::from(head.pages.get()));
+        let pages = u32::from(head.pages.get());
         if pages == 0 {
             return Err(Malformed::Bounds("run of slots"));
         }
-        match Placement::from_bits(bits) {
-            None if bits != 0 => Err(Malformed::Bounds("placement")),
-            first => Ok(Head { first, pages, gaps: false }),
-        }
+        Ok(Head { first: placement(head.placement)?, pages, gaps: false })
     }
 }
