@@ -267,7 +267,7 @@ fn report(shared: &Shared, line: &mut Line, now: Instant) {
         base_rtt,
         backlogged: false,
     };
-    let _ = shared.pacer.report(line.link, reading, now);
+    shared.pacer.observe(line.link, reading, now);
 }
 
 fn count(shared: &Shared, line: &mut Line) {

@@ -461,7 +461,7 @@ impl Pending {
 /// a slower one. Their own delay is no measure: they overtake.
 fn report(shared: &Shared, link: LinkId, received_bytes: u64) {
     let reading = LinkReading { delivered: received_bytes, ..LinkReading::default() };
-    let _ = shared.pacer.report(link, reading, host::now());
+    shared.pacer.observe(link, reading, host::now());
 }
 
 /// What stands in the way of an installation is an event that was not read: the guest gives pages up. Faults

@@ -331,7 +331,7 @@ impl Worker<'_> {
             base_rtt: Duration::ZERO,
             backlogged: false,
         };
-        let _ = self.shared.pacer.report(self.pace_link, reading, host::now());
+        self.shared.pacer.observe(self.pace_link, reading, host::now());
         let fresh = path.received_bytes.saturating_sub(self.counted);
         self.counted = path.received_bytes;
         self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);

@@ -180,6 +180,11 @@ impl SharedPacer {
         self.inner.lock().report(id, reading, now)
     }
 
+    /// The same for a link that has no share: what comes is the peer's to pace, and what is urgent overtakes.
+    pub fn observe(&self, id: LinkId, reading: LinkReading, now: Instant) {
+        self.inner.lock().report(id, reading, now);
+    }
+
     /// The rate in force in bytes/s, the lower of found and limit; `None` is unpaced.
     #[must_use]
     pub fn rate(&self) -> Option<u64> {
@@ -428,7 +433,7 @@ mod test {
                         base_rtt: Duration::from_micros(50),
                         backlogged: true,
                     };
-                    let _ = pacer.report(*link, reading, now);
+                    pacer.observe(*link, reading, now);
                 }
             }
         }
@@ -474,7 +479,7 @@ mod test {
         let pacer = SharedPacer::new(now, 0);
         let first = pacer.add_link(Class::Bulk);
         pacer.remove_link(first);
-        let _ = pacer.report(first, LinkReading::default(), now);
+        pacer.observe(first, LinkReading::default(), now);
         assert_eq!(pacer.add_link(Class::Bulk), first);
     }
 }

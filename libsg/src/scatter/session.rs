@@ -272,7 +272,7 @@ impl<'a> Control<'a> {
         while !ended() {
             let now = host::now();
             let reading = LinkReading::from(path.refresh(&self.channel, now));
-            let _ = self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
+            self.scatter.pacer.observe(link, LinkReading { queue_delay: None, ..reading }, now);
             self.read()?;
             self.announce()?;
             self.tell_evicted()?;

@@ -80,7 +80,7 @@ impl UrgentSink {
             self.read(now)?;
             // What faults carry is part of the link's sum; how long it waits says nothing about bulk's queue.
             let reading = LinkReading::from(self.path.refresh(&self.channel, now));
-            let _ = self.scatter.pacer.report(link, LinkReading { queue_delay: None, ..reading }, now);
+            self.scatter.pacer.observe(link, LinkReading { queue_delay: None, ..reading }, now);
             let written = self.outbox.flush(&self.channel, usize::MAX)?;
             self.scatter.pacer.charge(Class::Urgent, written as u64, now);
             Counters::add(&self.scatter.counters.wire, written);
