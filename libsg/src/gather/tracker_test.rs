@@ -149,147 +149,165 @@ impl Model {
     }
 }
 
-/// Plays one step on both, and compares what they answer.
-fn step(
-    op: &Op,
-    tracker: &mut Tracker,
-    model: &mut Model,
-    claims: &mut Vec<(u32, Path)>,
-    flights: &mut Vec<Read>,
-) {
-    let now = Instant::now();
-    let word = |source| if source { Word::Source } else { Word::Index };
-    let mut reads = Vec::new();
-    match *op {
-        Op::Announce { page, round, member, source } => {
-            tracker.announce(&at(page, round, member), word(source)).expect("in the volume");
-            model.learn(page as usize, round, Some(place(member, page)), source);
-        }
-        Op::Zero { page, run, round, source } => {
-            let run = run.min(PAGES - page);
-            let entry = IndexEntry::zero(PageIndex(page), run, Round(round));
-            tracker.announce(&entry, word(source)).expect("in the volume");
-            (page..page + run).for_each(|page| model.learn(page as usize, round, None, source));
-        }
-        Op::Fault(page) => {
-            assert_eq!(tracker.fault(PageIndex(page), now, &mut reads), model.wanted(page as usize));
-            if let Know::At(placement) = model.know(page as usize)
-                && !model.pages[page as usize].installing
-            {
-                let round = Round(model.pages[page as usize].round);
-                assert_eq!(
-                    reads,
-                    [Read { page: PageIndex(page), placement, checksum: Checksum(page), round }]
-                );
+/// Tracker and model side by side.
+struct Play {
+    tracker: Tracker,
+    model: Model,
+    claims: Vec<(u32, Path)>,
+    flights: Vec<Read>,
+}
+
+impl Play {
+    /// Plays one step on both, and compares what they answer.
+    fn step(&mut self, op: &Op) {
+        let word = |source| if source { Word::Source } else { Word::Index };
+        match *op {
+            Op::Announce { page, round, member, source } => {
+                self.tracker.announce(&at(page, round, member), word(source)).expect("in the volume");
+                self.model.learn(page as usize, round, Some(place(member, page)), source);
             }
-        }
-        Op::Claim { page, round } => {
-            let p = &mut model.pages[page as usize];
-            let stale = match p.know {
-                Know::Missing => false,
-                Know::Zero => round <= p.round,
-                _ => round < p.round,
-            };
-            let held =
-                p.installing || stale || matches!(p.know, Know::Installed | Know::Removed | Know::Lost);
-            let want = if held { Claim::Held } else { Claim::Install(one(page)) };
-            assert_eq!(tracker.claim(PageIndex(page), Round(round)), want);
-            if !held {
-                p.installing = true;
-                claims.push((page, Path::Direct));
+            Op::Zero { page, run, round, source } => {
+                let run = run.min(PAGES - page);
+                let entry = IndexEntry::zero(PageIndex(page), run, Round(round));
+                self.tracker.announce(&entry, word(source)).expect("in the volume");
+                (page..page + run).for_each(|page| self.model.learn(page as usize, round, None, source));
             }
-        }
-        Op::ClaimZero(page) => {
-            let p = &mut model.pages[page as usize];
-            let may = !p.installing && matches!(p.know, Know::Zero | Know::Removed);
-            let want = if may { Claim::Install(one(page)) } else { Claim::Held };
-            assert_eq!(tracker.claim_zero(PageIndex(page)), want);
-            if may {
-                *p = Page { know: Know::Zero, installing: true, flying: false, ..*p };
-                (p.no_index, p.no_source) = (false, false);
-                claims.push((page, Path::Zero));
-            }
-        }
-        Op::Finish { which, ok } if !claims.is_empty() => {
-            let (page, path) = claims.swap_remove(which % claims.len());
-            let p = &mut model.pages[page as usize];
-            p.installing = false;
-            if ok {
-                tracker.installed(one(page), path, now);
-                if p.know != Know::Removed {
-                    (p.know, p.installs) = (Know::Installed, p.installs + 1);
-                }
-                (p.flying, p.no_index, p.no_source) = (false, false, false);
-            } else {
-                tracker.unclaim(one(page));
-            }
-        }
-        Op::Finish { .. } => {}
-        Op::Removed { page, run } => {
-            let run = run.min(PAGES - page);
-            tracker.removed(PageRange::new(PageIndex(page), run));
-            for p in &mut model.pages[page as usize..(page + run) as usize] {
-                if p.know != Know::Lost {
-                    (p.know, p.installs) = (Know::Removed, 0);
+            Op::Fault(page) => self.fault(page),
+            Op::Claim { page, round } => self.claim(page, round),
+            Op::ClaimZero(page) => self.claim_zero(page),
+            Op::Finish { which, ok } => self.finish(which, ok),
+            Op::Removed { page, run } => self.removed(page, run.min(PAGES - page)),
+            Op::Batch { member, pages } => self.batch(member, pages),
+            Op::GiveBack => {
+                self.tracker.give_back(&self.flights);
+                for read in self.flights.drain(..) {
+                    self.model.pages[read.page.as_usize()].flying = false;
                 }
             }
-        }
-        Op::Batch { member, pages } => {
-            tracker.next_batch(MemberIndex(member), pages, &mut reads);
-            assert!(reads.len() <= pages);
-            if reads.is_empty() {
-                // Nothing near the last fault may be a reason; the sweep then finds what is left.
-                tracker.next_batch(MemberIndex(member), pages, &mut reads);
+            Op::CopyLost { page, member } => self.copy_lost(page, place(member, page)),
+            Op::Member { member, lost } => {
+                self.tracker.set_member_lost(MemberIndex(member), lost);
+                self.model.lost[usize::from(member)] = lost;
             }
-            let idle = |p: &Page| {
-                !p.installing && !p.flying && matches!(p.know, Know::At(place) if place.member.0 == member)
-            };
-            for read in &reads {
-                let p = &mut model.pages[read.page.as_usize()];
-                assert!(idle(p) && p.know == Know::At(read.placement), "{read:?} {p:?}");
-                p.flying = true;
+            Op::NotIndexed(page) => {
+                self.tracker.not_indexed(one(page));
+                self.model.pages[page as usize].no_index = true;
             }
-            flights.extend_from_slice(&reads);
+            Op::SourceHasNot(page) => {
+                self.tracker.source_has_not(PageIndex(page));
+                self.model.pages[page as usize].no_source = true;
+            }
+            Op::Lose { away } => self.lose(away),
         }
-        Op::GiveBack => {
-            tracker.give_back(flights);
-            for read in flights.drain(..) {
-                model.pages[read.page.as_usize()].flying = false;
+    }
+
+    fn fault(&mut self, page: u32) {
+        let (mut reads, known) = (Vec::new(), self.model.pages[page as usize]);
+        let wanted = self.tracker.fault(PageIndex(page), Instant::now(), &mut reads);
+        assert_eq!(wanted, self.model.wanted(page as usize));
+        if let Know::At(placement) = self.model.know(page as usize)
+            && !known.installing
+        {
+            let (checksum, round) = (Checksum(page), Round(known.round));
+            assert_eq!(reads, [Read { page: PageIndex(page), placement, checksum, round }]);
+        }
+    }
+
+    fn claim(&mut self, page: u32, round: u16) {
+        let p = &mut self.model.pages[page as usize];
+        let stale = match p.know {
+            Know::Missing => false,
+            Know::Zero => round <= p.round,
+            _ => round < p.round,
+        };
+        let held = p.installing || stale || matches!(p.know, Know::Installed | Know::Removed | Know::Lost);
+        let want = if held { Claim::Held } else { Claim::Install(one(page)) };
+        assert_eq!(self.tracker.claim(PageIndex(page), Round(round)), want);
+        if !held {
+            p.installing = true;
+            self.claims.push((page, Path::Direct));
+        }
+    }
+
+    fn claim_zero(&mut self, page: u32) {
+        let p = &mut self.model.pages[page as usize];
+        let may = !p.installing && matches!(p.know, Know::Zero | Know::Removed);
+        let want = if may { Claim::Install(one(page)) } else { Claim::Held };
+        assert_eq!(self.tracker.claim_zero(PageIndex(page)), want);
+        if may {
+            *p = Page { know: Know::Zero, installing: true, flying: false, ..*p };
+            (p.no_index, p.no_source) = (false, false);
+            self.claims.push((page, Path::Zero));
+        }
+    }
+
+    /// One of those that install is done, or could not.
+    fn finish(&mut self, which: usize, ok: bool) {
+        if self.claims.is_empty() {
+            return;
+        }
+        let (page, path) = self.claims.swap_remove(which % self.claims.len());
+        let p = &mut self.model.pages[page as usize];
+        p.installing = false;
+        if !ok {
+            return self.tracker.unclaim(one(page));
+        }
+        self.tracker.installed(one(page), path, Instant::now());
+        if p.know != Know::Removed {
+            (p.know, p.installs) = (Know::Installed, p.installs + 1);
+        }
+        (p.flying, p.no_index, p.no_source) = (false, false, false);
+    }
+
+    fn removed(&mut self, page: u32, run: u32) {
+        self.tracker.removed(PageRange::new(PageIndex(page), run));
+        for p in &mut self.model.pages[page as usize..(page + run) as usize] {
+            if p.know != Know::Lost {
+                (p.know, p.installs) = (Know::Removed, 0);
             }
         }
-        Op::CopyLost { page, member } => {
-            let p = &mut model.pages[page as usize];
-            let known = p.know == Know::At(place(member, page)) && !p.installing;
-            assert_eq!(tracker.copy_lost(PageIndex(page), place(member, page)), known);
-            if known {
-                *p = Page { know: Know::Suspect, flying: false, no_index: false, no_source: false, ..*p };
-            }
+    }
+
+    fn batch(&mut self, member: u16, pages: usize) {
+        let mut reads = Vec::new();
+        self.tracker.next_batch(MemberIndex(member), pages, &mut reads);
+        assert!(reads.len() <= pages);
+        if reads.is_empty() {
+            // Nothing near the last fault may be a reason; the sweep then finds what is left.
+            self.tracker.next_batch(MemberIndex(member), pages, &mut reads);
         }
-        Op::Member { member, lost } => {
-            tracker.set_member_lost(MemberIndex(member), lost);
-            model.lost[usize::from(member)] = lost;
+        let idle = |p: &Page| {
+            !p.installing && !p.flying && matches!(p.know, Know::At(place) if place.member.0 == member)
+        };
+        for read in &reads {
+            let p = &mut self.model.pages[read.page.as_usize()];
+            assert!(idle(p) && p.know == Know::At(read.placement), "{read:?} {p:?}");
+            p.flying = true;
         }
-        Op::NotIndexed(page) => {
-            tracker.not_indexed(one(page));
-            model.pages[page as usize].no_index = true;
+        self.flights.extend_from_slice(&reads);
+    }
+
+    fn copy_lost(&mut self, page: u32, at: Placement) {
+        let p = &mut self.model.pages[page as usize];
+        let known = p.know == Know::At(at) && !p.installing;
+        assert_eq!(self.tracker.copy_lost(PageIndex(page), at), known);
+        if known {
+            *p = Page { know: Know::Suspect, flying: false, no_index: false, no_source: false, ..*p };
         }
-        Op::SourceHasNot(page) => {
-            tracker.source_has_not(PageIndex(page));
-            model.pages[page as usize].no_source = true;
-        }
-        Op::Lose { away } => {
-            let mut lost = Vec::new();
-            tracker.lose(PageIndex(0), away, &mut lost);
-            let hopeless = |page: &usize| {
-                let p = model.pages[*page];
-                let unknown = matches!(model.know(*page), Know::Missing | Know::Suspect) && !p.installing;
-                unknown && p.no_index && (away || p.no_source)
-            };
-            let want: Vec<_> = (0..model.pages.len()).filter(hopeless).collect();
-            assert_eq!(lost.iter().map(|page| page.as_usize()).collect::<Vec<_>>(), want);
-            for page in want {
-                model.pages[page] = Page { know: Know::Lost, ..Page::default() };
-            }
+    }
+
+    fn lose(&mut self, away: bool) {
+        let (mut lost, model) = (Vec::new(), &mut self.model);
+        self.tracker.lose(PageIndex(0), away, &mut lost);
+        let hopeless = |page: &usize| {
+            let p = model.pages[*page];
+            let unknown = matches!(model.know(*page), Know::Missing | Know::Suspect) && !p.installing;
+            unknown && p.no_index && (away || p.no_source)
+        };
+        let want: Vec<_> = (0..model.pages.len()).filter(hopeless).collect();
+        assert_eq!(lost.iter().map(|page| page.as_usize()).collect::<Vec<_>>(), want);
+        for page in want {
+            model.pages[page] = Page { know: Know::Lost, ..Page::default() };
         }
     }
 }
@@ -314,12 +332,12 @@ proptest! {
     #[test]
     fn agrees_with_the_model(ops in prop::collection::vec(ops(), 1..300)) {
         // Two regions: a run of pages may not cross them, the numbers go on.
-        let mut tracker = tracker(vec![region(40, InstallUnit::Page), region(8, InstallUnit::Page)]);
-        let mut model = Model { pages: vec![Page::default(); PAGES as usize], ..Model::default() };
-        let (mut claims, mut flights) = (Vec::new(), Vec::new());
+        let tracker = tracker(vec![region(40, InstallUnit::Page), region(8, InstallUnit::Page)]);
+        let model = Model { pages: vec![Page::default(); PAGES as usize], ..Model::default() };
+        let mut play = Play { tracker, model, claims: Vec::new(), flights: Vec::new() };
         for op in &ops {
-            step(op, &mut tracker, &mut model, &mut claims, &mut flights);
-            compare(&tracker, &model);
+            play.step(op);
+            compare(&play.tracker, &play.model);
         }
     }
 

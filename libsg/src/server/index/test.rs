@@ -15,7 +15,7 @@ fn zero(page: u32, pages: u32, round: u16) -> IndexEntry {
 }
 
 fn put(index: &mut Index, entries: &[IndexEntry]) {
-    index.put(entries, &mut || true).unwrap();
+    index.put(entries, &mut || true).expect("there is room");
 }
 
 fn all(index: &Index) -> Vec<IndexEntry> {

@@ -14,8 +14,8 @@ fn owner(page: u32, round: u16) -> Owner {
 
 fn put(slots: &mut Slots, volume: VolumeId, page: u32, round: u16) -> (SlotIndex, Generation) {
     let mut runs = Vec::new();
-    slots.allocate(volume, 1, &mut runs).unwrap();
-    (runs[0].first, slots.store(runs[0].first, owner(page, round)).unwrap())
+    slots.allocate(volume, 1, &mut runs).expect("the volume is open");
+    (runs[0].first, slots.store(runs[0].first, owner(page, round)).expect("not dissolved"))
 }
 
 fn give_back(slots: &mut Slots) -> usize {
@@ -29,10 +29,10 @@ fn a_batch_is_one_run_and_a_placement_is_exact() {
     slots.open(a);
     slots.open(b);
     let mut runs = Vec::new();
-    slots.allocate(a, 64, &mut runs).unwrap();
+    slots.allocate(a, 64, &mut runs).expect("the volume is open");
     assert_eq!(runs, [SlotRun { first: SlotIndex(0), slots: 64 }]);
     assert_eq!(slots.read(a, PageIndex(0), SlotIndex(0), Generation(1)), None, "not stored yet");
-    let generation = slots.store(SlotIndex(0), owner(9, 1)).unwrap();
+    let generation = slots.store(SlotIndex(0), owner(9, 1)).expect("not dissolved");
     assert_eq!(slots.read(a, PageIndex(9), SlotIndex(0), generation), Some(owner(9, 1)));
     assert_eq!(slots.read(b, PageIndex(9), SlotIndex(0), generation), None, "another volume");
     assert_eq!(slots.read(a, PageIndex(8), SlotIndex(0), generation), None, "another page");
@@ -88,7 +88,7 @@ fn what_is_pinned_is_not_used_again() {
     slots.discard_in(volume, 0, PageRange::new(PageIndex(2), 1), Round(1));
     assert_eq!(slots.read(volume, PageIndex(2), slot, generation), None);
     let mut runs = Vec::new();
-    slots.allocate(volume, 510, &mut runs).unwrap();
+    slots.allocate(volume, 510, &mut runs).expect("the volume is open");
     assert_eq!(slots.allocate(volume, 1, &mut Vec::new()), Ok(0), "it waits");
     slots.unpin(ChunkNumber(0));
     let (again, newer) = put(&mut slots, volume, 3, 0);
@@ -130,16 +130,16 @@ fn ready_chunks_go_first_and_count() {
     let volume = VolumeId(1);
     slots.open(volume);
     put(&mut slots, volume, 1, 0);
-    let ahead = slots.prepare().unwrap();
+    let ahead = slots.prepare().expect("below the limit");
     assert_eq!(slots.prepare(), None, "the limit holds for them too");
     slots.prepared(ahead);
     let mut runs = Vec::new();
-    slots.allocate(volume, 600, &mut runs).unwrap();
+    slots.allocate(volume, 600, &mut runs).expect("the volume is open");
     assert_eq!(slots.ready_chunks(), 0);
     slots.dissolve(volume);
     runs.iter().flat_map(|run| run.iter()).for_each(|slot| slots.free(slot));
     give_back(&mut slots);
-    let ahead = slots.prepare().unwrap();
+    let ahead = slots.prepare().expect("below the limit");
     slots.prepared(ahead);
     slots.drop_ready();
     assert_eq!(give_back(&mut slots), 1);
@@ -226,7 +226,7 @@ impl Model {
                 self.freed(slot);
             }
             Op::Pin(at) if !self.stored.is_empty() => {
-                let slot = self.stored.keys().nth(at.index(self.stored.len())).unwrap();
+                let slot = self.stored.keys().nth(at.index(self.stored.len())).expect("one is stored");
                 slots.pin(ChunkNumber::of(SlotIndex(*slot)));
                 self.pins.push(ChunkNumber::of(SlotIndex(*slot)));
             }
