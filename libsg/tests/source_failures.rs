@@ -1,4 +1,5 @@
-//! What may fail at the source: its pages, an intermediary while the VM is paused, the migration before COMMIT.
+//! What may fail at the source: its pages, any of its threads, an intermediary while the VM is paused, the migration
+//! before COMMIT. An error at both ends, and no hang.
 #![allow(clippy::unwrap_used)]
 
 mod gather_common;
@@ -12,52 +13,17 @@ use std::time::Duration;
 
 use gather_common::*;
 use libsg::ids::{Epoch, VolumeId};
-use libsg::memory::{Backing, GuestMemory, PageSlice, PresenceMap};
+use libsg::memory::{Backing, GuestMemory};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
 use libsg::migrate::{Event, Mode, OutgoingVm};
 use libsg::page::{PageIndex, PageRange};
 use libsg::report::{SourceReport, Status};
-use libsg::source::{MemorySource, Outcome, PageSource, Repeat, Supply};
+use libsg::source::MemorySource;
 use libsg::vmd::link::{Completion, PathSample};
 use libsg::vmd::{Class, Connector, Link, MemoryConnector, Reply, Request, Ticket};
 use libsg::wire::message::{Member, VmdReply, VmdRequest, VolumeSummary};
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
-
-/// Gives so many slices, then none any more.
-struct Fails {
-    memory: MemorySource,
-    slices_left: AtomicU32,
-}
-
-impl PageSource for Fails {
-    fn repeat(&self) -> Repeat {
-        self.memory.repeat()
-    }
-
-    fn presence(&self) -> Result<PresenceMap> {
-        self.memory.presence()
-    }
-
-    fn available(&self, out: &mut Vec<PageRange>) -> Result<Supply> {
-        self.memory.available(out)
-    }
-
-    fn want(&self, page: PageIndex) -> Result<()> {
-        self.memory.want(page)
-    }
-
-    fn slice(&self, range: PageRange) -> Result<PageSlice> {
-        let left = self.slices_left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
-        // Of a kind that a peer's failure has too.
-        left.map_err(|_| Error::new(ErrorKind::Unreachable, "the memory's host is gone"))?;
-        self.memory.slice(range)
-    }
-
-    fn outcome(&self, range: PageRange, outcome: Outcome) {
-        self.memory.outcome(range, outcome);
-    }
-}
 
 /// Intermediaries that, once they have the volume, are silent for as long as this is set.
 #[derive(Clone)]
@@ -178,7 +144,10 @@ impl OutgoingVm for Vm {
     fn committed(&mut self) {}
 }
 
-fn leave(scene: &Scene, to: SocketAddr, slices: u32, here: Here) -> (Outgoing, Arc<Here>) {
+/// A source whose pages never end.
+const ALL: (u32, End) = (u32::MAX, End::Fails);
+
+fn leave(scene: &Scene, to: SocketAddr, pages: (u32, End), here: Here) -> (Outgoing, Arc<Here>) {
     let memory = GuestMemory::allocate(&scene.manifest, Backing::Anon).unwrap();
     for page in 0..scene.manifest.pages() {
         memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
@@ -196,7 +165,7 @@ fn leave(scene: &Scene, to: SocketAddr, slices: u32, here: Here) -> (Outgoing, A
         ready_timeout: LONG,
         observer: Arc::new(move |event| watch.events.lock().push(event.clone())),
     };
-    let source = Fails { memory: MemorySource::new(memory), slices_left: slices.into() };
+    let source = Limited { memory: MemorySource::new(memory), slices_left: pages.0.into(), end: pages.1 };
     let vm = Box::new(Vm(Arc::clone(&here)));
     (start(vm, Arc::new(source), scene.manifest.clone(), options).unwrap(), here)
 }
@@ -204,15 +173,17 @@ fn leave(scene: &Scene, to: SocketAddr, slices: u32, here: Here) -> (Outgoing, A
 #[test]
 fn a_source_without_pages_after_commit_fails_the_migration_and_blames_no_peer() {
     for nodes in [0, 2] {
-        for slices in [0, 5] {
+        for (slices, end) in [(0, End::Fails), (5, End::Fails), (0, End::Panics), (5, End::Panics)] {
             let scene = Scene::new(Plan { pages: 3000, nodes, ..Plan::default() });
-            let (outgoing, here) = leave(&scene, scene.address, slices, Here::default());
+            let (outgoing, here) = leave(&scene, scene.address, (slices, end), Here::default());
             let error = outgoing.wait_evicted(LONG).unwrap_err();
-            assert_eq!(error.kind, ErrorKind::Poisoned, "{nodes} {slices}: {error}");
-            assert!(error.chain().contains("the memory's host is gone"), "{}", error.chain());
+            assert_eq!(error.kind, ErrorKind::Poisoned, "{nodes} {slices} {end:?}: {error}");
             assert!(!here.runs.load(Ordering::SeqCst), "COMMIT was given");
-            let blames = |event: &Event| matches!(event, Event::NodeLost { .. });
-            assert!(!here.events.lock().iter().any(blames), "{:?}", here.events.lock());
+            if end == End::Fails {
+                assert!(error.chain().contains("the memory's host is gone"), "{}", error.chain());
+                let blames = |event: &Event| matches!(event, Event::NodeLost { .. });
+                assert!(!here.events.lock().iter().any(blames), "{:?}", here.events.lock());
+            }
             // The destination hears of it, and does not wait for what will never come.
             match scene.incoming.wait_gathered(LONG) {
                 Err(error) => assert_ne!(error.kind, ErrorKind::Timeout),
@@ -223,10 +194,19 @@ fn a_source_without_pages_after_commit_fails_the_migration_and_blames_no_peer() 
 }
 
 #[test]
+fn a_panic_before_commit_leaves_the_vm_running() {
+    let scene = Scene::new(Plan { nodes: 1, ..Plan::default() });
+    let (outgoing, here) = leave(&scene, scene.address, (0, End::PanicsWhenPaused), Here::default());
+    assert_eq!(outgoing.wait_evicted(LONG).unwrap_err().kind, ErrorKind::Poisoned);
+    assert!(here.runs.load(Ordering::SeqCst));
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap_err().kind, ErrorKind::Poisoned);
+}
+
+#[test]
 fn a_vm_that_cannot_be_paused_stays_and_nobody_is_told_of_a_cancel() {
     let scene = Scene::new(Plan { nodes: 1, ..Plan::default() });
     let here = Here { cannot_pause: true, ..Here::default() };
-    let (outgoing, here) = leave(&scene, scene.address, u32::MAX, here);
+    let (outgoing, here) = leave(&scene, scene.address, ALL, here);
     assert_eq!(outgoing.wait_evicted(LONG).unwrap_err().kind, ErrorKind::Vm);
     assert!(here.runs.load(Ordering::SeqCst));
     // Whoever gives it up there afterwards comes too late to be why.
@@ -239,7 +219,7 @@ fn a_vm_that_cannot_be_paused_stays_and_nobody_is_told_of_a_cancel() {
 fn a_source_without_pages_before_commit_keeps_its_vm_and_says_so_on_the_open_connection() {
     let scene = Scene::new(Plan { nodes: 1, touch: vec![7], ..Plan::default() });
     let (address, connections) = proxy(scene.address);
-    let (outgoing, here) = leave(&scene, address, 0, Here::default());
+    let (outgoing, here) = leave(&scene, address, (0, End::Fails), Here::default());
     let error = outgoing.wait_evicted(LONG).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Poisoned, "{error}");
     assert!(here.runs.load(Ordering::SeqCst));
@@ -252,7 +232,7 @@ fn a_source_without_pages_before_commit_keeps_its_vm_and_says_so_on_the_open_con
 fn leave_by_a_silent_one() -> (Scene, Outgoing, Arc<Here>) {
     let scene = Scene::new(Plan { pages: 3000, nodes: 1, gather_limit: 4096, ..Plan::default() });
     let silent = Arc::new(true.into());
-    let (outgoing, here) = leave(&scene, scene.address, u32::MAX, Here { silent, ..Here::default() });
+    let (outgoing, here) = leave(&scene, scene.address, ALL, Here { silent, ..Here::default() });
     (scene, outgoing, here)
 }
 

@@ -6,18 +6,18 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use libsg::Result;
 use libsg::ids::{Checksum, Epoch, Round, Sequence, VolumeId};
 use libsg::manifest::{Manifest, Region};
-use libsg::memory::{Backing, GuestMemory, PageSlice};
+use libsg::memory::{Backing, GuestMemory, PageSlice, PresenceMap};
 use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
 use libsg::migrate::{Event, IncomingVm};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
 use libsg::sink::{InstallOutcome, PageSink, SinkEvent};
+use libsg::source::{MemorySource, Outcome, PageSource, Repeat, Supply};
 use libsg::transport::{Channel, Conversation, Inbox, Outbox, PoolSecret, dial, wait};
 use libsg::uffd::Uffd;
 use libsg::vmd::link::ask;
@@ -28,6 +28,7 @@ use libsg::wire::handshake::Purpose;
 use libsg::wire::message::{Member, Talk, VmdRequest};
 use libsg::wire::run::{encode_runs, table_bytes};
 use libsg::wire::{Credit, Header, IndexEntry, Kind, PageEntry};
+use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 
 /// Longer than anything takes that happens at all.
@@ -309,6 +310,56 @@ impl Scene {
                 other => panic!("{other:?}"),
             });
         }
+    }
+}
+
+/// How a source of pages ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// With an error, of a kind that a peer's failure has too.
+    Fails,
+    /// With a panic, in the thread of a sink.
+    Panics,
+    /// With a panic before the first page, while the VM is paused.
+    PanicsWhenPaused,
+}
+
+/// A source of pages that gives so many slices and then ends.
+pub struct Limited {
+    pub memory: MemorySource,
+    pub slices_left: AtomicU32,
+    pub end: End,
+}
+
+impl PageSource for Limited {
+    fn repeat(&self) -> Repeat {
+        self.memory.repeat()
+    }
+
+    fn presence(&self) -> Result<PresenceMap> {
+        assert_ne!(self.end, End::PanicsWhenPaused, "no presence today");
+        self.memory.presence()
+    }
+
+    fn available(&self, out: &mut Vec<PageRange>) -> Result<Supply> {
+        self.memory.available(out)
+    }
+
+    fn want(&self, page: PageIndex) -> Result<()> {
+        self.memory.want(page)
+    }
+
+    fn slice(&self, range: PageRange) -> Result<PageSlice> {
+        let left = self.slices_left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+        match (left, self.end) {
+            (Ok(_), _) => self.memory.slice(range),
+            (Err(_), End::Fails) => Err(Error::new(ErrorKind::Unreachable, "the memory's host is gone")),
+            (Err(_), _) => panic!("no page today"),
+        }
+    }
+
+    fn outcome(&self, range: PageRange, outcome: Outcome) {
+        self.memory.outcome(range, outcome);
     }
 }
 
