@@ -39,15 +39,6 @@ const UNSAFE_FILES: &[&str] = &[
 /// Lines of a file up to its tests.
 const LINES_MAX: usize = 500;
 
-/// Files that may be longer, up to so many lines: each is one state machine that would only be harder to
-/// follow in two places.
-const LONGER: &[(&str, usize)] = &[
-    ("pace/rate.rs", 560),       // one state machine, with a reason for each of its constants
-    ("scatter/planner.rs", 600), // every transition of a batch
-    ("server/slots.rs", 540),    // every transition of a slot
-    ("server/store.rs", 580),    // all that takes more than one lock, in their one order
-];
-
 /// Words of what libsg must not know by name.
 const FOREIGN: &[&str] = &["rdma", "qemu", "ibverbs"];
 
@@ -250,9 +241,9 @@ fn files_open_with_what_they_are_for_and_stay_short() {
             breaches.push(format!("{} does not open with //!", source.name));
         }
         let lines = source.code().count();
-        let max = LONGER.iter().find(|(name, _)| *name == source.name).map_or(LINES_MAX, |(_, max)| *max);
-        if lines > max {
-            breaches.push(format!("{} has {lines} lines before its tests, more than {max}", source.name));
+        if lines > LINES_MAX {
+            breaches
+                .push(format!("{} has {lines} lines before its tests, more than {LINES_MAX}", source.name));
         }
     }
     none(breaches);

@@ -15,9 +15,12 @@
 //! *Believing a base that moved* (a new route, somebody else's standing queue): a delay that does not
 //! shrink although we send less than is delivered is not ours, and becomes the new zero.
 
+mod queue;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use self::queue::Queue;
 use super::bucket::{SLICE_TIME, slice_bytes, time_of};
 
 /// Delay beyond a slice's own time that counts as a queue.
@@ -132,38 +135,6 @@ enum Phase {
     Drain { since: Instant, stuck: Duration, least: Duration },
     Cruise { since: Instant },
     Probe { step: u32, unused: u32, next_at: Instant },
-}
-
-/// A queue that stands, from the first reading that shows it to the last.
-#[derive(Clone, Copy, Debug)]
-struct Queue {
-    from: (Instant, u64),
-    last: (Instant, u64),
-    readings: u32,
-    /// Readings at which less was sent than allowed: what was delivered says little then.
-    limited: u32,
-    delay: Duration,
-    /// The rate under which it arose; `None` is unpaced.
-    paced: Option<f64>,
-    cruising: bool,
-    /// The rate as it was when draining began: the end of the queue is seen late, and then counts too much.
-    measured: Option<f64>,
-}
-
-impl Queue {
-    fn time(&self) -> Duration {
-        self.last.0.saturating_duration_since(self.from.0)
-    }
-
-    /// Bytes/s delivered while it stood, if that was long enough to say.
-    fn rate(&self, at_least: Duration) -> Option<f64> {
-        if self.measured.is_some() {
-            return self.measured;
-        }
-        let time = self.time();
-        let rate = (self.last.1 - self.from.1) as f64 / time.as_secs_f64();
-        (time >= at_least && rate > 0.0).then(|| rate.min(self.paced.unwrap_or(f64::MAX)))
-    }
 }
 
 /// Turns readings, one every few milliseconds, into the rate to pace at. Pure: time is an argument.

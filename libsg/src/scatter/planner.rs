@@ -8,6 +8,8 @@
 //!
 //! No socket, thread, clock or lock in here: events and time come in, work comes out.
 
+mod losses;
+
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
@@ -17,9 +19,6 @@ use crate::ids::{Checksum, MemberIndex, Placement, Round};
 use crate::manifest::Manifest;
 use crate::page::{InstallUnit, PageIndex, PageRange};
 use crate::wire::{GetEntry, IndexEntry};
-
-/// Other sinks that a late batch is given to, beyond the first.
-const HEDGES_MAX: u8 = 2;
 
 /// Pages of zeros told in one go: what one entry of a page frame can say.
 const ZERO_RUN_PAGES_MAX: u32 = u16::MAX as u32 & !511;
@@ -221,48 +220,6 @@ impl Planner {
         id
     }
 
-    /// The oldest batch of another sink that is late, and of which this sink has nothing yet.
-    fn hedge(&mut self, sink: Sink, now: Instant, hedge_after: Duration) -> Option<Work> {
-        let late = |flight: &InFlight| {
-            flight.sink != sink
-                && flight.hedges < HEDGES_MAX
-                && now.saturating_duration_since(flight.since) >= hedge_after
-        };
-        let mut candidates: Vec<usize> =
-            (0..self.in_flight.len()).filter(|at| late(&self.in_flight[*at])).collect();
-        candidates.sort_unstable_by_key(|at| self.in_flight[*at].since);
-        for at in candidates {
-            match self.in_flight[at].batch {
-                Cargo::Zeros(range) => {
-                    if range.iter().any(|page| self.table.state(page) == PageState::ZeroTold) {
-                        self.in_flight[at].hedges += 1;
-                        return Some(Work::Zeros(self.launch(sink, Cargo::Zeros(range), now), range));
-                    }
-                }
-                Cargo::Pages(batch) => {
-                    let batch = self.worth_hedging(batch, sink);
-                    if !batch.is_empty() {
-                        self.in_flight[at].hedges += 1;
-                        self.tally.hedged += u64::from(batch.pages());
-                        return Some(Work::Pages(self.launch(sink, Cargo::Pages(batch), now), batch));
-                    }
-                }
-            }
-        }
-        None
-    }
-
-    /// What of a batch is still on its way, and not on this sink's.
-    fn worth_hedging(&self, mut batch: Batch, sink: Sink) -> Batch {
-        for page in batch.iter() {
-            let here = |flight: &InFlight| flight.sink == sink && flight.batch.contains(page);
-            if self.table.state(page) != PageState::Sending || self.in_flight.iter().any(here) {
-                batch.remove(page);
-            }
-        }
-        batch
-    }
-
     /// The guest waits for a page that it asked of the source. Whatever became of it, the source
     /// that still has it gives it: that is the shortest way.
     pub fn fault(&mut self, page: PageIndex, now: Instant) -> FaultAnswer {
@@ -422,67 +379,6 @@ impl Planner {
         self.table.set(page, PageState::Installed);
     }
 
-    /// A batch will not be acknowledged: no room, or its connection was lost.
-    pub fn failed(&mut self, id: BatchId) {
-        if let Some(flight) = self.land(id) {
-            self.take_back(&flight);
-        }
-    }
-
-    /// Everything in flight at this sink will not be acknowledged.
-    pub fn sink_lost(&mut self, sink: Sink) {
-        while let Some(at) = self.in_flight.iter().position(|flight| flight.sink == sink) {
-            let flight = self.in_flight.swap_remove(at);
-            self.take_back(&flight);
-        }
-    }
-
-    /// An intermediary died. Pages that lay there are sent again; entries of other pages, which its
-    /// index held, are to be put elsewhere: they are handed to `reindex`, run by run.
-    pub fn member_lost(
-        &mut self,
-        member: MemberIndex,
-        was_owner: impl Fn(PageIndex) -> bool,
-        mut reindex: impl FnMut(IndexEntry),
-    ) {
-        self.sink_lost(Sink::Member(member));
-        for page in (0..self.table.pages()).map(PageIndex) {
-            if self.table.lies_at(page, member) {
-                self.tally.staged -= 1;
-                self.tally.resent += 1;
-                self.table.set(page, PageState::Unsent);
-                self.cursor = self.cursor.min(page);
-            } else if was_owner(page) {
-                let state = self.table.state(page);
-                match state {
-                    PageState::Staged | PageState::Stored => {
-                        if let Some((placement, checksum)) = self.table.placement(page) {
-                            self.table.set(page, PageState::Stored);
-                            reindex(IndexEntry::at(page, self.round, placement, checksum));
-                        }
-                    }
-                    PageState::Zero | PageState::ZeroTold => {
-                        self.table.set(page, PageState::ZeroTold);
-                        reindex(IndexEntry::zero(page, 1, self.round));
-                    }
-                    _ => {}
-                }
-            }
-        }
-    }
-
-    /// Every intermediary is gone: what only an index could make safe is sent to the destination.
-    pub fn members_gone(&mut self) {
-        for page in (0..self.table.pages()).map(PageIndex) {
-            match self.table.state(page) {
-                PageState::Stored | PageState::Staged => self.table.set(page, PageState::Unsent),
-                PageState::ZeroTold | PageState::Zero => self.table.set(page, PageState::Absent),
-                _ => continue,
-            }
-            self.cursor = self.cursor.min(page);
-        }
-    }
-
     /// Whether a page is safe: no copy at the source is needed any more.
     #[must_use]
     pub fn is_safe(&self, page: PageIndex) -> bool {
@@ -534,39 +430,6 @@ impl Planner {
     fn land(&mut self, id: BatchId) -> Option<InFlight> {
         let at = self.in_flight.iter().position(|flight| flight.id == id)?;
         Some(self.in_flight.swap_remove(at))
-    }
-
-    /// Whatever of a batch that left the air is still on nobody's way becomes unsent again.
-    fn take_back(&mut self, flight: &InFlight) {
-        // A page that is told as zero is not on its way in a batch of bytes, nor the reverse.
-        let orphan = |planner: &Self, page: PageIndex, state: PageState| {
-            let same = |f: &&InFlight| matches!(f.batch, Cargo::Zeros(_)) == (state == PageState::ZeroTold);
-            planner.table.state(page) == state
-                && !planner.in_flight.iter().filter(same).any(|f| f.batch.contains(page))
-        };
-        match flight.batch {
-            Cargo::Pages(batch) => {
-                for page in batch.iter() {
-                    if orphan(self, page, PageState::Sending) {
-                        self.table.set(page, PageState::Unsent);
-                        self.tally.resent += 1;
-                        self.cursor = self.cursor.min(page);
-                    } else if self.table.state(page) == PageState::Sending {
-                        // One way less: the others may be doubled again.
-                        let others = self.in_flight.iter_mut().filter(|f| f.batch.contains(page));
-                        others.for_each(|f| f.hedges = 0);
-                    }
-                }
-            }
-            Cargo::Zeros(range) => {
-                for page in range.iter() {
-                    if orphan(self, page, PageState::ZeroTold) {
-                        self.table.set(page, PageState::Absent);
-                        self.cursor = self.cursor.min(page);
-                    }
-                }
-            }
-        }
     }
 
     fn span(&self, page: PageIndex) -> Option<Span> {

@@ -9,6 +9,8 @@
 //! to the owner: every access goes through the placement already, and nothing outside this file
 //! knows that a chunk has one volume.
 
+mod chunks;
+
 use std::collections::{HashMap, VecDeque};
 
 use super::bits::Bits;
@@ -251,51 +253,6 @@ impl Slots {
         Ok(Some(SlotRun { first, slots: slots as u32 }))
     }
 
-    /// One more chunk for the volume; `false` at the limit.
-    fn lease_chunk(&mut self, volume: VolumeId) -> bool {
-        let Some(number) = self.ready.pop_front().or_else(|| self.hold_number()) else { return false };
-        let (Entry::Idle { spent } | Entry::Vacant { spent }) = self.entries[number as usize] else {
-            return false;
-        };
-        let lease = self.leases.entry(volume).or_default();
-        self.entries[number as usize] = Entry::Leased(Box::new(Chunk {
-            volume,
-            condemned: false,
-            at: lease.chunks.len(),
-            listed: true,
-            pins: 0,
-            taken: 0,
-            free: Bits::ALL,
-            stored: Bits::NONE,
-            limbo: Bits::NONE,
-            slots: [Slot { page: 0, checksum: 0, round: 0, generation: spent }; CHUNK_SLOTS],
-        }));
-        lease.chunks.push(number);
-        lease.open.push(number);
-        self.leases_ever += 1;
-        true
-    }
-
-    /// A number that has no memory yet, from now on idle and counted.
-    fn hold_number(&mut self) -> Option<u32> {
-        if self.chunks_held >= self.chunks_max {
-            return None;
-        }
-        let fresh = self.entries.len() as u32;
-        let number = if fresh < self.numbers_max && self.vacant.is_empty() {
-            self.entries.push(Entry::Idle { spent: 0 });
-            fresh
-        } else {
-            let number = self.vacant.pop_front()?;
-            if let Entry::Vacant { spent } = self.entries[number as usize] {
-                self.entries[number as usize] = Entry::Idle { spent };
-            }
-            number
-        };
-        self.chunks_held += 1;
-        Some(number)
-    }
-
     /// A slot that was taken holds this page from now on. Its generation, or `None` when the volume
     /// was dissolved meanwhile: then the slot is free again.
     pub fn store(&mut self, slot: SlotIndex, owner: Owner) -> Option<Generation> {
@@ -410,50 +367,6 @@ impl Slots {
         }
         for at in doomed.iter() {
             self.free(SlotIndex(number * CHUNK_SLOTS as u32 + at as u32));
-        }
-    }
-
-    /// A chunk without memory whose memory shall be touched ahead of need; it comes back by
-    /// [`Self::prepared`]. `None` at the limit.
-    pub fn prepare(&mut self) -> Option<ChunkNumber> {
-        self.hold_number().map(ChunkNumber)
-    }
-
-    /// The chunk's memory is touched: it is leased before any other.
-    pub fn prepared(&mut self, number: ChunkNumber) {
-        self.ready.push_back(number.0);
-    }
-
-    /// Chunks that are touched and wait for a lease.
-    #[must_use]
-    pub fn ready_chunks(&self) -> usize {
-        self.ready.len()
-    }
-
-    /// Chunks that were leased since the beginning: where it stands still, nobody writes much.
-    #[must_use]
-    pub fn leases(&self) -> u64 {
-        self.leases_ever
-    }
-
-    /// Nobody writes any more: chunks that wait for a lease are to be given back.
-    pub fn drop_ready(&mut self) {
-        self.leaving.extend(self.ready.drain(..).map(ChunkNumber));
-    }
-
-    /// The next chunk whose memory is to be given back; it is confirmed by [`Self::given_back`].
-    pub fn next_leaving(&mut self) -> Option<ChunkNumber> {
-        self.leaving.pop()
-    }
-
-    /// The chunk's memory is with the system again.
-    pub fn given_back(&mut self, number: ChunkNumber) {
-        let Some(entry) = self.entries.get_mut(number.0 as usize) else { return };
-        let Entry::Idle { spent } = *entry else { return };
-        *entry = Entry::Vacant { spent };
-        self.chunks_held -= 1;
-        if spent < Generation::LAST {
-            self.vacant.push_back(number.0);
         }
     }
 

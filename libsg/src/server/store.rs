@@ -3,24 +3,27 @@
 //! Order of the locks: a volume's index, then the volumes, then the slots. A claim takes all three, so that what
 //! the replaced writer had under way is either done before it or refused after it.
 
+mod report;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
+pub use self::report::Holding;
 use super::arena::Arena;
 use super::budget::Budget;
 use super::index::{BLOCK_BYTES, Index};
 use super::slots::{ChunkNumber, NoVolume, Owner, SlotRun, Slots};
 use super::transit::{Filling, Pinned};
-use super::volumes::{Access, StateBlob, Volume, Volumes};
+use super::volumes::{Access, StateBlob, Volumes};
 use crate::error::Result;
 use crate::host::{self, Condvar};
 use crate::ids::{Epoch, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId};
 use crate::manifest::Manifest;
-use crate::page::{PAGE_BYTES, PAGE_BYTES_U64, PageRange};
-use crate::wire::message::{Member, NodeStatistics, VolumeInfo, VolumeSummary};
+use crate::page::{PAGE_BYTES, PageRange};
+use crate::wire::message::Member;
 use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, Status};
 
 /// Chunks whose memory is touched ahead of the writers: what a 10 Gb/s link fills in 13 ms.
@@ -43,25 +46,6 @@ pub(super) struct Books {
 impl Drop for Books {
     fn drop(&mut self) {
         self.budget.give((self.index.get_mut().blocks() * BLOCK_BYTES) as u64);
-    }
-}
-
-/// What would be lost with an intermediary.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Holding {
-    /// Which volume, and how many of its pages are here.
-    pub summary: VolumeSummary,
-    /// Pages that the index here knows of.
-    pub indexed_pages: u64,
-    /// Whether the VM's state is here.
-    pub has_state: bool,
-}
-
-impl Holding {
-    /// Whether anything is here but the volume's name.
-    #[must_use]
-    pub const fn matters(&self) -> bool {
-        self.summary.stored_pages > 0 || self.indexed_pages > 0 || self.has_state
     }
 }
 
@@ -426,62 +410,6 @@ impl Store {
         act(&mut index, u64::from(pages))
     }
 
-    pub(super) fn describe(&self, volume: VolumeId) -> Result<VolumeInfo, Status> {
-        let volumes = self.volumes.lock();
-        if let Some(gone) = volumes.dissolved(volume) {
-            return Ok(info(volume, gone, 0, 0));
-        }
-        let books = Arc::clone(&volumes.get(volume)?.payload);
-        drop(volumes);
-        let indexed_pages = books.index.lock().pages();
-        let volumes = self.volumes.lock();
-        let stored_pages = self.slots.lock().stored_pages_of(volume);
-        Ok(info(volume, volumes.get(volume)?, stored_pages, indexed_pages))
-    }
-
-    /// What would be lost if this server went now.
-    pub(super) fn holdings(&self) -> Vec<Holding> {
-        let volumes = self.volumes.lock();
-        let found: Vec<_> = volumes
-            .iter()
-            .map(|(id, volume)| {
-                let stored_pages = self.slots.lock().stored_pages_of(id);
-                let summary = VolumeSummary {
-                    volume: id,
-                    vm: volume.manifest.vm.clone(),
-                    state: volume.state,
-                    committed: volume.committed,
-                    stored_pages,
-                    age_s: host::elapsed(volume.created).as_secs(),
-                };
-                (summary, volume.blob.is_some(), Arc::clone(&volume.payload))
-            })
-            .collect();
-        drop(volumes);
-        let holding = |(summary, has_state, books): (_, _, Arc<Books>)| Holding {
-            summary,
-            has_state,
-            indexed_pages: books.index.lock().pages(),
-        };
-        found.into_iter().map(holding).collect()
-    }
-
-    pub(super) fn statistics(&self, connections: u32) -> NodeStatistics {
-        let volumes = self.holdings().into_iter().map(|holding| holding.summary).collect();
-        let slots = self.slots.lock();
-        NodeStatistics {
-            node: self.node.clone(),
-            zone: self.zone.clone(),
-            limit_bytes: self.limit_bytes,
-            used_bytes: slots.stored_pages() * PAGE_BYTES_U64,
-            arena_bytes: slots.arena_bytes(),
-            bytes_in: self.bytes_in.load(Ordering::Relaxed),
-            bytes_out: self.bytes_out.load(Ordering::Relaxed),
-            connections,
-            volumes,
-        }
-    }
-
     /// The work of the thread that touches memory ahead of the writers and gives it back behind
     /// them. Returns once [`Self::close`] was called.
     pub(super) fn tend_memory(&self) {
@@ -535,20 +463,5 @@ impl Store {
             byte.copy_from(&[!value[0]]);
             tracing::warn!(slot = slot.0, "test canary: flipped a byte of a stored page");
         }
-    }
-}
-
-fn info<P>(id: VolumeId, volume: &Volume<P>, stored_pages: u64, indexed_pages: u64) -> VolumeInfo {
-    VolumeInfo {
-        volume: id,
-        manifest: volume.manifest.clone(),
-        members: volume.members.clone(),
-        epoch: volume.epoch,
-        state: volume.state,
-        committed: volume.committed,
-        has_state: volume.blob.is_some(),
-        stored_pages,
-        indexed_pages,
-        age_s: host::elapsed(volume.created).as_secs(),
     }
 }

@@ -1,0 +1,104 @@
+//! What an intermediary says of itself and of what it holds.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{Books, Store};
+use crate::host;
+use crate::ids::VolumeId;
+use crate::page::PAGE_BYTES_U64;
+use crate::server::volumes::Volume;
+use crate::wire::Status;
+use crate::wire::message::{NodeStatistics, VolumeInfo, VolumeSummary};
+
+/// What would be lost with an intermediary.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Holding {
+    /// Which volume, and how many of its pages are here.
+    pub summary: VolumeSummary,
+    /// Pages that the index here knows of.
+    pub indexed_pages: u64,
+    /// Whether the VM's state is here.
+    pub has_state: bool,
+}
+
+impl Holding {
+    /// Whether anything is here but the volume's name.
+    #[must_use]
+    pub const fn matters(&self) -> bool {
+        self.summary.stored_pages > 0 || self.indexed_pages > 0 || self.has_state
+    }
+}
+
+impl Store {
+    pub(in crate::server) fn describe(&self, volume: VolumeId) -> Result<VolumeInfo, Status> {
+        let volumes = self.volumes.lock();
+        if let Some(gone) = volumes.dissolved(volume) {
+            return Ok(info(volume, gone, 0, 0));
+        }
+        let books = Arc::clone(&volumes.get(volume)?.payload);
+        drop(volumes);
+        let indexed_pages = books.index.lock().pages();
+        let volumes = self.volumes.lock();
+        let stored_pages = self.slots.lock().stored_pages_of(volume);
+        Ok(info(volume, volumes.get(volume)?, stored_pages, indexed_pages))
+    }
+
+    /// What would be lost if this server went now.
+    pub(in crate::server) fn holdings(&self) -> Vec<Holding> {
+        let volumes = self.volumes.lock();
+        let found: Vec<_> = volumes
+            .iter()
+            .map(|(id, volume)| {
+                let stored_pages = self.slots.lock().stored_pages_of(id);
+                let summary = VolumeSummary {
+                    volume: id,
+                    vm: volume.manifest.vm.clone(),
+                    state: volume.state,
+                    committed: volume.committed,
+                    stored_pages,
+                    age_s: host::elapsed(volume.created).as_secs(),
+                };
+                (summary, volume.blob.is_some(), Arc::clone(&volume.payload))
+            })
+            .collect();
+        drop(volumes);
+        let holding = |(summary, has_state, books): (_, _, Arc<Books>)| Holding {
+            summary,
+            has_state,
+            indexed_pages: books.index.lock().pages(),
+        };
+        found.into_iter().map(holding).collect()
+    }
+
+    pub(in crate::server) fn statistics(&self, connections: u32) -> NodeStatistics {
+        let volumes = self.holdings().into_iter().map(|holding| holding.summary).collect();
+        let slots = self.slots.lock();
+        NodeStatistics {
+            node: self.node.clone(),
+            zone: self.zone.clone(),
+            limit_bytes: self.limit_bytes,
+            used_bytes: slots.stored_pages() * PAGE_BYTES_U64,
+            arena_bytes: slots.arena_bytes(),
+            bytes_in: self.bytes_in.load(Ordering::Relaxed),
+            bytes_out: self.bytes_out.load(Ordering::Relaxed),
+            connections,
+            volumes,
+        }
+    }
+}
+
+fn info<P>(id: VolumeId, volume: &Volume<P>, stored_pages: u64, indexed_pages: u64) -> VolumeInfo {
+    VolumeInfo {
+        volume: id,
+        manifest: volume.manifest.clone(),
+        members: volume.members.clone(),
+        epoch: volume.epoch,
+        state: volume.state,
+        committed: volume.committed,
+        has_state: volume.blob.is_some(),
+        stored_pages,
+        indexed_pages,
+        age_s: host::elapsed(volume.created).as_secs(),
+    }
+}
