@@ -1,19 +1,18 @@
 //! `sg-bench migrate` as others run it: its report, its events, what it does to whom, its exit codes.
 
+mod places;
+
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use places::Place;
 use serde_json::Value;
 
 /// What nothing takes as long as, on a busy machine: not a measure of speed, but of a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// One at a time: migrations beside each other take each other's processors.
-static ONE: Mutex<()> = Mutex::new(());
 
 /// On loopback, with threads for vCPUs, slow enough that things happen in the middle.
 const LOOPBACK: &str = "--shape off --vcpu thread --memory 16M --gather-limit 100mbit";
@@ -22,18 +21,18 @@ const LOOPBACK: &str = "--shape off --vcpu thread --memory 16M --gather-limit 10
 struct Bench {
     directory: tempfile::TempDir,
     child: Option<Child>,
-    _one: MutexGuard<'static, ()>,
+    _place: Place,
 }
 
 impl Bench {
     fn start(arguments: &str) -> Self {
-        let one = ONE.lock();
+        let place = Place::take();
         let directory = tempfile::tempdir().expect("directory");
         let mut command = Command::new(env!("CARGO_BIN_EXE_sg-bench"));
         command.arg("migrate").args(arguments.split_whitespace()).args(["--json", "-", "--events"]);
         command.arg(directory.path().join("events")).env("TMPDIR", directory.path());
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        Self { directory, child: Some(child.expect("starts")), _one: one }
+        Self { directory, child: Some(child.expect("starts")), _place: place }
     }
 
     /// Its end: exit code, report, what it said.

@@ -3,6 +3,7 @@
 //! Rates are low so that things can be made to happen in the middle: the destination takes 100 Mb/s in the
 //! background, each intermediary 200 Mb/s. No test asserts how long something takes.
 
+mod places;
 mod world;
 
 use std::time::Duration;

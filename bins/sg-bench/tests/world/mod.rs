@@ -13,21 +13,19 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use crate::places::Place;
+
 /// What nothing takes as long as, on a busy machine: not a measure of speed, but of a hang.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-
-/// One world at a time: migrations beside each other take each other's processors.
-static ONE: Mutex<()> = Mutex::new(());
 
 /// Where everything of one test lives.
 pub struct World {
     pub directory: tempfile::TempDir,
     pub intermediaries: Vec<Daemon>,
-    _one: MutexGuard<'static, ()>,
+    _place: Place,
 }
 
 /// A process; killed and reaped when dropped.
@@ -57,7 +55,7 @@ impl World {
     /// With so many intermediaries, each with these arguments.
     pub fn new(intermediaries: usize, arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("directory");
-        let mut world = Self { directory, intermediaries: Vec::new(), _one: ONE.lock() };
+        let mut world = Self { directory, intermediaries: Vec::new(), _place: Place::take() };
         for number in 1..=intermediaries {
             world.serve(&format!("i{number}"), arguments);
         }
