@@ -123,7 +123,8 @@ impl<P> Volumes<P> {
         self.dissolved.iter().find(|(other, _)| *other == id).map(|(_, volume)| volume)
     }
 
-    /// Creates the volume; whether it is new. Done again under the same epoch it changes nothing.
+    /// Creates the volume; whether it is new. Done again under the same epoch, the list of members is the new one
+    /// (one of the old ones could not be reached) until the volume has the VM's state; nothing else changes.
     ///
     /// # Errors
     /// [`Status::Malformed`] for an id or epoch of zero, [`Status::Fenced`] for an older epoch than it has,
@@ -139,16 +140,18 @@ impl<P> Volumes<P> {
         if id.0 == 0 || epoch.0 == 0 {
             return Err(Status::Malformed);
         }
-        if let Some(volume) = self.live.get(&id) {
+        if let Some(volume) = self.live.get_mut(&id) {
+            if epoch < volume.epoch {
+                return Err(Status::Fenced);
+            }
+            let has_begun = volume.blob.is_some() || volume.committed;
             let same =
                 volume.manifest == manifest && volume.epoch == epoch && volume.state == VolumeState::Open;
-            return if epoch < volume.epoch {
-                Err(Status::Fenced)
-            } else if same {
-                Ok(false)
-            } else {
-                Err(Status::State)
-            };
+            if !same || (has_begun && volume.members != members) {
+                return Err(Status::State);
+            }
+            volume.members = members;
+            return Ok(false);
         }
         if self.dissolved(id).is_some() {
             return Err(Status::State);
@@ -316,6 +319,13 @@ mod test {
         assert_eq!(create(&mut volumes, 1, 2), Ok(false));
         assert_eq!(create(&mut volumes, 1, 1), Err(Status::Fenced));
         assert_eq!(create(&mut volumes, 1, 3), Err(Status::State));
+        // Whoever could not be reached is in the list no more, and the others' numbers are other ones.
+        let others = |volumes: &mut Volumes<()>, node| {
+            volumes.create(VolumeId(1), Epoch(2), (manifest(), vec![member(node)]), (), Instant::now())
+        };
+        assert_eq!(others(&mut volumes, 2), Ok(false));
+        assert_eq!(volumes.get(VolumeId(1)).unwrap().members, [member(2)]);
+        assert_eq!(others(&mut volumes, 1), Ok(false));
         assert_eq!(create(&mut volumes, 2, 1), Ok(true));
         assert_eq!(create(&mut volumes, 3, 1), Err(Status::Busy));
         assert_eq!(volumes.dissolve(VolumeId(1), Epoch(1)).err(), Some(Status::Fenced));

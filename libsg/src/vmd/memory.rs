@@ -379,7 +379,7 @@ impl State {
         if members.iter().all(|member| member.node != self.node) {
             return Err(Status::State);
         }
-        let Some(volume) = self.volumes.get(&asker.volume) else {
+        let Some(volume) = self.volumes.get_mut(&asker.volume) else {
             let volume = Volume::new(asker.epoch, manifest.clone(), members.to_vec());
             self.volumes.insert(asker.volume, volume);
             return Ok(());
@@ -388,7 +388,7 @@ impl State {
         match volume.state {
             VolumeState::Dissolved => Err(Status::State),
             _ if asker.epoch < volume.epoch => Err(Status::Fenced),
-            _ if again => Ok(()),
+            _ if again => volume.create_again(members),
             _ => Err(Status::State),
         }
     }

@@ -55,6 +55,15 @@ impl Volume {
         self.created.elapsed().as_secs()
     }
 
+    /// Until it has the VM's state, its creator may leave members out that he could not reach.
+    pub fn create_again(&mut self, members: &[Member]) -> Result<(), Status> {
+        if self.members != members && (self.committed || self.blob.is_some()) {
+            return Err(Status::State);
+        }
+        self.members = members.to_vec();
+        Ok(())
+    }
+
     /// The list only grows.
     pub fn set_members(&mut self, members: &[Member]) -> Result<(), Status> {
         if !members.starts_with(&self.members) {
