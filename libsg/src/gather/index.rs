@@ -41,6 +41,8 @@ const WISHES_AT_ONCE: usize = 32;
 struct Seat {
     link: Option<Box<dyn Link>>,
     not_before: Option<Instant>,
+    /// Since when it was asked in vain: one that is stopped keeps its connections.
+    silent_since: Option<Instant>,
 }
 
 /// How the search goes.
@@ -80,6 +82,7 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
             after_search(shared, complete, state.fewer_at)?;
         } else {
             state = None;
+            seats.iter_mut().for_each(|seat| seat.silent_since = None);
         }
         wait(&[(Some(shared.wake_index.as_fd()), false)], if searches { PAUSE } else { NAP })?;
     }
@@ -133,6 +136,7 @@ fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange) -> Result<b
     for member in index_owners(range.first, seats.len(), |_| true) {
         match locate(shared, &mut seats[member.as_usize()], member, range) {
             Ok(entries) => {
+                seats[member.as_usize()].silent_since = None;
                 if let Err(error) = shared.announce(&entries, Word::Index) {
                     tracing::warn!(error = error.chain(), "an index answered nonsense");
                 }
@@ -142,7 +146,10 @@ fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange) -> Result<b
                     return Ok(true);
                 }
             }
-            Err(error) if is_of_link(&error) => everyone &= !may_answer(shared, member),
+            Err(error) if is_of_link(&error) => {
+                let silent_since = *seats[member.as_usize()].silent_since.get_or_insert_with(host::now);
+                everyone &= !may_answer(shared, member, silent_since);
+            }
             Err(error) => return Err(error),
         }
     }
@@ -153,11 +160,12 @@ fn overlaps(a: PageRange, b: PageRange) -> bool {
     a.positions().start < b.positions().end && b.positions().start < a.positions().end
 }
 
-/// Whether a member that did not answer may do so yet.
-fn may_answer(shared: &Shared, member: MemberIndex) -> bool {
+/// Whether a member that has not answered since then may do so yet.
+fn may_answer(shared: &Shared, member: MemberIndex, silent_since: Instant) -> bool {
     let Some(desk) = shared.member(member) else { return false };
     let state = *desk.state.lock();
-    !state.gone && state.lost_since.is_none_or(|since| host::elapsed(since) < shared.member_grace)
+    let since = state.lost_since.map_or(silent_since, |lost| lost.min(silent_since));
+    !state.gone && host::elapsed(since) < shared.member_grace
 }
 
 fn locate(
