@@ -251,6 +251,10 @@ impl Worker<'_> {
             (tracker.fault(page, now, &mut self.reads), tracker.unit(page))
         };
         let Some(unit) = unit.filter(|_| wanted != Wanted::Held) else { return Ok(()) };
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::FaultsWait) {
+            return Ok(());
+        }
         if let Some(at) = self.pending.iter().position(|pending| pending.unit == unit) {
             self.pending[at].guest = true;
             return self.advance(at, now);

@@ -96,7 +96,10 @@ impl Installer {
                 Encoding::Raw => bytes.get(offset..offset + PAGE_BYTES),
                 _ => None,
             };
-            if entry.page == read.page && page.is_some_and(|page| Checksum::of(page) == read.checksum) {
+            let is_right = page.is_some_and(|page| Checksum::of(page) == read.checksum);
+            #[cfg(feature = "simulation")]
+            let is_right = is_right || (page.is_some() && host::has_bug(host::Bug::ChecksumIgnored));
+            if entry.page == read.page && is_right {
                 self.good.push(Piece { page: read.page, round: read.round, offset });
             } else {
                 self.bad.push(read.page);
@@ -145,7 +148,10 @@ impl Installer {
                 at += count;
                 continue;
             }
-            if tracker.claim(piece.page, piece.round) != Claim::Held {
+            let claim = tracker.claim(piece.page, piece.round);
+            #[cfg(feature = "simulation")]
+            let claim = if host::has_bug(host::Bug::InstalledTwice) { Claim::Install(unit) } else { claim };
+            if claim != Claim::Held {
                 match self.runs.last_mut() {
                     Some((run, offset))
                         if run.first.0 + run.pages == piece.page.0

@@ -225,7 +225,10 @@ impl Worker<'_> {
     fn request(&mut self) -> Result<Instant> {
         let now = host::now();
         let nap = now + NAP;
-        if self.shared.direct_first(now) {
+        let direct_first = self.shared.direct_first(now);
+        #[cfg(feature = "simulation")]
+        let direct_first = direct_first && !host::has_bug(host::Bug::DirectLast);
+        if direct_first {
             return Ok(nap.min(now + Duration::from_millis(2)));
         }
         loop {

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 
 pub use condvar::Condvar;
 pub use listener::Listener;
+#[cfg(feature = "simulation")]
+pub(crate) use simulation::{Bug, has_bug};
 
 /// A descriptor that is waited for: to be readable where the first flag says so, writable where the second does.
 pub(crate) type Awaited<'fd> = (BorrowedFd<'fd>, bool, bool);

@@ -64,7 +64,40 @@ pub trait World: Send + Sync {
 
 /// Bugs that can be switched on in a simulated world, one for each thing that the simulation must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Bug {}
+pub enum Bug {
+    /// A page counts as safe before its index entry is acknowledged.
+    IndexNotAwaited,
+    /// An index server acknowledges entries that it does not keep.
+    IndexNotKept,
+    /// The source says "evicted" when nearly every page is safe.
+    EvictedEarly,
+    /// The destination does not compare checksums.
+    ChecksumIgnored,
+    /// Whoever claims a page second installs it too.
+    InstalledTwice,
+    /// Which pages are absent is looked at while the guest still writes.
+    StockBeforePause,
+    /// A destination that was ready runs the VM when its source is away.
+    RunsWithoutCommit,
+    /// A source that lost the destination after COMMIT runs the VM again.
+    ResumesAfterCommit,
+    /// Background reads do not leave the port to the direct path.
+    DirectLast,
+    /// Faults are not asked for.
+    FaultsWait,
+    /// What lay at an intermediary that died is not sent again.
+    DeathForgotten,
+    /// The guest is not told that a page is lost.
+    LossNotTold,
+    /// Batches that are late are given to nobody else.
+    LateNotHedged,
+    /// What was on its way to a destination that was lost is not sent again.
+    FlightForgotten,
+    /// An intermediary takes more memory than it may.
+    LimitIgnored,
+    /// Whoever does not know the pool secret is let in.
+    SecretIgnored,
+}
 
 thread_local! {
     static WORLD: RefCell<Option<Arc<dyn World>>> = const { RefCell::new(None) };

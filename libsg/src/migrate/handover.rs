@@ -48,6 +48,10 @@ impl Handover<'_> {
         };
         let deadline = host::now() + self.options.ready_timeout;
         control.send_talk(&offer, deadline)?;
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::StockBeforePause) {
+            self.scatter.take_stock()?;
+        }
         self.expect(control, &Talk::Accepted, deadline)?;
         let direct = self.destination.dial(Purpose::MigrationDirect)?;
         let urgent = self.destination.dial(Purpose::MigrationUrgent)?;

@@ -178,6 +178,10 @@ impl MemberSink {
                     self.entries.clear();
                     let mut planner = self.scatter.planner.lock();
                     planner.stored(batch, placed, &mut self.entries, &mut self.losers);
+                    #[cfg(feature = "simulation")]
+                    if host::has_bug(host::Bug::IndexNotAwaited) {
+                        planner.indexed(&self.entries);
+                    }
                     drop(planner);
                     self.scatter.route(&self.entries);
                     self.scatter.announce(&self.entries);

@@ -175,6 +175,10 @@ impl Planner {
         } else {
             self.cursor = PageIndex(self.table.pages());
         }
+        #[cfg(feature = "simulation")]
+        if crate::host::has_bug(crate::host::Bug::LateNotHedged) {
+            return None;
+        }
         self.hedge(sink, now, hedge_after)
     }
 

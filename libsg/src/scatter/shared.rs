@@ -268,6 +268,10 @@ impl Scatter {
         (self.observer)(&Event::NodeLost { message: format!("intermediary {node}: {}", error.chain()) });
         let pending = self.index.dead(member);
         let mut moved = Vec::new();
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::DeathForgotten) {
+            return;
+        }
         {
             let mut planner = self.planner.lock();
             planner.member_lost(member, |page| self.index.may_be_with(page, member), |e| moved.push(e));
@@ -287,6 +291,10 @@ impl Scatter {
 
     /// A connection of the destination is lost: what was in flight there is sent again.
     pub fn destination_lost(&self) {
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::FlightForgotten) {
+            return;
+        }
         let mut planner = self.planner.lock();
         planner.sink_lost(Sink::Direct);
         planner.sink_lost(Sink::Urgent);
@@ -314,6 +322,8 @@ impl Scatter {
                 (self.observer)(&Event::Scattered { percent: *told });
             }
         }
+        #[cfg(feature = "simulation")]
+        let total = if host::has_bug(host::Bug::EvictedEarly) { safe.max(total / 20 * 19) } else { total };
         if safe == total {
             let mut done = self.done.lock();
             if done.is_none() {

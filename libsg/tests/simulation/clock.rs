@@ -107,7 +107,6 @@ struct Killed;
 
 impl Host {
     pub fn new(seed: u64, net: Net, bug: Option<Bug>) -> Arc<Self> {
-        stay_on_one_processor();
         let core = Core {
             now: Duration::ZERO,
             turns: 0,
@@ -196,14 +195,6 @@ impl Host {
             assert!(begun.elapsed() < STUCK, "a thread of a node that was killed does not end");
         }
     }
-}
-
-/// Threads of which one runs at a time hand the turn over faster on one processor.
-fn stay_on_one_processor() {
-    let mut here = rustix::thread::CpuSet::new();
-    here.set(rustix::thread::sched_getcpu());
-    // Where that is not allowed it is only slower.
-    let _ = rustix::thread::sched_setaffinity(None, &here);
 }
 
 impl Core {

@@ -1,36 +1,78 @@
-//! What must hold, whatever happens: looked at after every step.
+//! What must hold, whatever happens: looked at after every step, and at the end.
+//!
+//! What the model of the VM sees by itself (a wrong page, one installed twice, two owners) it says itself.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::run::{Run, all};
+use libsg::page::{PageIndex, PageRange};
+use libsg::scatter::Scatter;
+use libsg::server::ServerHandle;
 
-/// No fault waits longer when nothing happens.
-const WAIT_MAX: Duration = Duration::from_secs(2);
+use crate::guest::Content;
+use crate::net::NodeNumber;
+use crate::run::{Run, all};
+use crate::scenario::{After, DESTINATION, Role, SOURCE, What};
+
+/// No fault waits longer, whatever happens: longer than everything that can happen lasts, and every grace.
+const WAIT_MAX: Duration = Duration::from_secs(25);
+
+/// The same when nothing happens.
+const QUIET_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// The same on a fast network on which nothing happens.
+const FAST_WAIT_MAX: Duration = Duration::from_millis(50);
+
+/// So often everything is looked at again, in steps.
+const FULL_EVERY: u64 = 512;
+
+/// Background reads leave the port to the direct path for so long after it was last used, less what a fast
+/// network takes to carry what was asked for before.
+const DIRECT_WINDOW: (Duration, Duration) = (Duration::from_millis(8), Duration::from_millis(45));
 
 /// What must hold.
 pub struct Contracts {
     found: Option<String>,
+    steps: u64,
+    safe: Vec<bool>,
+    safe_count: u32,
+    /// Where a page that is safe lies: on which nodes its entry and its bytes are.
+    homes: Vec<Option<(NodeNumber, NodeNumber)>>,
+    evicted: bool,
+    poisoned: Vec<bool>,
+    direct: Direct,
+}
+
+/// When pages came directly, and how many others had come.
+#[derive(Default)]
+struct Direct {
+    times: VecDeque<Duration>,
+    direct: u64,
+    staged: u64,
+    /// Of those, how many came while the direct path was in use.
+    background: u64,
+}
+
+/// Where a page can be had without the source.
+enum Found {
+    AtDestination,
+    At(NodeNumber, NodeNumber),
+    Nowhere,
 }
 
 impl Contracts {
-    pub fn new(_: &Run) -> Self {
-        Self { found: None }
-    }
-
-    pub fn check(&mut self, _: &Run) {}
-
-    pub fn check_end(&mut self, run: &Run) {
-        if !run.scenario.events.is_empty() {
-            return;
-        }
-        let memory = &run.destination.memory;
-        let missing = all(&run.vm).iter().find(|page| !memory.has(*page));
-        let lost = memory.poisoned();
-        let (waits, longest) = memory.waits();
-        if missing.is_some() || !lost.is_empty() || waits.is_some() || longest > WAIT_MAX {
-            let what =
-                format!("missing {missing:?}, lost {lost:?}, waits {waits:?}, longest wait {longest:?}");
-            self.found = Some(format!("nothing happened, and the VM did not arrive whole: {what}"));
+    pub fn new(run: &Run) -> Self {
+        let pages = run.vm.pages() as usize;
+        Self {
+            found: None,
+            steps: 0,
+            safe: vec![false; pages],
+            safe_count: 0,
+            homes: vec![None; pages],
+            evicted: false,
+            poisoned: vec![false; pages],
+            direct: Direct::default(),
         }
     }
 
@@ -39,6 +81,285 @@ impl Contracts {
     }
 
     pub fn breach(&self, run: &Run) -> Option<String> {
-        self.found.clone().or_else(|| run.vm.breaches().first().cloned())
+        run.vm.breaches().first().cloned().or_else(|| self.found.clone())
+    }
+
+    fn broken(&mut self, what: String) {
+        self.found.get_or_insert(what);
+    }
+
+    /// After a step.
+    pub fn check(&mut self, run: &Run) {
+        self.steps += 1;
+        if let Some(scatter) = run.outgoing().and_then(|outgoing| outgoing.scatter()) {
+            self.check_safe(run, &scatter);
+        }
+        self.check_guest(run);
+        self.check_direct_first(run);
+        if self.steps.is_multiple_of(FULL_EVERY) {
+            self.check_bounds(run);
+        }
+    }
+
+    /// Safe pages can be had without the source; once it has evicted, all can.
+    fn check_safe(&mut self, run: &Run, scatter: &Scatter) {
+        let just_evicted = !self.evicted && run.log.lock().reached.contains_key(&After::Evicted);
+        self.evicted |= just_evicted;
+        let count = scatter.planner.lock().progress().0;
+        let full = just_evicted || self.steps.is_multiple_of(FULL_EVERY);
+        if (count == self.safe_count && !full) || run.is_dead(DESTINATION) {
+            return;
+        }
+        self.safe_count = count;
+        let servers = run.servers();
+        let safe: Vec<bool> = {
+            let planner = scatter.planner.lock();
+            all(&run.vm).iter().map(|page| planner.is_safe(page)).collect()
+        };
+        let contents = run.vm.contents();
+        for (at, safe) in safe.into_iter().enumerate() {
+            let page = PageIndex(at as u32);
+            let fresh = safe && !self.safe[at];
+            self.safe[at] = safe;
+            if !safe && just_evicted {
+                self.broken(format!("evicted means evicted: {page} is not safe"));
+            }
+            if !(fresh || (full && safe)) {
+                continue;
+            }
+            match find(run, scatter, &servers, page, contents[at]) {
+                Found::AtDestination => self.homes[at] = None,
+                Found::At(index, content) => self.homes[at] = Some((index, content)),
+                Found::Nowhere if self.is_excused(run, scatter, page) => {}
+                Found::Nowhere => self.broken(format!(
+                    "evicted means evicted: {page} is said to be safe, and cannot be had without the source"
+                )),
+            }
+        }
+    }
+
+    /// Whether a page may be lost: a node that has it died and the source cannot know yet, or it was damaged, or it
+    /// was given back because all is over.
+    fn is_excused(&self, run: &Run, scatter: &Scatter, page: PageIndex) -> bool {
+        let dies_unnoticed = (0..scatter.members.len()).any(|member| {
+            let index = libsg::ids::MemberIndex(member as u16);
+            !scatter.index.is_dead(index) && run.server_of(&scatter.members[member].node).is_none()
+        });
+        let home_died = self.homes[page.as_usize()]
+            .is_some_and(|(index, content)| run.is_node_dead(index) || run.is_node_dead(content));
+        let evicted_and_died = self.evicted && run.any_member_died();
+        let over = run.log.lock().gathered.is_some() || run.destination.ended.lock().gathered.is_some();
+        dies_unnoticed || home_died || evicted_and_died || over || run.damaged.contains(&page)
+    }
+
+    /// What is lost is lost for a reason, and nobody waits for ever.
+    fn check_guest(&mut self, run: &Run) {
+        let memory = &run.destination.memory;
+        let (waits, longest) = memory.waits();
+        let waited = waits.map_or(longest, |(_, since)| longest.max(run.host.now().saturating_sub(since)));
+        if run.is_dead(DESTINATION) || run.scenario.stops(DESTINATION) {
+            return;
+        }
+        let quiet = run.scenario.events.is_empty();
+        let max = match quiet {
+            true if run.scenario.weather.is_fast() => FAST_WAIT_MAX,
+            true => QUIET_WAIT_MAX,
+            false => WAIT_MAX,
+        };
+        if waited > max {
+            self.broken(format!("faults overtake: the guest waited for {waited:?}, {waits:?}"));
+        }
+        if self.steps.is_multiple_of(16) || run.log.lock().lost_pages > 0 {
+            self.check_lost(run, &memory.poisoned());
+        }
+    }
+
+    fn check_lost(&mut self, run: &Run, poisoned: &[PageIndex]) {
+        let fresh: Vec<_> = poisoned.iter().filter(|page| !self.poisoned[page.as_usize()]).copied().collect();
+        if fresh.is_empty() {
+            return;
+        }
+        fresh.iter().for_each(|page| self.poisoned[page.as_usize()] = true);
+        let Some(scatter) = run.outgoing().and_then(|outgoing| outgoing.scatter()) else { return };
+        let calm = |role: Role| run.is_calm(role);
+        if !calm(DESTINATION) {
+            return;
+        }
+        if calm(SOURCE) && scatter.done_at().is_none() {
+            self.broken(format!("a death is an event: {fresh:?} are lost though the source has them"));
+        }
+        let mut servers = run.servers();
+        servers.retain(|(role, _)| calm(*role));
+        let contents = run.vm.contents();
+        for page in fresh {
+            if !matches!(contents[page.as_usize()], Content::Version(_)) {
+                // Where nothing lies, nothing can be found.
+                continue;
+            }
+            let first_owner_calm =
+                scatter.members.iter().all(|member| run.server_of(&member.node).is_some_and(calm));
+            let found = find(run, &scatter, &servers, page, run.vm.content(page));
+            if first_owner_calm && !matches!(found, Found::Nowhere) && !run.damaged.contains(&page) {
+                self.broken(format!("a death is an event: {page} is lost though it can be had"));
+            }
+        }
+    }
+
+    /// Until the source has evicted, background reads leave the port to the direct path.
+    fn check_direct_first(&mut self, run: &Run) {
+        let calm = run.is_calm(SOURCE) && run.is_calm(DESTINATION);
+        if !run.scenario.weather.is_fast() || self.evicted || !calm {
+            return;
+        }
+        let Some(incoming) = run.destination.incoming.lock().clone() else { return };
+        let (pages, now) = (incoming.progress().pages, run.host.now());
+        let Direct { times, direct, staged, background } = &mut self.direct;
+        let (near, far) = DIRECT_WINDOW;
+        times.retain(|at| now - *at <= far);
+        let busy = times.iter().any(|at| now - *at >= near);
+        // One page may be a fault's.
+        if pages.direct > *direct + 1 {
+            times.push_back(now);
+        }
+        if busy {
+            *background += pages.staged - *staged;
+        }
+        (*direct, *staged) = (pages.direct, pages.staged);
+        // A fault is answered at any time.
+        if *background > pages.faults + 1 {
+            let what = format!("{background} read, {} faults, directly at {times:?}", pages.faults);
+            self.broken(format!(
+                "direct first: pages were read in the background while direct was in use: {what}"
+            ));
+        }
+    }
+
+    /// Nobody has more than he may.
+    fn check_bounds(&mut self, run: &Run) {
+        for (role, server) in run.servers() {
+            let (has, may) = (server.statistics().arena_bytes, run.scenario.memory_of(role));
+            if has > may {
+                self.broken(format!("limits hold: {role:?} uses {has} bytes, and may use {may}"));
+            }
+        }
+        if let Some(scatter) = run.outgoing().and_then(|outgoing| outgoing.scatter()) {
+            let bytes = scatter.planner.lock().bytes();
+            if bytes > 16 * run.vm.pages() as usize + (256 << 10) {
+                self.broken(format!("bounded: the source's books have {bytes} bytes"));
+            }
+        }
+    }
+
+    /// When nothing happens any more.
+    pub fn check_end(&mut self, run: &Run) {
+        self.check_bounds(run);
+        self.check_owner(run);
+        self.check_eviction(run);
+        self.check_arrival(run);
+    }
+
+    /// The VM runs somewhere, unless it died with its host.
+    fn check_owner(&mut self, run: &Run) {
+        let (committed, at_source) = (run.vm.is_committed(), run.vm.runs_at_source());
+        if !committed && !run.is_dead(SOURCE) && !at_source {
+            self.broken("one owner: without COMMIT the VM does not run on at the source".into());
+        }
+        if committed && !run.is_dead(DESTINATION) && !run.vm.runs_at_destination() {
+            let volume = run.outgoing().and_then(|o| o.scatter()).map(|scatter| scatter.volume);
+            let known =
+                volume.is_some_and(|volume| run.servers().iter().any(|(_, s)| s.knows_commit(volume)));
+            let calm = run.scenario.roles().into_iter().all(|role| role == SOURCE || run.is_calm(role));
+            if (known && calm) || (run.is_calm(SOURCE) && run.is_calm(DESTINATION)) {
+                self.broken("one owner: COMMIT was given, and the VM runs nowhere".into());
+            }
+        }
+    }
+
+    /// Eviction comes, and soon, whatever the destination or a single intermediary is like.
+    fn check_eviction(&mut self, run: &Run) {
+        let log = run.log.lock();
+        let (Some(commit), evicted) = (log.reached.get(&After::Commit), log.reached.get(&After::Evicted))
+        else {
+            return;
+        };
+        let failed = log.failed.clone();
+        let roomy = |role: &Role| run.is_calm(*role) && run.scenario.memory_of(*role) >= 8 << 20;
+        let way_out = run.is_steady(DESTINATION) || run.scenario.members().any(|role| roomy(&role));
+        if !run.is_steady(SOURCE) || !way_out || log.lost_pages > 0 {
+            return;
+        }
+        let took = evicted.map(|at| *at - *commit);
+        drop(log);
+        if took.is_none_or(|took| took > run.scenario.eviction_max()) {
+            self.broken(format!("no tail: eviction took {took:?} from COMMIT on; {failed:?}"));
+        }
+    }
+
+    /// Every page arrives, or is known to be lost.
+    fn check_arrival(&mut self, run: &Run) {
+        if run.is_dead(DESTINATION) || !run.vm.runs_at_destination() {
+            return;
+        }
+        let ended = run.destination.ended.lock().clone();
+        let Some(gathered) = ended.gathered else {
+            self.broken("a death is an event: the arrival has no end".into());
+            return;
+        };
+        let quiet = run.scenario.events.is_empty();
+        let lost = run.destination.memory.poisoned();
+        if quiet && (gathered.is_err() || !lost.is_empty() || !matches!(ended.dissolved, Some(Ok(())))) {
+            let (dissolved, failed) = (ended.dissolved, &run.log.lock().failed);
+            self.broken(format!("nothing happened: {gathered:?}, lost {lost:?}, {dissolved:?}, {failed:?}"));
+        }
+        if quiet && run.servers().iter().any(|(_, server)| server.statistics().used_bytes > 0) {
+            self.broken("nothing happened: an intermediary still holds pages".into());
+        }
+    }
+}
+
+/// Looks for a page where a destination would, without the source.
+fn find(
+    run: &Run,
+    scatter: &Scatter,
+    servers: &[(Role, Arc<ServerHandle>)],
+    page: PageIndex,
+    content: Content,
+) -> Found {
+    let is_zero = !matches!(content, Content::Version(_));
+    if run.destination.memory.has(page) || is_zero {
+        return Found::AtDestination;
+    }
+    let of = (scatter.volume, scatter.epoch);
+    for (index_role, index) in servers {
+        for entry in index.index_entries(of.0, of.1, PageRange::new(page, 1)) {
+            let Some(placement) = entry.placement else { continue };
+            let Some(member) = scatter.members.get(placement.member.as_usize()) else { continue };
+            let Some((role, server)) = servers.iter().find(|(_, server)| *server.node() == member.node)
+            else {
+                continue;
+            };
+            if server.page_at(of.0, of.1, page, placement).is_some_and(|bytes| content.is(page, &bytes)) {
+                return Found::At(run.nodes[index_role].number(), run.nodes[role].number());
+            }
+        }
+    }
+    Found::Nowhere
+}
+
+impl Run {
+    /// Whether nothing was, or will be, done to a host.
+    pub fn is_calm(&self, role: Role) -> bool {
+        !self.scenario.events.iter().any(|event| event.what.hosts().contains(&role))
+    }
+
+    /// Whether nothing is done to a host but that its connections break.
+    fn is_steady(&self, role: Role) -> bool {
+        let events = self.scenario.events.iter().filter(|event| event.what.hosts().contains(&role));
+        events.into_iter().all(|event| matches!(event.what, What::Break(..)))
+    }
+
+    /// Whether an intermediary was killed so far.
+    fn any_member_died(&self) -> bool {
+        self.done.iter().any(|event| matches!(event.what, What::Kill(Role::Intermediary(_), _)))
     }
 }

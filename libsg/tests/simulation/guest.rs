@@ -202,8 +202,7 @@ impl Memory {
 
     /// Whether a page is in place.
     pub fn has(&self, page: PageIndex) -> bool {
-        let state = self.state.lock();
-        state.finished || state.places[page.as_usize()] == Place::Present
+        self.place(page) == Place::Present
     }
 
     pub fn poisoned(&self) -> Vec<PageIndex> {

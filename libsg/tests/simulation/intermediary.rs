@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use libsg::host::simulation::{Bug, has_bug};
 use libsg::server::{Config, Server, ServerHandle};
 use parking_lot::Mutex;
 
@@ -17,6 +18,7 @@ pub fn start(node: &Arc<Node>, role: Role, memory_bytes: u64) -> Handle {
     let handle = Handle::default();
     let given = Arc::clone(&handle);
     node.spawn("intermediary", move || {
+        let memory_bytes = if has_bug(Bug::LimitIgnored) { 4 * memory_bytes } else { memory_bytes };
         let config = Config::new(address(role), format!("{role:?}"), memory_bytes, secret());
         let server = Arc::new(Server::bind(config).expect("listens").spawn().expect("serves"));
         *given.lock() = Arc::downgrade(&server);

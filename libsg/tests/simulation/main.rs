@@ -1,61 +1,69 @@
 //! Whole migrations by seed: source, destination and intermediaries are the product's own threads, cores and
 //! wire format, on a simulated clock, scheduler and network. DESIGN.md says what is real and what is modelled.
 
+mod canaries;
 mod clock;
 mod contracts;
 mod destination;
+mod found;
 mod guest;
 mod intermediary;
 mod net;
 mod random;
 mod run;
 mod scenario;
+mod seeds;
+mod shrink;
 mod source;
+mod stranger;
 
-use run::{Outcome, Run};
 use scenario::Scenario;
 
-fn run(scenario: &Scenario) -> Outcome {
-    Run::new(scenario, None).run()
-}
-
-/// What many runs were, for whoever reads the output of the test.
-#[derive(Debug, Default)]
-struct Sum {
-    runs: u64,
-    turns: u64,
-    evicted: u64,
-    with_losses: u64,
-    carried_bytes: u64,
-}
-
-impl Sum {
-    fn add(&mut self, outcome: &Outcome) {
-        self.runs += 1;
-        self.turns += outcome.turns;
-        self.evicted += u64::from(outcome.evicted);
-        self.with_losses += u64::from(outcome.lost_pages > 0);
-        self.carried_bytes += outcome.carried_bytes;
-    }
-}
-
-#[test]
-fn undisturbed_migrations_end_well() {
-    let mut sum = Sum::default();
-    for seed in 0..50 {
-        let mut scenario = Scenario::of(seed);
-        scenario.events.clear();
-        let outcome = run(&scenario);
-        sum.add(&outcome);
-        assert_eq!(outcome.breach, None, "seed {seed}, {:?}: {:#?}", outcome.time, outcome.lines);
-    }
-    println!("{sum:?}");
+/// A number from the environment.
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: a number")))
 }
 
 #[test]
 fn a_seed_is_the_same_run_each_time() {
     for seed in 0..10 {
-        let scenario = Scenario::of(seed);
-        assert_eq!(run(&scenario).trace, run(&scenario).trace, "seed {seed}");
+        let run = || run::Run::new(&Scenario::of(seed), None).run().trace;
+        assert_eq!(run(), run(), "seed {seed}");
     }
+}
+
+/// `SG_SIM_SEEDS` seeds from `SG_SIM_FIRST` on.
+#[test]
+fn whatever_happens_the_contracts_hold() {
+    let (first, count) = (number("SG_SIM_FIRST", 0), number("SG_SIM_SEEDS", 300));
+    let sum = seeds::run_all(first..first + count, None, 20);
+    println!("{sum}");
+    let broken = sum.broken.first().and_then(|(seed, _)| shrink::shrink(*seed, None));
+    assert!(
+        sum.broken.is_empty(),
+        "{sum}\n{:?}\n{}",
+        sum.broken,
+        broken.map_or_else(String::new, |f| f.report())
+    );
+}
+
+/// The seed `SG_SIM_SEED`, with all that is told; with those of its events only that `SG_SIM_EVENTS` names; and what libsg logs
+/// by `SG_SIM_LOG=libsg=debug` (its times are the real ones).
+#[test]
+fn one_seed() {
+    let seed = number("SG_SIM_SEED", 0);
+    let events = match std::env::var("SG_SIM_EVENTS") {
+        Ok(text) => text.split(',').filter_map(|nth| nth.parse().ok()).collect(),
+        Err(_) => (0..Scenario::of(seed).events.len()).collect::<Vec<_>>(),
+    };
+    if let Ok(filter) = std::env::var("SG_SIM_LOG") {
+        tracing_subscriber::fmt().with_env_filter(filter).init();
+    }
+    let (scenario, outcome) = shrink::run_with(seed, &events, None);
+    for line in &outcome.lines {
+        println!("{line}");
+    }
+    let failure = shrink::Failure { scenario, events, outcome };
+    assert!(failure.outcome.breach.is_none(), "{}", failure.report());
 }

@@ -35,6 +35,13 @@ pub struct Weather {
     pub port_rate: u64,
 }
 
+impl Weather {
+    /// Whether nothing takes long.
+    pub fn is_fast(&self) -> bool {
+        self.port_rate == 0 && self.delay + self.jitter < Duration::from_millis(1)
+    }
+}
+
 /// The network.
 pub struct Net {
     weather: Weather,

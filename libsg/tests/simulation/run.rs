@@ -6,16 +6,18 @@ use std::time::Duration;
 
 use libsg::event::{Event as Told, Observer};
 use libsg::host::simulation::Bug;
+use libsg::ids::NodeId;
 use libsg::migrate::source::Outgoing;
+use libsg::page::{PageIndex, PageRange};
 use libsg::server::ServerHandle;
 use parking_lot::Mutex;
 
 use crate::clock::{Host, Node, Step};
 use crate::contracts::Contracts;
 use crate::guest::Vm;
-use crate::net::Net;
+use crate::net::{Net, NodeNumber};
 use crate::scenario::{After, DESTINATION, Event, Role, SOURCE, Scenario, address};
-use crate::{destination, intermediary, source};
+use crate::{destination, intermediary, source, stranger};
 
 /// No run is longer.
 const TIME_MAX: Duration = Duration::from_secs(120);
@@ -44,6 +46,9 @@ pub struct Outcome {
     pub evicted: bool,
     pub lost_pages: u32,
     pub carried_bytes: u64,
+    /// The events that had happened.
+    pub happened: Vec<Event>,
+    /// What was told, for people.
     pub lines: Vec<String>,
 }
 
@@ -53,12 +58,16 @@ pub struct Run {
     pub host: Arc<Host>,
     pub vm: Arc<Vm>,
     pub nodes: BTreeMap<Role, Arc<Node>>,
+    stranger: Arc<Node>,
     pub source: source::Handle,
     pub destination: destination::Host,
     pub intermediaries: BTreeMap<Role, intermediary::Handle>,
     pub log: Arc<Mutex<Log>>,
     /// What was done to whom, so far.
     pub done: Vec<Event>,
+    /// Pages of which a copy was damaged.
+    pub damaged: Vec<PageIndex>,
+    dead_nodes: Vec<NodeNumber>,
     todo: Vec<Event>,
     later: Vec<(Duration, Later)>,
     next_node: usize,
@@ -89,17 +98,24 @@ impl Run {
         let observe = |role| observer(role, &nodes[&role], &log);
         let destination = destination::start(&nodes[&DESTINATION], &vm, scenario, observe(DESTINATION));
         let source = source::start(&nodes[&SOURCE], &vm, scenario, observe(SOURCE));
-        let next_node = nodes.len();
+        let stranger = host.node(nodes.len());
+        if scenario.seed.is_multiple_of(stranger::ONE_IN) {
+            stranger::start(&stranger, &vm, scenario);
+        }
+        let next_node = nodes.len() + 1;
         Self {
             scenario: scenario.clone(),
             host,
             vm,
             nodes,
+            stranger,
             source,
             destination,
             intermediaries,
             log,
             done: Vec::new(),
+            damaged: Vec::new(),
+            dead_nodes: Vec::new(),
             todo: scenario.events.clone(),
             later: Vec::new(),
             next_node,
@@ -119,7 +135,7 @@ impl Run {
             if contracts.is_broken(&self) || self.host.now() >= TIME_MAX {
                 break;
             }
-            if over_at.is_none() && self.todo_is_over() && self.is_over() {
+            if over_at.is_none() && self.is_over() {
                 over_at = Some(self.host.now() + AFTERMATH);
             }
             if over_at.is_some_and(|at| self.host.now() >= at && stepped == Step::Nothing) {
@@ -132,7 +148,7 @@ impl Run {
 
     fn end(self, contracts: Contracts) -> Outcome {
         let breach = contracts.breach(&self);
-        let nodes: Vec<_> = self.nodes.values().cloned().collect();
+        let nodes: Vec<_> = self.nodes.values().chain([&self.stranger]).cloned().collect();
         for node in nodes {
             self.host.with_net(|net, _| net.remove(node.number()));
             self.host.kill(&node);
@@ -145,6 +161,7 @@ impl Run {
             trace: self.host.trace(),
             evicted: log.reached.contains_key(&After::Evicted),
             lost_pages: log.lost_pages,
+            happened: self.done.clone(),
             carried_bytes: self.host.with_net(|net, _| net.carried_bytes()),
             lines: std::mem::take(&mut log.lines),
         }
@@ -161,6 +178,15 @@ impl Run {
         servers.filter_map(|(role, handle)| Some((*role, handle.lock().upgrade()?))).collect()
     }
 
+    /// The host at which a member of the volume lives, with the incarnation that it had.
+    pub fn server_of(&self, node: &NodeId) -> Option<Role> {
+        self.servers().into_iter().find(|(_, server)| server.node() == node).map(|(role, _)| role)
+    }
+
+    pub fn is_node_dead(&self, number: NodeNumber) -> bool {
+        self.dead_nodes.contains(&number)
+    }
+
     pub fn is_dead(&self, role: Role) -> bool {
         self.nodes[&role].is_dead()
     }
@@ -170,11 +196,6 @@ impl Run {
         let ended = self.destination.ended.lock().dissolved.is_some() || self.is_dead(DESTINATION);
         let left = self.is_dead(SOURCE) || self.outgoing().is_some_and(|outgoing| outgoing.is_over());
         ended && left
-    }
-
-    fn todo_is_over(&self) -> bool {
-        // What waits for a milestone that never comes does not count.
-        self.next_event().is_none()
     }
 
     /// When something happens next, as far as is known.
@@ -230,7 +251,7 @@ impl Run {
                 self.later.push((now + time, Later::Mend(one, other)));
             }
             What::Damage(role) => self.damage(role),
-            What::Fill(_) => {}
+            What::Fill(role) => stranger::fill(&self.stranger, role, self.scenario.memory_of(role)),
             What::Limit(bytes_per_s) => {
                 if let Some(incoming) = &*self.destination.incoming.lock() {
                     incoming.set_gather_limit(bytes_per_s);
@@ -251,6 +272,7 @@ impl Run {
         }
         self.host.with_net(|net, _| net.remove(node.number()));
         self.host.kill(&node);
+        self.dead_nodes.push(node.number());
     }
 
     fn restart(&mut self, role: Role) {
@@ -276,6 +298,7 @@ impl Run {
             if let Some((page, at)) = placed.nth(random.below(20) as usize)
                 && server.damage(scatter.volume, scatter.epoch, page, at, random.below(4096) as usize)
             {
+                self.damaged.push(page);
                 return;
             }
         }
@@ -283,8 +306,8 @@ impl Run {
 }
 
 /// All pages of the VM.
-pub fn all(vm: &Vm) -> libsg::page::PageRange {
-    libsg::page::PageRange::new(libsg::page::PageIndex(0), vm.pages())
+pub fn all(vm: &Vm) -> PageRange {
+    PageRange::new(PageIndex(0), vm.pages())
 }
 
 /// Writes down what an end tells.
@@ -300,7 +323,7 @@ fn observer(role: Role, node: &Arc<Node>, log: &Arc<Mutex<Log>>) -> Observer {
             log.reached.entry(after).or_insert(now);
         };
         match (role, told) {
-            (SOURCE, Told::Ready) => reached(After::Ready),
+            (DESTINATION, Told::Ready) => reached(After::Ready),
             (SOURCE, Told::Commit) => reached(After::Commit),
             (DESTINATION, Told::Resumed) => reached(After::Running),
             (SOURCE, Told::Evicted) => reached(After::Evicted),

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use libsg::page::PAGE_BYTES_U64;
 use libsg::transport::PoolSecret;
 
 use crate::guest::Content;
@@ -41,6 +42,7 @@ pub fn secret() -> PoolSecret {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum After {
     Start,
+    /// The destination is ready; the source does not know yet.
     Ready,
     Commit,
     Running,
@@ -64,6 +66,17 @@ pub enum What {
     Fill(Role),
     /// The operator sets another limit at the destination.
     Limit(u64),
+}
+
+impl What {
+    /// The hosts that it happens to.
+    pub fn hosts(self) -> Vec<Role> {
+        match self {
+            Self::Kill(role, _) | Self::Freeze(role, _) | Self::Damage(role) | Self::Fill(role) => vec![role],
+            Self::Break(one, other) | Self::Cut(one, other, _) => vec![one, other],
+            Self::Limit(_) => vec![DESTINATION],
+        }
+    }
 }
 
 /// Something that happens.
@@ -95,6 +108,9 @@ pub struct Scenario {
     pub events: Vec<Event>,
 }
 
+/// Longer than anybody waits for a host.
+const LONG: Duration = Duration::from_secs(60);
+
 /// Pages of an index owner's range: VMs of more than that have several owners.
 const FAR: u64 = 1024;
 
@@ -113,7 +129,7 @@ impl Scenario {
                 port_rate: random.pick(&[0, 0, 125_000_000, 12_500_000]),
             },
             gather_limit: random.pick(&[0, 0, 1_000_000, 4_000_000, 32_000_000]),
-            scatter_limit: random.pick(&[0, 0, 0, 20_000_000]),
+            scatter_limit: random.pick(&[0, 0, 20_000_000, 4_000_000]),
             grace: Duration::from_millis(random.pick(&[500, 1000, 2000])),
             think: Duration::from_micros(random.pick(&[100, 1000, 5000])),
             events: Vec::new(),
@@ -129,6 +145,28 @@ impl Scenario {
 
     pub fn roles(&self) -> Vec<Role> {
         [SOURCE, DESTINATION].into_iter().chain(self.members()).collect()
+    }
+
+    /// The memory that an intermediary may use.
+    pub fn memory_of(&self, role: Role) -> u64 {
+        match role {
+            Role::Intermediary(nth) => self.intermediaries[nth],
+            Role::Source | Role::Destination => 0,
+        }
+    }
+
+    /// Whether a host is stopped for a while.
+    pub fn stops(&self, role: Role) -> bool {
+        self.events.iter().any(|event| matches!(event.what, What::Freeze(other, _) if other == role))
+    }
+
+    /// How long eviction may take, from COMMIT on, where one way out is not disturbed.
+    pub fn eviction_max(&self) -> Duration {
+        // At the least rate that this scenario has, three times over; what may be waited for in vain comes on top.
+        let rates = [self.gather_limit, self.scatter_limit, self.weather.port_rate];
+        let least = rates.into_iter().filter(|rate| *rate > 0).min().unwrap_or(1 << 30);
+        let bytes = self.memory.len() as u64 * PAGE_BYTES_U64;
+        Duration::from_secs(8) + Duration::from_millis(3 * bytes * 1000 / least)
     }
 
     /// A stream of random numbers for one purpose.
@@ -169,7 +207,9 @@ impl Scenario {
             0 => What::Kill(SOURCE, None),
             1 => What::Kill(DESTINATION, None),
             2..=4 => What::Kill(member(random), random.one_in(2).then(|| time(random))),
-            5..=6 => What::Freeze(random.pick(&roles), time(random)),
+            5 => What::Freeze(random.pick(&roles), time(random)),
+            // For longer than anybody waits.
+            6 => What::Freeze(random.pick(&roles[1..]), LONG),
             7..=9 => {
                 let (one, other) = two(random);
                 What::Break(one, other)

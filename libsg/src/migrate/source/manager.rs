@@ -78,6 +78,10 @@ impl Manager {
         }
         self.vm.committed();
         let (session, downtime) = handover.commit(session, &mut members, paused_at);
+        #[cfg(feature = "simulation")]
+        if session.is_none() && host::has_bug(host::Bug::ResumesAfterCommit) {
+            self.vm.resume()?;
+        }
         self.scatter(&scatter, &destination, session, members, downtime)
     }
 

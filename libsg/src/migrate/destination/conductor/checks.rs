@@ -78,6 +78,10 @@ impl Conductor {
     /// Before COMMIT, and the source cannot be heard.
     fn without_source(&mut self, away: Instant) -> Result<()> {
         if self.phase == ArrivalPhase::Ready {
+            #[cfg(feature = "simulation")]
+            if host::has_bug(host::Bug::RunsWithoutCommit) {
+                return self.run_vm();
+            }
             if host::elapsed(self.looked_at) >= LOOK_EVERY {
                 self.look_for_commit()?;
                 self.looked_at = host::now();

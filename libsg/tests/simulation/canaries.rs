@@ -1,0 +1,45 @@
+//! Bugs put in on purpose: each must be found within a thousand seeds.
+
+use libsg::host::simulation::Bug;
+
+use crate::seeds::run_all;
+
+/// Seeds within which each bug is found.
+const SEEDS: u64 = 1000;
+
+/// Runs seeds with a bug until one breaks a contract, which must be one of those that `says` names.
+fn is_found(bug: Bug, says: &[&str]) {
+    let sum = run_all(0..SEEDS, Some(bug), 1);
+    let (seed, breach) = sum.broken.first().unwrap_or_else(|| panic!("{bug:?} was not found: {sum}"));
+    println!("{bug:?}: seed {seed}: {breach}");
+    assert!(says.iter().any(|words| breach.contains(words)), "{bug:?} was found as something else: {breach}");
+}
+
+/// A test for each bug, with what it is found as.
+macro_rules! canaries {
+    ($($name:ident: $bug:ident, $($says:literal),+;)+) => {
+        $(#[test]
+        fn $name() {
+            is_found(Bug::$bug, &[$($says),+]);
+        })+
+    };
+}
+
+canaries! {
+    an_index_entry_is_awaited: IndexNotAwaited, "evicted means evicted", "a death is an event";
+    an_index_entry_is_kept: IndexNotKept, "evicted means evicted", "a death is an event";
+    evicted_is_not_told_early: EvictedEarly, "is not safe";
+    a_checksum_is_compared: ChecksumIgnored, "each page is right";
+    a_page_is_installed_once: InstalledTwice, "install once";
+    stock_is_taken_of_a_paused_vm: StockBeforePause, "each page is right", "evicted means evicted";
+    nothing_runs_without_commit: RunsWithoutCommit, "one owner";
+    nothing_runs_again_after_commit: ResumesAfterCommit, "one owner";
+    direct_goes_first: DirectLast, "direct first";
+    faults_are_asked_for: FaultsWait, "faults overtake";
+    a_death_is_an_event: DeathForgotten, "evicted means evicted", "a death is an event", "no tail";
+    a_loss_is_told: LossNotTold, "each page is right", "faults overtake", "a death is an event";
+    what_is_late_is_hedged: LateNotHedged, "no tail";
+    what_was_in_flight_is_sent_again: FlightForgotten, "no tail";
+    a_limit_holds: LimitIgnored, "limits hold";
+    strangers_stay_out: SecretIgnored, "strangers";
+}

@@ -1,0 +1,98 @@
+//! Many runs: over all processors, one thread of runs on each.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use libsg::host::simulation::Bug;
+use parking_lot::Mutex;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+use crate::run::{Outcome, Run};
+use crate::scenario::Scenario;
+
+/// What many runs were.
+#[derive(Debug, Default)]
+pub struct Sum {
+    runs: u64,
+    turns: u64,
+    evicted: u64,
+    with_losses: u64,
+    carried_bytes: u64,
+    time: Duration,
+    /// Seeds in which a contract was broken, and how.
+    pub broken: Vec<(u64, String)>,
+}
+
+impl Sum {
+    fn add(&mut self, seed: u64, outcome: Outcome) {
+        self.runs += 1;
+        self.turns += outcome.turns;
+        self.evicted += u64::from(outcome.evicted);
+        self.with_losses += u64::from(outcome.lost_pages > 0);
+        self.carried_bytes += outcome.carried_bytes;
+        self.broken.extend(outcome.breach.map(|breach| (seed, breach)));
+    }
+}
+
+impl fmt::Display for Sum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { runs, turns, evicted, with_losses, carried_bytes, time, broken } = self;
+        let (seconds, mebibytes) = (time.as_secs_f64(), carried_bytes >> 20);
+        let rate = *runs as f64 / seconds;
+        write!(
+            f,
+            "{runs} runs in {seconds:.1} s ({rate:.0} a second): {turns} turns of threads, {mebibytes} MiB"
+        )?;
+        write!(f, " carried; evicted in {evicted}, pages lost in {with_losses}, broken in {}", broken.len())
+    }
+}
+
+/// Runs these seeds, until so many broke a contract.
+pub fn run_all(seeds: Range<u64>, bug: Option<Bug>, broken_max: usize) -> Sum {
+    let begun = Instant::now();
+    let (next, sum) = (AtomicU64::new(seeds.start), Mutex::new(Sum::default()));
+    let work = || {
+        while sum.lock().broken.len() < broken_max {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                break;
+            }
+            let outcome = Run::new(&Scenario::of(seed), bug).run();
+            if let Some(breach) = &outcome.breach
+                && bug.is_none()
+            {
+                eprintln!("seed {seed}: {breach}");
+            }
+            sum.lock().add(seed, outcome);
+        }
+    };
+    std::thread::scope(|scope| {
+        for processor in processors() {
+            let work = &work;
+            scope.spawn(move || {
+                stay_on(processor);
+                work();
+            });
+        }
+    });
+    let mut sum = sum.into_inner();
+    sum.broken.sort();
+    sum.time = begun.elapsed();
+    sum
+}
+
+fn processors() -> Vec<usize> {
+    let all = sched_getaffinity(None).unwrap_or_default();
+    let ours: Vec<_> = (0..CpuSet::MAX_CPU).filter(|processor| all.is_set(*processor)).collect();
+    if ours.is_empty() { vec![0] } else { ours }
+}
+
+/// Threads of which one runs at a time hand the turn over faster on one processor.
+fn stay_on(processor: usize) {
+    let mut here = CpuSet::new();
+    here.set(processor);
+    // Where that is not allowed it is only slower.
+    let _ = sched_setaffinity(None, &here);
+}
