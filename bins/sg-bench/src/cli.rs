@@ -144,6 +144,10 @@ pub struct MigrateArgs {
     /// once: for experiments about eviction alone
     #[arg(long)]
     pub lift_at_evicted: bool,
+    /// on = where this machine is a VM whose host takes free memory back, have what the run needs ready before it
+    /// starts
+    #[arg(long, value_name = "on|off", default_value = "on", action = clap::ArgAction::Set, value_parser = on_off)]
+    pub ready_memory: bool,
     /// Do it so many times; the report then has `runs`, `median`, `min` and `max`
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub repeat: u32,
@@ -234,6 +238,14 @@ impl MigrateArgs {
         // Everything that does not fit must fit into swap, with room for the process itself.
         let swap = Size(self.vm.memory.0 * u64::from(self.vms) + (256 << 20));
         self.lab.spec(self.destination_memory.map(|limit| (limit, swap)))
+    }
+
+    /// What destinations and intermediaries will take between them, if it is to be ready: all of the memory each,
+    /// and some for what is sent twice.
+    pub fn memory_needed(&self) -> Size {
+        let memory = self.vm.memory.0 * u64::from(self.vms);
+        let each = if self.mode == Mode::PostCopy { 1 } else { 2 };
+        Size(if self.ready_memory { memory * each + memory / 4 } else { 0 })
     }
 
     /// What to do to whom when.

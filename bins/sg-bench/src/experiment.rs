@@ -11,7 +11,7 @@ use crate::cli::{MigrateArgs, Until};
 use crate::cluster::Cluster;
 use crate::events::Events;
 use crate::follow::Following;
-use crate::lab::{Lab, Node};
+use crate::lab::{Lab, Node, Reserve};
 use crate::ui::Ui;
 use crate::{interrupt, micro, stream};
 use libsg::units::Rate;
@@ -36,7 +36,9 @@ pub fn run(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
     let links = measure(&lab, args)?;
     let (events, occurred) = Events::new(args.events.as_deref(), args.injections())?;
     let mut cluster = Cluster::start(&lab, args, &events)?;
+    let mut reserve = Reserve::fill(args.memory_needed())?;
     interrupt::check()?;
+    reserve.hand_out()?;
     let start = cluster.go(args)?;
     let mut following = Following::new(args, start, &occurred);
     let followed = following.follow(&lab, &mut cluster, ui);

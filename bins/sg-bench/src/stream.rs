@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use libsg::limits::BATCH_PAGES;
 use libsg::page::PAGE_BYTES;
 
-use crate::lab::{Lab, Node};
+use crate::lab::{Lab, Node, Reserve};
+use libsg::units::Size;
 
 /// Streams of which the best counts.
 const STREAMS: u32 = 3;
@@ -121,9 +122,11 @@ pub fn idle_round_trip_us(lab: &Lab, client: Node, server: Node) -> Result<f64> 
 /// into memory that was never touched.
 pub fn into_fresh_memory_mbps(bytes: usize) -> Result<f64> {
     let source = vec![0xa5; bytes];
+    let mut reserve = Reserve::fill(Size(bytes as u64 + bytes as u64 / 4))?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let sender = TcpStream::connect(listener.local_addr()?)?;
     let (receiver, _) = listener.accept()?;
+    reserve.hand_out()?;
     std::thread::scope(|scope| {
         let receiving = scope.spawn(move || -> Result<Duration> {
             let mut fresh: Vec<u8> = Vec::with_capacity(bytes);

@@ -93,6 +93,7 @@ pub fn of(family: Family) -> Vec<Experiment> {
                 plain(name, |a| {
                     a.lab.shape = false;
                     a.vm.memory = Size(mebibytes << 20);
+                    a.ready_memory = false;
                 })
             };
             BOOKKEEPING.into_iter().map(sized).collect()

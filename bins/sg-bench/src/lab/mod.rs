@@ -8,6 +8,7 @@ pub mod memory;
 pub mod names;
 pub mod net;
 pub mod node;
+pub mod reserve;
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
@@ -20,6 +21,7 @@ pub use memory::MemoryLimit;
 pub use names::Prefix;
 pub use net::{CongestionControl, Link, Queue};
 pub use node::Node;
+pub use reserve::Reserve;
 
 use libsg::units::{Rate, Size};
 
