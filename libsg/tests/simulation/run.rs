@@ -25,6 +25,9 @@ const TIME_MAX: Duration = Duration::from_secs(120);
 /// After everything is over, so long for what comes late.
 const AFTERMATH: Duration = Duration::from_millis(300);
 
+/// The same for a destination whose source died before COMMIT: it may wait for ever, and must not run the VM.
+const ORPHANED: Duration = Duration::from_secs(5);
+
 /// What was told by either end, and when.
 #[derive(Debug, Default)]
 pub struct Log {
@@ -135,8 +138,8 @@ impl Run {
             if contracts.is_broken(&self) || self.host.now() >= TIME_MAX {
                 break;
             }
-            if over_at.is_none() && self.is_over() {
-                over_at = Some(self.host.now() + AFTERMATH);
+            if over_at.is_none() {
+                over_at = self.aftermath().map(|time| self.host.now() + time);
             }
             if over_at.is_some_and(|at| self.host.now() >= at && stepped == Step::Nothing) {
                 break;
@@ -196,6 +199,12 @@ impl Run {
         let ended = self.destination.ended.lock().dissolved.is_some() || self.is_dead(DESTINATION);
         let left = self.is_dead(SOURCE) || self.outgoing().is_some_and(|outgoing| outgoing.is_over());
         ended && left
+    }
+
+    /// For how long to look on when all is decided; `None` before.
+    fn aftermath(&self) -> Option<Duration> {
+        let orphaned = self.is_dead(SOURCE) && !self.vm.is_committed();
+        if self.is_over() { Some(AFTERMATH) } else { orphaned.then_some(ORPHANED) }
     }
 
     /// When something happens next, as far as is known.
