@@ -120,7 +120,7 @@ fn eviction_rows() -> Vec<Row> {
         ),
         row(
             "adding-up",
-            "bytes / eviction over the sum of the sinks' rates, destination 100 Mb/s, 1 to 4 intermediaries of 200 Mb/s",
+            "bytes / eviction over the sum of the sinks' rates, idle VM, destination 100 Mb/s, 1 to 4 intermediaries of 200 Mb/s",
             &[AddingUp],
             ADDING_UP.map(|name| figure(name, name, Between(0.93, 1.02), over_sum_of_rates)).into(),
         ),
