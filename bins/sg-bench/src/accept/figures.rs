@@ -49,9 +49,11 @@ pub fn link_used(run: &Run) -> Option<f64> {
     Some(bytes as f64 * 8e-6 / run.report.eviction_s? / run.report.link_mbps?)
 }
 
-/// Share of the destination's link that the direct path used until the source had evicted.
+/// Share of the destination's link that was used until the source had evicted: by the direct path, and by pages that
+/// the guest waited for and an intermediary had.
 pub fn destination_used(run: &Run) -> Option<f64> {
-    let mbps = run.report.bytes.direct? as f64 * 8e-6 / run.report.eviction_s?;
+    let bytes = run.report.bytes.direct? + run.gathered_at_evicted_bytes?;
+    let mbps = bytes as f64 * 8e-6 / run.report.eviction_s?;
     Some(mbps / run.report.sinks_mbps.get("destination")?)
 }
 
@@ -112,7 +114,7 @@ mod test {
         report.set_link(32.768);
         report.sinks_mbps = [("destination".to_owned(), 16.384), ("i1".to_owned(), 16.384)].into();
         report.idle_fault_us = Some(50.0);
-        Run { report, baseline_mbps: Some(8.192) }
+        Run { report, baseline_mbps: Some(8.192), gathered_at_evicted_bytes: Some(250 * PAGE_BYTES_U64) }
     }
 
     #[test]
@@ -124,7 +126,7 @@ mod test {
         is(evicted_mbps(&run), 16.384);
         is(over_sum_of_rates(&run), 0.5);
         is(link_used(&run), 0.75);
-        is(destination_used(&run), 1.0);
+        is(destination_used(&run), 1.25);
         is(over_fresh_stream(&run), 2.0);
         is(eviction_over_bound(&run), 2.0);
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use libsg::report::{Report, Status};
+use libsg::report::{Report, Sample, Status};
 use serde::Serialize;
 
 use super::experiments::{Baseline, Experiment};
@@ -22,6 +22,19 @@ pub struct Run {
     pub report: Report,
     /// The baseline, if it has one.
     pub baseline_mbps: Option<f64>,
+    /// Page bytes that the destination had got from intermediaries when the source had evicted.
+    pub gathered_at_evicted_bytes: Option<u64>,
+}
+
+impl Run {
+    /// A run that counts. Its samples have done their work.
+    fn new(mut report: Report, baseline_mbps: Option<f64>) -> Self {
+        let samples = std::mem::take(&mut report.samples);
+        let scattering = |sample: &&Sample| report.eviction_s.is_some_and(|end| sample.t_s <= end);
+        let last = samples.iter().take_while(scattering).last();
+        let gathered_at_evicted_bytes = last.and_then(|sample| sample.bytes.gathered);
+        Self { report, baseline_mbps, gathered_at_evicted_bytes }
+    }
 }
 
 /// A run that does not count.
@@ -113,17 +126,14 @@ impl Results {
                 }
             };
             let report = match experiment::run(&experiment.args, ui) {
-                Ok(mut report) => {
-                    report.samples.clear();
-                    report
-                }
+                Ok(report) => report,
                 Err(error) => {
                     ui.say(&format!("{}: {error:#}", experiment.name));
                     return Err(error);
                 }
             };
             let Some(invalid) = invalid(experiment, &report) else {
-                return Ok(Run { report, baseline_mbps });
+                return Ok(Run::new(report, baseline_mbps));
             };
             ui.say(&format!("  INVALID, repeated: {}: {}", experiment.name, invalid.why));
             self.invalid.push(invalid);
@@ -161,7 +171,7 @@ fn first_line(text: &str) -> String {
 mod test {
     use super::*;
     use crate::accept::experiments::{Family, of};
-    use libsg::report::Guest;
+    use libsg::report::{Bytes, Guest};
 
     #[test]
     fn what_does_not_count_says_why() {
@@ -180,8 +190,21 @@ mod test {
     }
 
     #[test]
+    fn what_was_gathered_while_the_source_scattered() {
+        let at = |t_s, gathered| Sample {
+            t_s,
+            bytes: Bytes { gathered: Some(gathered), ..Bytes::default() },
+            ..Sample::default()
+        };
+        let samples = vec![at(0.5, 1), at(1.9, 7), at(2.1, 9)];
+        let run = Run::new(Report { eviction_s: Some(2.0), samples, ..Report::default() }, None);
+        assert_eq!(run.gathered_at_evicted_bytes, Some(7));
+        assert!(run.report.samples.is_empty());
+    }
+
+    #[test]
     fn figures_are_of_every_run_or_of_none() {
-        let run = |s| Run { report: Report { eviction_s: s, ..Report::default() }, baseline_mbps: None };
+        let run = |s| Run::new(Report { eviction_s: s, ..Report::default() }, None);
         let mut results = Results::default();
         results.runs.insert("a", Ok(vec![run(Some(1.0)), run(Some(2.0))]));
         results.runs.insert("b", Ok(vec![run(Some(1.0)), run(None)]));
