@@ -1,7 +1,7 @@
 //! What libsg asks of the host it runs on: the time, sleep, threads, condition variables, random bytes, connections.
 //!
 //! In a product's build each of these is the standard library's, or the kernel's, called directly. With the
-//! feature `simulation`, threads that were started in a simulated world ([`simulation::World`]) ask that instead,
+//! feature `simulation`, threads that were started in a simulated world (`simulation::World`) ask that instead,
 //! so that a test can run whole migrations by seed, on a clock and a network of its own. Nothing else in libsg
 //! may ask the clock, sleep, or start a thread: `tests/layering.rs` looks.
 
