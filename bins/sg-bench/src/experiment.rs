@@ -35,8 +35,9 @@ pub fn run(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
     let lab = Lab::create(&args.lab_spec())?;
     let links = measure(&lab, args)?;
     let (events, occurred) = Events::new(args.events.as_deref(), args.injections())?;
-    let mut cluster = Cluster::start(&lab, args, &events)?;
+    // Before the VM is there: its guest would work meanwhile, and that is no part of the run.
     let mut reserve = Reserve::fill(args.memory_needed())?;
+    let mut cluster = Cluster::start(&lab, args, &events)?;
     interrupt::check()?;
     reserve.hand_out()?;
     let start = cluster.go(args)?;

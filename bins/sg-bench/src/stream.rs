@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use libsg::limits::BATCH_PAGES;
 use libsg::page::PAGE_BYTES;
+use libsg::units::Size;
 
 use crate::lab::{Lab, Node, Reserve};
-use libsg::units::Size;
 
 /// Streams of which the best counts.
 const STREAMS: u32 = 3;

@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use libsg::page::PAGE_BYTES;
 use libsg::units::Size;
 use memmap2::{Advice, MmapMut};
 
@@ -38,7 +39,7 @@ pub struct Reserve {
 }
 
 impl Reserve {
-    /// Touches `size` of memory, but not more than half of what is available. Nothing where the machine keeps its
+    /// Touches `size` of memory, but not more than half of what is free. Nothing where the machine keeps its
     /// free memory: it is ready as it is.
     ///
     /// # Errors
@@ -110,7 +111,7 @@ fn touched() -> Result<MmapMut> {
     let mut piece = MmapMut::map_anon(PIECE_BYTES).context("no memory to keep ready")?;
     // Where there are no huge pages it takes longer, that is all.
     let _ = piece.advise(Advice::HugePage);
-    piece.chunks_mut(4096).for_each(|page| page[0] = 1);
+    piece.chunks_mut(PAGE_BYTES).for_each(|page| page[0] = 1);
     Ok(piece)
 }
 
