@@ -36,7 +36,7 @@ pub enum ErrorKind {
     Cancelled,
     /// A worker thread panicked; its manager is of no further use.
     Poisoned,
-    /// The VM could not be paused, saved or loaded.
+    /// The VM could not be paused, saved or loaded, or cannot log what it writes.
     Vm,
 }
 

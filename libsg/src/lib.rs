@@ -72,6 +72,7 @@ pub mod host;
 pub mod memory;
 pub mod source;
 pub mod sink;
+pub mod dirty;
 pub mod uffd;
 pub mod units;
 pub mod wire;

@@ -14,7 +14,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("memory", &[]),
     ("source", &["memory"]),
     ("sink", &[]),
-    ("uffd", &["memory", "sink"]),
+    ("dirty", &[]),
+    ("uffd", &["memory", "sink", "dirty"]),
     ("wire", &[]),
     ("pace", &[]),
     ("transport", &["wire", "pace", "memory"]),
@@ -22,7 +23,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("server", &["wire", "transport", "pace", "memory"]),
     ("scatter", &["source", "memory", "wire", "pace", "transport", "vmd"]),
     ("gather", &["sink", "memory", "wire", "pace", "transport", "vmd"]),
-    ("migrate", &["scatter", "gather", "source", "sink", "memory", "wire", "pace", "transport", "vmd"]),
+    (
+        "migrate",
+        &["scatter", "gather", "source", "sink", "dirty", "memory", "wire", "pace", "transport", "vmd"],
+    ),
 ];
 
 /// The only files with `unsafe`: memory that others may change, and system calls that no crate offers.

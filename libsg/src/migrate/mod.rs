@@ -48,7 +48,8 @@ use serde::{Deserialize, Serialize};
 pub use crate::event::{Event, Observer};
 pub use crate::transport::PoolSecret;
 
-use crate::error::Result;
+use crate::dirty::DirtyLog;
+use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::Manifest;
 use crate::page::PageRange;
 use crate::sink::PageSink;
@@ -92,6 +93,16 @@ pub trait OutgoingVm: Send {
 
     /// COMMIT: the VM never runs here again. Its memory is still needed until "evicted".
     fn committed(&mut self);
+
+    /// What logs which pages the VM writes while it runs, not yet started; asked for once in a migration, by
+    /// the modes that send memory in rounds. A VM that has none is moved by the others.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Vm`] when the VM has none, which is what this default says; the VM runs on.
+    fn dirty_log(&mut self) -> Result<Box<dyn DirtyLog>> {
+        let why = "this VM cannot log which pages it writes: use scatter-gather or post-copy";
+        Err(Error::new(ErrorKind::Vm, why))
+    }
 }
 
 /// The VM that arrives. Called from one of libsg's threads, one call at a time.
