@@ -34,7 +34,15 @@ pub fn fresh(pages: u32) -> Result<GuestMemory> {
 /// # Errors
 /// The kernel gives no memory.
 pub fn filled(pages: u32) -> Result<GuestMemory> {
-    let memory = fresh(pages)?;
+    filled_of(pages, Backing::Anon)
+}
+
+/// The same, of this kind.
+///
+/// # Errors
+/// As [`filled`].
+pub fn filled_of(pages: u32, backing: Backing) -> Result<GuestMemory> {
+    let memory = GuestMemory::allocate(&manifest(pages), backing)?;
     let mut page = [0; PAGE_BYTES];
     page[PAGE_BYTES - 1] = 1;
     for number in 0..pages {

@@ -21,19 +21,21 @@ use crate::page::PageRange;
 /// **What a write is.** Everything that changes the bytes of the VM's memory: writes of vCPUs, and those of
 /// the VMM itself, of its device models, and of devices that reach the memory on their own (vhost, another
 /// process, DMA). A VMM whose hypervisor logs vCPUs only adds what the others wrote, before it returns from
-/// `collect`; it refuses `start` while something writes that it cannot log. Pages that are given up
-/// (balloon, `MADV_DONTNEED`) change to zero: a VMM names them like written ones, or gives none up until `stop`.
+/// `collect`; it refuses `start` while something writes that it cannot log. Whoever notes a write by hand notes it
+/// *after* the bytes are written: noted before, the page could be named and read in between. Pages that are
+/// given up (balloon, `MADV_DONTNEED`) change to zero: a VMM names them like written ones, or gives none up
+/// until `stop`.
 ///
 /// **What may be named in excess.** A page that was not written: costs its bytes, nothing else. A page
 /// that is not present, for which the kernel keeps a trace of an earlier write. A log that knows only larger
-/// pieces (hugetlb memory, huge pages) names whole pieces. In a region whose install unit is 2 MiB single pages may be named all the same,
-/// where the log knows them: whoever needs whole units rounds up.
+/// pieces (hugetlb memory, huge pages) names whole pieces. In a region whose install unit is 2 MiB single
+/// pages may be named all the same, where the log knows them: whoever needs whole units rounds up.
 ///
 /// **While the VM is paused** all of it works. A `collect` after [`OutgoingVm::pause`] has returned names all
 /// that is left, since from that return on nothing writes. A VM that resumes goes on being logged.
 ///
-/// **After an error** of `start` or `collect` the log is of no further use until the next `start`: pages may have
-/// been forgotten that were never named. Call `stop`. Dropping a log stops it.
+/// **After an error** of `start` or `collect` the log is of no further use until the next `start`: pages may
+/// have been forgotten that were never named. Call `stop`. Dropping a log stops it.
 ///
 /// [`OutgoingVm::pause`]: crate::migrate::OutgoingVm::pause
 pub trait DirtyLog: Send {
@@ -49,7 +51,7 @@ pub trait DirtyLog: Send {
     /// and forgets them: a page whose bytes are read after the return and which is written after that is
     /// named by the next call. A page written during the call is named by this one, the next, or both.
     ///
-    /// A run lies in one region, and may be longer than a batch. Allocates nothing but `out`.
+    /// A run lies in one region, and may be longer than a batch. Allocates nothing for each page but in `out`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Input`] when it was not started; else as [`Self::start`].

@@ -349,7 +349,7 @@ fn refused(bytes: usize, what: &str, errno: rustix::io::Errno) -> Error {
 /// One answer of the `PAGEMAP_SCAN` request: consecutive pages of the same kind.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct ScannedRun {
+pub(crate) struct ScannedRun {
     /// Address of the first byte.
     pub start: u64,
     /// Address behind the last byte.
@@ -378,17 +378,63 @@ const _: () = assert!(size_of::<ScanArgument>() == 96 && size_of::<ScannedRun>()
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
+/// Write-protects what is named, in the same step.
+const PM_SCAN_WP_MATCHING: u64 = 1;
+/// Fails where memory is not registered for that, instead of passing it over.
+const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
-/// Asks for the runs of pages between two addresses that have memory or lie in swap, those that are
-/// the kernel's shared page of zeros left out. Returns how many runs were filled in, and how far the
-/// kernel looked.
+/// What [`scan_pagemap`] asks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scan {
+    flags: u64,
+    inverted: u64,
+    all_of: u64,
+    any_of: u64,
+    told: u64,
+}
+
+impl Scan {
+    /// Pages that have memory or lie in swap, those that are the kernel's shared page of zeros left out.
+    pub(crate) const PRESENT: Self = Self {
+        flags: 0,
+        inverted: PAGE_IS_PFNZERO,
+        all_of: PAGE_IS_PFNZERO,
+        any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        told: PAGE_IS_PRESENT,
+    };
+
+    /// The same of huge pages. They are never in swap: what looks like it is a mark that says "write-protected"
+    /// where there is no page.
+    pub(crate) const PRESENT_HUGE: Self = Self { any_of: PAGE_IS_PRESENT, ..Self::PRESENT };
+
+    /// Pages written since the last such scan; write-protects them anew. The memory is registered with a
+    /// userfaultfd in asynchronous write-protect mode. For files of memory: an entry without page and mark is one
+    /// that was written and taken away by the kernel since.
+    pub(crate) const WRITTEN: Self = Self {
+        flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+        inverted: 0,
+        all_of: PAGE_IS_WRITTEN,
+        any_of: 0,
+        told: PAGE_IS_WRITTEN,
+    };
+
+    /// The same of private memory, whose written pages are there or in swap: where no page is, none was written,
+    /// and no mark is left that would look like a page in swap to whoever asks what is present.
+    pub(crate) const WRITTEN_PRIVATE: Self =
+        Self { any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED, ..Self::WRITTEN };
+}
+
+/// Asks for the runs of pages between two addresses that are what `scan` says. Returns how many runs were
+/// filled in, and how far the kernel looked.
 ///
 /// Returns the kernel's error: `ENOTTY` before 6.7.
-pub(super) fn scan_pagemap(
+pub(crate) fn scan_pagemap(
     pagemap: BorrowedFd<'_>,
+    scan: Scan,
     start: u64,
     end: u64,
     runs: &mut [ScannedRun],
@@ -396,20 +442,20 @@ pub(super) fn scan_pagemap(
     use std::os::fd::AsRawFd;
     let mut argument = ScanArgument {
         size: size_of::<ScanArgument>() as u64,
-        flags: 0,
+        flags: scan.flags,
         start,
         end,
         walk_end: 0,
         runs: runs.as_mut_ptr().addr() as u64,
         runs_len: runs.len() as u64,
         max_pages: 0,
-        category_inverted: PAGE_IS_PFNZERO,
-        category_mask: PAGE_IS_PFNZERO,
-        category_any_of_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        return_mask: PAGE_IS_PRESENT,
+        category_inverted: scan.inverted,
+        category_mask: scan.all_of,
+        category_any_of_mask: scan.any_of,
+        return_mask: scan.told,
     };
     // SAFETY: the argument has the size that it names and points to `runs_len` writable runs; the
-    // request writes to nothing else.
+    // request writes to nothing else. Write-protecting changes no byte that anybody reads or writes.
     let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
     match usize::try_from(filled) {
         Ok(filled) => Ok((filled, argument.walk_end)),

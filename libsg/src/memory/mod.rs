@@ -18,6 +18,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use mapping::{BackingFile, Mapping};
+pub(crate) use mapping::{Scan, ScannedRun, scan_pagemap};
 pub use page_slice::PageSlice;
 pub use presence::PresenceMap;
 pub use raw::{GuestSlice, SlotSlice};

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::SeekFrom;
 
-use super::mapping::{Mapping, ScannedRun, scan_pagemap};
+use super::mapping::{Mapping, Scan, ScannedRun, scan_pagemap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 
@@ -168,10 +168,11 @@ fn scan_table_at_once(
 ) -> io::Result<()> {
     let base = mapping.as_ptr().addr() as u64;
     let end = base + mapping.len() as u64;
+    let scan = if mapping.is_huge() { Scan::PRESENT_HUGE } else { Scan::PRESENT };
     let mut runs = [ScannedRun::default(); 256];
     let mut at = base;
     while at < end {
-        let (filled, looked) = scan_pagemap(pagemap.as_fd(), at, end, &mut runs)?;
+        let (filled, looked) = scan_pagemap(pagemap.as_fd(), scan, at, end, &mut runs)?;
         for run in &runs[..filled] {
             map.insert(pages_of(run.start - base, run.end - base, first));
         }

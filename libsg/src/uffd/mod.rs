@@ -5,11 +5,14 @@
 //! event to be read), counts that are negative, and that a closed descriptor leaves missing pages
 //! reading as zero.
 //!
+//! [`WriteLog`] uses the other half of it: which pages are written.
+//!
 //! Kernel 5.11 or newer is needed. Poisoned pages (6.6) have a fallback on older kernels, see
 //! [`PageSink::poison`] of [`Uffd`].
 
 mod raw;
 mod steps;
+mod writes;
 
 use std::fmt;
 use std::io;
@@ -21,8 +24,9 @@ use parking_lot::Mutex;
 use userfaultfd::{Event, EventBuffer, FeatureFlags, ReadWrite};
 
 use self::steps::Step;
+pub use self::writes::{WriteLog, WriteLogMethod};
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::{GuestMemory, Mapping};
+use crate::memory::{GuestMemory, Mapping, MemoryRegion};
 use crate::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use crate::sink::{InstallOutcome, PageSink, SinkEvent};
 
@@ -45,6 +49,16 @@ pub struct Window {
 }
 
 impl Window {
+    fn of(region: &MemoryRegion) -> Self {
+        Self {
+            address: region.mapping().as_ptr().addr() as u64,
+            first: region.pages().first,
+            pages: region.pages().pages,
+            unit: region.unit,
+            huge: region.mapping().is_huge(),
+        }
+    }
+
     const fn bytes(&self) -> usize {
         self.pages as usize * PAGE_BYTES
     }
@@ -100,17 +114,7 @@ impl Uffd {
             | FeatureFlags::MISSING_SHMEM
             | FeatureFlags::MISSING_HUGETLBFS;
         let descriptor = raw::open(features).map_err(refused)?;
-        let windows: Vec<Window> = memory
-            .regions()
-            .iter()
-            .map(|region| Window {
-                address: region.mapping().as_ptr().addr() as u64,
-                first: region.pages().first,
-                pages: region.pages().pages,
-                unit: region.unit,
-                huge: region.mapping().is_huge(),
-            })
-            .collect();
+        let windows: Vec<Window> = memory.regions().iter().map(Window::of).collect();
         for window in &windows {
             raw::register(&descriptor, window.address, window.bytes()).map_err(|cause| {
                 Error::new(ErrorKind::System, "guest memory cannot be registered with userfaultfd")

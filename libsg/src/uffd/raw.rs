@@ -14,6 +14,21 @@ use crate::memory::GuestSlice;
 /// `UFFD_FEATURE_POISON`, kernel 6.6; the crate does not name it.
 const FEATURE_POISON: FeatureFlags = FeatureFlags::from_bits_retain(1 << 14);
 
+/// Write-protection of shared memory and huge pages, kernel 5.19.
+const FEATURE_WP_SHARED: FeatureFlags = FeatureFlags::from_bits_retain(1 << 12);
+/// Write-protection of what is not there yet, kernel 6.4.
+const FEATURE_WP_UNPOPULATED: FeatureFlags = FeatureFlags::from_bits_retain(1 << 13);
+/// Writers are noted and not held up, kernel 6.7.
+const FEATURE_WP_ASYNC: FeatureFlags = FeatureFlags::from_bits_retain(1 << 15);
+
+/// What it takes to hear of writers that wait for it; of shared memory too.
+pub(super) const WAITING_WRITERS: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP.union(FEATURE_WP_SHARED);
+/// The same for private memory only, kernel 5.7.
+pub(super) const WAITING_PRIVATE_WRITERS: FeatureFlags = FeatureFlags::PAGEFAULT_FLAG_WP;
+/// What it takes to have writers noted by the kernel.
+pub(super) const NOTED_WRITERS: FeatureFlags =
+    WAITING_WRITERS.union(FEATURE_WP_UNPOPULATED).union(FEATURE_WP_ASYNC);
+
 /// `_IOWR(0xaa, 0x04, struct uffdio_zeropage)`.
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 /// `_IOWR(0xaa, 0x08, struct uffdio_poison)`.
@@ -84,6 +99,28 @@ pub(super) fn adopt(fd: OwnedFd) -> io::Result<Descriptor> {
 
 pub(super) fn register(descriptor: &Descriptor, start: u64, bytes: usize) -> io::Result<()> {
     descriptor.register_with_mode(pointer(start), bytes, RegisterMode::MISSING).map(drop).map_err(io_error)
+}
+
+/// Registers memory for write-protection, and with `missing` for its missing pages as well.
+pub(super) fn register_writes(
+    descriptor: &Descriptor,
+    start: u64,
+    bytes: usize,
+    missing: bool,
+) -> io::Result<()> {
+    let missing = if missing { RegisterMode::MISSING } else { RegisterMode::empty() };
+    let mode = RegisterMode::WRITE_PROTECT | missing;
+    descriptor.register_with_mode(pointer(start), bytes, mode).map(drop).map_err(io_error)
+}
+
+/// From now on, whoever writes there is held up, or noted where the mode is asynchronous.
+pub(super) fn protect(descriptor: &Descriptor, start: u64, bytes: usize) -> io::Result<()> {
+    descriptor.write_protect(pointer(start), bytes).map_err(io_error)
+}
+
+/// Lets writers write there again, and wakes those that wait.
+pub(super) fn unprotect(descriptor: &Descriptor, start: u64, bytes: usize) -> io::Result<()> {
+    descriptor.remove_write_protection(pointer(start), bytes, true).map_err(io_error)
 }
 
 pub(super) fn unregister(descriptor: &Descriptor, start: u64, bytes: usize) -> io::Result<()> {

@@ -13,7 +13,7 @@ use crate::memory::{Backing, test::on_huge_pages};
 
 const UNITS: u32 = 5;
 
-fn memory(backing: Backing) -> Option<GuestMemory> {
+pub(super) fn memory(backing: Backing) -> Option<GuestMemory> {
     let unit = if backing == Backing::Hugetlb2M { InstallUnit::Huge2M } else { InstallUnit::Page };
     let region = |name: &str, units: u32| Region {
         name: name.into(),
