@@ -3,7 +3,7 @@
 mod experiments;
 mod figures;
 mod rows;
-mod runs;
+pub mod runs;
 
 use std::path::Path;
 use std::time::Instant;

@@ -8,12 +8,13 @@ use libsg::report::{Report, Sample, Status};
 use serde::Serialize;
 
 use super::experiments::{Baseline, Experiment};
+use crate::cli::MigrateArgs;
 use crate::experiment::{self, check_valid, link_is_fit};
 use crate::ui::Ui;
 use crate::{interrupt, stream};
 
 /// How often one run is repeated that was not valid.
-const REPEATS_MAX: u32 = 3;
+pub const REPEATS_MAX: u32 = 3;
 
 /// One run: its report, and its baseline's megabits a second.
 #[derive(Serialize)]
@@ -144,26 +145,30 @@ impl Results {
 
 /// Why a run does not count, if it does not.
 fn invalid(experiment: &Experiment, report: &Report) -> Option<Invalid> {
-    let no = |why: String, wrong| Some(Invalid { experiment: experiment.name, why, wrong });
-    if let Err(error) = check_valid(report, experiment.args.until) {
+    let (why, wrong) = doubt(&experiment.args, report)?;
+    Some(Invalid { experiment: experiment.name, why, wrong })
+}
+
+/// Why a run does not count, if it does not; and whether pages were wrong or lost.
+pub fn doubt(args: &MigrateArgs, report: &Report) -> Option<(String, bool)> {
+    if let Err(error) = check_valid(report, args.until) {
         let lost = matches!(&report.status, Status::Failed(failure) if !failure.lost.is_empty());
-        return no(format!("{error:#}"), lost || report.guest.mismatches.is_some_and(|pages| pages > 0));
+        return Some((format!("{error:#}"), lost || report.guest.mismatches.is_some_and(|pages| pages > 0)));
     }
-    if !link_is_fit(&experiment.args, report) {
+    if !link_is_fit(args, report) {
         let measured = report.link_mbps.unwrap_or(0.0);
         let (least, most) = (stream::BAND.start(), stream::BAND.end());
-        return no(
-            format!(
-                "a link is outside {least} to {most} of what it is set to: {measured:.0} Mb/s, sinks {:.0?}",
-                report.sinks_mbps
-            ),
-            false,
+        let why = format!(
+            "a link is outside {least} to {most} of what it is set to: {measured:.0} Mb/s, sinks {:.0?}",
+            report.sinks_mbps
         );
+        return Some((why, false));
     }
     None
 }
 
-fn first_line(text: &str) -> String {
+/// What a chain of errors begins with.
+pub fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
