@@ -27,6 +27,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// The rows of the acceptance table: `row want got pass|FAIL`, medians of interleaved runs
     Accept(AcceptArgs),
+    /// The figures and the table of the scatter-gather paper, measured here and drawn beside the paper's
+    Paper(PaperArgs),
     /// What the pieces of the page path cost on this machine
     Micro,
     /// Builds the hosts and measures their links, without any VM
@@ -104,6 +106,45 @@ pub struct AcceptArgs {
     pub json: Option<PathBuf>,
 }
 
+/// The paper's figures.
+///
+/// "Scatter-Gather Live Migration of Virtual Machines" (Deshpande, Chan, Chan, Gopalan, Bila; IEEE Transactions on
+/// Cloud Computing 6(1)), its experiments with smaller VMs.
+///
+/// Takes hours: about 7 for everything with six runs of each experiment, 70 minutes with one (--list says how
+/// long each figure takes). Runs go round and round, so that after the first round every figure has a point
+/// everywhere. Each finished run is on disk: after ^C, or to have more runs, the same command again goes on.
+///
+/// DIR then holds paper.html (one page with everything, to be shown to anybody), paper.json, each figure as SVG and
+/// PNG, and in runs/ the whole report of every run.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  sg-bench paper --list
+  sg-bench paper --out results --repeat 1            # a first look
+  sg-bench paper --out results                       # goes on to six runs
+  sg-bench paper --out results --only fig9,table1
+  sg-bench paper --out elsewhere -- --cc bbr         # everything with another congestion control")]
+pub struct PaperArgs {
+    /// Where everything goes, and what is there already is gone on with
+    #[arg(long, value_name = "DIR", required_unless_present = "list")]
+    pub out: Option<PathBuf>,
+    /// Only these: fig9,table1
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Memory of a VM that has 5 GB in the paper; everything else that is memory shrinks with it
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    pub scale: Size,
+    /// Runs of each experiment
+    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub repeat: u32,
+    /// Only says which figures there are, and how long they take
+    #[arg(long)]
+    pub list: bool,
+    /// Arguments of `sg-bench migrate` that every run gets besides its own
+    #[arg(last = true, value_name = "ARGUMENTS")]
+    pub besides: Vec<String>,
+}
+
 /// One experiment.
 #[derive(Args, Clone, Debug)]
 pub struct MigrateArgs {
@@ -157,6 +198,14 @@ pub struct MigrateArgs {
     /// Where events go, a line of JSON each, flushed before they are acted on
     #[arg(long, value_name = "PATH")]
     pub events: Option<PathBuf>,
+}
+
+/// A migration's arguments without a command.
+#[derive(Parser)]
+#[command(args_override_self = true)]
+struct Bare {
+    #[command(flatten)]
+    args: MigrateArgs,
 }
 
 /// The VM.
@@ -225,12 +274,15 @@ pub enum Until {
 impl MigrateArgs {
     /// The defaults, as on an empty command line.
     pub fn new() -> Self {
-        #[derive(Parser)]
-        struct Bare {
-            #[command(flatten)]
-            args: MigrateArgs,
-        }
         Bare::parse_from(["sg-bench"]).args
+    }
+
+    /// From the words behind `sg-bench migrate`; of two that contradict each other the later one counts.
+    ///
+    /// # Errors
+    /// A word that is no argument of this build.
+    pub fn from_words<'a>(words: impl Iterator<Item = &'a str>) -> Result<Self, clap::Error> {
+        Ok(Bare::try_parse_from(std::iter::once("sg-bench").chain(words))?.args)
     }
 
     /// The lab to build.

@@ -16,6 +16,7 @@ mod interrupt;
 mod lab;
 mod link;
 mod micro;
+mod paper;
 mod process;
 mod stats;
 mod stream;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         cli::Command::Migrate(args) => experiment::command(&args),
         cli::Command::Demo(args) => demo::run(&args),
         cli::Command::Accept(args) => accept::run(&args),
+        cli::Command::Paper(args) => paper::run(&args),
         cli::Command::Micro => micro::run().map(|()| 0),
         cli::Command::Link(args) => link::run(&args).map(|()| 0),
     });

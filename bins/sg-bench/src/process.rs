@@ -150,7 +150,11 @@ fn read_lines(
     Ok(std::thread::Builder::new().name(format!("events-{name}")).spawn(read)?)
 }
 
-fn beside_this_executable(program: &str) -> Result<PathBuf> {
+/// A program of the same build.
+///
+/// # Errors
+/// It is not there.
+pub fn beside_this_executable(program: &str) -> Result<PathBuf> {
     let this = std::env::current_exe()?;
     let directory = this.parent().unwrap_or(Path::new("."));
     // Tests of this crate run from target/<profile>/deps.

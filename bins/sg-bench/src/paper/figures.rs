@@ -1,0 +1,400 @@
+//! The paper's figures 1, 2, 9 to 12, 14 and 15, and its table 1.
+//!
+//! "Scatter-Gather Live Migration of Virtual Machines", Umesh Deshpande, Danny Chan, Steven Chan, Kartik Gopalan,
+//! Nilton Bila, IEEE Transactions on Cloud Computing 6(1), 2018. Table 1 and the eviction times of figure 12
+//! are the paper's own numbers; of the other figures the text has single ones (49 s in figure 9, 52 and 328 s in
+//! figure 1), the rest is read off the drawn curves, to a second.
+//!
+//! What is alike everywhere: the links' 1 Gb/s, one intermediary where the paper has one, memory full of pages
+//! that are not zero, six runs and their mean. What differs everywhere:
+//! - VMs are smaller ([`Scale`]), and so is every host's memory; times shrink with them, rates do not.
+//! - All hosts are network namespaces of one machine, which do not share a link but do share its processors.
+//! - A busy VM writes random pages, 10,000 a second; in the paper it runs TunkRank, or Redis under YCSB.
+//! - The two 5 GB VMs at the destination (TunkRank, some 4 GB of pressure each) are the memory that they would take:
+//!   a host of 12 to 16 GB leaves 2 to 6 GB, the destination's limit; beyond it is a swap file.
+//! - Pre-copy and post-copy are those of this library, over the same code as scatter-gather; QEMU 1.6's and
+//!   Yabusame's in the paper.
+
+use super::experiment::{Experiment, Scale, VM_GB};
+use super::figure::{EVICTION, Figure, Kind, Look, MODES, Measure, Point, Series, TOTAL};
+
+/// What two VMs of the paper take of the destination.
+const NEIGHBOURS_GB: f64 = 2.0 * VM_GB;
+/// The destinations of figures 1, 9 and 10.
+const HOSTS_GB: [f64; 5] = [12.0, 13.0, 14.0, 15.0, 16.0];
+/// The destination of figures 2, 11 and 14.
+const BIG_HOST_GB: f64 = 26.0;
+const VMS: [f64; 5] = [1.0, 2.0, 3.0, 4.0, 5.0];
+/// VMs whose memory nobody writes.
+const IDLE: &str = "--workload idle";
+/// VMs that write all of their memory.
+const BUSY: &str = "--workload random --write-rate 10000";
+/// Gather limit, and rate limit, of table 1.
+const LIMIT: &str = "--gather-limit 256mbit";
+
+const HOST_MEMORY: &str = "destination host's memory in the paper, GB";
+const NUMBER: &str = "number of VMs";
+
+/// All of them, in the paper's order.
+pub fn all(scale: &Scale) -> Vec<Figure> {
+    vec![
+        figure_1(scale),
+        figure_2(scale),
+        figure_9(scale),
+        figure_10(scale),
+        figure_11(scale),
+        figure_12(scale),
+        table_1(scale),
+        figure_14(scale),
+        figure_15(scale),
+    ]
+}
+
+fn figure_1(scale: &Scale) -> Figure {
+    let mut series = Vec::new();
+    let paper: [[f64; 5]; 4] = [
+        [44.0, 44.0, 44.0, 44.0, 44.0],
+        [45.0, 45.0, 45.0, 45.0, 45.0],
+        [328.0, 173.0, 124.0, 105.0, 52.0],
+        [309.0, 200.0, 146.0, 110.0, 50.0],
+    ];
+    for (there, paper) in [(None, &paper[..2]), (Some(NEIGHBOURS_GB), &paper[2..])] {
+        for ((mode, name, look), paper) in MODES.into_iter().zip(paper) {
+            let (busy, look) = if there.is_some() { ("busy", look) } else { ("idle", look.dashed()) };
+            let name = format!("{name}, destination {busy}");
+            series.push(of(&name, look, EVICTION, &HOSTS_GB, Some(paper), |gb| {
+                scale.experiment(&format!("--mode {mode} {IDLE} {}", host(scale, gb, there.unwrap_or(0.0))))
+            }));
+        }
+    }
+    Figure {
+        name: "fig1",
+        title: "Figure 1: eviction of an idle VM by pre-copy and post-copy",
+        shows: "The problem: with two busy VMs at the destination the eviction time of an idle VM grows sixfold as \
+                the host's memory shrinks from 16 to 12 GB; an idle host's memory does not matter.",
+        differs: "A busy destination has 10 GB less, as much as its two VMs were given, instead of two VMs that run.",
+        x: HOST_MEMORY,
+        kind: Kind::Curves,
+        series,
+    }
+}
+
+fn figure_2(scale: &Scale) -> Figure {
+    let figure = figure_11(scale);
+    let of_the_two =
+        |series: &Series| !series.name.starts_with("Scatter") && !series.name.starts_with("Hybrid");
+    Figure {
+        name: "fig2",
+        title: "Figure 2: eviction of several VMs at once by pre-copy and post-copy",
+        shows: "The problem with several VMs: from the fourth on they do not fit beside the destination's own two, \
+                and busy ones are sent more than once by pre-copy.",
+        series: figure.series.into_iter().filter(of_the_two).collect(),
+        ..figure
+    }
+}
+
+/// Figures 9 and 10: by the destination's memory.
+fn by_host_memory(scale: &Scale, workload: &str, paper: [[f64; 5]; 4]) -> Vec<Series> {
+    let [pre, post, scatter_total, scatter] = paper;
+    let mut series = Vec::new();
+    for (mode, name, look) in MODES {
+        // In the paper one line is both for whom the two times are the same.
+        let (eviction, total) = match mode {
+            "pre-copy" => (Some(pre), Some(pre)),
+            "post-copy" => (Some(post), Some(post)),
+            "scatter-gather" => (Some(scatter), Some(scatter_total)),
+            _ => (None, None),
+        };
+        for (measure, short, look, paper) in
+            [(EVICTION, "ET", look, eviction), (TOTAL, "TMT", look.dashed(), total)]
+        {
+            let words = |gb| format!("--mode {mode} {workload} {}", host(scale, gb, NEIGHBOURS_GB));
+            let name = format!("{name} ({short})");
+            let paper = paper.as_ref().map(|paper| &paper[..]);
+            let line = of(&name, look, measure, &HOSTS_GB, paper, |gb| scale.experiment(&words(gb)));
+            // Of pre-copy and post-copy the two lines would lie on each other.
+            let drawn = short == "ET" || !matches!(mode, "pre-copy" | "post-copy");
+            series.push(Series { drawn, ..line });
+        }
+    }
+    series
+}
+
+fn figure_9(scale: &Scale) -> Figure {
+    let paper = [
+        [328.0, 173.0, 124.0, 105.0, 52.0],
+        [309.0, 200.0, 146.0, 110.0, 50.0],
+        [359.0, 198.0, 163.0, 115.0, 67.0],
+        [49.0, 49.0, 48.0, 49.0, 49.0],
+    ];
+    Figure {
+        name: "fig9",
+        title: "Figure 9: an idle VM leaves for a destination that is short of memory",
+        shows: "Eviction time (ET) and total migration time (TMT): scatter-gather evicts in 49 s whatever the \
+                destination has, pre-copy and post-copy take up to six times as long; its total time is up to \
+                10 % longer.",
+        differs: "The destination has what its two VMs leave, and a swap file.",
+        x: HOST_MEMORY,
+        kind: Kind::Curves,
+        series: by_host_memory(scale, IDLE, paper),
+    }
+}
+
+fn figure_10(scale: &Scale) -> Figure {
+    let paper = [
+        [452.0, 358.0, 221.0, 176.0, 119.0],
+        [297.0, 202.0, 144.0, 101.0, 47.0],
+        [334.0, 210.0, 153.0, 117.0, 55.0],
+        [49.0, 50.0, 49.0, 51.0, 49.0],
+    ];
+    Figure {
+        name: "fig10",
+        title: "Figure 10: the same with a busy VM",
+        shows: "Pre-copy sends again what the VM writes meanwhile; post-copy and scatter-gather send each page once \
+                and take as long as with an idle VM.",
+        differs: "The VM writes random pages, 10,000 a second; TunkRank in the paper.",
+        x: HOST_MEMORY,
+        kind: Kind::Curves,
+        series: by_host_memory(scale, BUSY, paper),
+    }
+}
+
+fn figure_11(scale: &Scale) -> Figure {
+    let paper: [(&str, [f64; 5], [f64; 5]); 3] = [
+        ("pre-copy", [44.0, 88.0, 136.0, 261.0, 449.0], [120.0, 191.0, 282.0, 411.0, 571.0]),
+        ("post-copy", [44.0, 88.0, 136.0, 256.0, 448.0], [45.0, 92.0, 142.0, 298.0, 450.0]),
+        ("scatter-gather", [47.0, 94.0, 142.0, 201.0, 257.0], [48.0, 94.0, 143.0, 202.0, 268.0]),
+    ];
+    let mut series = Vec::new();
+    for (workload, what) in [(IDLE, "idle"), (BUSY, "busy")] {
+        for (mode, name, look) in MODES {
+            let paper = paper.iter().find(|(of, ..)| *of == mode);
+            let paper = paper.map(|(_, idle, busy)| if what == "idle" { &idle[..] } else { &busy[..] });
+            let look = if what == "idle" { look } else { look.dashed() };
+            let name = format!("{name}, {what}");
+            series.push(of(&name, look, EVICTION, &VMS, paper, |vms| several(scale, mode, workload, vms)));
+        }
+    }
+    Figure {
+        name: "fig11",
+        title: "Figure 11: several VMs leave at once",
+        shows: "From the first start to the last eviction. Up to three VMs fit at the destination; from the fourth on \
+                pre-copy and post-copy wait for its swapping, scatter-gather does not.",
+        differs: "The destination's 26 GB less the 10 of its two VMs; beyond that is a swap file.",
+        x: NUMBER,
+        kind: Kind::Curves,
+        series,
+    }
+}
+
+fn figure_12(scale: &Scale) -> Figure {
+    let paper = [("pre-copy", 378.0), ("post-copy", 261.0), ("scatter-gather", 57.0)];
+    let working_set = scale.memory(4.5);
+    let series = MODES.into_iter().map(|(mode, name, look)| {
+        let paper = paper.iter().find(|(of, _)| *of == mode).map(|(_, seconds)| [*seconds]);
+        let paper = paper.as_ref().map(|paper| &paper[..]);
+        of(name, look, EVICTION, &[0.0], paper, |_| {
+            let host = host(scale, 12.0, NEIGHBOURS_GB);
+            scale.experiment(&format!("--mode {mode} {BUSY} --working-set {working_set} {host}"))
+        })
+    });
+    Figure {
+        name: "fig12",
+        title: "Figure 12: what the guest gets done while it leaves",
+        shows: "YCSB's operations a second on 4.5 GB of Redis in a 5 GB VM. With post-copy and scatter-gather they \
+                fall from 15,000 to some 300 until most pages are there, with pre-copy to 8,000 to 10,000; evicted \
+                after 57 s (scatter-gather), 261 s (post-copy), 378 s (pre-copy).",
+        differs: "A random writer over 0.9 of the memory, held to 10,000 pages a second, stands for Redis and its \
+                  client; it has no traffic of its own. From the start of the migration until all is gathered: what \
+                  comes before and after is not recorded.",
+        x: "time since the start, s",
+        kind: Kind::Timeline,
+        series: series.collect(),
+    }
+}
+
+fn table_1(scale: &Scale) -> Figure {
+    let paper =
+        [("pre-copy", [160.8, 109.7]), ("post-copy", [164.3, 109.3]), ("scatter-gather", [49.8, 49.2])];
+    let series = MODES.into_iter().map(|(mode, name, look)| {
+        let paper = paper.iter().find(|(of, _)| *of == mode).map(|(_, paper)| &paper[..]);
+        of(&format!("{name} (ET)"), look, EVICTION, &[256.0, 1000.0], paper, |mbit| {
+            let limit = if mbit < 1000.0 { LIMIT } else { "" };
+            scale.experiment(&format!("--mode {mode} {IDLE} {limit}"))
+        })
+    });
+    Figure {
+        name: "table1",
+        title: "Table 1: the migration held to 256 Mb/s for the sake of others at the destination",
+        shows: "An idle VM leaves while two VMs at the destination serve Memcached. Held to 256 Mb/s pre-copy and \
+                post-copy take 1.5 times as long; of scatter-gather only the gather is held, and its eviction \
+                takes no longer.",
+        differs: "Without a limit there is nothing else on the destination's link here; in the paper there is \
+                  Memcached's traffic, which pre-copy and post-copy share it with (109 s instead of 44).",
+        x: "limit in Mb/s (1000: none)",
+        kind: Kind::Table,
+        series: series.collect(),
+    }
+}
+
+fn figure_14(scale: &Scale) -> Figure {
+    let figure = figure_11(scale);
+    let busy = |series: &Series| series.name.ends_with("busy");
+    let mut series: Vec<Series> = figure.series.into_iter().filter(busy).collect();
+    for line in &mut series {
+        line.look = Look { dashed: false, ..line.look };
+        line.name = line.name.replace(", busy", "");
+    }
+    for (mode, paper) in [
+        ("pre-copy", [117.0, 267.0, 384.0, 509.0, 756.0]),
+        ("scatter-gather", [52.0, 74.0, 100.0, 111.0, 146.0]),
+    ] {
+        for (_, name, look) in MODES.into_iter().filter(|(of, ..)| *of == mode) {
+            let name = format!("{name}, deduplicated");
+            let workload = format!("{BUSY} --dedup on --common {COMMON}");
+            series.push(of(&name, look.dashed(), EVICTION, &VMS, Some(&paper), |vms| {
+                several(scale, mode, &workload, vms)
+            }));
+        }
+    }
+    Figure {
+        name: "fig14",
+        title: "Figure 14: several busy VMs leave at once, with and without deduplication",
+        shows: "Pages that several VMs have alike are sent once: it shortens scatter-gather's eviction by up to half; \
+                pre-copy takes longer with it, for it looks for them while the VM goes on writing. Figure 13 has the \
+                bytes of the same runs.",
+        differs: "As in figure 11. Rows with deduplication, and figure 13, come when the library deduplicates.",
+        x: NUMBER,
+        kind: Kind::Curves,
+        series,
+    }
+}
+
+/// Share of the pages that the VMs of figure 14 have alike. With five VMs it saves the 24 % that figure 13 has for
+/// post-copy.
+const COMMON: f64 = 0.3;
+
+fn figure_15(scale: &Scale) -> Figure {
+    let numbers = [0.0, 1.0, 2.0, 3.0, 4.0];
+    let mut series = Vec::new();
+    for (mode, name, look) in MODES {
+        let paper = match mode {
+            "pre-copy" => [328.0; 5],
+            "post-copy" => [309.0; 5],
+            "scatter-gather" => [317.0, 124.0, 76.0, 52.0, 48.0],
+            // Its rounds are no eviction, and its last is scatter-gather's.
+            _ => continue,
+        };
+        let host = host(scale, 12.0, NEIGHBOURS_GB);
+        series.push(of(name, look, EVICTION, &numbers, Some(&paper), |n| {
+            let more = if mode == "scatter-gather" {
+                format!(" --intermediaries {n} --intermediary-rate 200mbit")
+            } else {
+                String::new()
+            };
+            scale.experiment(&format!("--mode {mode} {IDLE} {host}{more}"))
+        }));
+    }
+    Figure {
+        name: "fig15",
+        title: "Figure 15: each intermediary adds 200 Mb/s",
+        shows: "An idle VM leaves for a destination of 12 GB with two busy VMs: without an intermediary scatter-gather \
+                is post-copy; each one shortens it until the source's link is full.",
+        differs: "As in figure 9. The dotted line is what the destination alone took, plus 200 Mb/s for each \
+                  intermediary, at most the source's link.",
+        x: "number of intermediaries",
+        kind: Kind::AddingUp(200.0),
+        series,
+    }
+}
+
+/// A destination with so much memory, of which its other VMs take so much.
+fn host(scale: &Scale, gb: f64, taken_gb: f64) -> String {
+    format!("--destination-memory {}", scale.memory(gb - taken_gb))
+}
+
+/// So many VMs to the big host with its own two.
+fn several(scale: &Scale, mode: &str, workload: &str, vms: f64) -> Experiment {
+    let host = host(scale, BIG_HOST_GB, NEIGHBOURS_GB);
+    scale.experiment(&format!("--mode {mode} {workload} --vms {vms} {host}"))
+}
+
+/// A line.
+fn of(
+    name: &str,
+    look: Look,
+    measure: Measure,
+    xs: &[f64],
+    paper: Option<&[f64]>,
+    experiment: impl Fn(f64) -> Experiment,
+) -> Series {
+    let points = xs.iter().enumerate().map(|(n, x)| Point {
+        x: *x,
+        experiment: experiment(*x),
+        paper: paper.and_then(|paper| paper.get(n).copied()),
+    });
+    Series { name: name.to_owned(), look, measure, points: points.collect(), drawn: true }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::paper::experiment::NotInThisBuild;
+    use crate::paper::experiment::test::scale;
+
+    /// What other builds have.
+    const ELSEWHERE: [&str; 3] = ["--mode pre-copy", "--mode hybrid", "--dedup"];
+
+    #[test]
+    fn every_experiment_can_be_run_or_is_about_what_is_not_there_yet() {
+        for figure in all(&scale()) {
+            for experiment in figure.experiments() {
+                if let Err(NotInThisBuild(what)) = experiment.args() {
+                    assert!(ELSEWHERE.contains(&&*what), "{}: {}: {what}", figure.name, experiment.0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_paper_has_a_value_wherever_it_has_a_line() {
+        for figure in all(&scale()) {
+            for series in &figure.series {
+                let known = series.points.iter().filter(|point| point.paper.is_some()).count();
+                let ours_alone = series.name.starts_with("Hybrid");
+                assert_eq!(
+                    known,
+                    if ours_alone { 0 } else { series.points.len() },
+                    "{} {}",
+                    figure.name,
+                    series.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn figures_that_show_the_same_share_their_runs() {
+        let figures = all(&scale());
+        let of = |name: &str| figures.iter().find(|figure| figure.name == name).expect("there");
+        let within = |inner: &str, outer: &str| {
+            let outer = of(outer).experiments();
+            of(inner).experiments().iter().filter(|experiment| outer.contains(experiment)).count()
+        };
+        assert_eq!(within("fig1", "fig9"), 10);
+        assert_eq!(within("fig2", "fig11"), of("fig2").experiments().len());
+        assert_eq!(within("fig15", "fig9"), 2);
+        assert_eq!(of("fig15").experiments().len(), 7);
+    }
+
+    #[test]
+    fn lines_of_one_figure_can_be_told_apart() {
+        for figure in all(&scale()) {
+            let mut looks: Vec<Look> = Vec::new();
+            for series in figure.series.iter().filter(|series| series.drawn) {
+                assert!(!looks.contains(&series.look), "{}: {}", figure.name, series.name);
+                looks.push(series.look);
+            }
+        }
+    }
+}
