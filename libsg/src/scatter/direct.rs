@@ -178,9 +178,8 @@ impl DirectSink {
                 }
                 Some(Work::Pages(id, batch)) => {
                     self.scatter.given(self.loaded.load(&*self.scatter.source, &batch, round))?;
-                    let zeros = self.loaded.zeros.len() as u32;
-                    if zeros > 0 {
-                        self.scatter.planner.lock().sent_as_zero(id, zeros);
+                    if !self.loaded.zeros.is_empty() {
+                        self.scatter.planner.lock().sent_as_zero(id, self.loaded.zeros.iter().copied());
                     }
                     Counters::add(&self.scatter.counters.direct, self.loaded.entries.len() * PAGE_BYTES);
                     (id, self.loaded.encode(round, &mut self.table))

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::batch::Batch;
 use super::load::Loaded;
 use super::planner::{BatchId, Sink, Work};
 use super::shared::{Counters, PoisonsOnPanic, Scatter};
@@ -14,8 +15,8 @@ use super::spans::zero_entries;
 use super::window::{AckTime, Window, nap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
-use crate::ids::{Checksum, MemberIndex};
-use crate::limits::INDEX_ENTRIES_MAX;
+use crate::ids::{Checksum, MemberIndex, Round};
+use crate::limits::{BATCH_PAGES, BATCH_PAGES_MAX, INDEX_ENTRIES_MAX};
 use crate::pace::{Acquire, Class, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::wait;
@@ -212,19 +213,25 @@ impl MemberSink {
                 }
             }
         }
-        if !self.losers.is_empty() {
-            self.drop_losers();
-        }
+        self.give_back();
         if any {
             self.scatter.check_progress();
         }
         Ok(())
     }
 
-    /// Slots that another way made unnecessary are given back; whether that succeeds matters to nobody.
-    fn drop_losers(&mut self) {
-        let _ = self.link.submit(Request::Drop(&self.losers));
-        self.losers.clear();
+    /// Slots that are of no use any more are given back; whether that succeeds matters to nobody.
+    fn give_back(&mut self) {
+        for loser in self.losers.drain(..) {
+            self.scatter.give_up(loser);
+        }
+        if self.link.queued_bytes() < BATCH_PAGES * PAGE_BYTES {
+            self.scatter.take_given_up(self.member, BATCH_PAGES_MAX, &mut self.losers);
+            if !self.losers.is_empty() {
+                let _ = self.link.submit(Request::Drop(&self.losers));
+                self.losers.clear();
+            }
+        }
     }
 
     fn put_index(&mut self, now: Instant) -> Result<()> {
@@ -277,33 +284,39 @@ impl MemberSink {
         if full || self.scatter.index.is_behind() || self.is_silent(now) {
             return Ok(());
         }
-        let batch_bytes = crate::limits::BATCH_PAGES * PAGE_BYTES;
+        let batch_bytes = BATCH_PAGES * PAGE_BYTES;
         while self.link.queued_bytes() < batch_bytes / 2
             && self.link.outstanding_bytes() + batch_bytes <= self.window.bytes().max(2 * batch_bytes)
         {
             let late = self.ack_time.late();
-            let work = self.scatter.planner.lock().next(Sink::Member(self.member), now, late);
+            let (work, round) = {
+                let mut planner = self.scatter.planner.lock();
+                (planner.next(Sink::Member(self.member), now, late), planner.round())
+            };
             match work {
                 None => break,
                 Some(Work::Zeros(id, range)) => {
-                    let round = self.scatter.planner.lock().round();
+                    if !self.scatter.planner.lock().zeros_told(id) {
+                        continue;
+                    }
                     self.entries.clear();
                     self.entries.extend(zero_entries(range, round));
-                    self.scatter.planner.lock().zeros_told(id);
                     self.scatter.announce(&self.entries);
                     self.scatter.route(&self.entries);
                 }
-                Some(Work::Pages(id, batch)) => self.put(id, &batch, now)?,
+                Some(Work::Pages(id, batch)) => self.put(id, &batch, round, now)?,
             }
         }
         Ok(())
     }
 
-    fn put(&mut self, id: BatchId, batch: &super::batch::Batch, now: Instant) -> Result<()> {
-        let round = self.scatter.planner.lock().round();
+    fn put(&mut self, id: BatchId, batch: &Batch, round: Round, now: Instant) -> Result<()> {
         self.scatter.given(self.loaded.load(&*self.scatter.source, batch, round))?;
+        // A round that began meanwhile leaves nobody who waits for this.
+        if !self.scatter.planner.lock().found_zero(id, self.loaded.zeros.iter().copied()) {
+            return Ok(());
+        }
         if !self.loaded.zeros.is_empty() {
-            self.scatter.planner.lock().found_zero(id, self.loaded.zeros.iter().copied());
             self.entries.clear();
             for zero in self.loaded.zero_entries(round) {
                 self.entries.extend(zero_entries(zero.range(), round));

@@ -9,12 +9,13 @@
 //! No socket, thread, clock or lock in here: events and time come in, work comes out.
 
 mod losses;
+mod rounds;
 
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
 use super::spans::{Span, group, unit_of};
-use super::table::{PageState, PageTable};
+use super::table::{PageState, PageTable, Way};
 use crate::ids::{Checksum, MemberIndex, Placement, Round};
 use crate::manifest::Manifest;
 use crate::page::{InstallUnit, PageIndex, PageRange};
@@ -60,7 +61,8 @@ pub enum FaultAnswer {
     Unknown,
 }
 
-/// Pages by what became of them, for progress and report. Distinct pages, but for the last two.
+/// Pages by what became of them, for progress and report. Distinct pages, each by the way it last left, but for the
+/// last two.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Installed by the destination as it came from the source.
@@ -82,8 +84,6 @@ struct InFlight {
     batch: Cargo,
     since: Instant,
     hedges: u8,
-    /// Pages of it that the direct path sends as zero.
-    zeros: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -111,7 +111,8 @@ pub struct Planner {
     /// The group of the last fault: direct goes on there, since guests touch neighbours.
     near_fault: Option<PageIndex>,
     next_id: u64,
-    tally: Tally,
+    hedged: u64,
+    resent: u64,
     absent_pages: u32,
     round: Round,
 }
@@ -131,7 +132,8 @@ impl Planner {
             cursor: PageIndex(0),
             near_fault: None,
             next_id: 1,
-            tally: Tally::default(),
+            hedged: 0,
+            resent: 0,
             absent_pages: 0,
             round: Round(0),
         }
@@ -188,19 +190,22 @@ impl Planner {
         if self.table.state(page) == PageState::Absent {
             let left = span.pages.first.0 + span.pages.pages - page.0;
             let run = self.table.run(page, PageState::Absent, left.min(ZERO_RUN_PAGES_MAX));
-            for page in run.iter() {
-                self.table.set(page, PageState::ZeroTold);
-            }
+            self.send(run.iter(), PageState::ZeroTold);
             return Some(Work::Zeros(self.launch(sink, Cargo::Zeros(run), now), run));
         }
         let batch = self.unsent_in(group(span, page), span.unit);
         if batch.is_empty() {
             return None;
         }
-        for page in batch.iter() {
-            self.table.set(page, PageState::Sending);
-        }
+        self.send(batch.iter(), PageState::Sending);
         Some(Work::Pages(self.launch(sink, Cargo::Pages(batch), now), batch))
+    }
+
+    fn send(&mut self, pages: impl Iterator<Item = PageIndex>, state: PageState) {
+        for page in pages {
+            self.table.set(page, state);
+            self.table.set_round(page, self.round);
+        }
     }
 
     fn unsent_in(&self, group: PageRange, unit: InstallUnit) -> Batch {
@@ -220,7 +225,7 @@ impl Planner {
     fn launch(&mut self, sink: Sink, batch: Cargo, since: Instant) -> BatchId {
         let id = BatchId(self.next_id);
         self.next_id += 1;
-        self.in_flight.push(InFlight { id, sink, batch, since, hedges: 0, zeros: 0 });
+        self.in_flight.push(InFlight { id, sink, batch, since, hedges: 0 });
         id
     }
 
@@ -235,11 +240,7 @@ impl Planner {
             PageState::Absent | PageState::ZeroTold | PageState::Zero => {
                 return FaultAnswer::Zero(self.launch(Sink::Urgent, Cargo::Zeros(unit), now), unit);
             }
-            PageState::Unsent => {
-                for page in unit.iter() {
-                    self.table.set(page, PageState::Sending);
-                }
-            }
+            PageState::Unsent => self.send(unit.iter(), PageState::Sending),
             _ => {}
         }
         let mut batch = Batch::empty(unit.first);
@@ -248,7 +249,8 @@ impl Planner {
     }
 
     /// An intermediary answered a batch: which pages it stored, where. Appends the index entries
-    /// that are to be put, and the placements that nobody needs as the page is safe otherwise.
+    /// that are to be put, and the placements that nobody needs: the page is safe otherwise, lies elsewhere
+    /// from now on, or the batch is of a round before.
     pub fn stored(
         &mut self,
         id: BatchId,
@@ -256,66 +258,68 @@ impl Planner {
         entries: &mut Vec<IndexEntry>,
         losers: &mut Vec<GetEntry>,
     ) {
-        let Some(flight) = self.land(id) else { return };
+        let flight = self.land(id);
         for (page, checksum, placement) in pages {
             let Some(placement) = placement else { continue };
-            if self.table.state(page) == PageState::Sending {
+            if flight.is_some() && self.table.state(page) == PageState::Sending {
                 self.table.set(page, PageState::Stored);
-                self.table.place(page, placement, checksum);
-                self.tally.staged += 1;
+                self.table.set_way(page, Way::Staged);
+                let before = self.table.place(page, placement, checksum);
+                losers.extend(before.map(|placement| GetEntry { page, placement }));
                 entries.push(IndexEntry::at(page, self.round, placement, checksum));
             } else {
                 losers.push(GetEntry { page, placement });
             }
         }
-        self.take_back(&flight);
+        if let Some(flight) = flight {
+            self.take_back(&flight);
+        }
     }
 
     /// Pages of a batch turned out to be zero and are told to the index instead. The rest of the
-    /// batch goes on.
-    pub fn found_zero(&mut self, id: BatchId, pages: impl IntoIterator<Item = PageIndex>) -> u32 {
-        let Some(at) = self.in_flight.iter().position(|flight| flight.id == id) else { return 0 };
-        let mut found = 0;
+    /// batch goes on. `false` for a batch that nobody waits for any more: nothing is told.
+    pub fn found_zero(&mut self, id: BatchId, pages: impl IntoIterator<Item = PageIndex>) -> bool {
+        let Some(at) = self.in_flight.iter().position(|flight| flight.id == id) else { return false };
         for page in pages {
             if let Cargo::Pages(batch) = &mut self.in_flight[at].batch {
                 batch.remove(page);
             }
             if self.table.state(page) == PageState::Sending {
                 self.table.set(page, PageState::ZeroTold);
-                self.tally.zero += 1;
-                found += 1;
+                self.table.set_way(page, Way::Zero);
             }
         }
         if matches!(self.in_flight[at].batch, Cargo::Pages(batch) if batch.is_empty()) {
             self.in_flight.swap_remove(at);
         }
-        found
+        true
     }
 
-    /// So many pages of a batch for the destination turned out to be zero, and travel as that.
-    pub fn sent_as_zero(&mut self, id: BatchId, pages: u32) {
-        if let Some(flight) = self.in_flight.iter_mut().find(|flight| flight.id == id) {
-            flight.zeros = pages;
+    /// These pages of a batch for the destination turned out to be zero, and travel as that.
+    pub fn sent_as_zero(&mut self, id: BatchId, pages: impl IntoIterator<Item = PageIndex>) {
+        if self.in_flight.iter().any(|flight| flight.id == id) {
+            for page in pages {
+                if self.table.way(page) == Way::None {
+                    self.table.set_way(page, Way::Zero);
+                }
+            }
         }
     }
 
-    /// A run of absent pages was handed to the index; its entries answer for it from now on.
-    pub fn zeros_told(&mut self, id: BatchId) {
-        self.land(id);
+    /// A run of absent pages was handed to the index; its entries answer for it from now on. `false` where nobody
+    /// waits for them any more.
+    pub fn zeros_told(&mut self, id: BatchId) -> bool {
+        self.land(id).is_some()
     }
 
-    /// An index server acknowledged entries.
+    /// An index server acknowledged entries. Those of a round before say nothing of a page that was written since.
     pub fn indexed(&mut self, entries: &[IndexEntry]) {
         for entry in entries {
             for page in entry.range().iter() {
-                match (self.table.state(page), entry.placement) {
-                    (PageState::ZeroTold, None) => self.table.set(page, PageState::Zero),
-                    (PageState::Stored, Some(at))
-                        if self.table.placement(page).is_some_and(|(now, _)| now == at) =>
-                    {
-                        self.table.set(page, PageState::Staged);
-                    }
-                    _ => {}
+                match self.awaits(page, entry) {
+                    Some(PageState::ZeroTold) => self.table.set(page, PageState::Zero),
+                    Some(_) => self.table.set(page, PageState::Staged),
+                    None => {}
                 }
             }
         }
@@ -325,20 +329,29 @@ impl Planner {
     pub fn not_indexed(&mut self, entries: &[IndexEntry]) {
         for entry in entries {
             for page in entry.range().iter() {
-                match (self.table.state(page), entry.placement) {
-                    (PageState::Stored, Some(at))
-                        if self.table.placement(page).is_some_and(|(now, _)| now == at) =>
-                    {
+                match self.awaits(page, entry) {
+                    Some(PageState::ZeroTold) => self.table.set(page, PageState::Absent),
+                    Some(_) => {
                         self.table.set(page, PageState::Unsent);
-                        self.tally.staged -= 1;
-                        self.tally.resent += 1;
+                        self.table.set_way(page, Way::None);
+                        self.resent += 1;
                     }
-                    (PageState::ZeroTold, None) => self.table.set(page, PageState::Absent),
-                    _ => continue,
+                    None => continue,
                 }
                 self.cursor = self.cursor.min(page);
             }
         }
+    }
+
+    /// What a page is that waits for just this entry to be acknowledged.
+    fn awaits(&self, page: PageIndex, entry: &IndexEntry) -> Option<PageState> {
+        let state = self.table.state(page);
+        let waits = match (state, entry.placement) {
+            (PageState::ZeroTold, None) => entry.round == self.table.round(page),
+            (PageState::Stored, Some(at)) => self.table.placement(page).is_some_and(|(now, _)| now == at),
+            _ => false,
+        };
+        waits.then_some(state)
     }
 
     /// The destination acknowledged a direct or urgent batch, without these pages.
@@ -351,13 +364,9 @@ impl Planner {
                 }
             }
             Cargo::Pages(batch) => {
-                let before = self.tally.direct;
                 for page in batch.iter().filter(|page| !failed.contains(page)) {
                     self.install(page);
                 }
-                let zeros = u64::from(flight.zeros).min(self.tally.direct - before);
-                self.tally.direct -= zeros;
-                self.tally.zero += zeros;
             }
         }
         self.take_back(&flight);
@@ -372,13 +381,10 @@ impl Planner {
     }
 
     fn install(&mut self, page: PageIndex) {
-        let before = self.table.state(page);
-        if before == PageState::Installed {
-            return;
-        }
         // Zero pages count as zero, staged ones as staged, however they were acknowledged.
-        if matches!(before, PageState::Sending | PageState::Unsent) {
-            self.tally.direct += 1;
+        let sent = matches!(self.table.state(page), PageState::Sending | PageState::Unsent);
+        if sent && self.table.way(page) == Way::None {
+            self.table.set_way(page, Way::Direct);
         }
         self.table.set(page, PageState::Installed);
     }
@@ -409,8 +415,15 @@ impl Planner {
 
     /// What became of the pages so far.
     #[must_use]
-    pub const fn tally(&self) -> Tally {
-        self.tally
+    pub fn tally(&self) -> Tally {
+        let left = |way| u64::from(self.table.left_by(way));
+        Tally {
+            direct: left(Way::Direct),
+            staged: left(Way::Staged),
+            zero: left(Way::Zero),
+            hedged: self.hedged,
+            resent: self.resent,
+        }
     }
 
     /// The round that is being scattered.
@@ -446,3 +459,6 @@ impl Planner {
 #[cfg(test)]
 #[path = "planner_test.rs"]
 mod test;
+#[cfg(test)]
+#[path = "rounds_test.rs"]
+mod rounds_test;

@@ -119,7 +119,7 @@ fn zero_pages_need_an_index_entry_only() {
     assert_eq!(entries.iter().map(|e| e.run_pages).collect::<Vec<_>>(), [1024, 1023]);
     planner.indexed(&entries);
     let Some(Work::Pages(id, batch)) = planner.next(member(0), now, HEDGE_AFTER) else { panic!("page") };
-    assert_eq!(planner.found_zero(id, batch.iter()), 1);
+    assert!(planner.found_zero(id, batch.iter()));
     planner.indexed(&[IndexEntry::zero(PageIndex(2047), 1, Round(0))]);
     assert!(planner.is_done());
     assert_eq!(planner.tally().zero, 1);

@@ -16,12 +16,15 @@ use crate::pace::SharedPacer;
 use crate::page::{PageIndex, PageRange};
 use crate::source::{PageSource, Supply};
 use crate::transport::Waker;
-use crate::wire::IndexEntry;
+use crate::wire::{GetEntry, IndexEntry};
 use crate::wire::message::Member;
 
 /// Announcements that may wait for a destination that does not take them: 1.5 MB. What does not fit is
 /// dropped: they are a short cut, the index knows.
 const ANNOUNCEMENTS_MAX: usize = 64 << 10;
+
+/// Slots that may wait to be given back to one member: 1 MB. What does not fit waits in the planner's books.
+const GIVEN_UP_MAX: usize = 64 << 10;
 
 /// Bytes sent so far, by path. Relaxed counters: each is right, together they are a moment's view.
 #[derive(Debug, Default)]
@@ -64,6 +67,10 @@ pub struct Scatter {
     pub observer: Observer,
     wakers: Vec<Arc<Waker>>,
     announcements: Mutex<Vec<IndexEntry>>,
+    /// Slots that each member shall have back.
+    given_up: Vec<Mutex<Vec<GetEntry>>>,
+    /// The VM runs, and rounds are sent: that all is safe is not the end.
+    live: AtomicBool,
     control_waker: Arc<Waker>,
     direct_waker: Arc<Waker>,
     urgent_waker: Arc<Waker>,
@@ -90,6 +97,7 @@ impl Scatter {
     ) -> Result<Self> {
         let wakers = members.iter().map(|_| Ok(Arc::new(Waker::new()?))).collect::<Result<Vec<_>>>()?;
         let per_member = members.iter().map(|_| AtomicU64::new(0)).collect();
+        let given_up = members.iter().map(|_| Mutex::new(Vec::new())).collect();
         Ok(Self {
             volume,
             epoch,
@@ -102,6 +110,8 @@ impl Scatter {
             members,
             wakers,
             announcements: Mutex::new(Vec::new()),
+            given_up,
+            live: AtomicBool::new(false),
             control_waker: Arc::new(Waker::new()?),
             direct_waker: Arc::new(Waker::new()?),
             urgent_waker: Arc::new(Waker::new()?),
@@ -262,6 +272,41 @@ impl Scatter {
         out.extend(waiting.drain(..n));
     }
 
+    /// A slot is of no use any more: its member shall have it back. `false` where too many wait for that.
+    pub fn give_up(&self, entry: GetEntry) -> bool {
+        let Some(slots) = self.given_up.get(entry.placement.member.as_usize()) else { return true };
+        let mut slots = slots.lock();
+        let fits = slots.len() < GIVEN_UP_MAX;
+        if fits {
+            slots.push(entry);
+        }
+        fits
+    }
+
+    /// Takes up to `max` slots that a member shall have back.
+    pub fn take_given_up(&self, member: MemberIndex, max: usize, out: &mut Vec<GetEntry>) {
+        let mut slots = self.given_up[member.as_usize()].lock();
+        let keep = slots.len().saturating_sub(max);
+        out.extend(slots.drain(keep..));
+    }
+
+    /// Whether the VM runs while it is sent.
+    pub fn set_live(&self, live: bool) {
+        self.live.store(live, Ordering::Release);
+    }
+
+    /// Whether the VM runs while it is sent.
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        self.live.load(Ordering::Acquire)
+    }
+
+    /// Begins the next round.
+    pub fn begin_round(&self, dirty: &[PageRange]) {
+        self.planner.lock().begin_round(dirty, &mut |entry| self.give_up(entry));
+        self.wake_all();
+    }
+
     /// A member is lost: what lay there is sent again, its index is put elsewhere.
     pub fn member_lost(&self, member: MemberIndex, error: &Error) {
         let node = &self.members[member.as_usize()].node;
@@ -313,6 +358,11 @@ impl Scatter {
 
     /// Looks whether everything is safe, and tells of progress. Called after acknowledgements.
     pub fn check_progress(&self) {
+        if self.is_live() {
+            // Rounds are looked at by who leads them.
+            self.control_waker.wake();
+            return;
+        }
         let (safe, total) = self.planner.lock().progress();
         let percent = if total == 0 { 100 } else { (u64::from(safe) * 100 / u64::from(total)) as u8 };
         {

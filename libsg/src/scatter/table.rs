@@ -1,6 +1,6 @@
-//! The source's books: what became of each page, in 13 bytes a page.
+//! The source's books: what became of each page, in 13 bytes a page, 15 where the VM runs while rounds are sent.
 
-use crate::ids::{Checksum, MemberIndex, Placement};
+use crate::ids::{Checksum, MemberIndex, Placement, Round};
 use crate::page::{PageIndex, PageRange};
 
 /// Where a page stands. The order of the numbers means nothing.
@@ -25,6 +25,8 @@ pub enum PageState {
     Zero = 7,
     /// Safe: the destination has installed it.
     Installed = 8,
+    /// It did not arrive as it was read, as pages do that are written meanwhile: sent again in the next round.
+    Torn = 9,
 }
 
 impl PageState {
@@ -35,7 +37,7 @@ impl PageState {
     }
 
     fn from_byte(byte: u8) -> Self {
-        match byte {
+        match byte & STATE {
             1 => Self::Unsent,
             2 => Self::Absent,
             3 => Self::Sending,
@@ -44,19 +46,42 @@ impl PageState {
             6 => Self::Staged,
             7 => Self::Zero,
             8 => Self::Installed,
+            9 => Self::Torn,
             _ => Self::Waiting,
         }
     }
 }
 
+/// How a page left, as it is counted. One that is written again has left by no way yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Way {
+    /// By none, or it is absent.
+    None = 0,
+    /// To the destination.
+    Direct = 1,
+    /// To an intermediary.
+    Staged = 2,
+    /// As a zero page.
+    Zero = 3,
+}
+
+/// Of a page's byte, the state; the bits above it are the way.
+const STATE: u8 = 0x0f;
+const WAY_SHIFT: u32 = 4;
+
 /// State, placement and checksum of every page. Placements are kept so that index entries can be
-/// given to another index server when theirs dies.
+/// given to another index server when theirs dies, and slots back when a page is sent again.
 #[derive(Debug)]
 pub struct PageTable {
     state: Vec<u8>,
     placement: Vec<u64>,
     checksum: Vec<u32>,
+    /// Empty where there is but one round.
+    round: Vec<u16>,
     safe: u32,
+    torn: u32,
+    ways: [u32; 4],
 }
 
 impl PageTable {
@@ -68,7 +93,28 @@ impl PageTable {
             state: vec![PageState::Waiting as u8; pages as usize],
             placement: vec![0; placed],
             checksum: vec![0; placed],
+            round: Vec::new(),
             safe: 0,
+            torn: 0,
+            ways: [pages, 0, 0, 0],
+        }
+    }
+
+    /// Keeps the round of each page from now on.
+    pub fn keep_rounds(&mut self) {
+        self.round.resize(self.state.len(), 0);
+    }
+
+    /// The round that a page was last sent in, or is to be.
+    #[must_use]
+    pub fn round(&self, page: PageIndex) -> Round {
+        Round(self.round.get(page.as_usize()).copied().unwrap_or(0))
+    }
+
+    /// Notes the round of a page, where rounds are kept.
+    pub fn set_round(&mut self, page: PageIndex, to: Round) {
+        if let Some(round) = self.round.get_mut(page.as_usize()) {
+            *round = to.0;
         }
     }
 
@@ -84,10 +130,25 @@ impl PageTable {
         self.safe
     }
 
+    /// Pages that are sent again in the next round.
+    #[must_use]
+    pub const fn torn(&self) -> u32 {
+        self.torn
+    }
+
+    /// Pages that left this way.
+    #[must_use]
+    pub const fn left_by(&self, way: Way) -> u32 {
+        self.ways[way as usize]
+    }
+
     /// Bytes allocated.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.state.capacity() + self.placement.capacity() * 8 + self.checksum.capacity() * 4
+        self.state.capacity()
+            + self.placement.capacity() * 8
+            + self.checksum.capacity() * 4
+            + self.round.capacity() * 2
     }
 
     /// Where a page stands; `Waiting` for one that there is not.
@@ -99,41 +160,67 @@ impl PageTable {
     /// Moves a page. Nothing happens for one that there is not.
     pub fn set(&mut self, page: PageIndex, to: PageState) {
         if let Some(byte) = self.state.get_mut(page.as_usize()) {
-            self.safe -= u32::from(PageState::from_byte(*byte).is_safe());
-            self.safe += u32::from(to.is_safe());
-            *byte = to as u8;
+            let before = PageState::from_byte(*byte);
+            self.safe = self.safe + u32::from(to.is_safe()) - u32::from(before.is_safe());
+            self.torn =
+                self.torn + u32::from(to == PageState::Torn) - u32::from(before == PageState::Torn);
+            *byte = *byte & !STATE | to as u8;
         }
     }
 
-    /// Notes where a page's bytes lie.
-    pub fn place(&mut self, page: PageIndex, placement: Placement, checksum: Checksum) {
-        if let (Some(at), Some(sum)) =
-            (self.placement.get_mut(page.as_usize()), self.checksum.get_mut(page.as_usize()))
-        {
-            *at = placement.to_bits();
-            *sum = checksum.0;
+    /// How a page left.
+    #[must_use]
+    pub fn way(&self, page: PageIndex) -> Way {
+        match self.state.get(page.as_usize()).map_or(0, |byte| byte >> WAY_SHIFT) {
+            1 => Way::Direct,
+            2 => Way::Staged,
+            3 => Way::Zero,
+            _ => Way::None,
         }
     }
 
-    /// Where a page's bytes lie, and their checksum.
+    /// A page left this way. Nothing happens for one that there is not.
+    pub fn set_way(&mut self, page: PageIndex, to: Way) {
+        if let Some(byte) = self.state.get_mut(page.as_usize()) {
+            self.ways[usize::from(*byte >> WAY_SHIFT)] -= 1;
+            self.ways[to as usize] += 1;
+            *byte = *byte & STATE | (to as u8) << WAY_SHIFT;
+        }
+    }
+
+    /// Notes where a page's bytes lie. Returns where they lay before.
+    pub fn place(&mut self, page: PageIndex, placement: Placement, checksum: Checksum) -> Option<Placement> {
+        let at = self.placement.get_mut(page.as_usize())?;
+        let before = Placement::from_bits(std::mem::replace(at, placement.to_bits()));
+        *self.checksum.get_mut(page.as_usize())? = checksum.0;
+        before.filter(|before| *before != placement)
+    }
+
+    /// The page's bytes lie nowhere any more.
+    pub fn displace(&mut self, page: PageIndex) {
+        if let Some(at) = self.placement.get_mut(page.as_usize()) {
+            *at = 0;
+        }
+    }
+
+    /// Where a page's bytes lie, or lay before it was written again, and their checksum.
     #[must_use]
     pub fn placement(&self, page: PageIndex) -> Option<(Placement, Checksum)> {
         let placement = Placement::from_bits(*self.placement.get(page.as_usize())?)?;
         Some((placement, Checksum(*self.checksum.get(page.as_usize())?)))
     }
 
-    /// Whether the page's bytes are believed to lie at this member.
+    /// Whether a slot of this member is kept for the page.
     #[must_use]
     pub fn lies_at(&self, page: PageIndex, member: MemberIndex) -> bool {
-        matches!(self.state(page), PageState::Stored | PageState::Staged)
-            && self.placement(page).is_some_and(|(placement, _)| placement.member == member)
+        self.placement(page).is_some_and(|(placement, _)| placement.member == member)
     }
 
     /// The first page from `from` on that is `Unsent` or `Absent`.
     #[must_use]
     pub fn next_to_send(&self, from: PageIndex) -> Option<PageIndex> {
         let rest = self.state.get(from.as_usize()..)?;
-        let at = rest.iter().position(|s| matches!(*s, 1 | 2))?;
+        let at = rest.iter().position(|s| matches!(*s & STATE, 1 | 2))?;
         Some(PageIndex(from.0 + at as u32))
     }
 
@@ -141,7 +228,8 @@ impl PageTable {
     #[must_use]
     pub fn run(&self, first: PageIndex, state: PageState, pages_max: u32) -> PageRange {
         let rest = self.state.get(first.as_usize()..).unwrap_or_default();
-        let pages = rest.iter().take(pages_max as usize).take_while(|s| **s == state as u8).count();
+        let is = |byte: &&u8| **byte & STATE == state as u8;
+        let pages = rest.iter().take(pages_max as usize).take_while(is).count();
         PageRange::new(first, pages as u32)
     }
 }

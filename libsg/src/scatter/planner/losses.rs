@@ -6,7 +6,7 @@ use super::{BatchId, Cargo, InFlight, Planner, Sink, Work};
 use crate::ids::MemberIndex;
 use crate::page::PageIndex;
 use crate::scatter::batch::Batch;
-use crate::scatter::table::PageState;
+use crate::scatter::table::{PageState, Way};
 use crate::wire::IndexEntry;
 
 /// Other sinks that a late batch is given to, beyond the first.
@@ -35,7 +35,7 @@ impl Planner {
                     let batch = self.worth_hedging(batch, sink);
                     if !batch.is_empty() {
                         self.in_flight[at].hedges += 1;
-                        self.tally.hedged += u64::from(batch.pages());
+                        self.hedged += u64::from(batch.pages());
                         return Some(Work::Pages(self.launch(sink, Cargo::Pages(batch), now), batch));
                     }
                 }
@@ -80,23 +80,25 @@ impl Planner {
     ) {
         self.sink_lost(Sink::Member(member));
         for page in (0..self.table.pages()).map(PageIndex) {
-            if self.table.lies_at(page, member) {
-                self.tally.staged -= 1;
-                self.tally.resent += 1;
-                self.table.set(page, PageState::Unsent);
-                self.cursor = self.cursor.min(page);
+            let state = self.table.state(page);
+            let lay_there = self.table.lies_at(page, member);
+            if lay_there {
+                self.table.displace(page);
+            }
+            if lay_there && matches!(state, PageState::Stored | PageState::Staged) {
+                self.resent += 1;
+                self.unsend(page);
             } else if was_owner(page) {
-                let state = self.table.state(page);
                 match state {
                     PageState::Staged | PageState::Stored => {
                         if let Some((placement, checksum)) = self.table.placement(page) {
                             self.table.set(page, PageState::Stored);
-                            reindex(IndexEntry::at(page, self.round, placement, checksum));
+                            reindex(IndexEntry::at(page, self.table.round(page), placement, checksum));
                         }
                     }
                     PageState::Zero | PageState::ZeroTold => {
                         self.table.set(page, PageState::ZeroTold);
-                        reindex(IndexEntry::zero(page, 1, self.round));
+                        reindex(IndexEntry::zero(page, 1, self.table.round(page)));
                     }
                     _ => {}
                 }
@@ -108,12 +110,22 @@ impl Planner {
     pub fn members_gone(&mut self) {
         for page in (0..self.table.pages()).map(PageIndex) {
             match self.table.state(page) {
-                PageState::Stored | PageState::Staged => self.table.set(page, PageState::Unsent),
-                PageState::ZeroTold | PageState::Zero => self.table.set(page, PageState::Absent),
-                _ => continue,
+                PageState::Stored | PageState::Staged => self.unsend(page),
+                PageState::ZeroTold | PageState::Zero => {
+                    self.table.set(page, PageState::Absent);
+                    self.cursor = self.cursor.min(page);
+                }
+                _ => {}
             }
-            self.cursor = self.cursor.min(page);
+            self.table.displace(page);
         }
+    }
+
+    /// A page that has left nowhere yet.
+    pub(super) fn unsend(&mut self, page: PageIndex) {
+        self.table.set(page, PageState::Unsent);
+        self.table.set_way(page, Way::None);
+        self.cursor = self.cursor.min(page);
     }
 
     /// Whatever of a batch that left the air is still on nobody's way becomes unsent again.
@@ -129,7 +141,7 @@ impl Planner {
                 for page in batch.iter() {
                     if orphan(self, page, PageState::Sending) {
                         self.table.set(page, PageState::Unsent);
-                        self.tally.resent += 1;
+                        self.resent += 1;
                         self.cursor = self.cursor.min(page);
                     } else if self.table.state(page) == PageState::Sending {
                         // One way less: the others may be doubled again.
