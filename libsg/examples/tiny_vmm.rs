@@ -13,7 +13,7 @@ use libsg::manifest::{Manifest, Region};
 use libsg::memory::{Backing, GuestMemory};
 use libsg::migrate::destination::{Destination, DestinationOptions};
 use libsg::migrate::source::{SourceOptions, start};
-use libsg::migrate::{IncomingVm, Mode, OutgoingVm};
+use libsg::migrate::{IncomingVm, Mode, OutgoingVm, RoundOptions};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
 use libsg::report::Report;
 use libsg::server::{Config, Server};
@@ -164,6 +164,7 @@ fn migrate(memory_bytes: u64) -> Result<Report, Box<dyn Error>> {
         to,
         intermediaries: vec![server.address()],
         mode: Mode::ScatterGather,
+        rounds: RoundOptions::default(),
         secret,
         connector,
         scatter_limit_bytes_per_s: 0,

@@ -14,6 +14,13 @@ use crate::page::PageRange;
 pub enum Event {
     /// Source: the start command was accepted.
     Started,
+    /// Source: a round begins while the VM runs, of what was written while the one before was sent.
+    Round {
+        /// From 0 on.
+        round: u16,
+        /// What is to be sent in it.
+        pages: u64,
+    },
     /// Both: READY came from the destination, which holds the state in a paused VM.
     Ready,
     /// Both: the source will never run the VM again.

@@ -201,6 +201,31 @@ pub struct Sample {
     pub gathered_percent: Option<f64>,
 }
 
+/// Why the VM was paused, in the modes that send it in rounds while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ended {
+    /// What is left takes no longer than the downtime limit.
+    Converged,
+    /// As many rounds as were asked for.
+    Cap,
+    /// The VM writes as fast as it is sent.
+    NotShrinking,
+    /// Nobody takes pages: intermediaries are full, or away.
+    NoRoom,
+}
+
+/// One round that was sent while the VM ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Pages that were to be sent.
+    pub pages: u64,
+    /// How long it took.
+    pub s: f64,
+    /// Pages that were written meanwhile.
+    pub dirty_after: u64,
+}
+
 /// What only the source knows. Taken when it reports evicted, or when it failed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SourceReport {
@@ -215,6 +240,12 @@ pub struct SourceReport {
     pub total_migration_s: Option<f64>,
     /// From the vCPUs paused to the destination's word that it runs them.
     pub downtime_s: Option<f64>,
+    /// The rounds that were sent while the VM ran; none in the modes that have none.
+    #[serde(default)]
+    pub rounds: Vec<Round>,
+    /// Why the VM was paused after the last of them.
+    #[serde(default)]
+    pub rounds_ended: Option<Ended>,
     /// `total`, `present`, `zero`, `direct`, `staged`, `referenced`, `hedged`, `resent`.
     pub pages: Pages,
     /// `direct`, `staged`, `replicated`, `dedup_saved`, `overhead`, `wire_total`, of what the source sent.
@@ -295,6 +326,10 @@ pub struct Report {
     pub total_migration_s: Option<f64>,
     /// See [`SourceReport::downtime_s`].
     pub downtime_s: Option<f64>,
+    /// See [`SourceReport::rounds`].
+    pub rounds: Vec<Round>,
+    /// See [`SourceReport::rounds_ended`].
+    pub rounds_ended: Option<Ended>,
     /// From both ends; where both count (direct, staged), what the source sent.
     pub pages: Pages,
     /// From both ends; where both count (direct), what the source sent.
@@ -349,6 +384,8 @@ impl Report {
             eviction_s: from.eviction_s,
             total_migration_s: to.total_migration_s.or(from.total_migration_s),
             downtime_s: from.downtime_s,
+            rounds: from.rounds.clone(),
+            rounds_ended: from.rounds_ended,
             pages: Pages {
                 total: from.pages.total.or(to.pages.total),
                 direct: from.pages.direct.or(to.pages.direct),
@@ -409,7 +446,7 @@ mod test {
         let json = serde_json::to_value(Report::merged(None, None)).expect("encodes");
         for key in "schema status mode seed transport link_mbps line_rate_bound_s eviction_s \
                     total_migration_s downtime_s pages bytes faults guest intermediaries cpu_s \
-                    peak_rss_bytes bookkeeping_bytes_per_page samples vms host"
+                    peak_rss_bytes bookkeeping_bytes_per_page samples vms host rounds rounds_ended"
             .split_whitespace()
         {
             assert!(json.get(key).is_some(), "{key} is absent");

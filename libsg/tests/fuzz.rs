@@ -16,22 +16,24 @@ use libsg::ids::{
 use libsg::manifest::{Manifest, Region};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
 use libsg::wire::entry::{Entry, encode_table};
+use libsg::wire::final_set;
 use libsg::wire::handshake::{Challenge, Hello, Purpose};
 use libsg::wire::message::{
-    self, Member, NodeStatistics, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
+    self, Member, NodeStatistics, Rounds, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
 };
 use libsg::wire::run::{RunEntry, encode_runs};
 use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry};
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 7] = [
     ("header", targets::header, headers),
     ("tables", targets::tables, tables),
     ("pages", targets::pages, pages),
     ("messages", targets::messages, messages),
     ("handshake", targets::handshake, handshakes),
     ("stream", targets::stream, streams),
+    ("final_set", targets::final_set, final_sets),
 ];
 
 #[test]
@@ -198,7 +200,7 @@ fn members() -> Vec<Member> {
 
 fn messages() -> Vec<Vec<u8>> {
     let talks = [
-        Talk::Offer { manifest: manifest(), members: members(), elapsed_us: 5 },
+        Talk::Offer { manifest: manifest(), members: members(), elapsed_us: 5, rounds: Rounds::Installed },
         Talk::StateEnd { bytes: 1 << 20, checksum: 7 },
         Talk::Progress { held_pages: 1, faults: 2, direct_bytes: 3, gathered_bytes: 4 },
         Talk::Abort { kind: ErrorKind::Full, reason: "no room".into() },
@@ -248,6 +250,16 @@ fn handshakes() -> Vec<Vec<u8>> {
     let hello = Hello { version_min: 1, version_max: 2, purpose: Purpose::VmdBulk, nonce: [5; 32] };
     let challenge = Challenge { version: 1, nonce: [6; 32], node: members()[0].node.clone() };
     vec![hello.encode().to_vec(), challenge.encode().expect("fits"), vec![9; 32]]
+}
+
+fn final_sets() -> Vec<Vec<u8>> {
+    let runs = [(0, 1, 1), (1, 2, 1), (100, 512, 3), (9000, 1, 7)];
+    let runs = runs.map(|(first, pages, round)| (PageRange::new(PageIndex(first), pages), Round(round)));
+    let behind = |pages: u32, blob: Vec<u8>| [&pages.to_le_bytes()[..], &blob].concat();
+    vec![
+        behind(9001, final_set::encode(runs.into_iter(), b"vcpu")),
+        behind(5, final_set::encode(std::iter::empty(), &[])),
+    ]
 }
 
 fn streams() -> Vec<Vec<u8>> {

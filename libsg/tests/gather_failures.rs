@@ -231,7 +231,7 @@ fn a_source_that_is_lost_while_the_state_loads_leaves_nothing_that_hangs() {
     let scene = Scene::new(Plan { touch: vec![5], ..Plan::default() });
     let mut source = Source::offer(&scene);
     source.connect(&scene, |_| Answer::Silent);
-    source.control.send_state(b"state", soon()).unwrap();
+    source.control.send_state(&blob(b"state"), soon()).unwrap();
     until("loading waits for its page", || source.faults.load(Ordering::SeqCst) > 0);
     source.die();
     assert_eq!(failed(&scene).kind, ErrorKind::Unreachable);
@@ -242,7 +242,7 @@ fn a_source_that_is_lost_while_the_state_loads_leaves_nothing_that_hangs() {
 fn a_state_that_loads_before_the_other_connections_are_there_waits_for_them() {
     let scene = Scene::new(Plan { touch: vec![5, 299], ..Plan::default() });
     let mut source = Source::offer(&scene);
-    source.control.send_state(b"state", soon()).unwrap();
+    source.control.send_state(&blob(b"state"), soon()).unwrap();
     std::thread::sleep(A_WHILE);
     source.connect(&scene, |_| Answer::Page);
     source.hear(|talk| *talk == Talk::Ready);

@@ -10,7 +10,7 @@ use gather_common::*;
 use libsg::Result;
 use libsg::memory::{Backing, GuestMemory};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
-use libsg::migrate::{Event, Mode, OutgoingVm};
+use libsg::migrate::{Event, Mode, OutgoingVm, RoundOptions};
 use libsg::page::{InstallUnit, PageIndex, PageRange};
 use libsg::report::Status;
 use libsg::source::MemorySource;
@@ -53,6 +53,7 @@ fn leave(scene: &Scene, backing: Backing, mode: Mode) -> (Outgoing, Arc<AtomicBo
         to: scene.address,
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
         mode,
+        rounds: RoundOptions::default(),
         secret: secret(),
         connector: Arc::new(scene.connector.clone()),
         scatter_limit_bytes_per_s: 0,

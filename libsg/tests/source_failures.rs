@@ -15,7 +15,7 @@ use gather_common::*;
 use libsg::ids::{Epoch, VolumeId};
 use libsg::memory::{Backing, GuestMemory};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
-use libsg::migrate::{Event, Mode, OutgoingVm};
+use libsg::migrate::{Event, Mode, OutgoingVm, RoundOptions};
 use libsg::page::{PageIndex, PageRange};
 use libsg::report::{SourceReport, Status};
 use libsg::source::MemorySource;
@@ -159,6 +159,7 @@ fn leave(scene: &Scene, to: SocketAddr, pages: (u32, End), here: Here) -> (Outgo
         to,
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
         mode: if scene.nodes.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
+        rounds: RoundOptions::default(),
         secret: secret(),
         connector: Arc::new(Silences(scene.connector.clone(), Arc::clone(&here.silent))),
         scatter_limit_bytes_per_s: 0,

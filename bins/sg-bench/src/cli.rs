@@ -157,6 +157,15 @@ pub struct MigrateArgs {
     /// How the memory leaves the source
     #[arg(long, default_value = "scatter-gather")]
     pub mode: Mode,
+    /// pre-copy, hybrid: most rounds while the VM runs, the first one included [default: 30, 1]
+    #[arg(long, value_name = "N")]
+    pub rounds: Option<u16>,
+    /// pre-copy: where the rounds go
+    #[arg(long, default_value = "direct")]
+    pub via: Via,
+    /// pre-copy, hybrid: the VM is paused once what it has written can be sent in so many milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 300)]
+    pub downtime_limit: u64,
     /// Limits what enters the destination in the background, the direct path included; 0 = unlimited
     #[arg(long, value_name = "RATE", default_value = "0")]
     pub gather_limit: Rate,
@@ -250,6 +259,29 @@ pub enum Mode {
     ScatterGather,
     /// To the destination only
     PostCopy,
+    /// In rounds while the VM runs, which is paused when little is left
+    PreCopy,
+    /// In rounds to intermediaries while the VM runs, then as scatter-gather what it has written meanwhile
+    Hybrid,
+}
+
+/// Where the rounds of pre-copy go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Via {
+    /// To the destination
+    Direct,
+    /// To the destination as fast as it takes them, the rest to intermediaries, from which it gathers meanwhile
+    Vmd,
+}
+
+impl Via {
+    /// The name in requests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Vmd => "vmd",
+        }
+    }
 }
 
 impl Mode {
@@ -258,6 +290,8 @@ impl Mode {
         match self {
             Self::ScatterGather => "scatter-gather",
             Self::PostCopy => "post-copy",
+            Self::PreCopy => "pre-copy",
+            Self::Hybrid => "hybrid",
         }
     }
 }
@@ -296,8 +330,17 @@ impl MigrateArgs {
     /// and some for what is sent twice.
     pub fn memory_needed(&self) -> Size {
         let memory = self.vm.memory.0 * u64::from(self.vms);
-        let each = if self.mode == Mode::PostCopy { 1 } else { 2 };
+        let each = if self.has_intermediaries() { 2 } else { 1 };
         Size(if self.ready_memory { memory * each + memory / 4 } else { 0 })
+    }
+
+    /// Whether any page goes to an intermediary.
+    pub fn has_intermediaries(&self) -> bool {
+        match self.mode {
+            Mode::ScatterGather | Mode::Hybrid => true,
+            Mode::PostCopy => false,
+            Mode::PreCopy => self.via == Via::Vmd,
+        }
     }
 
     /// What to do to whom when.

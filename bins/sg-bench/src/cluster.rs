@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::cli::{MigrateArgs, Mode};
+use crate::cli::MigrateArgs;
 use crate::control::Control;
 use crate::events::Events;
 use crate::interrupt;
@@ -78,7 +78,7 @@ impl Cluster {
             if let Some(namespace) = lab.namespace(node) {
                 events.add_link(node, namespace);
             }
-            if matches!(node, Node::Intermediary(_)) && args.mode != Mode::PostCopy {
+            if matches!(node, Node::Intermediary(_)) && args.has_intermediaries() {
                 cluster.add_intermediary(lab, node, args, &secret, events)?;
             }
         }
@@ -179,7 +179,8 @@ impl Cluster {
             let intermediaries: Vec<String> = self.peers.iter().map(ToString::to_string).collect();
             let request = json!({
                 "do": "start", "mode": args.mode.name(), "to": pair.to.to_string(),
-                "intermediaries": intermediaries,
+                "intermediaries": intermediaries, "rounds": args.rounds, "via": args.via.name(),
+                "downtime_limit_ms": args.downtime_limit,
             });
             pair.source.control.request(&request, START_LIMIT)?;
         }

@@ -27,15 +27,12 @@ pub fn run(demo: &DemoArgs) -> Result<u8> {
     }
     let mut ui = Ui::new();
     let mut reports = Vec::new();
-    for mode in [Mode::PostCopy, Mode::ScatterGather] {
+    let through = format!("scatter-gather: through {} intermediaries", args.lab.intermediaries);
+    let straight = "post-copy: straight to the destination".to_owned();
+    for (mode, text) in [(Mode::PostCopy, straight), (Mode::ScatterGather, through)] {
         interrupt::check()?;
         args.mode = mode;
-        ui.begin(&match mode {
-            Mode::PostCopy => "post-copy: straight to the destination".to_owned(),
-            Mode::ScatterGather => {
-                format!("scatter-gather: through {} intermediaries", args.lab.intermediaries)
-            }
-        });
+        ui.begin(&text);
         let report = experiment::run(&args, &mut ui).with_context(|| format!("the {} run", mode.name()))?;
         reports.push((mode.name(), report));
     }

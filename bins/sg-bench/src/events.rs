@@ -61,12 +61,15 @@ fn check_event(event: &str) -> Result<()> {
     const PLAIN: [&str; 7] = ["started", "ready", "commit", "resumed", "evicted", "gathered", "dissolved"];
     let percent =
         |prefix: &str| -> Option<u8> { event.strip_prefix(prefix)?.strip_suffix('%')?.parse().ok() };
+    if event.strip_prefix("round=").is_some_and(|round| round.parse::<u16>().is_ok()) {
+        return Ok(());
+    }
     let stepped = percent("scattered=").or_else(|| percent("gathering="));
     match stepped {
         Some(percent) if percent <= 100 && percent % 5 == 0 => Ok(()),
         _ if PLAIN.contains(&event) => Ok(()),
         _ => bail!(
-            "{event:?} is not an event: {}, scattered=5% to 100%, gathering=5% to 100% in steps of 5",
+            "{event:?} is not an event: {}, round=N from 0 on, scattered=5% to 100%, gathering=5% to 100% in steps of 5",
             PLAIN.join(", ")
         ),
     }
@@ -151,9 +154,10 @@ impl Events {
         let at = Instant::now();
         let Ok(line) = serde_json::from_str::<Value>(text) else { return };
         let Some(name) = line["event"].as_str() else { return };
-        let event = match line["percent"].as_u64() {
-            Some(percent) => format!("{name}={percent}%"),
-            None => name.to_owned(),
+        let event = match (line["percent"].as_u64(), line["round"].as_u64()) {
+            (Some(percent), _) => format!("{name}={percent}%"),
+            (None, Some(round)) => format!("{name}={round}"),
+            (None, None) => name.to_owned(),
         };
         let since = at.saturating_duration_since(*self.started.get_or_init(|| at));
         self.write(&json!({
@@ -230,10 +234,18 @@ mod test {
                 after: Duration::from_millis(100)
             }
         );
+        assert_eq!("i1@round=0+5".parse::<When>().expect("parses").event, "round=0");
         assert_eq!("source@evicted".parse::<When>().expect("parses").after, Duration::ZERO);
-        for wrong in
-            ["", "source", "source@", "source@now", "x@evicted", "source@evicted+x", "source@scattered=7%"]
-        {
+        for wrong in [
+            "",
+            "source",
+            "source@",
+            "source@now",
+            "x@evicted",
+            "source@evicted+x",
+            "source@scattered=7%",
+            "i1@round=x",
+        ] {
             assert!(wrong.parse::<When>().is_err(), "{wrong}");
         }
     }

@@ -94,7 +94,8 @@ pub struct RunArguments {
     #[arg(long, value_name = "FILE")]
     pub secret: Option<PathBuf>,
     /// Unix socket to listen on for commands, one JSON object a line: {"do":"start","to":"ADDR:PORT",
-    /// "mode":"scatter-gather","intermediaries":["ADDR:PORT"]}, progress, limit ("gather", "scatter": RATE), cancel,
+    /// "mode":"scatter-gather","intermediaries":["ADDR:PORT"]}, where "mode" may also be post-copy, hybrid or pre-copy, the
+    /// latter two with "rounds" (most while the VM runs), "downtime_limit_ms", "via" (direct or vmd); progress, limit ("gather", "scatter": RATE), cancel,
     /// report, stats, verify ("by": guest or vmm), pause, resume, quit, and as a canary spoil ("page": a page that is made
     /// wrong, which must be reported as exactly one mismatch)
     #[arg(long, value_name = "PATH")]

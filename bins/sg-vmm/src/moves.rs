@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use libsg::event::{Event, Observer};
 use libsg::migrate::destination::{ArrivalPhase, Destination, DestinationOptions, Incoming};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
-use libsg::migrate::{Mode, PoolSecret};
+use libsg::migrate::{Mode, PoolSecret, RoundOptions, Via};
 use libsg::report::{Bytes, DestinationReport, Sample, SourceReport};
 use libsg::source::MemorySource;
 use libsg::vmd::TcpConnector;
@@ -44,6 +44,24 @@ pub struct Start {
     /// Intermediaries that may take pages.
     #[serde(default)]
     pub intermediaries: Vec<SocketAddr>,
+    /// Most rounds while the VM runs; what is usual in the mode where it is not said.
+    pub rounds: Option<u16>,
+    /// Where the rounds of pre-copy go.
+    #[serde(default)]
+    pub via: Via,
+    /// The VM is paused once what it has written can be sent in this time.
+    pub downtime_limit_ms: Option<u64>,
+}
+
+impl Start {
+    fn rounds(&self) -> RoundOptions {
+        let usual = RoundOptions::default();
+        RoundOptions {
+            rounds_max: self.rounds,
+            via: self.via,
+            downtime_limit: self.downtime_limit_ms.map_or(usual.downtime_limit, Duration::from_millis),
+        }
+    }
 }
 
 /// Leaving and arriving.
@@ -110,8 +128,9 @@ impl Moves {
         *self.began.lock() = Some(Instant::now());
         let options = SourceOptions {
             to: what.to,
-            intermediaries: what.intermediaries,
             mode: what.mode,
+            rounds: what.rounds(),
+            intermediaries: what.intermediaries,
             secret: self.secret.clone(),
             connector: self.connector(),
             scatter_limit_bytes_per_s: 0,

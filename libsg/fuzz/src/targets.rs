@@ -10,6 +10,7 @@ use libsg::limits;
 use libsg::page::{PageIndex, PageRange};
 use libsg::transport::{Inbox, StateAssembler};
 use libsg::wire::entry::{Entry, decode_table, encode_table, page_bytes};
+use libsg::wire::final_set;
 use libsg::wire::handshake::{Challenge, Hello, decode_mac};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
 use libsg::wire::run::{RunEntry, decode_pages, decode_runs, encode_runs, table_bytes};
@@ -100,6 +101,23 @@ pub fn messages(data: &[u8]) {
     if let Ok(reply) = VmdReply::decode(data) {
         let again = message::encode(&reply).expect("what was decoded can be encoded");
         assert_eq!(VmdReply::decode(&again), Ok(reply));
+    }
+}
+
+/// The first four bytes are the pages of the volume, the rest is a state blob.
+pub fn final_set(data: &[u8]) {
+    let Some((pages, blob)) = data.split_first_chunk::<4>() else { return };
+    let decode = |blob: &[u8]| {
+        let (mut runs, mut end) = (Vec::new(), 0);
+        let state = final_set::decode(blob, u32::from_le_bytes(*pages), &mut |run, round| {
+            assert!(run.first.0 >= end && run.pages > 0 && round.0 > 0);
+            end = run.first.0 + run.pages;
+            runs.push((run, round));
+        });
+        state.map(|at| (runs, blob[at..].to_vec()))
+    };
+    if let Ok((runs, state)) = decode(blob) {
+        assert_eq!(decode(&final_set::encode(runs.iter().copied(), &state)), Ok((runs, state)));
     }
 }
 

@@ -100,6 +100,13 @@ impl State {
         self.set(IN_FLIGHT | NO_INDEX | NO_SOURCE, false);
     }
 
+    /// What was known of it counts no more.
+    pub(super) fn forget(&mut self) {
+        if !matches!(self.kind(), Kind::Lost | Kind::Removed) {
+            self.learn(Kind::Missing);
+        }
+    }
+
     pub(super) fn wait(&mut self) {
         self.set(WAITING, true);
     }

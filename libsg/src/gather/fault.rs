@@ -13,10 +13,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::desk::MemberDesk;
 use super::direct::acknowledge;
 use super::install::Installer;
 use super::prepage::is_of_link;
-use super::shared::{MemberDesk, Shared};
+use super::shared::Shared;
 use super::tracker::{Path, Read, Wanted, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;

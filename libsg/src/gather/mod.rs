@@ -12,6 +12,7 @@
 //! The [`Tracker`] is the one place that knows of every page; the threads around it move bytes.
 
 mod books;
+mod desk;
 mod direct;
 mod fault;
 mod index;
@@ -22,6 +23,7 @@ mod tracker;
 #[cfg(test)]
 mod tracker_test;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -29,8 +31,8 @@ use parking_lot::Mutex;
 pub(crate) use shared::{Setup, Shared};
 pub use tracker::{Claim, Counts, Path, Read, Tracker, Wanted, Word};
 
-use crate::error::Result;
-use crate::host::thread::JoinHandle;
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::{self, thread::JoinHandle};
 use crate::ids::MemberIndex;
 use crate::wire::message::Member;
 
@@ -59,7 +61,7 @@ impl Gather {
         name: String,
         body: impl FnOnce(&Arc<Shared>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        let thread = shared::spawn(&self.shared, name, body)?;
+        let thread = spawn(&self.shared, name, body)?;
         self.threads.lock().push(thread);
         Ok(())
     }
@@ -95,4 +97,28 @@ impl Drop for Gather {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// Starts a worker whose failure, or panic, is the failure of the whole gather.
+fn spawn(
+    shared: &Arc<Shared>,
+    name: String,
+    body: impl FnOnce(&Arc<Shared>) -> Result<()> + Send + 'static,
+) -> Result<JoinHandle<()>> {
+    let shared = Arc::clone(shared);
+    let thread = name.clone();
+    let run = move || {
+        // What a worker that panicked leaves behind is never looked at again: everything stops.
+        match catch_unwind(AssertUnwindSafe(|| body(&shared))) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => shared.fail(error),
+            Err(panic) => {
+                let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+                let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+                let message = format!("thread {thread} panicked: {text}");
+                shared.fail(Error::new(ErrorKind::Poisoned, message));
+            }
+        }
+    };
+    Ok(host::thread::Builder::new().name(name).spawn(run)?)
 }

@@ -7,8 +7,9 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::desk::{MemberDesk, MemberState};
 use super::install::Installer;
-use super::shared::{MemberDesk, MemberState, Shared};
+use super::shared::Shared;
 use super::tracker::Read;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Event;
@@ -228,6 +229,9 @@ impl Worker<'_> {
         let direct_first = self.shared.direct_first(now);
         #[cfg(feature = "simulation")]
         let direct_first = direct_first && !host::has_bug(host::Bug::DirectLast);
+        if !self.shared.may_install() {
+            return Ok(nap);
+        }
         if direct_first {
             return Ok(nap.min(now + Duration::from_millis(2)));
         }

@@ -2,17 +2,17 @@
 //!
 //! Nothing here is held locked across input or output.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::desk::{MemberDesk, MemberState};
 use super::tracker::{Counts, Tracker, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
-use crate::host::{self, thread::JoinHandle};
+use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
@@ -20,9 +20,9 @@ use crate::pace::SharedPacer;
 use crate::page::{InstallUnit, PageIndex, PageRange};
 use crate::sink::{InstallOutcome, PageSink};
 use crate::transport::{Channel, Waker};
-use crate::vmd::{Connector, Link};
+use crate::vmd::Connector;
 use crate::wire::IndexEntry;
-use crate::wire::message::Member;
+use crate::wire::message::{Member, Rounds};
 
 /// Pages that wait to be asked from the source; what does not fit is found again by the next search.
 const WISHES_MAX: usize = 256;
@@ -50,6 +50,8 @@ pub(crate) struct Setup {
     /// How long pages that only a member could have wait for it to answer again.
     pub member_grace: Duration,
     pub observer: Observer,
+    /// What happens before the VM is paused.
+    pub rounds: Rounds,
     /// Woken when something happened that whoever leads the conversation should look at.
     pub conductor: Waker,
 }
@@ -66,30 +68,6 @@ pub(crate) struct Counters {
     pub wire: AtomicU64,
     /// Copies whose bytes did not match their checksum, or were gone.
     pub copies_lost: AtomicU64,
-}
-
-/// One intermediary of the volume, as its threads share it.
-pub(crate) struct MemberDesk {
-    pub member: Member,
-    pub waker: Waker,
-    /// A link for faults that was just made, for the fault thread to take.
-    pub urgent: Mutex<Option<Box<dyn Link>>>,
-    /// The fault thread has no link any more.
-    pub wants_urgent: AtomicBool,
-    /// Page bytes that came from here.
-    pub bytes_out: AtomicU64,
-    pub state: Mutex<MemberState>,
-}
-
-/// How a member fares.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct MemberState {
-    /// Since when it cannot be reached.
-    pub lost_since: Option<Instant>,
-    /// It is somebody else now, or there is nobody: its pages will not come back.
-    pub gone: bool,
-    /// It has the volume's memory back, or the tries to tell it so are over.
-    pub dissolved: Option<bool>,
 }
 
 /// Where the source stands.
@@ -116,6 +94,9 @@ pub(crate) struct Shared {
     pub unit_pages: u32,
     members: RwLock<Vec<Arc<MemberDesk>>>,
     source: Mutex<SourceState>,
+    rounds: Rounds,
+    /// What may be installed is known: nothing that is announced is replaced any more.
+    is_final: AtomicBool,
     running: AtomicBool,
     stopping: AtomicBool,
     dissolving: AtomicBool,
@@ -157,6 +138,8 @@ impl Shared {
             unit_pages: unit.pages(),
             members: RwLock::new(Vec::new()),
             source: Mutex::new(SourceState { evicted: false, away_since: None }),
+            rounds: setup.rounds,
+            is_final: AtomicBool::new(setup.rounds == Rounds::None),
             running: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             dissolving: AtomicBool::new(false),
@@ -424,6 +407,17 @@ impl Shared {
         self.wake_index.wake();
     }
 
+    /// Whether what is announced may be read and installed by now.
+    pub fn may_install(&self) -> bool {
+        self.rounds != Rounds::Staged || self.is_final.load(Ordering::Acquire)
+    }
+
+    /// The VM is paused at the source, and the tracker knows which copies count.
+    pub fn set_final(&self) {
+        self.is_final.store(true, Ordering::Release);
+        self.wake_all();
+    }
+
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }
@@ -473,28 +467,4 @@ impl Shared {
     pub fn failure(&self) -> Option<Arc<Error>> {
         self.failure.lock().clone()
     }
-}
-
-/// Starts a worker whose failure, or panic, is the failure of the whole gather.
-pub(crate) fn spawn(
-    shared: &Arc<Shared>,
-    name: String,
-    body: impl FnOnce(&Arc<Shared>) -> Result<()> + Send + 'static,
-) -> Result<JoinHandle<()>> {
-    let shared = Arc::clone(shared);
-    let thread = name.clone();
-    let run = move || {
-        // What a worker that panicked leaves behind is never looked at again: everything stops.
-        match catch_unwind(AssertUnwindSafe(|| body(&shared))) {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => shared.fail(error),
-            Err(panic) => {
-                let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-                let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-                let message = format!("thread {thread} panicked: {text}");
-                shared.fail(Error::new(ErrorKind::Poisoned, message));
-            }
-        }
-    };
-    Ok(host::thread::Builder::new().name(name).spawn(run)?)
 }

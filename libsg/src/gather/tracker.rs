@@ -7,6 +7,7 @@
 //! page that came directly.
 
 mod batch;
+mod rounds;
 mod search;
 
 use std::time::{Duration, Instant};
@@ -218,7 +219,8 @@ impl Tracker {
             return false;
         }
         if state.kind() == Kind::Missing {
-            return true;
+            // Of a page that was required, older copies are no copies.
+            return entry.round.0 >= self.rounds[page];
         }
         match entry.round.0.cmp(&self.rounds[page]) {
             std::cmp::Ordering::Greater => true,
@@ -336,7 +338,6 @@ impl Tracker {
             return Claim::Held;
         }
         let stale = |page: usize| match self.states[page].kind() {
-            Kind::Missing => false,
             // All of a unit of one page is zero: bytes of the same round are older news.
             Kind::Zero if unit.pages == 1 => round.0 <= self.rounds[page],
             _ => round.0 < self.rounds[page],

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::live::Rounds;
 use super::members::{Members, Patience, ask_all};
 use super::source::{Control, SourceOptions};
 use super::{Event, OutgoingVm};
@@ -11,9 +12,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::manifest::Manifest;
 use crate::scatter::session::{Destination, Session, serve_while};
-use crate::scatter::{Scatter, UrgentSink};
+use crate::scatter::{DirectSink, Scatter, UrgentSink};
 use crate::transport::Conversation;
 use crate::vmd::Request;
+use crate::wire::final_set;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{Talk, VmdRequest};
 
@@ -38,13 +40,16 @@ impl Handover<'_> {
         &self,
         vm: &mut dyn OutgoingVm,
         members: &mut Members,
+        rounds: &mut Option<Rounds>,
         open: &mut Option<Conversation>,
     ) -> Result<(Session, Instant)> {
+        *rounds = Rounds::prepare(self, vm, members)?;
         let control = open.insert(Conversation::new(self.destination.dial(Purpose::MigrationControl)?));
         let offer = Talk::Offer {
             manifest: self.manifest.clone(),
             members: self.scatter.members.clone(),
             elapsed_us: host::elapsed(self.started).as_micros() as u64,
+            rounds: Rounds::kind(rounds.as_ref(), self.options.mode),
         };
         let deadline = host::now() + self.options.ready_timeout;
         control.send_talk(&offer, deadline)?;
@@ -54,14 +59,39 @@ impl Handover<'_> {
         }
         self.expect(control, &Talk::Accepted, deadline)?;
         let direct = self.destination.dial(Purpose::MigrationDirect)?;
+        let direct = DirectSink::new(self.scatter.clone(), direct);
         let urgent = self.destination.dial(Purpose::MigrationUrgent)?;
         let mut urgent = UrgentSink::new(self.scatter.clone(), urgent);
         self.control.check_cancelled()?;
+        if let Some(rounds) = rounds {
+            rounds.run(self, control, members)?;
+            self.control.check_cancelled()?;
+        }
+        let paused_at = self.hand_over(vm, members, rounds.as_mut(), (control, &mut urgent))?;
+        (self.options.observer)(&Event::Ready);
+        let control = open.take().ok_or_else(|| Error::new(ErrorKind::Unreachable, "no connection"))?;
+        Ok((Session { control, direct, urgent }, paused_at))
+    }
 
+    /// Pauses the VM, gives its state, with the final set in front of it, to the destination and the volume, and waits
+    /// for READY. Returns when it was paused.
+    fn hand_over(
+        &self,
+        vm: &mut dyn OutgoingVm,
+        members: &mut Members,
+        rounds: Option<&mut Rounds>,
+        (control, urgent): (&mut Conversation, &mut UrgentSink),
+    ) -> Result<Instant> {
         let paused_at = host::now();
         let state = vm.pause()?;
         self.control.mark_paused();
         let deadline = host::now() + self.options.ready_timeout;
+        let live = rounds.is_some();
+        if let Some(rounds) = rounds {
+            rounds.paused(self.scatter)?;
+            self.scatter.set_live(false);
+        }
+        let state = final_set::encode(self.scatter.planner.lock().rounds(), &state);
         control.send_state(&state, deadline)?;
         ask_all(
             members,
@@ -71,38 +101,28 @@ impl Handover<'_> {
                 self.scatter.member_lost(member, &error);
             },
         );
-        self.scatter.take_stock()?;
+        if !live {
+            self.scatter.take_stock()?;
+        }
         // Loading the state may touch guest memory: faults are answered from here on.
-        serve_while(self.scatter, (control, &mut urgent), |control| {
-            self.expect(control, &Talk::Ready, deadline)
-        })?;
-        (self.options.observer)(&Event::Ready);
-        let control = open.take().ok_or_else(|| Error::new(ErrorKind::Unreachable, "no connection"))?;
-        Ok((Session { control, direct, urgent }, paused_at))
+        serve_while(self.scatter, (control, urgent), |control| self.expect(control, &Talk::Ready, deadline))?;
+        Ok(paused_at)
+    }
+
+    /// Whether it was called off, or the source of pages has failed.
+    pub(super) fn look(&self) -> Result<()> {
+        self.control.check_cancelled()?;
+        if self.scatter.is_poisoned() { Err(self.scatter.failure()) } else { Ok(()) }
     }
 
     /// Waits for one message, looking for a cancel in between.
     fn expect(&self, control: &mut Conversation, wanted: &Talk, deadline: Instant) -> Result<()> {
         loop {
-            self.control.check_cancelled()?;
-            if self.scatter.is_poisoned() {
-                return Err(self.scatter.failure());
-            }
+            self.look()?;
             match control.recv_talk(deadline.min(host::now() + LOOK)) {
                 Ok(talk) if talk == *wanted => return Ok(()),
-                Ok(Talk::Abort { kind: ErrorKind::Cancelled, reason }) => {
-                    let message = format!("the destination gave the VM up: {reason}");
-                    return Err(Error::new(ErrorKind::Cancelled, message));
-                }
-                Ok(Talk::Abort { reason, .. } | Talk::Failed { reason }) => {
-                    let message = format!("the destination cannot take the VM: {reason}");
-                    return Err(Error::new(ErrorKind::Vm, message));
-                }
                 Ok(Talk::Progress { .. }) => {}
-                Ok(other) => {
-                    let message = format!("the destination said {other:?} where {wanted:?} belongs");
-                    return Err(Error::new(ErrorKind::Protocol, message));
-                }
+                Ok(other) => return Err(refused(other, &format!("where {wanted:?} belongs"))),
                 Err(error) if error.kind == ErrorKind::Timeout && host::now() < deadline => {}
                 Err(error) => return Err(error),
             }
@@ -189,5 +209,18 @@ impl Handover<'_> {
         let alive = open.filter(|_| !matches!(error.kind, ErrorKind::Unreachable | ErrorKind::Protocol));
         let anew = || Some(Conversation::new(self.destination.dial(Purpose::MigrationControl).ok()?));
         alive.and_then(say).or_else(|| say(anew()?))
+    }
+}
+
+/// The error that a word of the destination is where it does not belong.
+pub(super) fn refused(talk: Talk, place: &str) -> Error {
+    match talk {
+        Talk::Abort { kind: ErrorKind::Cancelled, reason } => {
+            Error::new(ErrorKind::Cancelled, format!("the destination gave the VM up: {reason}"))
+        }
+        Talk::Abort { reason, .. } | Talk::Failed { reason } => {
+            Error::new(ErrorKind::Vm, format!("the destination cannot take the VM: {reason}"))
+        }
+        other => Error::new(ErrorKind::Protocol, format!("the destination said {other:?} {place}")),
     }
 }

@@ -1,14 +1,17 @@
 //! The intermediaries during the handover, all asked at once. One that is slow while the VM is paused is not
 //! waited for: what it owes is heard in the background, and until then no page goes there.
 
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Event;
 use super::source::SourceOptions;
+use super::{Event, Mode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
+use crate::scatter::{MemberSink, Scatter};
 use crate::transport::wait;
 use crate::vmd::{Class, Link, Reply, Request, Ticket};
 use crate::wire::message::{Member, VmdRequest};
@@ -28,39 +31,83 @@ const LOOK: Duration = Duration::from_millis(20);
 /// The members, in their order; `None` for one that was lost.
 pub(super) type Members = Vec<Option<Seat>>;
 
-/// A member's link, and the requests that it has not answered.
+/// A member's link, and what it has not answered.
 pub(super) struct Seat {
-    link: Box<dyn Link>,
-    owes: Vec<Ticket>,
+    held: Held,
     /// When it last owed nothing.
     since: Instant,
 }
 
+enum Held {
+    /// No page goes there yet.
+    Link(Box<dyn Link>, Vec<Ticket>),
+    /// Pages went there while the VM ran.
+    Sink(Box<MemberSink>),
+}
+
 impl Seat {
     fn new(link: Box<dyn Link>) -> Self {
-        Self { link, owes: Vec::new(), since: host::now() }
+        Self { held: Held::Link(link, Vec::new()), since: host::now() }
+    }
+
+    fn link(&self) -> &dyn Link {
+        match &self.held {
+            Held::Link(link, _) => &**link,
+            Held::Sink(sink) => sink.link(),
+        }
     }
 
     /// Who it is.
     pub fn member(&self) -> &Member {
-        self.link.member()
+        self.link().member()
+    }
+
+    /// It becomes a sink, for pages to go there while the VM runs.
+    pub fn seat(self, scatter: &Arc<Scatter>, member: MemberIndex) -> Self {
+        let held = match self.held {
+            Held::Link(link, _) => Held::Sink(Box::new(MemberSink::new(scatter.clone(), member, link))),
+            sink @ Held::Sink(_) => sink,
+        };
+        Self { held, ..self }
+    }
+
+    /// The sink, where it is one.
+    pub fn sink(&mut self) -> Option<&mut MemberSink> {
+        match &mut self.held {
+            Held::Link(..) => None,
+            Held::Sink(sink) => Some(sink),
+        }
+    }
+
+    fn owes(&self) -> bool {
+        match &self.held {
+            Held::Link(_, owes) => !owes.is_empty(),
+            Held::Sink(sink) => sink.owes(),
+        }
     }
 
     fn ask(&mut self, request: Request<'_>) -> Result<()> {
-        if self.owes.is_empty() {
+        if !self.owes() {
             self.since = host::now();
         }
-        self.owes.push(self.link.submit(request)?);
+        match &mut self.held {
+            Held::Link(link, owes) => owes.push(link.submit(request)?),
+            Held::Sink(sink) => sink.ask(request)?,
+        }
         Ok(())
     }
 
     /// Moves bytes and takes the answers that came: each has to be a yes.
     fn hear(&mut self) -> Result<()> {
-        self.link.progress(usize::MAX)?;
-        while let Some(completion) = self.link.completion() {
-            if let Some(at) = self.owes.iter().position(|ticket| *ticket == completion.ticket) {
+        let (link, owes) = match &mut self.held {
+            Held::Link(link, owes) => (link, owes),
+            Held::Sink(sink) => return sink.hear(),
+        };
+        link.progress(usize::MAX)?;
+        while let Some(completion) = link.completion() {
+            if let Some(at) = owes.iter().position(|ticket| *ticket == completion.ticket) {
                 let _: Reply<'_> = completion.result?;
-                self.owes.swap_remove(at);
+                owes.swap_remove(at);
             }
         }
         Ok(())
@@ -74,21 +121,33 @@ impl Seat {
         Err(Error::new(ErrorKind::Timeout, message).at(&self.member().node))
     }
 
+    fn awaited(&self) -> (Option<BorrowedFd<'_>>, bool) {
+        (self.link().poll_fd(), self.link().queued_bytes() > 0)
+    }
+
     /// Waits until it has answered everything; `None` when `over` says that nobody needs it any more.
     ///
     /// # Errors
     /// It said no, was lost, or took too long.
-    pub fn settle(mut self, over: impl Fn() -> bool) -> Result<Option<Box<dyn Link>>> {
+    pub fn settle(
+        mut self,
+        scatter: &Arc<Scatter>,
+        member: MemberIndex,
+        over: impl Fn() -> bool,
+    ) -> Result<Option<Box<MemberSink>>> {
         loop {
             self.hear()?;
-            if self.owes.is_empty() {
-                return Ok(Some(self.link));
+            if !self.owes() {
+                return Ok(match self.seat(scatter, member).held {
+                    Held::Sink(sink) => Some(sink),
+                    Held::Link(..) => None,
+                });
             }
             if over() {
                 return Ok(None);
             }
             self.late()?;
-            wait(&[(self.link.poll_fd(), self.link.queued_bytes() > 0)], LOOK)?;
+            wait(&[self.awaited()], LOOK)?;
         }
     }
 }
@@ -157,9 +216,15 @@ pub(super) fn connect(
         }
     }
     if members.is_empty() {
-        let message = "no intermediary can be reached: this is a post-copy migration, and the destination's \
-                       pace is the eviction's";
-        warn(message.into());
+        warn(format!(
+            "no intermediary can be reached: {}",
+            match options.mode {
+                Mode::PreCopy => "all rounds go to the destination",
+                Mode::Hybrid | Mode::PostCopy | Mode::ScatterGather => {
+                    "this is a post-copy migration, and the destination's pace is the eviction's"
+                }
+            }
+        ));
     }
     members
 }
@@ -182,9 +247,9 @@ pub(super) fn ask_all<'r>(
     let mut open: Vec<usize> = Vec::new();
     for at in 0..members.len() {
         let Some(seat) = &mut members[at] else { continue };
-        let waits = matches!(patience, Patience::Even) || seat.owes.is_empty();
+        let waits = matches!(patience, Patience::Even) || !seat.owes();
         match seat.ask(request()).and_then(|()| seat.hear()) {
-            Ok(()) if seat.owes.is_empty() => first = Some(asked),
+            Ok(()) if !seat.owes() => first = Some(asked),
             Ok(()) if waits => open.push(at),
             Ok(()) => {}
             Err(error) => drop_member(members, at, error, &mut lost),
@@ -194,7 +259,7 @@ pub(super) fn ask_all<'r>(
         open.retain(|at| {
             let Some(seat) = &mut members[*at] else { return false };
             match seat.hear() {
-                Ok(()) if seat.owes.is_empty() => {
+                Ok(()) if !seat.owes() => {
                     first.get_or_insert_with(host::now);
                     false
                 }
@@ -210,7 +275,7 @@ pub(super) fn ask_all<'r>(
             break;
         }
         let seats = open.iter().filter_map(|at| members[*at].as_ref());
-        let on: Vec<_> = seats.map(|seat| (seat.link.poll_fd(), seat.link.queued_bytes() > 0)).collect();
+        let on: Vec<_> = seats.map(Seat::awaited).collect();
         if !on.is_empty() && wait(&on, left.min(LOOK)).is_err() {
             break;
         }

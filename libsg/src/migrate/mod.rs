@@ -38,10 +38,13 @@
 
 pub mod destination;
 mod handover;
+mod live;
 mod members;
+mod rounds;
 pub mod source;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +66,51 @@ pub enum Mode {
     ScatterGather,
     /// To the destination only.
     PostCopy,
+    /// In rounds while the VM runs ([`RoundOptions`]), which is paused when little is left.
+    PreCopy,
+    /// In rounds to intermediaries while the VM runs, then as scatter-gather what it has written meanwhile.
+    Hybrid,
+}
+
+/// Where the rounds of pre-copy go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Via {
+    /// To the destination.
+    #[default]
+    Direct,
+    /// To the destination as fast as it takes them, the rest to intermediaries, from which it gathers meanwhile.
+    Vmd,
+}
+
+/// How rounds go, in the modes that have them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundOptions {
+    /// Most rounds while the VM runs, the first one included; `None` is 30 for pre-copy and 1 for hybrid.
+    pub rounds_max: Option<u16>,
+    /// The VM is paused as soon as what it has written can be sent in this time.
+    pub downtime_limit: Duration,
+    /// Where the rounds of pre-copy go.
+    pub via: Via,
+}
+
+impl Default for RoundOptions {
+    /// A downtime limit of 300 ms, directly.
+    fn default() -> Self {
+        Self { rounds_max: None, downtime_limit: Duration::from_millis(300), via: Via::Direct }
+    }
+}
+
+impl RoundOptions {
+    /// Most rounds in that mode.
+    #[must_use]
+    pub fn most(&self, mode: Mode) -> u16 {
+        match mode {
+            Mode::ScatterGather | Mode::PostCopy => 0,
+            Mode::PreCopy => self.rounds_max.unwrap_or(30).max(1),
+            Mode::Hybrid => self.rounds_max.unwrap_or(1),
+        }
+    }
 }
 
 impl Mode {
@@ -72,6 +120,8 @@ impl Mode {
         match self {
             Self::ScatterGather => "scatter-gather",
             Self::PostCopy => "post-copy",
+            Self::PreCopy => "pre-copy",
+            Self::Hybrid => "hybrid",
         }
     }
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use self::manager::Manager;
-use super::{Event, Mode, Observer, OutgoingVm};
+use super::{Event, Mode, Observer, OutgoingVm, RoundOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, Condvar};
 use crate::limits;
@@ -36,6 +36,8 @@ pub struct SourceOptions {
     pub intermediaries: Vec<SocketAddr>,
     /// How the memory leaves.
     pub mode: Mode,
+    /// How rounds go, in the modes that have them.
+    pub rounds: RoundOptions,
     /// The pool's secret.
     pub secret: PoolSecret,
     /// Makes links to the intermediaries.
@@ -137,6 +139,9 @@ pub fn start(
     options: SourceOptions,
 ) -> Result<Outgoing> {
     manifest.check()?;
+    if options.mode == Mode::PreCopy {
+        return Err(Error::new(ErrorKind::Input, "pre-copy is not there yet: use hybrid"));
+    }
     if options.intermediaries.len() > limits::MEMBERS_MAX {
         let message =
             format!("{} intermediaries, more than {}", options.intermediaries.len(), limits::MEMBERS_MAX);

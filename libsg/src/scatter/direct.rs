@@ -73,7 +73,7 @@ impl DirectSink {
     ///
     /// # Errors
     /// The connection's end, or a source that gives no pages.
-    pub fn run(mut self, ended: impl Fn() -> bool) -> Result<()> {
+    pub fn run(&mut self, ended: impl Fn() -> bool) -> Result<()> {
         let _ = crate::pace::precise_timers();
         let link = self.scatter.pacer.add_link(Class::Direct);
         let scatter = self.scatter.clone();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::batch::Batch;
 use super::load::Loaded;
 use super::planner::{BatchId, Sink, Work};
-use super::shared::{Counters, PoisonsOnPanic, Scatter};
+use super::shared::{Counters, Scatter};
 use super::spans::zero_entries;
 use super::window::{AckTime, Window, nap};
 use crate::error::{Error, ErrorKind, Result};
@@ -59,6 +59,8 @@ pub struct MemberSink {
     losers: Vec<GetEntry>,
     spare_pages: Vec<Vec<(PageIndex, Checksum)>>,
     spare_entries: Vec<Vec<IndexEntry>>,
+    /// Requests of whoever leads the migration that were not answered.
+    owes: Vec<Ticket>,
 }
 
 impl MemberSink {
@@ -81,23 +83,54 @@ impl MemberSink {
             losers: Vec::new(),
             spare_pages: Vec::new(),
             spare_entries: Vec::new(),
+            owes: Vec::new(),
         }
     }
 
-    /// Runs until the scatter stops. A link that fails is the member's loss, and ends it too.
-    pub fn run(mut self) {
-        let _poisons = PoisonsOnPanic(self.scatter.clone());
+    /// The link.
+    #[must_use]
+    pub fn link(&self) -> &dyn Link {
+        &*self.link
+    }
+
+    /// Asks something beside the pages. [`Self::owes`] until it was answered.
+    ///
+    /// # Errors
+    /// As [`Link::submit`].
+    pub fn ask(&mut self, request: Request<'_>) -> Result<()> {
+        self.owes.push(self.link.submit(request)?);
+        Ok(())
+    }
+
+    /// Whether something that was asked beside the pages was not answered yet.
+    #[must_use]
+    pub fn owes(&self) -> bool {
+        !self.owes.is_empty()
+    }
+
+    /// Moves bytes and takes the answers that came, while it does not run.
+    ///
+    /// # Errors
+    /// The link's end, and a no to what was asked beside the pages.
+    pub fn hear(&mut self) -> Result<()> {
+        self.link.progress(usize::MAX)?;
+        self.reap(host::now())
+    }
+
+    /// Runs until `ended` says so, which is asked each 20 ms at least, and whenever the member's waker is woken. What
+    /// is under way then may go on later.
+    ///
+    /// # Errors
+    /// The link failed: the member is lost.
+    pub fn run(&mut self, ended: impl Fn() -> bool) -> Result<()> {
         let _ = crate::pace::precise_timers();
         let pacer_link = self.scatter.pacer.add_link(Class::Bulk);
-        while !self.scatter.stopping() {
-            if let Err(error) = self.step(pacer_link) {
-                if !self.scatter.is_poisoned() {
-                    self.scatter.member_lost(self.member, &error);
-                }
-                break;
-            }
+        let mut ran = Ok(());
+        while ran.is_ok() && !ended() {
+            ran = self.step(pacer_link);
         }
         self.scatter.pacer.remove_link(pacer_link);
+        ran
     }
 
     fn step(&mut self, pacer_link: crate::pace::LinkId) -> Result<()> {
@@ -160,6 +193,10 @@ impl MemberSink {
         let mut any = false;
         while let Some(completion) = self.link.completion() {
             let Some(at) = self.asked.iter().position(|asked| asked.ticket == completion.ticket) else {
+                if let Some(at) = self.owes.iter().position(|ticket| *ticket == completion.ticket) {
+                    completion.result?;
+                    self.owes.swap_remove(at);
+                }
                 continue;
             };
             let Some(asked) = self.asked.remove(at) else { continue };

@@ -22,6 +22,7 @@ pub mod table;
 mod urgent;
 pub mod window;
 
+pub use direct::DirectSink;
 pub use member::MemberSink;
 pub use planner::Planner;
 pub use shared::Scatter;

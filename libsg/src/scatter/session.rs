@@ -63,7 +63,7 @@ pub struct Session {
     /// Talk, state and announcements.
     pub control: Conversation,
     /// Batches.
-    pub direct: Channel,
+    pub direct: DirectSink,
     /// Faults.
     pub urgent: UrgentSink,
 }
@@ -172,17 +172,16 @@ fn rejoin(scatter: &Arc<Scatter>, destination: &Destination, listener: &dyn List
     if !running {
         control.send_talk(&Talk::Run, deadline)?;
     }
-    let direct = destination.dial(Purpose::MigrationDirect)?;
+    let direct = DirectSink::new(Arc::clone(scatter), destination.dial(Purpose::MigrationDirect)?);
     let urgent = UrgentSink::new(Arc::clone(scatter), destination.dial(Purpose::MigrationUrgent)?);
     Ok(Session { control, direct, urgent })
 }
 
 /// Runs one set of connections until one of them breaks or the scatter stops.
 fn run(scatter: &Arc<Scatter>, session: Session, listener: &dyn Listener) -> Result<()> {
-    let Session { control, direct, mut urgent } = session;
+    let Session { mut control, mut direct, mut urgent } = session;
     let broken = AtomicBool::new(false);
     let ended = || scatter.stopping() || broken.load(Ordering::Acquire);
-    let direct = DirectSink::new(scatter.clone(), direct);
     std::thread::scope(|scope| {
         let threads = [
             (
@@ -194,7 +193,7 @@ fn run(scatter: &Arc<Scatter>, session: Session, listener: &dyn Listener) -> Res
                 spawn(scope, "sg-scatter-urgent", &broken, scatter, move || urgent.run(ended))?,
             ),
         ];
-        let mut result = Control::new(scatter, control, listener).run(&ended);
+        let mut result = converse(scatter, &mut control, listener, &mut { ended });
         broken.store(true, Ordering::Release);
         scatter.direct_waker().wake();
         scatter.urgent_waker().wake();
@@ -237,26 +236,36 @@ fn spawn<'scope>(
     Ok(thread?)
 }
 
+/// Keeps a conversation with the destination going, announcements out and talk in, until `ended` says so, which
+/// is asked each 10 ms at least, and whenever the control thread's waker is woken.
+///
+/// # Errors
+/// The connection's end, and what no honest destination says.
+pub fn converse(
+    scatter: &Scatter,
+    control: &mut Conversation,
+    listener: &dyn Listener,
+    ended: &mut dyn FnMut() -> bool,
+) -> Result<()> {
+    let (channel, inbox, outbox) = control.parts();
+    let (entries, table) = (Vec::new(), Vec::new());
+    Control { scatter, channel, inbox, outbox, listener, told_evicted: false, entries, table }.run(ended)
+}
+
 /// The control connection: announcements out, talk in.
 struct Control<'a> {
     scatter: &'a Scatter,
-    channel: Channel,
-    inbox: Inbox,
-    outbox: Outbox,
+    channel: &'a Channel,
+    inbox: &'a mut Inbox,
+    outbox: &'a mut Outbox,
     listener: &'a dyn Listener,
     told_evicted: bool,
     entries: Vec<IndexEntry>,
     table: Vec<u8>,
 }
 
-impl<'a> Control<'a> {
-    fn new(scatter: &'a Scatter, control: Conversation, listener: &'a dyn Listener) -> Self {
-        let (channel, inbox, outbox) = control.into_parts();
-        let (entries, table) = (Vec::new(), Vec::new());
-        Self { scatter, channel, inbox, outbox, listener, told_evicted: false, entries, table }
-    }
-
-    fn run(mut self, ended: &dyn Fn() -> bool) -> Result<()> {
+impl Control<'_> {
+    fn run(mut self, ended: &mut dyn FnMut() -> bool) -> Result<()> {
         let link = self.scatter.pacer.add_link(Class::Urgent);
         let result = self.converse(link, ended);
         // Whatever ended it: what was said before counts. And closing a connection on which something is unread
@@ -266,17 +275,17 @@ impl<'a> Control<'a> {
         result
     }
 
-    fn converse(&mut self, link: LinkId, ended: &dyn Fn() -> bool) -> Result<()> {
+    fn converse(&mut self, link: LinkId, ended: &mut dyn FnMut() -> bool) -> Result<()> {
         let waker = self.scatter.control_waker().clone();
         let mut path = TcpPath::new();
         while !ended() {
             let now = host::now();
-            let reading = LinkReading::from(path.refresh(&self.channel, now));
+            let reading = LinkReading::from(path.refresh(self.channel, now));
             self.scatter.pacer.observe(link, LinkReading { queue_delay: None, ..reading }, now);
             self.read()?;
             self.announce()?;
             self.tell_evicted()?;
-            let written = self.outbox.flush(&self.channel, usize::MAX)?;
+            let written = self.outbox.flush(self.channel, usize::MAX)?;
             self.scatter.pacer.charge(Class::Bulk, written as u64, host::now());
             Counters::add(&self.scatter.counters.wire, written);
             let writing = self.outbox.queued_bytes() > 0;
@@ -290,12 +299,12 @@ impl<'a> Control<'a> {
             self.outbox.push_frame(self.channel.header(Kind::Talk), &body, [])?;
         }
         // Best effort: what is queued may still go out.
-        let _ = self.outbox.flush(&self.channel, usize::MAX);
+        let _ = self.outbox.flush(self.channel, usize::MAX);
         Ok(())
     }
 
     fn read(&mut self) -> Result<()> {
-        while let Some(frame) = self.inbox.poll(&self.channel)? {
+        while let Some(frame) = self.inbox.poll(self.channel)? {
             match frame.header.kind {
                 Kind::Talk => self.listener.heard(Talk::decode(frame.body)?),
                 Kind::Ping => {
@@ -320,7 +329,7 @@ impl<'a> Control<'a> {
             let runs = encode_runs(self.entries.iter().copied(), &mut self.table);
             let header = Header { count: runs as u16, ..self.channel.header(Kind::Announce) };
             self.outbox.push_frame(header, &self.table, [])?;
-            let written = self.outbox.flush(&self.channel, usize::MAX)?;
+            let written = self.outbox.flush(self.channel, usize::MAX)?;
             self.scatter.pacer.charge(Class::Bulk, written as u64, host::now());
             Counters::add(&self.scatter.counters.wire, written);
         }

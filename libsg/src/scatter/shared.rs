@@ -16,8 +16,8 @@ use crate::pace::SharedPacer;
 use crate::page::{PageIndex, PageRange};
 use crate::source::{PageSource, Supply};
 use crate::transport::Waker;
-use crate::wire::{GetEntry, IndexEntry};
 use crate::wire::message::Member;
+use crate::wire::{GetEntry, IndexEntry};
 
 /// Announcements that may wait for a destination that does not take them: 1.5 MB. What does not fit is
 /// dropped: they are a short cut, the index knows.

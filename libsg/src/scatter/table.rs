@@ -111,6 +111,12 @@ impl PageTable {
         Round(self.round.get(page.as_usize()).copied().unwrap_or(0))
     }
 
+    /// The round of each page; none where there is but one round.
+    #[must_use]
+    pub fn rounds(&self) -> &[u16] {
+        &self.round
+    }
+
     /// Notes the round of a page, where rounds are kept.
     pub fn set_round(&mut self, page: PageIndex, to: Round) {
         if let Some(round) = self.round.get_mut(page.as_usize()) {
@@ -162,8 +168,7 @@ impl PageTable {
         if let Some(byte) = self.state.get_mut(page.as_usize()) {
             let before = PageState::from_byte(*byte);
             self.safe = self.safe + u32::from(to.is_safe()) - u32::from(before.is_safe());
-            self.torn =
-                self.torn + u32::from(to == PageState::Torn) - u32::from(before == PageState::Torn);
+            self.torn = self.torn + u32::from(to == PageState::Torn) - u32::from(before == PageState::Torn);
             *byte = *byte & !STATE | to as u8;
         }
     }

@@ -33,8 +33,8 @@ impl Conversation {
 
     /// The parts, for going on without waiting: what came and was not looked at is in the inbox.
     #[must_use]
-    pub fn into_parts(self) -> (Channel, Inbox, Outbox) {
-        (self.channel, self.inbox, self.outbox)
+    pub const fn parts(&mut self) -> (&Channel, &mut Inbox, &mut Outbox) {
+        (&self.channel, &mut self.inbox, &mut self.outbox)
     }
 
     /// Sends a frame and waits until the kernel has taken all of it.

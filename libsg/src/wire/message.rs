@@ -185,6 +185,8 @@ pub enum Talk {
         members: Vec<Member>,
         /// Microseconds since the start command was accepted at the source.
         elapsed_us: u64,
+        /// What happens before it is paused.
+        rounds: Rounds,
     },
     /// Destination: memory is there and under userfaultfd.
     Accepted,
@@ -241,6 +243,20 @@ pub enum Talk {
         /// Why, for the operator.
         reason: String,
     },
+}
+
+/// What happens to a VM's pages while it runs at the source. Until the final set is there (in front of the
+/// state, [`super::final_set`]), none of them is final.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Rounds {
+    /// Nothing: it is paused first.
+    #[default]
+    None,
+    /// They go to intermediaries. The destination leaves them there.
+    Staged,
+    /// They go to the destination, and to intermediaries if there are any. It installs them, a newer round over an
+    /// older one, and says READY when it has all of the last ones.
+    Installed,
 }
 
 /// Encodes a control message, as a frame's body.
@@ -371,7 +387,8 @@ mod test {
 
     #[test]
     fn messages_round_trip() {
-        let offer = Talk::Offer { manifest: manifest(), members: members(2), elapsed_us: 12 };
+        let offer =
+            Talk::Offer { manifest: manifest(), members: members(2), elapsed_us: 12, rounds: Rounds::Staged };
         assert_eq!(Talk::decode(&encode(&offer).expect("encodes")), Ok(offer));
         let create = VmdRequest::Create { manifest: manifest(), members: members(3) };
         assert_eq!(VmdRequest::decode(&encode(&create).expect("encodes")), Ok(create));
@@ -384,7 +401,8 @@ mod test {
         let mut empty = manifest();
         empty.regions.clear();
         let offer =
-            encode(&Talk::Offer { manifest: empty, members: vec![], elapsed_us: 0 }).expect("encodes");
+            encode(&Talk::Offer { manifest: empty, members: vec![], elapsed_us: 0, rounds: Rounds::None })
+                .expect("encodes");
         assert_eq!(Talk::decode(&offer), Err(Malformed::Bounds("manifest")));
         let mut trailing = encode(&Talk::Ready).expect("encodes");
         trailing.push(0);

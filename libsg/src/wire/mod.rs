@@ -10,6 +10,7 @@
 
 mod credit;
 pub mod entry;
+pub mod final_set;
 pub mod handshake;
 pub mod header;
 mod heads;

@@ -24,8 +24,9 @@ use libsg::vmd::link::ask;
 use libsg::vmd::{Class, Connector, Reply, Request};
 use libsg::vmd::{MemoryConnector, MemoryNode};
 use libsg::wire::entry::decode_table;
+use libsg::wire::final_set;
 use libsg::wire::handshake::Purpose;
-use libsg::wire::message::{Member, Talk, VmdRequest};
+use libsg::wire::message::{Member, Rounds, Talk, VmdRequest};
 use libsg::wire::run::{encode_runs, table_bytes};
 use libsg::wire::{Credit, Header, IndexEntry, Kind, PageEntry};
 use libsg::{Error, ErrorKind, Result};
@@ -126,6 +127,11 @@ impl IncomingVm for Vm {
     fn lost(&mut self, pages: &[PageRange]) {
         self.seen.lost.lock().extend_from_slice(pages);
     }
+}
+
+/// The state as it is sent of a VM that was paused before anything was.
+pub fn blob(state: &[u8]) -> Vec<u8> {
+    final_set::encode(std::iter::empty(), state)
 }
 
 /// Touches a page as the guest would: waits until it is there.
@@ -389,8 +395,12 @@ impl Source {
     /// Offers the VM and waits until it is accepted.
     pub fn offer(scene: &Scene) -> Self {
         let mut control = Conversation::new(scene.dial(Purpose::MigrationControl));
-        let offer =
-            Talk::Offer { manifest: scene.manifest.clone(), members: scene.members(), elapsed_us: 1_000 };
+        let offer = Talk::Offer {
+            manifest: scene.manifest.clone(),
+            members: scene.members(),
+            elapsed_us: 1_000,
+            rounds: Rounds::None,
+        };
         control.send_talk(&offer, soon()).unwrap();
         let mut source = Self { control, direct: None, faults: Arc::default(), urgent: None };
         source.hear(|talk| *talk == Talk::Accepted);
@@ -446,7 +456,7 @@ impl Source {
 
     /// Sends the state and waits for READY.
     pub fn send_state(&mut self) {
-        self.control.send_state(b"state of the vCPUs", soon()).unwrap();
+        self.control.send_state(&blob(b"state of the vCPUs"), soon()).unwrap();
         self.hear(|talk| *talk == Talk::Ready);
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use libsg::event::Observer;
 use libsg::memory::{PageSlice, PresenceMap};
 use libsg::migrate::source::{self, Outgoing, SourceOptions};
-use libsg::migrate::{Mode, OutgoingVm};
+use libsg::migrate::{Mode, OutgoingVm, RoundOptions};
 use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
 use libsg::vmd::TcpConnector;
@@ -101,6 +101,7 @@ pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Obse
         to: address(DESTINATION),
         intermediaries: scenario.members().map(address).collect(),
         mode: Mode::ScatterGather,
+        rounds: RoundOptions::default(),
         secret: secret(),
         connector: Arc::new(TcpConnector::new(secret())),
         scatter_limit_bytes_per_s: scenario.scatter_limit,

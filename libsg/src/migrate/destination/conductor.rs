@@ -30,7 +30,7 @@ use crate::page::PageIndex;
 use crate::transport::{Channel, Inbox, Outbox, StateAssembler, wait};
 use crate::wire::entry::encode_table;
 use crate::wire::handshake::Purpose;
-use crate::wire::message::{self, Member, Talk};
+use crate::wire::message::{self, Member, Rounds, Talk};
 use crate::wire::run::decode_runs;
 use crate::wire::{Header, IndexEntry, Kind};
 
@@ -94,6 +94,8 @@ pub(super) struct Offer {
     /// Microseconds since the start command, when it was offered.
     pub elapsed_us: u64,
     pub at: Instant,
+    /// What happens before the VM is paused.
+    rounds: Rounds,
 }
 
 pub(super) struct Conductor {
@@ -240,9 +242,9 @@ impl Conductor {
             let ours =
                 self.offer.as_ref().is_some_and(|o| (o.volume, o.epoch) == (greeting.volume, greeting.epoch));
             match first {
-                Ok(Talk::Offer { manifest, members, elapsed_us }) if self.offer.is_none() => {
-                    let (volume, epoch) = (greeting.volume, greeting.epoch);
-                    let offer = Offer { volume, epoch, members, elapsed_us, at: host::now() };
+                Ok(Talk::Offer { manifest, members, elapsed_us, rounds }) if self.offer.is_none() => {
+                    let (volume, epoch, at) = (greeting.volume, greeting.epoch, host::now());
+                    let offer = Offer { volume, epoch, members, elapsed_us, at, rounds };
                     self.offered(line, offer, &manifest)?;
                 }
                 Ok(Talk::Rejoin) if ours => self.rejoined(line),
@@ -262,7 +264,8 @@ impl Conductor {
 
     fn offered(&mut self, line: Line, offer: Offer, manifest: &Manifest) -> Result<()> {
         tracing::info!(volume = %offer.volume, vm = manifest.vm, pages = manifest.pages(), "a VM is offered");
-        let (volume, epoch, members) = (offer.volume, offer.epoch, offer.members.clone());
+        let (volume, epoch, members, rounds) =
+            (offer.volume, offer.epoch, offer.members.clone(), offer.rounds);
         self.offer = Some(offer);
         self.control = Some(line);
         let sink = self.vm()?.prepare(manifest)?;
@@ -277,6 +280,7 @@ impl Conductor {
             source_grace: self.options.source_grace,
             member_grace: self.options.member_grace,
             observer: Arc::clone(&self.options.observer),
+            rounds,
             conductor: self.listener.waker().clone(),
         })?;
         let shared = Arc::clone(gather.shared());
@@ -387,6 +391,7 @@ impl Conductor {
         match talk {
             Talk::StateEnd { bytes, checksum } if self.phase == ArrivalPhase::Accepted => {
                 let state = self.state.finish(bytes, Checksum(checksum))?;
+                let state = self.take_final_set(state)?;
                 if let Some(vm) = self.vm.take() {
                     self.loading = Some(Loading::start(vm, state, self.listener.waker().clone())?);
                 }

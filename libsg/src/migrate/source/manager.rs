@@ -11,12 +11,13 @@ use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::migrate::handover::Handover;
+use crate::migrate::live::Rounds;
 use crate::migrate::members::{self, Members, Seat};
-use crate::migrate::{Event, Mode, OutgoingVm};
+use crate::migrate::{Event, Mode, OutgoingVm, Via};
 use crate::report::{Intermediary, SourceReport};
 use crate::scatter::session::{self, Destination, Session};
 use crate::scatter::shared::{PoisonsOnPanic, panicked};
-use crate::scatter::{MemberSink, Planner, Scatter};
+use crate::scatter::{Planner, Scatter};
 use crate::source::{PageSource, Supply};
 use crate::usage;
 
@@ -34,16 +35,21 @@ impl Manager {
         let epoch = Epoch::FIRST;
         let mut members = match self.options.mode {
             Mode::PostCopy => Members::new(),
-            Mode::ScatterGather => members::connect(&self.options, volume, epoch, &self.manifest),
+            Mode::PreCopy if self.options.rounds.via == Via::Direct => Members::new(),
+            Mode::PreCopy | Mode::Hybrid | Mode::ScatterGather => {
+                members::connect(&self.options, volume, epoch, &self.manifest)
+            }
         };
         self.control.check_cancelled()?;
         let destination =
             Destination { address: self.options.to, secret: self.options.secret.clone(), volume, epoch };
+        let planner = Planner::new(&self.manifest, !members.is_empty());
+        let has_rounds = self.options.rounds.most(self.options.mode) > 0;
         let scatter = Arc::new(Scatter::new(
             (volume, epoch),
             self.source.clone(),
             members::list(&members),
-            Planner::new(&self.manifest, !members.is_empty()),
+            if has_rounds { planner.with_rounds() } else { planner },
             self.options.scatter_limit_bytes_per_s,
             self.options.observer.clone(),
         )?);
@@ -62,9 +68,10 @@ impl Manager {
             started: self.control.started,
         };
         // Before COMMIT nothing may leave the VM paused, not even a source of pages that panics.
-        let mut open = None;
-        let ready =
-            catch_unwind(AssertUnwindSafe(|| handover.until_ready(&mut *self.vm, &mut members, &mut open)));
+        let (mut open, mut rounds) = (None, None);
+        let ready = catch_unwind(AssertUnwindSafe(|| {
+            handover.until_ready(&mut *self.vm, &mut members, &mut rounds, &mut open)
+        }));
         let (session, paused_at) = match ready.unwrap_or_else(|_| Err(panicked("sg-source"))) {
             Ok(ready) => ready,
             Err(error) => {
@@ -78,11 +85,14 @@ impl Manager {
         }
         self.vm.committed();
         let (session, downtime) = handover.commit(session, &mut members, paused_at);
+        if let Some(rounds) = &mut rounds {
+            rounds.stop();
+        }
         #[cfg(feature = "simulation")]
         if session.is_none() && host::has_bug(host::Bug::ResumesAfterCommit) {
             self.vm.resume()?;
         }
-        self.scatter(&scatter, &destination, session, members, downtime)
+        self.scatter(&scatter, &destination, session, members, (rounds.as_ref(), downtime))
     }
 
     /// The point of no return: after it, a cancel is refused.
@@ -102,7 +112,7 @@ impl Manager {
         destination: &Destination,
         session: Option<Session>,
         members: Members,
-        downtime: Option<Duration>,
+        before: (Option<&Rounds>, Option<Duration>),
     ) -> Result<()> {
         std::thread::scope(|scope| {
             let _stops = Stops(scatter);
@@ -130,7 +140,7 @@ impl Manager {
                 }
             }
             if scatter.done_at().is_some() {
-                self.evicted(scatter, downtime);
+                self.evicted(scatter, before);
                 self.linger(scatter, &keeper);
             }
             scatter.stop();
@@ -147,9 +157,11 @@ impl Manager {
     }
 
     /// Nothing is left here: tells it, first of all.
-    fn evicted(&self, scatter: &Scatter, downtime: Option<Duration>) {
+    fn evicted(&self, scatter: &Scatter, (rounds, downtime): (Option<&Rounds>, Option<Duration>)) {
         let eviction_s = scatter.done_at().map(|at| at.duration_since(self.control.started).as_secs_f64());
-        let report = report(scatter, self.options.mode, eviction_s, downtime);
+        let mut report = report(scatter, self.options.mode, eviction_s, downtime);
+        report.rounds = rounds.map(|rounds| rounds.told.clone()).unwrap_or_default();
+        report.rounds_ended = rounds.and_then(|rounds| rounds.ended);
         (self.options.observer)(&Event::Evicted);
         let mut state = self.control.state.lock();
         state.evicted.get_or_insert(Ok(Box::new(report)));
@@ -174,10 +186,15 @@ impl Manager {
 /// The thread of a member: no page goes there before state and COMMIT are there.
 fn sink(scatter: &Arc<Scatter>, member: MemberIndex, seat: Seat) {
     let _poisons = PoisonsOnPanic(scatter.clone());
-    match seat.settle(|| scatter.stopping()) {
-        Ok(Some(link)) => MemberSink::new(scatter.clone(), member, link).run(),
-        Ok(None) => {}
-        Err(error) => scatter.member_lost(member, &error),
+    let over = || scatter.stopping();
+    let ran = seat.settle(scatter, member, over).and_then(|sink| match sink {
+        Some(mut sink) => sink.run(over),
+        None => Ok(()),
+    });
+    if let Err(error) = ran
+        && !scatter.is_poisoned()
+    {
+        scatter.member_lost(member, &error);
     }
 }
 

@@ -98,13 +98,12 @@ impl Planner {
     /// that is right: ascending runs, for rounds from 1 on. With [`Self::begin_round`] after the pause, this is the
     /// final set.
     pub fn rounds(&self) -> impl Iterator<Item = (PageRange, Round)> {
-        let mut at = 0;
+        let (rounds, mut at) = (self.table.rounds(), 0);
         std::iter::from_fn(move || {
-            let round = |page: u32| self.table.round(PageIndex(page));
-            let first = (at..self.table.pages()).find(|page| round(*page).0 > 0)?;
-            let of = round(first);
-            at = (first..self.table.pages()).find(|page| round(*page) != of).unwrap_or(self.table.pages());
-            Some((PageRange::new(PageIndex(first), at - first), of))
+            let first = at + rounds[at..].iter().position(|round| *round > 0)?;
+            let of = rounds[first];
+            at = first + rounds[first..].iter().take_while(|round| **round == of).count();
+            Some((PageRange::new(PageIndex(first as u32), (at - first) as u32), Round(of)))
         })
     }
 }

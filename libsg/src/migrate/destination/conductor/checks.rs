@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::limits::INDEX_ENTRIES_MAX;
 use crate::migrate::Event;
+use crate::wire::final_set;
 use crate::wire::message::Talk;
 
 /// Without COMMIT from the source, the volume is looked into this often.
@@ -43,6 +44,26 @@ impl Conductor {
             self.end_well()?;
         }
         Ok(())
+    }
+
+    /// Takes the final set off the state: from here on it is known which copies count.
+    pub(super) fn take_final_set(&self, mut blob: Vec<u8>) -> Result<Vec<u8>> {
+        let Some(gather) = &self.gather else { return Ok(blob) };
+        let shared = gather.shared();
+        let mut required = Ok(());
+        let state_at = {
+            let mut tracker = shared.tracker.lock();
+            let pages = tracker.counts().total as u32;
+            final_set::decode(&blob, pages, &mut |run, round| {
+                if required.is_ok() {
+                    required = tracker.require(run, round);
+                }
+            })?
+        };
+        required?;
+        shared.set_final();
+        blob.drain(..state_at);
+        Ok(blob)
     }
 
     /// Once the VM has loaded its state, READY is said.

@@ -1,0 +1,281 @@
+//! Rounds at the source, while the VM runs: what it writes while it is sent is sent again, until little is left, or
+//! as often as was asked for. Nothing is decided in here: before COMMIT any failure leaves the VM running.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::handover::{Handover, refused};
+use super::members::{Members, Seat};
+use super::rounds::{Convergence, Rule};
+use super::{Event, Mode, OutgoingVm};
+use crate::dirty::DirtyLog;
+use crate::error::{Error, Result};
+use crate::host;
+use crate::ids::MemberIndex;
+use crate::page::{PAGE_BYTES_U64, PageRange};
+use crate::report::{Ended, Round};
+use crate::scatter::Scatter;
+use crate::scatter::session::{Listener, converse};
+use crate::scatter::shared::PoisonsOnPanic;
+use crate::transport::Conversation;
+use crate::wire::message::{self, Talk};
+
+/// Rounds end when nobody has taken a page for so long: four tries of an intermediary that has no room.
+const STALL: Duration = Duration::from_secs(2);
+
+/// What the rounds need, and what became of them.
+pub(super) struct Rounds {
+    log: Box<dyn DirtyLog>,
+    /// Written since the last round began.
+    dirty: Vec<PageRange>,
+    pub told: Vec<Round>,
+    pub ended: Option<Ended>,
+}
+
+impl Rounds {
+    /// The log of a VM that is to be sent in rounds; `None` where there are to be none.
+    ///
+    /// # Errors
+    /// Pre-copy of a VM that has no log: there is nothing to fall back to.
+    pub fn prepare(
+        handover: &Handover<'_>,
+        vm: &mut dyn OutgoingVm,
+        members: &Members,
+    ) -> Result<Option<Self>> {
+        let options = handover.options;
+        let most = options.rounds.most(options.mode);
+        if most == 0 || (options.mode == Mode::Hybrid && members.is_empty()) {
+            return Ok(None);
+        }
+        match vm.dirty_log() {
+            Ok(log) => Ok(Some(Self { log, dirty: Vec::new(), told: Vec::new(), ended: None })),
+            Err(error) if options.mode == Mode::Hybrid => {
+                let message = format!("no rounds, it is scattered from the switch on: {}", error.chain());
+                (options.observer)(&Event::Warning { message });
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What the destination is told of them.
+    pub const fn kind(rounds: Option<&Self>, mode: Mode) -> message::Rounds {
+        match (rounds, mode) {
+            (None, _) | (_, Mode::ScatterGather | Mode::PostCopy) => message::Rounds::None,
+            (Some(_), Mode::Hybrid) => message::Rounds::Staged,
+            (Some(_), Mode::PreCopy) => message::Rounds::Installed,
+        }
+    }
+
+    /// Sends rounds until the VM is to be paused.
+    ///
+    /// # Errors
+    /// The log's, the source's of pages, the destination's; a cancel.
+    pub fn run(
+        &mut self,
+        handover: &Handover<'_>,
+        control: &mut Conversation,
+        members: &mut Members,
+    ) -> Result<()> {
+        let scatter = handover.scatter;
+        for (at, seat) in members.iter_mut().enumerate() {
+            *seat = seat.take().map(|seat| seat.seat(scatter, MemberIndex(at as u16)));
+        }
+        scatter.set_live(true);
+        // From here on every write is logged: what is read behind it is right, or sent again.
+        self.log.start()?;
+        scatter.take_stock()?;
+        let options = handover.options;
+        let (present, total) = {
+            let planner = scatter.planner.lock();
+            (planner.progress().1 - planner.absent_pages(), planner.progress().1)
+        };
+        let rule =
+            Rule { rounds_max: options.rounds.most(options.mode), downtime: options.rounds.downtime_limit };
+        let mut leg = Leg::begin(handover, Convergence::new(rule), 0, present.into());
+        if total > 0 {
+            with_sinks(handover, control, members, &mut || leg.step(self))?;
+        }
+        Ok(())
+    }
+
+    /// The VM is paused: nothing is written any more. The last round begins, and with it the final set stands.
+    ///
+    /// # Errors
+    /// The log's.
+    pub fn paused(&mut self, scatter: &Scatter) -> Result<()> {
+        self.log.collect(&mut self.dirty)?;
+        scatter.begin_round(&self.dirty);
+        self.dirty = Vec::new();
+        Ok(())
+    }
+
+    /// Nobody needs the log any more.
+    pub fn stop(&mut self) {
+        if let Err(error) = self.log.stop() {
+            tracing::warn!(error = error.chain(), "the VM's writes are logged on");
+        }
+    }
+}
+
+/// The round that is under way.
+struct Leg<'a> {
+    handover: &'a Handover<'a>,
+    convergence: Convergence,
+    number: u16,
+    pages: u64,
+    since: Instant,
+    /// Page bytes sent before it.
+    before: u64,
+    /// Pages that were through, and when that last changed.
+    through: (u32, Instant),
+}
+
+impl<'a> Leg<'a> {
+    fn begin(handover: &'a Handover<'a>, convergence: Convergence, number: u16, pages: u64) -> Self {
+        (handover.options.observer)(&Event::Round { round: number, pages });
+        let now = host::now();
+        let before = sent_bytes(handover.scatter);
+        Self { handover, convergence, number, pages, since: now, before, through: (0, now) }
+    }
+
+    /// Looks whether the round is over, and begins the next one. Whether the VM is to be paused.
+    fn step(&mut self, rounds: &mut Rounds) -> Result<bool> {
+        let scatter = self.handover.scatter;
+        self.handover.look()?;
+        let (over, through) = {
+            let planner = scatter.planner.lock();
+            (planner.is_round_over(), planner.progress().0 + planner.torn_pages())
+        };
+        let now = host::now();
+        if through != self.through.0 {
+            self.through = (through, now);
+        }
+        if !over {
+            let hybrid = self.handover.options.mode == Mode::Hybrid;
+            let alone = hybrid && scatter.index.alive() == 0;
+            let stalled = hybrid && now.saturating_duration_since(self.through.1) >= STALL;
+            if alone || stalled {
+                self.close(rounds, now, 0);
+                rounds.ended = Some(Ended::NoRoom);
+                let message = "no intermediary takes pages: the rest is sent from the switch on".into();
+                (self.handover.options.observer)(&Event::Warning { message });
+            }
+            return Ok(alone || stalled);
+        }
+        rounds.log.collect(&mut rounds.dirty)?;
+        let torn = u64::from(scatter.planner.lock().torn_pages());
+        let left = rounds.dirty.iter().map(|run| u64::from(run.pages)).sum::<u64>() + torn;
+        let took = self.close(rounds, now, left);
+        let sent = sent_bytes(scatter) - self.before;
+        rounds.ended = self.convergence.round_over(sent, took, left * PAGE_BYTES_U64);
+        if rounds.ended.is_some() {
+            return Ok(true);
+        }
+        scatter.begin_round(&rounds.dirty);
+        rounds.dirty.clear();
+        (self.number, self.pages, self.since) = (self.number + 1, left, host::now());
+        (self.before, self.through) = (sent_bytes(scatter), (0, self.since));
+        (self.handover.options.observer)(&Event::Round { round: self.number, pages: left });
+        Ok(false)
+    }
+
+    fn close(&self, rounds: &mut Rounds, now: Instant, dirty_after: u64) -> Duration {
+        let took = now.saturating_duration_since(self.since);
+        rounds.told.push(Round { pages: self.pages, s: took.as_secs_f64(), dirty_after });
+        took
+    }
+}
+
+fn sent_bytes(scatter: &Scatter) -> u64 {
+    scatter.counters.direct.load(Ordering::Relaxed) + scatter.counters.staged.load(Ordering::Relaxed)
+}
+
+/// Runs the sinks while the conversation with the destination goes on, until `over` says so. The sinks then stop
+/// where they are, and may go on later. Members that are lost are taken out.
+pub(super) fn with_sinks(
+    handover: &Handover<'_>,
+    control: &mut Conversation,
+    members: &mut Members,
+    over: &mut dyn FnMut() -> Result<bool>,
+) -> Result<()> {
+    let (scatter, ears) = (handover.scatter, Ears { handover, said: Mutex::new(None) });
+    let over_now = AtomicBool::new(false);
+    let mut lost = Vec::new();
+    let ran = std::thread::scope(|scope| {
+        let ends = Ends(&over_now, scatter);
+        let ended = || over_now.load(Ordering::Acquire) || scatter.stopping();
+        let mut threads = Vec::new();
+        for (at, seat) in members.iter_mut().enumerate() {
+            let Some(sink) = seat.as_mut().and_then(Seat::sink) else { continue };
+            let member = MemberIndex(at as u16);
+            let run = move || {
+                let _poisons = PoisonsOnPanic(scatter.clone());
+                let ran = sink.run(ended);
+                if let Err(error) = &ran
+                    && !scatter.is_poisoned()
+                {
+                    scatter.member_lost(member, error);
+                }
+                ran.is_ok()
+            };
+            let thread = host::thread::Builder::new().name(format!("sg-scatter-{member}"));
+            threads.push((at, thread.spawn_scoped(scope, run)?));
+        }
+        let mut stepped = Ok(());
+        let talked = converse(scatter, control, &ears, &mut || match ears.check().and_then(|()| over()) {
+            Ok(over) => over,
+            Err(error) => {
+                stepped = Err(error);
+                true
+            }
+        });
+        drop(ends);
+        for (at, thread) in threads {
+            // Whoever panicked has poisoned the scatter.
+            if !thread.join().unwrap_or(false) {
+                lost.push(at);
+            }
+        }
+        stepped.and(talked)
+    });
+    lost.into_iter().for_each(|at| members[at] = None);
+    if scatter.is_poisoned() { Err(scatter.failure()) } else { ran }
+}
+
+/// Lets the sinks end, whatever way they are left.
+struct Ends<'a>(&'a AtomicBool, &'a Scatter);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+        self.1.wake_all();
+    }
+}
+
+/// Hears the destination before COMMIT.
+struct Ears<'a> {
+    handover: &'a Handover<'a>,
+    said: Mutex<Option<Error>>,
+}
+
+impl Ears<'_> {
+    fn check(&self) -> Result<()> {
+        self.said.lock().take().map_or(Ok(()), Err)
+    }
+}
+
+impl Listener for Ears<'_> {
+    fn heard(&self, talk: Talk) {
+        match talk {
+            Talk::Progress { .. } => self.handover.control.heard(talk),
+            talk => *self.said.lock() = Some(refused(talk, "while the VM is sent in rounds")),
+        }
+    }
+
+    fn has_gathered(&self) -> bool {
+        false
+    }
+}

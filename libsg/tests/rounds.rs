@@ -1,0 +1,296 @@
+//! Modes that send a VM in rounds while it runs, both ends in one process, over TCP, with intermediaries in memory.
+#![allow(clippy::unwrap_used)]
+
+mod gather_common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use gather_common::*;
+use libsg::dirty::DirtyLog;
+use libsg::memory::{Backing, GuestMemory};
+use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::{Event, Mode, OutgoingVm, RoundOptions};
+use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
+use libsg::report::{Ended, Status};
+use libsg::source::MemorySource;
+use libsg::{ErrorKind, Result};
+use parking_lot::Mutex;
+
+/// A VM whose guest writes, and which logs that.
+struct Guest {
+    memory: GuestMemory,
+    /// Held over each write: which pages were written since the log was last collected; `None` while none is.
+    /// Then how often each was written.
+    state: Mutex<(Option<Vec<bool>>, Vec<u32>)>,
+    runs: AtomicBool,
+    ended: AtomicBool,
+}
+
+/// What a page holds after so many writes: each fourth makes it zero.
+fn version(page: u32, writes: u32) -> Vec<u8> {
+    let mut bytes = content(page);
+    bytes[4..8].copy_from_slice(&writes.to_le_bytes());
+    let is_zero = if writes == 0 { is_zero(page) } else { writes.is_multiple_of(4) };
+    if is_zero { vec![0; PAGE_BYTES] } else { bytes }
+}
+
+/// Pages of zeros, some of them never touched.
+fn is_zero(page: u32) -> bool {
+    (512..1024).contains(&page) || page % 97 == 5 && page < 512
+}
+
+impl Guest {
+    fn new(scene: &Scene, backing: Backing) -> Arc<Self> {
+        let memory = GuestMemory::allocate(&scene.manifest, backing).unwrap();
+        let pages = scene.manifest.pages();
+        for page in (0..pages).filter(|page| !is_zero(*page)) {
+            memory.copy_in(one(page), &version(page, 0)).unwrap();
+        }
+        let state = Mutex::new((None, vec![0; pages as usize]));
+        Arc::new(Self { memory, state, runs: true.into(), ended: false.into() })
+    }
+
+    /// Writes pages, every 50 µs or so, some of them more often than others.
+    fn live(self: &Arc<Self>) -> JoinHandle<()> {
+        let guest = Arc::clone(self);
+        std::thread::spawn(move || {
+            let (mut seed, pages) = (1_u32, guest.state.lock().1.len() as u32);
+            while !guest.ended.load(Ordering::SeqCst) {
+                seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let of = if seed >> 31 == 0 { 40 } else { pages };
+                guest.write((seed >> 8) % of);
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        })
+    }
+
+    fn write(&self, page: u32) {
+        let mut state = self.state.lock();
+        if self.runs.load(Ordering::SeqCst) {
+            let (dirty, writes) = &mut *state;
+            writes[page as usize] += 1;
+            self.memory.copy_in(one(page), &version(page, writes[page as usize])).unwrap();
+            if let Some(dirty) = dirty {
+                dirty[page as usize] = true;
+            }
+        }
+    }
+}
+
+fn one(page: u32) -> PageRange {
+    PageRange::new(PageIndex(page), 1)
+}
+
+struct Leaving(Arc<Guest>);
+
+impl OutgoingVm for Leaving {
+    fn pause(&mut self) -> Result<Vec<u8>> {
+        let _written = self.0.state.lock();
+        self.0.runs.store(false, Ordering::SeqCst);
+        Ok(b"state of the vCPUs".to_vec())
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.0.runs.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn committed(&mut self) {}
+
+    fn dirty_log(&mut self) -> Result<Box<dyn DirtyLog>> {
+        Ok(Box::new(Log(Arc::clone(&self.0))))
+    }
+}
+
+struct Log(Arc<Guest>);
+
+impl DirtyLog for Log {
+    fn start(&mut self) -> Result<()> {
+        let mut state = self.0.state.lock();
+        let pages = state.1.len();
+        state.0.get_or_insert_with(|| vec![false; pages]);
+        Ok(())
+    }
+
+    fn collect(&mut self, out: &mut Vec<PageRange>) -> Result<()> {
+        let mut state = self.0.state.lock();
+        let dirty = state.0.as_mut().expect("started");
+        for (page, dirty) in dirty.iter_mut().enumerate().filter(|(_, dirty)| **dirty) {
+            *dirty = false;
+            out.push(one(page as u32));
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        self.0.state.lock().0 = None;
+        Ok(())
+    }
+}
+
+/// A migration under way.
+struct Move {
+    scene: Scene,
+    guest: Arc<Guest>,
+    life: JoinHandle<()>,
+    outgoing: Outgoing,
+    events: Arc<Mutex<Vec<Event>>>,
+}
+
+impl Move {
+    fn start(plan: Plan, mode: Mode, rounds: RoundOptions, limit: u64) -> Self {
+        let backing = plan.backing;
+        let scene = Scene::new(plan);
+        let guest = Guest::new(&scene, backing);
+        let life = guest.live();
+        let events = Arc::<Mutex<Vec<Event>>>::default();
+        let watch = Arc::clone(&events);
+        let options = SourceOptions {
+            to: scene.address,
+            intermediaries: scene.members().iter().map(|member| member.address).collect(),
+            mode,
+            rounds,
+            secret: secret(),
+            connector: Arc::new(scene.connector.clone()),
+            scatter_limit_bytes_per_s: limit,
+            ready_timeout: LONG,
+            observer: Arc::new(move |event| watch.lock().push(event.clone())),
+        };
+        let source = Arc::new(MemorySource::new(guest.memory.clone()));
+        let vm = Box::new(Leaving(Arc::clone(&guest)));
+        let outgoing = start(vm, source, scene.manifest.clone(), options).unwrap();
+        Self { scene, guest, life, outgoing, events }
+    }
+
+    fn until_round(&self, round: u16) {
+        let begun = |event: &Event| matches!(event, Event::Round { round: of, .. } if *of >= round);
+        until("a round begins", || self.events.lock().iter().any(begun));
+    }
+
+    fn end(self) {
+        self.guest.ended.store(true, Ordering::SeqCst);
+        self.life.join().unwrap();
+    }
+
+    /// Every page reads as it was when the VM was paused.
+    fn check(&self) {
+        let (memory, writes) = (self.scene.seen.memory(), self.guest.state.lock().1.clone());
+        for page in 0..self.scene.manifest.pages() {
+            let writes = writes[page as usize];
+            assert!(read(&memory, page) == version(page, writes), "page {page}, written {writes} times");
+        }
+        assert_eq!(*self.scene.seen.state.lock(), b"state of the vCPUs");
+    }
+
+    /// The VM runs at the source, and nothing of it is left anywhere else.
+    fn runs_on(self) {
+        until("it runs on", || self.guest.runs.load(Ordering::SeqCst));
+        until("the destination gave it up", || self.scene.seen.abandoned.load(Ordering::SeqCst));
+        assert!(!self.scene.seen.running.load(Ordering::SeqCst));
+        self.scene.nothing_staged();
+        self.end();
+    }
+}
+
+const ROUNDS: RoundOptions =
+    RoundOptions { rounds_max: Some(3), downtime_limit: Duration::ZERO, via: libsg::migrate::Via::Direct };
+
+/// Enough for a round to last for a while.
+const SLOW: u64 = 20_000_000;
+
+fn hybrid(plan: Plan) {
+    let pages = plan.pages;
+    let moved = Move::start(plan, Mode::Hybrid, ROUNDS, 0);
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    moved.check();
+    let report = moved.outgoing.wait_evicted(LONG).unwrap();
+    assert!((1..=3).contains(&report.rounds.len()), "{report:?}");
+    assert!(report.rounds_ended.is_some_and(|why| why != Ended::NoRoom), "{report:?}");
+    let there = moved.scene.incoming.wait_gathered(LONG).unwrap();
+    assert_eq!(there.status, Status::Ok);
+    // Of few and large units, all may have been written.
+    assert!(there.pages.staged > Some(0) || pages < 1 << 12, "{there:?}");
+    moved.scene.incoming.wait_dissolved(LONG).unwrap();
+    moved.scene.nothing_staged();
+    let events = moved.events.lock().clone();
+    let alarm = |event: &Event| matches!(event, Event::NodeLost { .. } | Event::Warning { .. });
+    assert!(!events.iter().any(alarm), "{events:?}");
+    moved.end();
+}
+
+#[test]
+fn hybrid_over_both_kinds_of_memory() {
+    for backing in [Backing::Anon, Backing::Memfd] {
+        hybrid(Plan { pages: 5000, nodes: 2, backing, ..Plan::default() });
+    }
+}
+
+#[test]
+fn hybrid_with_huge_units() {
+    hybrid(Plan {
+        pages: 6 * 512,
+        nodes: 2,
+        unit: InstallUnit::Huge2M,
+        backing: Backing::Hugetlb2M,
+        ..Plan::default()
+    });
+}
+
+#[test]
+fn hybrid_without_intermediaries_has_no_rounds() {
+    let moved = Move::start(Plan { pages: 1000, ..Plan::default() }, Mode::Hybrid, ROUNDS, 0);
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    moved.check();
+    let report = moved.outgoing.wait_evicted(LONG).unwrap();
+    assert!(report.rounds.is_empty() && report.rounds_ended.is_none());
+    assert!(moved.events.lock().iter().any(|event| matches!(event, Event::Warning { .. })));
+    moved.scene.incoming.wait_gathered(LONG).unwrap();
+    moved.end();
+}
+
+#[test]
+fn an_intermediary_that_is_lost_in_a_round_costs_time_only() {
+    let moved = Move::start(Plan { pages: 4000, nodes: 2, ..Plan::default() }, Mode::Hybrid, ROUNDS, SLOW);
+    moved.until_round(0);
+    until("pages are staged", || moved.outgoing.progress().staged_bytes > 2 << 20);
+    moved.scene.nodes[1].kill();
+    moved.outgoing.set_scatter_limit(0);
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    moved.check();
+    moved.outgoing.wait_evicted(LONG).unwrap();
+    assert_eq!(moved.scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    moved.end();
+}
+
+#[test]
+fn without_any_intermediary_left_the_rest_goes_from_the_switch_on() {
+    let moved = Move::start(Plan { pages: 4000, nodes: 1, ..Plan::default() }, Mode::Hybrid, ROUNDS, SLOW);
+    until("pages are staged", || moved.outgoing.progress().staged_bytes > 2 << 20);
+    moved.scene.nodes[0].kill();
+    moved.outgoing.set_scatter_limit(0);
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    moved.check();
+    let report = moved.outgoing.wait_evicted(LONG).unwrap();
+    assert_eq!(report.rounds_ended, Some(Ended::NoRoom));
+    assert_eq!(moved.scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    moved.end();
+}
+
+#[test]
+fn called_off_in_a_round_it_runs_on() {
+    for at_the_source in [true, false] {
+        let moved =
+            Move::start(Plan { pages: 4000, nodes: 2, ..Plan::default() }, Mode::Hybrid, ROUNDS, SLOW);
+        until("pages are staged", || moved.outgoing.progress().staged_bytes > 2 << 20);
+        if at_the_source {
+            moved.outgoing.cancel().unwrap();
+        } else {
+            moved.scene.incoming.cancel().unwrap();
+        }
+        assert_eq!(moved.outgoing.wait_evicted(LONG).unwrap_err().kind, ErrorKind::Cancelled);
+        moved.runs_on();
+    }
+}
