@@ -78,6 +78,7 @@ pub fn create(prefix: &Prefix, links: &[Link], queue: Queue, cc: CongestionContr
     }
     batch("ip", None, &all)?;
     batch("ip", Some(&switch), &in_switch)?;
+    inside(&switch, bridge_only)?;
     for Link { node, rate } in links {
         let host = prefix.name(node);
         let address = address(*node);
@@ -111,6 +112,15 @@ fn allow(cc: CongestionControl) -> Result<()> {
     std::fs::write(ALLOWED, format!("{} {name}", allowed.trim())).with_context(|| {
         format!("the congestion control {name} cannot be allowed: root and the kernel module tcp_{name} are needed")
     })
+}
+
+/// A switch has no firewall: where the kernel has one for bridges, every packet would go through it, on a
+/// processor that the hosts of the experiment share.
+fn bridge_only() {
+    for family in ["arptables", "iptables", "ip6tables"] {
+        // Without the module there is no such file, and nothing to switch off.
+        let _ = std::fs::write(format!("/proc/sys/net/bridge/bridge-nf-call-{family}"), "0");
+    }
 }
 
 /// The address of a node in its namespace.
