@@ -6,6 +6,7 @@
 //! answers with the page, with "it is at P" or with "gone". Whoever is silent is not waited for: the
 //! next way is tried beside it, and the first answer counts.
 
+mod pending;
 mod ways;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use self::pending::{Asked, Pending};
 use super::desk::MemberDesk;
 use super::direct::acknowledge;
 use super::install::Installer;
@@ -23,10 +25,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::MemberIndex;
 use crate::pace::{self, Class, LinkId, LinkReading};
-use crate::page::{PageIndex, PageRange};
+use crate::page::PageIndex;
 use crate::sink::SinkEvent;
 use crate::transport::{Channel, Inbox, Outbox, WAIT_MAX, wait};
-use crate::vmd::{Link, Reply, Ticket};
+use crate::vmd::{Link, Reply};
 use crate::wire::run::{decode_pages, decode_runs};
 use crate::wire::{Encoding, GetEntry, IndexEntry, Kind, PageEntry};
 
@@ -39,57 +41,30 @@ const NAP: Duration = Duration::from_millis(500);
 /// While more links are waited for than one call can watch.
 const SHORT_NAP: Duration = Duration::from_millis(1);
 
+/// An acknowledgement waits so long for the next question to travel with: each packet of its own costs both hosts
+/// about as much as a page's.
+const ACK_DELAY: Duration = Duration::from_millis(2);
+
 /// Wishes that are asked from the source at once: nobody waits for them.
 const WISHES_AT_ONCE: usize = 64;
-
-/// A question that is out, or was answered in vain.
-#[derive(Clone, Copy, Debug, Default)]
-struct Asked {
-    /// Since when it is out; `None` when it is not.
-    since: Option<Instant>,
-    /// Of the frame to the source.
-    sequence: u64,
-    /// Of the request on a link.
-    ticket: Option<(MemberIndex, Ticket)>,
-}
-
-impl Asked {
-    fn is_out(&self) -> bool {
-        self.since.is_some()
-    }
-
-    fn is_silent(&self, now: Instant, for_: Duration) -> bool {
-        self.since.is_some_and(|since| now.saturating_duration_since(since) >= for_)
-    }
-}
-
-/// A unit that is wanted.
-struct Pending {
-    unit: PageRange,
-    /// Whether the guest waits for it; otherwise it is a wish.
-    guest: bool,
-    source: Asked,
-    read: Asked,
-    index: Asked,
-    /// What was asked of the member, for checking the answer.
-    reads: Vec<Read>,
-    /// Index servers that were asked, in turn from the owner on.
-    rotation: usize,
-    source_refused: bool,
-    /// When the source was last asked.
-    source_at: Option<Instant>,
-    try_at: Instant,
-    done: bool,
-}
 
 /// The connection to the source.
 struct Line {
     channel: Channel,
     inbox: Inbox,
     outbox: Outbox,
+    /// When what is in the outbox is to be written; `None` when there is nothing.
+    write_at: Option<Instant>,
     sequence: u64,
     counted: u64,
     pace_link: LinkId,
+}
+
+impl Line {
+    /// Something was queued that may wait until `at`.
+    fn write_by(&mut self, at: Instant) {
+        self.write_at = Some(self.write_at.map_or(at, |before| before.min(at)));
+    }
 }
 
 /// A link to a member, as far as this thread has one.
@@ -135,10 +110,11 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         table: Vec::new(),
         installer: Installer::default(),
     };
+    let mut has_events = true;
     while !shared.is_stopping() {
         shared.wake_fault.drain();
-        worker.step()?;
-        worker.rest()?;
+        worker.step(has_events)?;
+        has_events = worker.rest()?;
     }
     if let Some(line) = &worker.source {
         line.channel.shut_down();
@@ -147,9 +123,11 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
 }
 
 impl Worker<'_> {
-    fn step(&mut self) -> Result<()> {
+    fn step(&mut self, has_events: bool) -> Result<()> {
         self.adopt();
-        self.read_events()?;
+        self.read_events(has_events)?;
+        // Questions go out before anything else is done.
+        self.flush_source();
         self.hear_source()?;
         for member in 0..self.seats.len() {
             self.hear_member(member)?;
@@ -171,9 +149,10 @@ impl Worker<'_> {
     fn adopt(&mut self) {
         if let Some(channel) = self.shared.urgent.lock().take() {
             self.drop_source();
-            let (inbox, outbox) = (Inbox::new(), Outbox::new());
+            let (inbox, outbox) = (Inbox::patient(), Outbox::new());
             let pace_link = self.shared.pacer.add_link(Class::Urgent);
-            self.source = Some(Line { channel, inbox, outbox, sequence: 0, counted: 0, pace_link });
+            let (sequence, counted, write_at) = (0, 0, None);
+            self.source = Some(Line { channel, inbox, outbox, write_at, sequence, counted, pace_link });
             self.pending.iter_mut().for_each(|pending| pending.try_at = host::now());
         }
         let members = self.shared.members();
@@ -221,28 +200,28 @@ impl Worker<'_> {
         }
     }
 
-    fn read_events(&mut self) -> Result<()> {
+    /// Reads the sink's events, if there are any, once: more than that call gave are there at the next look.
+    fn read_events(&mut self, has_events: bool) -> Result<()> {
         for page in self.shared.take_later() {
             self.fault(page)?;
         }
-        loop {
-            self.events.clear();
-            self.shared.sink.events(&mut self.events)?;
-            if self.events.is_empty() {
-                return Ok(());
-            }
-            let events = std::mem::take(&mut self.events);
-            for event in &events {
-                match *event {
-                    SinkEvent::Fault { page, .. } => self.fault(page)?,
-                    SinkEvent::Removed(range) => self.shared.tracker.lock().removed(range),
-                    SinkEvent::Installed(range) => {
-                        self.shared.tracker.lock().installed(range, Path::Staged, host::now());
-                    }
+        if !has_events {
+            return Ok(());
+        }
+        let mut events = std::mem::take(&mut self.events);
+        events.clear();
+        self.shared.sink.events(&mut events)?;
+        for event in &events {
+            match *event {
+                SinkEvent::Fault { page, .. } => self.fault(page)?,
+                SinkEvent::Removed(range) => self.shared.tracker.lock().removed(range),
+                SinkEvent::Installed(range) => {
+                    self.shared.tracker.lock().installed(range, Path::Staged, host::now());
                 }
             }
-            self.events = events;
         }
+        self.events = events;
+        Ok(())
     }
 
     fn fault(&mut self, page: PageIndex) -> Result<()> {
@@ -308,6 +287,7 @@ impl Worker<'_> {
                     shared.pacer.charge(Class::Urgent, bytes.len() as u64, host::now());
                     shared.counters.direct.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     acknowledge(&mut line.outbox, &header, &self.installer.bad, &mut self.table)?;
+                    line.write_by(host::now() + ACK_DELAY);
                     self.answered(header.sequence.0, gone);
                 }
                 Kind::Announce => {
@@ -403,7 +383,13 @@ impl Worker<'_> {
 
     fn flush_source(&mut self) {
         let Some(line) = &mut self.source else { return };
+        if line.write_at.is_none_or(|at| host::now() < at) {
+            return;
+        }
         let flushed = line.outbox.flush(&line.channel, usize::MAX);
+        if line.outbox.queued_bytes() == 0 {
+            line.write_at = None;
+        }
         let wire = line.inbox.received_bytes() + line.outbox.written_bytes();
         let fresh = wire - std::mem::replace(&mut line.counted, wire);
         self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);
@@ -415,19 +401,25 @@ impl Worker<'_> {
         }
     }
 
-    fn rest(&self) -> Result<()> {
+    /// Waits; returns whether the sink may have events.
+    fn rest(&self) -> Result<bool> {
         let now = host::now();
-        let next = self.pending.iter().map(|p| p.try_at.saturating_duration_since(now)).min();
-        let mut timeout = next.unwrap_or(NAP).min(NAP);
+        let write_at = self.source.as_ref().and_then(|line| line.write_at);
+        let at = self.pending.iter().map(|pending| pending.try_at);
+        // What is due and was not written waits for the socket, not for a time.
+        let next = at.chain(write_at.filter(|at| *at > now)).min();
+        let mut timeout = next.map_or(NAP, |at| at.saturating_duration_since(now).min(NAP));
         let mut on: [(Option<BorrowedFd<'_>>, bool); WAIT_MAX] = [(None, false); WAIT_MAX];
         on[0] = (Some(self.shared.wake_fault.as_fd()), false);
         let mut count = 1;
-        if let Some(fd) = self.shared.sink.event_fd() {
-            on[count] = (Some(fd), false);
+        let event_fd = self.shared.sink.event_fd();
+        if event_fd.is_some() {
+            on[count] = (event_fd, false);
             count += 1;
         }
         if let Some(line) = &self.source {
-            on[count] = (Some(line.channel.as_fd()), line.outbox.queued_bytes() > 0);
+            let is_due = write_at.is_some_and(|at| at <= now);
+            on[count] = (Some(line.channel.as_fd()), is_due);
             count += 1;
         }
         for seat in self.seats.iter().filter(|seat| seat.out > 0) {
@@ -439,26 +431,8 @@ impl Worker<'_> {
             on[count] = (link.poll_fd(), link.queued_bytes() > 0);
             count += 1;
         }
-        wait(&on[..count], timeout)?;
-        Ok(())
-    }
-}
-
-impl Pending {
-    fn new(unit: PageRange, guest: bool, now: Instant) -> Self {
-        Self {
-            unit,
-            guest,
-            source: Asked::default(),
-            read: Asked::default(),
-            index: Asked::default(),
-            reads: Vec::new(),
-            rotation: 0,
-            source_refused: false,
-            source_at: None,
-            try_at: now,
-            done: false,
-        }
+        let ready = wait(&on[..count], timeout)?;
+        Ok(event_fd.is_none() || ready & 0b10 != 0)
     }
 }
 

@@ -187,7 +187,7 @@ impl DirectSink {
             };
             let sequence = Sequence(self.next);
             self.next += 1;
-            let mut header = pages_header(&self.channel, sequence, runs, &self.path);
+            let mut header = pages_header(&self.channel, sequence, runs, self.path.delay_us());
             // The queue that all paths from here share is ours: the destination can do nothing about it.
             let beyond = pace::own_delay(self.path.info().queue_delay(), self.scatter.pacer.shared_delay());
             header.delay_us = beyond.map(Header::delay_us_of);
@@ -199,8 +199,13 @@ impl DirectSink {
 }
 
 /// The header of a `Pages` frame with a table of so many runs.
-pub(super) fn pages_header(channel: &Channel, sequence: Sequence, runs: usize, path: &TcpPath) -> Header {
-    Header { sequence, count: runs as u16, delay_us: path.delay_us(), ..channel.header(Kind::Pages) }
+pub(super) fn pages_header(
+    channel: &Channel,
+    sequence: Sequence,
+    runs: usize,
+    delay_us: Option<u32>,
+) -> Header {
+    Header { sequence, count: runs as u16, delay_us, ..channel.header(Kind::Pages) }
 }
 
 /// The pages of a `PagesAck` that were not installed.

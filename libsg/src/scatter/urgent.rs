@@ -16,7 +16,7 @@ use crate::ids::Sequence;
 use crate::limits::BATCH_PAGES_MAX;
 use crate::pace::{Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
-use crate::transport::{Channel, Inbox, Outbox, TcpPath, wait};
+use crate::transport::{Channel, Inbox, Outbox, wait};
 use crate::wire::entry::decode_table;
 use crate::wire::run::encode_runs;
 use crate::wire::{Kind, PageEntry};
@@ -33,7 +33,6 @@ pub struct UrgentSink {
     channel: Channel,
     inbox: Inbox,
     outbox: Outbox,
-    path: TcpPath,
     /// Batches that answered a request and are not acknowledged, oldest first, with its sequence.
     sent: VecDeque<(Sequence, BatchId)>,
     /// Faults on pages that the source has not got yet.
@@ -50,9 +49,8 @@ impl UrgentSink {
         Self {
             scatter,
             channel,
-            inbox: Inbox::new(),
+            inbox: Inbox::patient(),
             outbox: Outbox::new(),
-            path: TcpPath::new(),
             sent: VecDeque::new(),
             waiting: VecDeque::new(),
             asked: Vec::new(),
@@ -78,10 +76,11 @@ impl UrgentSink {
             let now = host::now();
             self.answer_waiting(now)?;
             self.read(now)?;
-            // What faults carry is part of the link's sum; how long it waits says nothing about bulk's queue.
-            let reading = LinkReading::from(self.path.refresh(&self.channel, now));
-            self.scatter.pacer.observe(link, LinkReading { queue_delay: None, ..reading }, now);
             let written = self.outbox.flush(&self.channel, usize::MAX)?;
+            // What faults carry is part of the link's sum; how long it waits says nothing about bulk's queue. What was
+            // sent is there soon: asking the kernel about each page would cost more than it tells.
+            let delivered = self.outbox.written_bytes();
+            self.scatter.pacer.observe(link, LinkReading { delivered, ..LinkReading::default() }, now);
             self.scatter.pacer.charge(Class::Urgent, written as u64, now);
             Counters::add(&self.scatter.counters.wire, written);
             let timeout = if self.waiting.is_empty() { IDLE } else { LOOK_AGAIN };
@@ -169,7 +168,7 @@ impl UrgentSink {
     }
 
     fn push(&mut self, sequence: Sequence, runs: usize) -> Result<()> {
-        let header = pages_header(&self.channel, sequence, runs, &self.path);
+        let header = pages_header(&self.channel, sequence, runs, None);
         self.outbox.push_frame(header, &self.table, self.loaded.slices.drain(..))?;
         self.outbox.flush(&self.channel, usize::MAX).map(|written| {
             self.scatter.pacer.charge(Class::Urgent, written as u64, host::now());

@@ -37,6 +37,10 @@ pub struct Inbox {
     /// Body of the frame that was given out last.
     last: Range<usize>,
     received_bytes: u64,
+    /// The last read took all that was there.
+    drained: bool,
+    /// Acknowledgements may wait for what is said next.
+    patient: bool,
 }
 
 impl Inbox {
@@ -46,6 +50,12 @@ impl Inbox {
         Self::default()
     }
 
+    /// One for a conversation of questions and answers, whose acknowledgements travel with what is said next.
+    #[must_use]
+    pub fn patient() -> Self {
+        Self { patient: true, ..Self::default() }
+    }
+
     /// Bytes that came, in all.
     #[must_use]
     pub const fn received_bytes(&self) -> u64 {
@@ -53,7 +63,7 @@ impl Inbox {
     }
 
     /// The next frame, if all of it has come. Reads only when the buffer holds no whole frame: call it
-    /// until it gives `None` before waiting for the socket.
+    /// until it gives `None` before waiting for the socket, and wait for the socket before calling it again.
     ///
     /// # Errors
     /// [`ErrorKind::Unreachable`] at the end of the stream or when it broke; [`ErrorKind::Protocol`] for a
@@ -71,7 +81,9 @@ impl Inbox {
             if self.missing_bytes()? == 0 {
                 return Ok(true);
             }
-            if !self.read(&socket)? {
+            // What was not filled took all there was: reading again would only be told so. What came since, the
+            // socket is ready for.
+            if std::mem::take(&mut self.drained) || !self.read(&socket)? {
                 return Ok(false);
             }
         }
@@ -116,12 +128,14 @@ impl Inbox {
         self.make_room(missing);
         let end = self.buffer.len().min(self.unread.end + missing + READ_AHEAD_BYTES);
         let room = &mut self.buffer[self.unread.end..end];
+        let room_bytes = room.len();
         match vectored::recv(&socket, &mut [IoPartMut::Bytes(room)]) {
             Ok(0) => Err(Error::new(ErrorKind::Unreachable, "the peer closed the connection")),
             Ok(bytes) => {
                 self.unread.end += bytes;
                 self.received_bytes += bytes as u64;
-                if bytes >= PAGE_BYTES {
+                self.drained = bytes < room_bytes;
+                if bytes >= PAGE_BYTES && !self.patient {
                     // Bulk: an acknowledgement that waits would look like a queue to the sender. Only
                     // a socket that is not TCP refuses, and it has no such delay.
                     let _ = pace::quick_ack(&socket);

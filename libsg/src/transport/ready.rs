@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -77,10 +78,18 @@ fn timespec(timeout: Duration) -> Timespec {
 }
 
 /// Ends another thread's [`wait`]: readable from [`Self::wake`] until [`Self::drain`]. Clones are
-/// the same.
+/// the same. One thread waits and drains; only the first wake of each of its rounds costs a system call, and a round
+/// in which nobody woke it costs none.
 #[derive(Clone, Debug)]
 pub struct Waker {
-    event: Arc<OwnedFd>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    event: OwnedFd,
+    /// Somebody has made it readable, or is about to.
+    woken: AtomicBool,
 }
 
 impl Waker {
@@ -90,25 +99,33 @@ impl Waker {
     /// [`ErrorKind::System`] when the kernel gives no eventfd.
     pub fn new() -> Result<Self> {
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { event: Arc::new(event) })
+        Ok(Self { shared: Arc::new(Shared { event, woken: AtomicBool::new(false) }) })
     }
 
     /// Makes it readable. May be called any number of times, from any thread.
     pub fn wake(&self) {
-        // The counter can only be full, and then it is readable already.
-        let _ = rustix::io::write(&*self.event, &1_u64.to_ne_bytes());
+        // Who finds it woken need not do it again: it is unset before the other thread looks.
+        if !self.shared.woken.swap(true, Ordering::SeqCst) {
+            // The counter can only be full, and then it is readable already.
+            let _ = rustix::io::write(&self.shared.event, &1_u64.to_ne_bytes());
+        }
     }
 
     /// Makes it unreadable again. Call it before looking for what one was woken for.
     pub fn drain(&self) {
-        // There can only be nothing to read.
-        let _ = rustix::io::read(&*self.event, &mut [0_u8; 8]);
+        if self.shared.woken.load(Ordering::SeqCst) {
+            // Nothing to read: whoever woke it has not written yet. It stays woken until it can be read, or it
+            // would stay readable.
+            if rustix::io::read(&self.shared.event, &mut [0_u8; 8]).is_ok() {
+                self.shared.woken.store(false, Ordering::SeqCst);
+            }
+        }
     }
 }
 
 impl AsFd for Waker {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+        self.shared.event.as_fd()
     }
 }
 
@@ -131,6 +148,36 @@ mod test {
         thread.join().expect("joined");
         two.drain();
         assert_eq!(wait(&on, Duration::ZERO).expect("waits"), 0);
+    }
+
+    #[test]
+    fn no_wake_is_lost_however_they_meet() {
+        const WAKES: usize = 20_000;
+        let waker = Waker::new().expect("eventfd");
+        let left = Arc::new(std::sync::atomic::AtomicUsize::new(2 * WAKES));
+        let threads = [(); 2].map(|()| {
+            let (waker, left) = (waker.clone(), left.clone());
+            std::thread::spawn(move || {
+                for _ in 0..WAKES {
+                    left.fetch_sub(1, Ordering::Relaxed);
+                    waker.wake();
+                }
+            })
+        });
+        loop {
+            waker.drain();
+            if left.load(Ordering::Relaxed) == 0 {
+                break;
+            }
+            let ready = wait(&[(Some(waker.as_fd()), false)], Duration::from_secs(60)).expect("waits");
+            assert_eq!(ready, 1, "{} wakes are left, and nobody was woken", left.load(Ordering::Relaxed));
+        }
+        for thread in threads {
+            thread.join().expect("joined");
+        }
+        // At rest it does not stay readable.
+        waker.drain();
+        assert_eq!(wait(&[(Some(waker.as_fd()), false)], Duration::ZERO).expect("looks"), 0);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Asked, SILENCE, Worker, read_removals};
+use super::pending::Asked;
+use super::{SILENCE, Worker, read_removals};
 use crate::error::Result;
 use crate::gather::tracker::{Claim, Path, Wanted};
 use crate::host;
@@ -100,6 +101,7 @@ impl Worker<'_> {
             tracing::error!(error = error.chain(), "a fault could not be asked for");
             return false;
         }
+        line.write_by(now);
         pending.source = Asked { since: Some(now), sequence, ticket: None };
         pending.source_at = Some(now);
         true
