@@ -8,7 +8,7 @@ use libsg::memory::{Backing, GuestMemory};
 use libsg::page::{PAGE_BYTES_U64, PageIndex};
 use libsg::{Error, ErrorKind, Result};
 
-use crate::config::{BackingKind, VmConfig};
+use crate::config::{BackingKind, VcpuKind, VmConfig};
 use crate::page_format::PAGE_WORDS;
 
 /// The memory of one VM: a single region. Others (vCPUs, the kernel) change it at any time.
@@ -16,6 +16,9 @@ pub struct Memory {
     guest: GuestMemory,
     base: *mut u8,
     bytes: u64,
+    /// Which pages were written through this value, a bit each, where vCPUs do not write that way: KVM logs
+    /// what its vCPUs write, and knows nothing of the VMM's own writes.
+    own_writes: Box<[AtomicU64]>,
 }
 
 // SAFETY: `base` points into `guest`, which lives as long, and every access through it is atomic.
@@ -42,7 +45,9 @@ impl Memory {
         let base = guest
             .host_address(PageIndex(0))
             .ok_or_else(|| Error::new(ErrorKind::Input, "this VM has no memory"))?;
-        Ok(Self { guest, base, bytes })
+        let noted = if config.vcpu == VcpuKind::Kvm { bytes.div_ceil(PAGE_BYTES_U64) } else { 0 };
+        let own_writes = (0..noted.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Ok(Self { guest, base, bytes, own_writes })
     }
 
     /// The same memory as libsg has it.
@@ -61,6 +66,24 @@ impl Memory {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Notes a page as written. Call it after the bytes are written: noted before, it could be named to a migration
+    /// that then reads the old ones.
+    fn note(&self, offset: u64) {
+        let page = offset / PAGE_BYTES_U64;
+        if let Some(word) = self.own_writes.get((page / 64) as usize) {
+            word.fetch_or(1 << (page % 64), Ordering::Release);
+        }
+    }
+
+    /// Adds the pages that the VMM wrote since the last call to a bitmap of pages from `first` on, a multiple of 64,
+    /// and forgets them. Nothing for a VM whose vCPUs are threads of the VMM.
+    pub fn take_own_writes(&self, first: PageIndex, bitmap: &mut [u64]) {
+        let own = self.own_writes.iter().skip(first.as_usize() / 64);
+        for (own, to) in own.zip(bitmap) {
+            *to |= own.swap(0, Ordering::Acquire);
+        }
     }
 
     fn at<T>(&self, offset: u64) -> *mut T {
@@ -84,6 +107,7 @@ impl Memory {
     pub fn store(&self, offset: u64, word: u64) {
         // SAFETY: as in `load`.
         unsafe { AtomicU64::from_ptr(self.at(offset)) }.store(word, Ordering::Relaxed);
+        self.note(offset);
     }
 
     /// A 32-bit word.
@@ -97,6 +121,7 @@ impl Memory {
     pub fn store32(&self, offset: u64, word: u32) {
         // SAFETY: as in `load`.
         unsafe { AtomicU32::from_ptr(self.at(offset)) }.store(word, Ordering::Relaxed);
+        self.note(offset);
     }
 
     /// A whole page.
@@ -115,11 +140,13 @@ impl Memory {
             // SAFETY: as in `load_page`.
             unsafe { AtomicU64::from_ptr(to.add(index)) }.store(*word, Ordering::Relaxed);
         }
+        self.note(page * PAGE_BYTES_U64);
     }
 
     /// Inverts one byte.
     pub fn flip(&self, offset: u64) {
         // SAFETY: as in `load`.
         unsafe { AtomicU8::from_ptr(self.at(offset)) }.fetch_xor(0xff, Ordering::Relaxed);
+        self.note(offset);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use libsg::dirty::DirtyLog;
 use libsg::manifest::Manifest;
 use libsg::migrate::{IncomingVm, OutgoingVm};
 use libsg::page::PageRange;
@@ -38,6 +39,10 @@ impl OutgoingVm for Leaving {
 
     fn committed(&mut self) {
         self.0.retire();
+    }
+
+    fn dirty_log(&mut self) -> Result<Box<dyn DirtyLog>> {
+        Ok(self.0.dirty_log())
     }
 }
 

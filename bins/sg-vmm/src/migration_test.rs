@@ -9,7 +9,7 @@ use libsg::sink::SinkEvent;
 
 use super::*;
 use crate::config::test::small;
-use crate::config::{BackingKind, Layout, VcpuKind};
+use crate::config::{BackingKind, Layout, VcpuKind, Workload};
 use crate::kvm::KvmVm;
 use crate::vm::Verifier;
 
@@ -131,6 +131,116 @@ fn a_lost_page_is_an_error_and_no_hang() {
         assert_eq!(vm.lost(), [PageRange::new(PageIndex(lost), 1)]);
         assert_eq!(vm.stats().mismatches, 0, "lost is not wrong");
         end.store(true, Ordering::Relaxed);
+    });
+}
+
+/// A writer at random in half of its memory, and how much of it that is.
+fn writer(config: VmConfig) -> (VmConfig, Arc<Vm>, Box<dyn DirtyLog>) {
+    let working_set_bytes = config.memory_bytes / 2;
+    let config = VmConfig { workload: Workload::Random, working_set_bytes, ..config };
+    let memory = Arc::new(Memory::allocate(&config).expect("memory"));
+    let vm = Arc::new(Vm::new(config.clone(), memory, &Serial::default()).expect("VM"));
+    vm.fill();
+    let log = Leaving::new(Arc::clone(&vm)).dirty_log().expect("there is one");
+    (config, vm, log)
+}
+
+fn collected(log: &mut dyn DirtyLog) -> Vec<PageIndex> {
+    let mut runs = Vec::new();
+    log.collect(&mut runs).expect("collected");
+    assert!(runs.windows(2).all(|pair| pair[0].first.0 + pair[0].pages <= pair[1].first.0), "ascending");
+    runs.iter().flat_map(|run| run.iter()).collect()
+}
+
+fn all_pages(memory: &Memory) -> Vec<u8> {
+    let mut bytes = vec![0; memory.bytes() as usize];
+    memory.guest().copy_out(PageRange::new(PageIndex(0), memory.guest().pages()), &mut bytes).expect("pages");
+    bytes
+}
+
+fn run_on(vm: &Vm, ops: u64) {
+    let until = vm.stats().ops + ops;
+    vm.run().expect("runs");
+    while vm.stats().ops < until {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Between two collections with the VM paused, all that changed is named, and beside it nothing that nobody writes.
+#[test]
+fn every_page_that_changed_is_named() {
+    every_kind(|config| {
+        let (config, vm, mut log) = writer(config);
+        let layout = Layout::of(&config);
+        run_on(&vm, 100);
+        // A page that is first read while it is logged may be named, for it comes: read all before.
+        all_pages(vm.memory());
+        log.start().expect("started");
+        vm.stop().expect("stops");
+        collected(&mut *log);
+        assert_eq!(collected(&mut *log), [], "{config:?}: nothing is written while it is paused");
+        for round in 0..6 {
+            let before = all_pages(vm.memory());
+            run_on(&vm, 40 + round * 100);
+            vm.stop().expect("stops");
+            // The VMM writes too: past the working set, where no vCPU does.
+            let own = layout.pages - 1 - round;
+            vm.spoil(own).expect("written");
+            let named = collected(&mut *log);
+            let now = all_pages(vm.memory());
+            let pages = before.chunks(PAGE_BYTES).zip(now.chunks(PAGE_BYTES));
+            let changed: Vec<_> = (0..)
+                .map(PageIndex)
+                .zip(pages)
+                .filter(|(_, (was, is))| was != is)
+                .map(|(page, _)| page)
+                .collect();
+            assert!(
+                changed.contains(&PageIndex(own as u32)) && changed.len() > 20,
+                "{config:?}: {changed:?}"
+            );
+            let missed: Vec<_> = changed.iter().filter(|page| !named.contains(page)).collect();
+            assert!(missed.is_empty(), "{config:?}: written and not named: {missed:?}");
+            if config.backing != BackingKind::Hugetlb || config.vcpu == VcpuKind::Kvm {
+                let quiet = layout.workload + layout.working_set..own;
+                let excess = named.iter().find(|page| quiet.contains(&u64::from(page.0)));
+                assert_eq!(excess, None, "{config:?}: named, and nobody wrote it");
+            }
+        }
+        log.stop().expect("stopped");
+        assert!(log.collect(&mut Vec::new()).is_err());
+        log.start().expect("again");
+        assert_eq!(collected(&mut *log), [], "{config:?}");
+    });
+}
+
+/// What is collected and copied while the VM runs, and once more when it is paused, is its memory.
+#[test]
+fn a_copy_kept_by_the_log_is_the_memory() {
+    every_kind(|config| {
+        let (config, vm, mut log) = writer(config);
+        vm.run().expect("runs");
+        log.start().expect("started");
+        let mut copy = all_pages(vm.memory());
+        let mut take = |named: Vec<PageIndex>| {
+            for page in &named {
+                let to = &mut copy[page.as_usize() * PAGE_BYTES..][..PAGE_BYTES];
+                vm.memory().guest().copy_out(PageRange::new(*page, 1), to).expect("a page");
+            }
+            named.len()
+        };
+        let mut rounds = 0;
+        while rounds < 50 {
+            rounds += usize::from(take(collected(&mut *log)) > 0);
+            assert_eq!(vm.stats().failure, None);
+        }
+        vm.pause().expect("pauses");
+        take(collected(&mut *log));
+        log.stop().expect("stopped");
+        assert_eq!(vm.stats().mismatches, 0, "{config:?}: the guest reads its own writes");
+        let now = all_pages(vm.memory());
+        let wrong = (0..).zip(copy.chunks(PAGE_BYTES).zip(now.chunks(PAGE_BYTES))).find(|(_, (a, b))| a != b);
+        assert_eq!(wrong.map(|(page, _): (u32, _)| page), None, "{config:?}: written and not named");
     });
 }
 

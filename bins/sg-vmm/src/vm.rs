@@ -6,7 +6,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
+use libsg::dirty::DirtyLog;
 use libsg::page::{PAGE_BYTES_U64, PageRange};
+use libsg::uffd::WriteLog;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 
@@ -14,7 +16,7 @@ use crate::clock::monotonic_ns;
 use crate::config::{Layout, VcpuKind, VmConfig};
 use crate::counters::{GuestStats, VcpuCounters};
 use crate::director::{Director, Gate};
-use crate::kvm::{KvmVm, raw, vcpu::KvmVcpu};
+use crate::kvm::{KvmVm, dirty::KvmDirtyLog, raw, vcpu::KvmVcpu};
 use crate::memory::Memory;
 use crate::saved::{SavedVm, Window};
 use crate::serial::Serial;
@@ -33,6 +35,8 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Vm {
     config: VmConfig,
     memory: Arc<Memory>,
+    /// `None` where the vCPUs are threads.
+    kvm: Option<Arc<KvmVm>>,
     gate: Arc<Gate>,
     counters: Vec<Arc<VcpuCounters>>,
     engine: Mutex<Engine>,
@@ -106,6 +110,7 @@ impl Vm {
         Ok(Self {
             config,
             memory,
+            kvm,
             gate,
             counters,
             engine: Mutex::new(Engine::Parked(vcpus)),
@@ -358,6 +363,16 @@ impl Vm {
         let counted = self.total(|c| &c.writes);
         let open = self.total(|c| &c.open_writes);
         (counted..=counted + open).contains(&verify::writes_in_shadow(&self.config, &self.memory))
+    }
+
+    /// What logs which pages it writes, the VMM's own writes included; not started.
+    #[must_use]
+    pub fn dirty_log(&self) -> Box<dyn DirtyLog> {
+        match &self.kvm {
+            Some(kvm) => Box::new(KvmDirtyLog::new(Arc::clone(kvm))),
+            // vCPUs that are threads write like the rest of this process.
+            None => Box::new(WriteLog::new(self.memory.guest())),
+        }
     }
 
     /// The VM has moved: nothing runs it here again. It is paused already.

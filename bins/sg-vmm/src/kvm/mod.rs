@@ -1,6 +1,7 @@
 //! The VM as KVM has it: guest memory, and vCPUs in 64-bit mode. No interrupt controller: the guest
 //! takes no interrupts.
 
+pub mod dirty;
 pub mod raw;
 pub mod state;
 pub mod vcpu;
@@ -19,7 +20,7 @@ pub struct KvmVm {
     cpuid: CpuId,
     msrs: Vec<u32>,
     /// Held so that it outlives `vm`.
-    _memory: Arc<Memory>,
+    memory: Arc<Memory>,
 }
 
 /// A [`libsg::Error`] of what KVM refused.
@@ -39,10 +40,10 @@ impl KvmVm {
         if kvm.check_extension_int(Cap::Xsave2) > size_of::<kvm_bindings::kvm_xsave>() as i32 {
             return Err(Error::new(ErrorKind::Vm, "this CPU has more extended state than is saved here"));
         }
-        raw::set_memory(&vm, &memory).map_err(refused("the guest's memory"))?;
+        raw::set_memory(&vm, &memory, false).map_err(refused("the guest's memory"))?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("CPU features"))?;
         let msrs = kvm.get_msr_index_list().map_err(refused("the list of MSRs"))?.as_slice().to_vec();
-        Ok(Self { vm, cpuid, msrs, _memory: memory })
+        Ok(Self { vm, cpuid, msrs, memory })
     }
 
     /// Whether KVM can be used here, and if not, why.

@@ -24,6 +24,10 @@ use crate::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 /// Pages that are protected again under one hold of the lock: for so long a writer may wait.
 const PAGES_AT_ONCE: u32 = 4096;
 
+/// Pages between two written ones that are protected with them, though they are: so many cost what one more
+/// request does.
+const GAP_PAGES_MAX: u32 = 16;
+
 /// The log while it runs.
 pub(super) struct Handling {
     shared: Arc<Shared>,
@@ -205,20 +209,27 @@ impl Shared {
         };
         let Some(first) = next(&noted, at.0, region_end) else { return Ok(PageIndex(region_end)) };
         let end = first.first.0.saturating_add(PAGES_AT_ONCE).min(region_end);
+        // What is to be protected by one request.
+        let mut piece = first;
         let mut run = Some(first);
-        let mut last = first;
         while let Some(some) = run {
             name(some);
-            last = some;
+            if some.first.0 - (piece.first.0 + piece.pages).min(some.first.0) > GAP_PAGES_MAX {
+                self.protect(window, piece)?;
+                piece = some;
+            }
+            piece.pages = some.first.0 + some.pages - piece.first.0;
             run = next(&noted, some.first.0 + some.pages, end);
         }
-        let whole = PageRange::new(first.first, last.first.0 + last.pages - first.first.0);
-        noted.remove(whole);
-        // What lies between is protected already: one request for all of it costs least.
-        let start = window.address + u64::from(whole.first.0 - window.first.0) * PAGE_BYTES_U64;
-        raw::protect(&self.descriptor, start, whole.pages as usize * PAGE_BYTES)
-            .map_err(|cause| failed(window, cause))?;
+        self.protect(window, piece)?;
+        noted.remove(PageRange::new(first.first, end - first.first.0));
         Ok(PageIndex(end))
+    }
+
+    fn protect(&self, window: &Window, range: PageRange) -> Result<()> {
+        let start = window.address + u64::from(range.first.0 - window.first.0) * PAGE_BYTES_U64;
+        raw::protect(&self.descriptor, start, range.pages as usize * PAGE_BYTES)
+            .map_err(|cause| failed(window, cause))
     }
 
     /// Lets every writer go, now and from now on.

@@ -228,10 +228,10 @@ fn replicate(case: &str, memory: &GuestMemory, log: &mut WriteLog, seed: u64, ro
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 3, ..ProptestConfig::default() })]
     /// No write is ever missed, whoever writes while it collects.
     #[test]
-    fn a_replica_kept_by_the_log_is_the_memory(seed: u64, rounds in 1_u32..60, few in 1_u32..600) {
+    fn a_replica_kept_by_the_log_is_the_memory(seed: u64, rounds in 1_u32..40, few in 1_u32..600) {
         every_way(|case, memory, mut log| {
             replicate(case, memory, &mut log, seed, rounds, few);
         });
