@@ -103,8 +103,9 @@ const LIMITED_PARTS: u32 = 5;
 /// Weight of one reading in the usual delay of calm times, and how much of it is allowed for.
 const USUAL_DELAY: (f64, f64) = (1.0 / 64.0, 2.0);
 
-/// The most that is allowed for.
-const USUAL_DELAY_MAX: Duration = Duration::from_millis(1);
+/// The most that is allowed for: as much of a queue of our own may stand unseen in front of faults. Simulated on a
+/// host whose readings are 0.3 ms late on average, 0.2 ms cost 1.8 % of the rate, 0.4 ms 0.5 %, 0.6 ms 0.1 %.
+const USUAL_DELAY_MAX: Duration = Duration::from_micros(500);
 
 /// Time over which the delivered rate is taken for everything but capacity, and its longest memory.
 const HISTORY_TIME: Duration = Duration::from_millis(500);

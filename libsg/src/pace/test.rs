@@ -23,6 +23,8 @@ struct Path {
     window: u64,
     /// Spikes, stalls of the sender, late acknowledgements.
     noise: bool,
+    /// How late readings are on average where no processor is free, seconds.
+    late_s: f64,
 }
 
 impl Path {
@@ -30,7 +32,7 @@ impl Path {
         let capacity = mbit * MBIT;
         let base_rtt = Duration::from_micros(50);
         let window = bytes_in(capacity, base_rtt + Duration::from_millis(8)).max(64 << 10);
-        Self { capacity, burst: 256 << 10, base_rtt, window, noise: false }
+        Self { capacity, burst: 256 << 10, base_rtt, window, noise: false, late_s: 0.0 }
     }
 
     fn base_rtt_us(mut self, micros: u64) -> Self {
@@ -70,6 +72,7 @@ struct Sim {
     ticked_at: Instant,
     stalled_until: Instant,
     acks_held_until: Instant,
+    late: f64,
     /// Bytes/s of a competing flow, share of the capacity that we have data for, added to the round trip.
     competing: f64,
     demand: f64,
@@ -96,6 +99,7 @@ impl Sim {
             ticked_at: start,
             stalled_until: start,
             acks_held_until: start,
+            late: 0.0,
             competing: 0.0,
             demand: f64::MAX,
             added_rtt: Duration::ZERO,
@@ -201,6 +205,8 @@ impl Sim {
             if self.random() < 0.03 {
                 delay += self.random() * 5e-3;
             }
+            self.late = 0.6 * self.late - 0.4 * self.path.late_s * self.random().max(1e-9).ln();
+            delay += self.late;
         }
         let lump = 65536.0f64.min(self.path.capacity as f64 / 1000.0);
         let reading = Reading {
@@ -250,6 +256,16 @@ fn hovers_on_a_busy_host() {
     for mbit in [100, 256, 1_000] {
         for seed in 1..6 {
             hovers(Path::new(mbit).noisy(), seed, 0.95, 100, 2_000);
+        }
+    }
+}
+
+#[test]
+fn hovers_on_a_host_without_a_free_processor() {
+    for late_us in [100, 200, 300] {
+        for seed in 1..6 {
+            let late_s = f64::from(late_us) * 1e-6;
+            hovers(Path { late_s, burst: 64 << 10, ..Path::new(1_000).noisy() }, seed, 0.965, 100, 2_000);
         }
     }
 }
