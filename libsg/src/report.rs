@@ -10,6 +10,10 @@ use crate::error::{Error, ErrorKind};
 use crate::latency::LatencyHistogram;
 use crate::page::{PAGE_BYTES_U64, PageRange};
 
+mod beside;
+
+pub use beside::{Cotenant, CpuPerGib, Latencies, Neighbour, Pressure};
+
 /// Version of the report's keys: raised when one changes its meaning. Keys are added freely.
 pub const SCHEMA: u32 = 1;
 
@@ -199,6 +203,9 @@ pub struct Sample {
     pub evicted_percent: Option<f64>,
     /// Share of the volume's pages that the destination holds.
     pub gathered_percent: Option<f64>,
+    /// What 19 of 20 answers of the last second to a co-tenant's client took at most, by the host it shares.
+    #[serde(default)]
+    pub cotenants_p95_us: BTreeMap<String, f64>,
 }
 
 /// Why the VM was paused, in the modes that send it in rounds while it runs.
@@ -348,6 +355,12 @@ pub struct Report {
     pub peak_rss_bytes: Ends<u64>,
     /// From the allocation sizes.
     pub bookkeeping_bytes_per_page: Ends<f64>,
+    /// Cost in processor time by role, beside a plain stream's.
+    pub cpu_s_per_gib: CpuPerGib,
+    /// Services that share hosts with the migration.
+    pub cotenants: Vec<Cotenant>,
+    /// The destination's memory limit, where it has one.
+    pub destination_memory: Option<Pressure>,
     /// Each 100 ms.
     pub samples: Vec<Sample>,
     /// With several VMs, each one's report.
@@ -422,85 +435,4 @@ fn sum(a: Option<u64>, b: Option<u64>) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod test {
-    use super::*;
-    use crate::page::PageIndex;
-
-    #[test]
-    fn status_is_a_word_or_an_object() {
-        let lost = Error::new(ErrorKind::Lost, "gone").about([PageRange::new(PageIndex(7), 2)]);
-        for (status, json) in [
-            (Status::Ok, r#""ok""#),
-            (
-                Status::from(&lost),
-                r#"{"kind":"lost","message":"gone (pages 7-8)","lost":[{"first":7,"pages":2}]}"#,
-            ),
-        ] {
-            assert_eq!(serde_json::to_string(&status).expect("encodes"), json);
-            assert_eq!(serde_json::from_str::<Status>(json).expect("decodes"), status);
-        }
-    }
-
-    #[test]
-    fn every_key_is_there_without_a_value() {
-        let json = serde_json::to_value(Report::merged(None, None)).expect("encodes");
-        for key in "schema status mode seed transport link_mbps line_rate_bound_s eviction_s \
-                    total_migration_s downtime_s pages bytes faults guest intermediaries cpu_s \
-                    peak_rss_bytes bookkeeping_bytes_per_page samples vms host rounds rounds_ended"
-            .split_whitespace()
-        {
-            assert!(json.get(key).is_some(), "{key} is absent");
-        }
-        assert!(json["pages"]["staged"].is_null());
-        assert!(json["cpu_s"]["source"].is_null());
-    }
-
-    #[test]
-    fn merging_takes_each_value_from_who_knows_it() {
-        let source = SourceReport {
-            eviction_s: Some(2.0),
-            downtime_s: Some(0.01),
-            pages: Pages { total: Some(10), staged: Some(6), direct: Some(4), ..Pages::default() },
-            bytes: Bytes { direct: Some(400), staged: Some(600), wire_total: Some(1010), ..Bytes::default() },
-            intermediaries: vec![Intermediary {
-                id: "i1".into(),
-                bytes_in: Some(600),
-                ..Intermediary::default()
-            }],
-            cpu_s: Some(0.5),
-            ..SourceReport::default()
-        };
-        let destination = DestinationReport {
-            total_migration_s: Some(8.0),
-            pages: Pages { faulted: Some(3), staged: Some(5), ..Pages::default() },
-            bytes: Bytes { gathered: Some(600), wire_total: Some(620), ..Bytes::default() },
-            intermediaries: vec![Intermediary {
-                id: "i1".into(),
-                bytes_out: Some(600),
-                ..Intermediary::default()
-            }],
-            ..DestinationReport::default()
-        };
-        let report = Report::merged(Some(&source), Some(&destination));
-        assert_eq!(report.eviction_s, Some(2.0));
-        assert_eq!(report.total_migration_s, Some(8.0));
-        assert_eq!((report.pages.staged, report.pages.faulted), (Some(6), Some(3)));
-        assert_eq!((report.bytes.gathered, report.bytes.wire_total), (Some(600), Some(1630)));
-        assert_eq!(
-            (report.intermediaries[0].bytes_in, report.intermediaries[0].bytes_out),
-            (Some(600), Some(600))
-        );
-        let mut timed = report.clone();
-        timed.pages.present = Some(1000);
-        timed.pages.zero = Some(500);
-        timed.set_link(4.096);
-        assert_eq!(timed.line_rate_bound_s.map(|s| (s * 1e6).round()), Some(4e6));
-        assert_eq!(report.cpu_s, Ends { source: Some(0.5), destination: None });
-
-        let lost = DestinationReport {
-            status: Status::from(&Error::new(ErrorKind::Lost, "gone")),
-            ..DestinationReport::default()
-        };
-        assert_eq!(Report::merged(Some(&source), Some(&lost)).status, lost.status);
-    }
-}
+mod test;

@@ -1,12 +1,13 @@
 //! The command line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::events::{Harm, Injection, When};
 use crate::lab::node::INTERMEDIARIES_MAX;
-use crate::lab::{CongestionControl, LabSpec, Queue};
+use crate::lab::{CongestionControl, LabSpec, Node, Queue};
 use libsg::units::{Rate, Size};
 
 /// Migration experiments in network namespaces, acceptance rows and micro-benchmarks
@@ -33,6 +34,41 @@ pub enum Command {
     Micro,
     /// Builds the hosts and measures their links, without any VM
     Link(LabArgs),
+    /// What runs beside a migration starts by itself
+    #[command(subcommand, hide = true)]
+    Beside(Beside),
+}
+
+/// Processes that an experiment runs beside the migration.
+#[derive(Subcommand)]
+pub enum Beside {
+    /// Answers requests
+    Service {
+        /// Where
+        #[arg(long)]
+        listen: SocketAddr,
+    },
+    /// Sends requests at a fixed rate, and prints how long each took
+    Client {
+        /// To whom
+        #[arg(long)]
+        to: SocketAddr,
+        /// Requests a second
+        #[arg(long)]
+        rate: u32,
+    },
+    /// Ranks a graph again and again, and prints how long each pass took
+    Neighbour {
+        /// Of what size
+        #[arg(long)]
+        memory: Size,
+        /// What the graph comes from
+        #[arg(long)]
+        seed: u64,
+        /// The `cgroup.procs` to enter before any memory is taken
+        #[arg(long)]
+        procs: Option<PathBuf>,
+    },
 }
 
 /// The hosts and their links.
@@ -72,6 +108,7 @@ impl LabArgs {
             queue: self.queue,
             cc: self.cc,
             shape: self.shape,
+            client: false,
             destination_memory,
         }
     }
@@ -94,7 +131,10 @@ pub struct AcceptArgs {
     /// Only this row (repeatable)
     #[arg(long, value_name = "NAME")]
     pub row: Vec<String>,
-    /// Only says which rows there are
+    /// Only the rows of this issue
+    #[arg(long, value_name = "2|3", value_parser = clap::value_parser!(u8).range(2..=3))]
+    pub issue: Option<u8>,
+    /// Only says which rows there are, and about how long each takes
     #[arg(long)]
     pub list: bool,
     /// Runs of each experiment
@@ -172,6 +212,19 @@ pub struct MigrateArgs {
     /// Memory of the destination (a cgroup); the rest goes to a swap file
     #[arg(long, value_name = "SIZE")]
     pub destination_memory: Option<Size>,
+    /// Memory-hungry neighbours of the destination, under its memory limit: each ranks a graph again and again
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "destination_memory", value_parser = clap::value_parser!(u8).range(..=8))]
+    pub neighbours: u8,
+    /// Memory of each neighbour
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = neighbour_memory)]
+    pub neighbour_memory: Size,
+    /// A service that shares these hosts, and a client of it on a further host, measured before and during the
+    /// migration [default where none is named: destination,i1]
+    #[arg(long, value_name = "NODE,…", num_args = 0..=1, value_delimiter = ',')]
+    pub cotenant: Option<Vec<Node>>,
+    /// Requests a second to each co-tenant, each answered with 4 KiB
+    #[arg(long, value_name = "N", default_value_t = 250, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub cotenant_rate: u32,
     /// So many equal VMs at once
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
     pub vms: u8,
@@ -321,9 +374,21 @@ impl MigrateArgs {
 
     /// The lab to build.
     pub fn lab_spec(&self) -> LabSpec {
-        // Everything that does not fit must fit into swap, with room for the process itself.
-        let swap = Size(self.vm.memory.0 * u64::from(self.vms) + (256 << 20));
-        self.lab.spec(self.destination_memory.map(|limit| (limit, swap)))
+        // Everything that does not fit must fit into swap, with room for the processes themselves.
+        let neighbours = (self.neighbour_memory.0 + (16 << 20)) * u64::from(self.neighbours);
+        let swap = Size(self.vm.memory.0 * u64::from(self.vms) + neighbours + (256 << 20));
+        let spec = self.lab.spec(self.destination_memory.map(|limit| (limit, swap)));
+        LabSpec { client: self.cotenant.is_some(), ..spec }
+    }
+
+    /// Which hosts have a co-tenant.
+    pub fn cotenants(&self) -> Vec<Node> {
+        match self.cotenant.as_deref() {
+            None => Vec::new(),
+            Some([]) if self.lab.intermediaries > 0 => vec![Node::Destination, Node::Intermediary(1)],
+            Some([]) => vec![Node::Destination],
+            Some(nodes) => nodes.to_vec(),
+        }
     }
 
     /// What destinations and intermediaries will take between them, if it is to be ready: all of the memory each,
@@ -362,6 +427,12 @@ fn fraction(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|f| (0.0..=1.0).contains(f)).ok_or_else(|| "not a number from 0 to 1".into())
 }
 
+fn neighbour_memory(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse().map_err(|error| format!("{error}"))?;
+    // A graph has at most 2^32 edges.
+    if ((1 << 20)..=(16 << 30)).contains(&size.0) { Ok(size) } else { Err("not from 1M to 16G".into()) }
+}
+
 fn on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
@@ -382,14 +453,37 @@ mod test {
 
     #[test]
     fn wrong_values_are_refused_before_anything_is_built() {
-        for wrong in
-            ["--workload=x", "--zero-fraction=2", "--vms=0", "--repeat=0", "--kill=i1", "--memory=1X"]
-        {
+        for wrong in [
+            "--workload=x",
+            "--zero-fraction=2",
+            "--vms=0",
+            "--repeat=0",
+            "--kill=i1",
+            "--memory=1X",
+            "--cotenant=client",
+            "--neighbours=2",
+            "--neighbour-memory=1K",
+        ] {
             assert!(Cli::try_parse_from(["sg-bench", "migrate", wrong]).is_err(), "{wrong}");
         }
         let plain = MigrateArgs::new();
         assert_eq!((plain.vm.memory, plain.lab.intermediaries, plain.vms), (Size(1 << 30), 2, 1));
         assert!(plain.injections().is_empty());
+    }
+
+    #[test]
+    fn cotenants_are_where_they_are_wanted() {
+        let of = |line: &str| {
+            let words = ["sg-bench", "migrate"].into_iter().chain(line.split_whitespace());
+            let Ok(Cli { command: Command::Migrate(args) }) = Cli::try_parse_from(words) else {
+                panic!("{line}")
+            };
+            (args.cotenants(), args.lab_spec().client)
+        };
+        assert_eq!(of(""), (vec![], false));
+        assert_eq!(of("--cotenant --vms 2"), (vec![Node::Destination, Node::Intermediary(1)], true));
+        assert_eq!(of("--cotenant --intermediaries 0"), (vec![Node::Destination], true));
+        assert_eq!(of("--cotenant i2,source"), (vec![Node::Intermediary(2), Node::Source], true));
     }
 
     #[test]

@@ -7,11 +7,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use libsg::report::{Guest, Host, Report, Status};
 
+use crate::beside::Beside;
 use crate::cli::{MigrateArgs, Until};
 use crate::cluster::Cluster;
+use crate::cost::Meter;
 use crate::events::Events;
-use crate::follow::Following;
+use crate::follow::{Following, Watched};
 use crate::lab::{Lab, Node, Reserve};
+use crate::stream::Cost;
 use crate::ui::Ui;
 use crate::{interrupt, micro, stream};
 use libsg::units::Rate;
@@ -21,6 +24,8 @@ struct Links {
     mbps: f64,
     sinks_mbps: BTreeMap<String, f64>,
     idle_fault_us: f64,
+    /// Of a plain stream over them.
+    cost: Cost,
 }
 
 /// Runs one experiment.
@@ -28,25 +33,49 @@ struct Links {
 /// # Errors
 /// When it could not be carried out, or was interrupted. A migration that fails is a report.
 pub fn run(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
+    run_if(args, ui, |_| Ok(()))
+}
+
+/// Runs one experiment where its links are what they were set to.
+///
+/// # Errors
+/// [`Unfit`] where they are not, before a VM was started; and as [`run`].
+pub fn run_on_fit_links(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
+    run_if(args, ui, |links| {
+        if fit(args, links.mbps, &links.sinks_mbps) { Ok(()) } else { bail!(Unfit(links.to_string())) }
+    })
+}
+
+fn run_if(args: &MigrateArgs, ui: &mut Ui, links_do: impl FnOnce(&Links) -> Result<()>) -> Result<Report> {
     ensure!(
         args.lab.shape || (args.cut.is_empty() && args.mend.is_empty()),
         "--cut and --mend need namespaces: without (--shape off) there is no link to cut"
     );
     let lab = Lab::create(&args.lab_spec())?;
     let links = measure(&lab, args)?;
+    links_do(&links)?;
     let (events, occurred) = Events::new(args.events.as_deref(), args.injections())?;
     // Before the VM is there: its guest would work meanwhile, and that is no part of the run.
+    let mut beside = Beside::start(&lab, args)?;
     let mut reserve = Reserve::fill(args.memory_needed())?;
     let mut cluster = Cluster::start(&lab, args, &events)?;
     interrupt::check()?;
+    beside.measure_before()?;
     reserve.hand_out()?;
+    beside.note_start(&lab);
+    let mut meter = Meter::default();
+    meter.note_start(&cluster);
     let start = cluster.go(args)?;
     let mut following = Following::new(args, start, &occurred);
-    let followed = following.follow(&lab, &mut cluster, ui);
+    let followed = following.follow(&lab, &mut cluster, Watched { beside: &beside, meter: &mut meter }, ui);
     ui.end();
     if let Err(error) = followed {
         return Err(if error.is::<interrupt::Interrupted>() { error } else { error.context(cluster.logs()) });
     }
+    let host = following.host();
+    let end = following.length();
+    let cotenants = beside.cotenants(start, host.eviction_s.map(Duration::from_secs_f64), end);
+    let pressure = beside.pressure(&lab, start, end);
     let mut reports = following.reports(&mut cluster, args.until)?;
     for report in &mut reports {
         report.set_link(links.mbps);
@@ -54,12 +83,14 @@ pub fn run(args: &MigrateArgs, ui: &mut Ui) -> Result<Report> {
         report.idle_fault_us = Some(links.idle_fault_us);
         add_usage(report, &cluster);
     }
+    let cost = meter.per_gib(&reports, links.cost);
     let failed = reports.iter().any(|report| report.status != Status::Ok);
     if failed {
         ui.say(&cluster.logs());
     }
     cluster.stop(failed || args.until == Until::Evicted)?;
-    Ok(whole(reports, following.host()))
+    let whole = whole(reports, host);
+    Ok(Report { cpu_s_per_gib: cost, cotenants, destination_memory: pressure, ..whole })
 }
 
 fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
@@ -69,7 +100,7 @@ fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
         Rate::UNLIMITED => u64::MAX,
         Rate(bits) => bits,
     };
-    let sinks = || lab.nodes().iter().copied().filter(|node| *node != Node::Source);
+    let sinks = || lab.nodes().iter().copied().filter(|node| !matches!(node, Node::Source | Node::Client));
     let best = sinks().rev().max_by_key(|node| speed(*node)).context("a lab has a destination")?;
     let mut sinks_mbps = BTreeMap::new();
     for node in sinks().filter(|node| spec.shape && speed(*node) < speed(Node::Source)) {
@@ -77,16 +108,47 @@ fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
         let best = stream::in_band_mbps(lab, node, spec.rate_of(node).as_mbps())?;
         sinks_mbps.insert(node.to_string(), best);
     }
+    let mbps = stream::link_mbps(lab, Node::Source, best)?;
     Ok(Links {
-        mbps: stream::link_mbps(lab, Node::Source, best)?,
+        mbps,
+        cost: stream::into_fresh_memory_of(lab, Node::Source, best, cost_bytes(mbps))?,
         sinks_mbps,
         idle_fault_us: stream::idle_round_trip_us(lab, Node::Destination, Node::Source)?
             + micro::install_us()?,
     })
 }
 
-/// Whether a run's links measured what they were set to ([`stream::BAND`]).
+/// How long the stream is whose cost is measured: half a second, or what that comes to at 1 Gb/s.
+fn cost_bytes(mbps: f64) -> usize {
+    (mbps.min(1000.0) * 1e6 / 8.0 / 2.0) as usize
+}
+
+/// A run that was not made: its links do not measure what they were set to ([`stream::BAND`]).
+#[derive(Debug)]
+pub struct Unfit(String);
+
+impl std::fmt::Display for Unfit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (least, most) = (stream::BAND.start(), stream::BAND.end());
+        write!(f, "a link is outside {least} to {most} of what it is set to: {}", self.0)
+    }
+}
+
+impl std::error::Error for Unfit {}
+
+impl std::fmt::Display for Links {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.0} Mb/s", self.mbps)?;
+        self.sinks_mbps.iter().try_for_each(|(node, mbps)| write!(f, ", {node} {mbps:.0} Mb/s"))
+    }
+}
+
+/// Whether a run's links measured what they were set to.
 pub fn link_is_fit(args: &MigrateArgs, report: &Report) -> bool {
+    report.link_mbps.is_some_and(|mbps| fit(args, mbps, &report.sinks_mbps))
+}
+
+fn fit(args: &MigrateArgs, mbps: f64, sinks_mbps: &BTreeMap<String, f64>) -> bool {
     let spec = args.lab_spec();
     let fastest_sink = if spec.intermediaries > 0 {
         fastest(spec.destination_rate, spec.intermediary_rate)
@@ -101,11 +163,10 @@ pub fn link_is_fit(args: &MigrateArgs, report: &Report) -> bool {
         (false, false) => spec.link_rate.min(fastest_sink),
     };
     let fits = |mbps: f64, rate: Rate| stream::BAND.contains(&(mbps / rate.as_mbps()));
-    let sinks = report
-        .sinks_mbps
-        .iter()
-        .all(|(name, mbps)| name.parse::<Node>().is_ok_and(|node| fits(*mbps, spec.rate_of(node))));
-    sinks && report.link_mbps.is_some_and(|mbps| fits(mbps, nominal))
+    let fits_its_own = |(name, mbps): (&String, &f64)| {
+        name.parse::<Node>().is_ok_and(|node| fits(*mbps, spec.rate_of(node)))
+    };
+    sinks_mbps.iter().all(fits_its_own) && fits(mbps, nominal)
 }
 
 fn fastest(a: Rate, b: Rate) -> Rate {
@@ -182,7 +243,7 @@ pub fn time_limit(args: &MigrateArgs) -> Duration {
         .min()
         .unwrap_or(Rate::mbit(400));
     let bits = args.vm.memory.0 * u64::from(args.vms) * 8;
-    let swapping = if args.destination_memory.is_some() { 300 } else { 0 };
+    let swapping = if args.destination_memory.is_some() { 300 + 120 * u64::from(args.neighbours) } else { 0 };
     match args.until {
         // Nothing is slow any more once the source has evicted.
         Until::Gathered if args.lift_at_evicted => {
@@ -298,12 +359,22 @@ mod test {
     #[test]
     fn a_link_counts_from_93_to_97_percent() {
         let mut args = MigrateArgs::new();
-        assert!(link_is_fit(&args, &report(1.0)));
+        let cost = Cost { mbps: 950.0, send_cpu_s_per_gib: 1.0, receive_cpu_s_per_gib: 1.0 };
+        let mut links = Links { mbps: 950.0, sinks_mbps: BTreeMap::new(), idle_fault_us: 50.0, cost };
+        assert!(fit(&args, links.mbps, &links.sinks_mbps));
+        links.mbps = 920.0;
+        assert!(!fit(&args, links.mbps, &links.sinks_mbps));
+        links.mbps = 950.0;
         args.lab.intermediary_rate = Some(Rate::mbit(200));
         args.lab.destination_rate = Some(Rate::mbit(100));
-        assert!(!link_is_fit(&args, &report(1.0)), "the fastest sink takes 200 Mb/s");
+        assert!(!fit(&args, links.mbps, &links.sinks_mbps), "the fastest sink takes 200 Mb/s");
         args.lab.shape = false;
-        assert!(link_is_fit(&args, &report(1.0)));
+        assert!(fit(&args, links.mbps, &links.sinks_mbps));
+        args.lab.shape = true;
+        links.mbps = 190.0;
+        links.sinks_mbps = [("destination".to_owned(), 95.0), ("i1".to_owned(), 180.0)].into();
+        assert!(!fit(&args, links.mbps, &links.sinks_mbps), "i1 is slow");
+        assert_eq!(links.to_string(), "190 Mb/s, destination 95 Mb/s, i1 180 Mb/s");
     }
 
     #[test]

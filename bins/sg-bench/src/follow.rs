@@ -9,8 +9,10 @@ use libsg::report::{Bytes, DestinationReport, Failure, Guest, Host, Report, Samp
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::beside::Beside;
 use crate::cli::{MigrateArgs, Until};
 use crate::cluster::{Cluster, Pair};
+use crate::cost::Meter;
 use crate::events::{Harm, Occurred};
 use crate::experiment::time_limit;
 use crate::interrupt;
@@ -58,46 +60,61 @@ impl Failures {
     }
 }
 
+/// What is watched beside the migration.
+pub struct Watched<'a> {
+    /// Co-tenants and neighbours.
+    pub beside: &'a Beside,
+    /// Processor time.
+    pub meter: &'a mut Meter,
+}
+
 /// A run that goes on.
 pub struct Following<'a> {
     args: &'a MigrateArgs,
     start: Instant,
     occurred: &'a Receiver<Occurred>,
     vms: Vec<Followed>,
+    /// When limits were lifted, or else the end of the run.
+    end: Option<Instant>,
 }
 
 impl<'a> Following<'a> {
     /// From its start.
     pub fn new(args: &'a MigrateArgs, start: Instant, occurred: &'a Receiver<Occurred>) -> Self {
         let vms = (0..args.vms).map(|_| Followed::default()).collect();
-        Self { args, start, occurred, vms }
+        Self { args, start, occurred, vms, end: None }
     }
 
     /// To its end: evicted or gathered, as the arguments want, or failed.
     ///
     /// # Errors
     /// A process ended that nobody killed, the run takes too long, or was interrupted.
-    pub fn follow(&mut self, lab: &Lab, cluster: &mut Cluster, ui: &mut Ui) -> Result<()> {
+    pub fn follow(&mut self, lab: &Lab, cluster: &mut Cluster, watched: Watched, ui: &mut Ui) -> Result<()> {
         let limit = time_limit(self.args);
         let mut next_sample = self.start;
         let mut to_lift = self.args.lift_at_evicted;
         loop {
             interrupt::check()?;
             self.take_events(next_sample, ui);
-            if to_lift && self.vms.iter().all(|vm| vm.evicted.is_some()) {
-                to_lift = false;
-                lab.lift()?;
-                cluster.lift()?;
+            if self.vms.iter().all(|vm| vm.evicted.is_some()) {
+                watched.meter.note_evicted(cluster);
+                if std::mem::take(&mut to_lift) {
+                    self.end = Some(Instant::now());
+                    lab.lift()?;
+                    cluster.lift()?;
+                }
             }
             if self.is_over() {
+                self.end.get_or_insert_with(Instant::now);
                 // The last sample shows the end.
-                self.sample(cluster, ui);
+                self.sample(cluster, watched.beside, ui);
                 return Ok(());
             }
             if Instant::now() >= next_sample {
                 next_sample = Instant::now() + SAMPLE_EVERY;
-                self.sample(cluster, ui);
+                self.sample(cluster, watched.beside, ui);
                 self.check_processes(cluster)?;
+                watched.beside.check()?;
                 self.see_who_left(cluster, ui);
             }
             if self.start.elapsed() > limit {
@@ -192,11 +209,13 @@ impl<'a> Following<'a> {
         Ok(())
     }
 
-    fn sample(&mut self, cluster: &mut Cluster, ui: &mut Ui) {
+    fn sample(&mut self, cluster: &mut Cluster, beside: &Beside, ui: &mut Ui) {
         let t_s = self.start.elapsed().as_secs_f64();
+        let cotenants_p95_us = beside.recent_p95_us();
         for (pair, vm) in cluster.pairs.iter_mut().zip(&mut self.vms) {
             let before = vm.samples.last().cloned().unwrap_or_default();
-            vm.samples.push(sample_of(pair, &before, t_s, vm.evicted.is_some()));
+            let sample = sample_of(pair, &before, t_s, vm.evicted.is_some());
+            vm.samples.push(Sample { cotenants_p95_us: cotenants_p95_us.clone(), ..sample });
         }
         let latest: Vec<&Sample> = self.vms.iter().filter_map(|vm| vm.samples.last()).collect();
         ui.show(&together(&latest, t_s));
@@ -209,6 +228,11 @@ impl<'a> Following<'a> {
             reports.push(report_of(pair, vm, self.args, self.start, until)?);
         }
         Ok(reports)
+    }
+
+    /// From the start to the end of the run, or to where limits were lifted: from there on it is another one.
+    pub fn length(&self) -> Duration {
+        self.end.map_or_else(|| self.start.elapsed(), |end| end - self.start)
     }
 
     /// First start to the last VM's end.
@@ -255,6 +279,7 @@ fn sample_of(pair: &mut Pair, before: &Sample, t_s: f64, evicted: bool) -> Sampl
         faults: to.faults.or(before.faults),
         evicted_percent: evicted_percent.or(before.evicted_percent),
         gathered_percent: to.gathered_percent.or(before.gathered_percent),
+        ..Sample::default()
     }
 }
 
@@ -277,6 +302,7 @@ fn together(samples: &[&Sample], t_s: f64) -> Sample {
         faults: sum(|s| s.faults),
         evicted_percent: mean(|s| s.evicted_percent),
         gathered_percent: mean(|s| s.gathered_percent),
+        cotenants_p95_us: samples.first().map(|s| s.cotenants_p95_us.clone()).unwrap_or_default(),
     }
 }
 

@@ -5,9 +5,11 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 mod accept;
+mod beside;
 mod cli;
 mod cluster;
 mod control;
+mod cost;
 mod demo;
 mod events;
 mod experiment;
@@ -38,6 +40,14 @@ fn main() -> ExitCode {
         cli::Command::Paper(args) => paper::run(&args),
         cli::Command::Micro => micro::run().map(|()| 0),
         cli::Command::Link(args) => link::run(&args).map(|()| 0),
+        cli::Command::Beside(what) => match what {
+            cli::Beside::Service { listen } => beside::service::run(listen),
+            cli::Beside::Client { to, rate } => beside::client::run(to, rate),
+            cli::Beside::Neighbour { memory, seed, procs } => {
+                beside::neighbour::run(memory, seed, procs.as_deref())
+            }
+        }
+        .map(|()| 0),
     });
     match done {
         Ok(code) => ExitCode::from(code),

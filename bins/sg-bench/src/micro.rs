@@ -31,7 +31,7 @@ pub fn run() -> Result<()> {
     for at_once in BATCHES {
         told(&format!("install, pages at once: {at_once}"), || install(at_once))?;
     }
-    let fresh_mbps = stream::into_fresh_memory_mbps(BYTES as usize)?;
+    let fresh_mbps = stream::into_fresh_memory(BYTES as usize)?.mbps;
     println!("{:40} {:8.2} GB/s", "plain stream into fresh memory", fresh_mbps / 8e3);
     // The connection and the slots are warm from the second time on.
     let mut plain = Plain::start(PAGES)?;

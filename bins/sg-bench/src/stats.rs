@@ -14,6 +14,12 @@ pub fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
+/// The least value that so many percent are not above; `None` of nothing. The values are in order.
+pub fn percentile(sorted: &[f64], percent: f64) -> Option<f64> {
+    let rank = (sorted.len() as f64 * percent / 100.0).ceil() as usize;
+    sorted.get(rank.saturating_sub(1)).copied()
+}
+
 /// The smallest and the largest value.
 pub fn spread(values: &[f64]) -> Option<(f64, f64)> {
     let least = values.iter().copied().reduce(f64::min)?;
@@ -60,6 +66,9 @@ mod test {
         assert_eq!(median(&[f64::NAN, 5.0]), Some(5.0));
         assert_eq!(spread(&[3.0, 1.0, 2.0]), Some((1.0, 3.0)));
         assert_eq!(spread(&[]), None);
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!([50.0, 99.0, 100.0].map(|p| percentile(&hundred, p)), [50.0, 99.0, 100.0].map(Some));
+        assert_eq!((percentile(&[7.0], 1.0), percentile(&[], 50.0)), (Some(7.0), None));
     }
 
     #[test]

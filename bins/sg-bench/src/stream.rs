@@ -118,37 +118,69 @@ pub fn idle_round_trip_us(lab: &Lab, client: Node, server: Node) -> Result<f64> 
     })
 }
 
-/// The throughput, in megabits a second, of one plain TCP stream over loopback from memory that was written
-/// into memory that was never touched.
-pub fn into_fresh_memory_mbps(bytes: usize) -> Result<f64> {
-    let source = vec![0xa5; bytes];
-    let mut reserve = Reserve::fill(Size(bytes as u64 + bytes as u64 / 4))?;
+/// What a plain stream cost.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct Cost {
+    /// Its throughput.
+    pub mbps: f64,
+    /// User + system seconds a GiB at its sender.
+    pub send_cpu_s_per_gib: f64,
+    /// The same at its receiver.
+    pub receive_cpu_s_per_gib: f64,
+}
+
+/// One plain TCP stream over loopback from memory that was written into memory that was never touched.
+pub fn into_fresh_memory(bytes: usize) -> Result<Cost> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let sender = TcpStream::connect(listener.local_addr()?)?;
     let (receiver, _) = listener.accept()?;
+    fresh_stream(&sender, &receiver, bytes)
+}
+
+/// The same from one host to another.
+pub fn into_fresh_memory_of(lab: &Lab, from: Node, to: Node, bytes: usize) -> Result<Cost> {
+    let (sender, receiver) = connect(lab, from, to)?;
+    fresh_stream(&sender, &receiver, bytes)
+}
+
+fn fresh_stream(sender: &TcpStream, receiver: &TcpStream, bytes: usize) -> Result<Cost> {
+    let source = vec![0xa5; bytes];
+    let mut reserve = Reserve::fill(Size(bytes as u64 + bytes as u64 / 4))?;
     reserve.hand_out()?;
+    let per_gib = |cpu: Duration| cpu.as_secs_f64() * (1_u64 << 30) as f64 / bytes as f64;
     std::thread::scope(|scope| {
-        let receiving = scope.spawn(move || -> Result<Duration> {
+        let receiving = scope.spawn(move || -> Result<(Duration, Duration)> {
             let mut fresh: Vec<u8> = Vec::with_capacity(bytes);
-            let start = Instant::now();
-            while rustix::io::read(&receiver, rustix::buffer::spare_capacity(&mut fresh))? != 0 {}
+            let (start, cpu) = (Instant::now(), thread_cpu()?);
+            while rustix::io::read(receiver, rustix::buffer::spare_capacity(&mut fresh))? != 0 {}
             anyhow::ensure!(fresh.len() == bytes, "the plain stream ended early");
-            Ok(start.elapsed())
+            Ok((start.elapsed(), thread_cpu()?.saturating_sub(cpu)))
         });
-        let mut sender_ref = &sender;
+        let (mut sending, cpu) = (sender, thread_cpu()?);
         for batch in source.chunks(BATCH_PAGES * PAGE_BYTES) {
             let mut pages: Vec<IoSlice> = batch.chunks(PAGE_BYTES).map(IoSlice::new).collect();
             let mut left = &mut pages[..];
             while !left.is_empty() {
-                let n = sender_ref.write_vectored(left)?;
+                let n = sending.write_vectored(left)?;
                 IoSlice::advance_slices(&mut left, n);
             }
         }
-        sender.shutdown(Shutdown::Write)?;
-        let time =
+        sending.shutdown(Shutdown::Write)?;
+        let sent_cpu = thread_cpu()?.saturating_sub(cpu);
+        let (time, received_cpu) =
             receiving.join().map_err(|_| anyhow::anyhow!("the plain stream's receiver panicked"))??;
-        Ok(mbps(bytes as u64, time))
+        Ok(Cost {
+            mbps: mbps(bytes as u64, time),
+            send_cpu_s_per_gib: per_gib(sent_cpu),
+            receive_cpu_s_per_gib: per_gib(received_cpu),
+        })
     })
+}
+
+/// User + system time of this thread so far.
+fn thread_cpu() -> Result<Duration> {
+    use rustix::time::{ClockId, clock_gettime};
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).context("the thread's clock")
 }
 
 /// A connection made by `from` to `to`: its two ends.
@@ -174,6 +206,7 @@ mod test {
 
     #[test]
     fn a_stream_into_fresh_memory_arrives_whole() {
-        assert!(into_fresh_memory_mbps(4 << 20).expect("loopback") > 0.0);
+        let cost = into_fresh_memory(4 << 20).expect("loopback");
+        assert!(cost.mbps > 0.0 && cost.send_cpu_s_per_gib > 0.0 && cost.receive_cpu_s_per_gib > 0.0);
     }
 }

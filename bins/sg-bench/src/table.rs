@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use libsg::report::{Report, Status};
+use libsg::page::PAGE_BYTES_U64;
+use libsg::report::{Cotenant, Latencies, Neighbour, Pressure, Report, Status};
 
 /// How a figure is shown.
 type Cell = fn(&Report) -> String;
@@ -28,11 +29,48 @@ pub fn of(reports: &[(&str, &Report)]) -> String {
         let titles: String = reports.iter().map(|(title, _)| format!("{title:>22}")).collect();
         let _ = writeln!(text, "{:22}{titles}", "");
     }
-    for (name, cell) in rows {
+    let mut line = |name: &str, cell: &dyn Fn(&Report) -> String| {
         let cells: String = reports.iter().map(|(_, report)| format!("{:>22}", cell(report))).collect();
         let _ = writeln!(text, "{name:22}{cells}");
+    };
+    for (name, cell) in rows {
+        line(name, &cell);
+    }
+    let mut nodes: Vec<_> = reports.iter().flat_map(|(_, r)| &r.cotenants).map(|c| &c.node).collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    for node in nodes {
+        let of = |report: &Report, which: fn(&Cotenant) -> Latencies| {
+            let cotenant = report.cotenants.iter().find(|cotenant| cotenant.node == *node);
+            known(cotenant, |cotenant| percentiles(&which(cotenant)))
+        };
+        line(&format!("co-tenant {node}"), &|report| of(report, |cotenant| cotenant.idle));
+        line("  while it migrates", &|report| of(report, |cotenant| cotenant.migration));
+    }
+    if reports.iter().any(|(_, report)| report.destination_memory.is_some()) {
+        line("swapped out, in", &|report| known(report.destination_memory.as_ref(), swapped));
+        line("neighbours' passes/s", &|report| known(report.destination_memory.as_ref(), passes));
     }
     text
+}
+
+/// Half, 95 and 99 of 100 within.
+fn percentiles(latencies: &Latencies) -> String {
+    let us = |value: Option<f64>| known(value, |us| format!("{us:.0}"));
+    format!("{}/{}/{} us", us(latencies.p50_us), us(latencies.p95_us), us(latencies.p99_us))
+}
+
+fn swapped(pressure: &Pressure) -> String {
+    let bytes = |pages: Option<u64>| megabytes(pages.map(|pages| pages * PAGE_BYTES_U64));
+    format!("{}, {}", bytes(pressure.pswpout), bytes(pressure.pswpin))
+}
+
+/// Before and during, of all neighbours.
+fn passes(pressure: &Pressure) -> String {
+    let sum = |of: fn(&Neighbour) -> Option<f64>| {
+        known(pressure.neighbours.iter().map(of).sum::<Option<f64>>(), |sum| format!("{sum:.1}"))
+    };
+    format!("{} to {}", sum(|n| n.passes_per_s_before), sum(|n| n.passes_per_s_during))
 }
 
 fn known<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
@@ -81,5 +119,15 @@ mod test {
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines.iter().all(|line| line.len() == 66), "{text}");
         assert!(lines[1].starts_with("eviction time") && lines[1].ends_with("3.50 s"));
+
+        let latencies = |us| Latencies { p50_us: Some(us), p95_us: Some(us * 2.0), ..Latencies::default() };
+        let (idle, migration) = (latencies(60.0), latencies(70.0));
+        report.cotenants = vec![Cotenant { node: "i1".into(), idle, migration, ..Cotenant::default() }];
+        let neighbour = Neighbour { passes_per_s_before: Some(2.0), ..Neighbour::default() };
+        let pressure = Pressure { pswpout: Some(1000), neighbours: vec![neighbour], ..Pressure::default() };
+        report.destination_memory = Some(pressure);
+        let text = of(&[("", &report)]);
+        let ends: Vec<_> = text.lines().rev().take(4).map(|line| line[22..].trim()).collect();
+        assert_eq!(ends, ["2.0 to -", "4 MB, -", "70/140/- us", "60/120/- us"]);
     }
 }

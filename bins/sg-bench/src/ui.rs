@@ -144,7 +144,7 @@ fn line(before: &Sample, now: &Sample) -> String {
     )
 }
 
-/// Time, megabits a second by path, faults.
+/// Time, megabits a second by path, faults, how co-tenants fare.
 fn rates(before: &Sample, now: &Sample) -> String {
     let seconds = now.t_s - before.t_s;
     let rate = |before: Option<u64>, now: Option<u64>| match (before.unwrap_or(0), now) {
@@ -153,8 +153,14 @@ fn rates(before: &Sample, now: &Sample) -> String {
         }
         _ => "-".to_owned(),
     };
+    let cotenants: Vec<String> =
+        now.cotenants_p95_us.iter().map(|(node, us)| format!("{node} {us:.0}")).collect();
+    let cotenants = match &cotenants[..] {
+        [] => String::new(),
+        each => format!("  co-tenants' p95 us: {}", each.join(", ")),
+    };
     format!(
-        "{:6.1} s  Mb/s: direct {:>5}, staged {:>5}, gathered {:>5}  faults {}",
+        "{:6.1} s  Mb/s: direct {:>5}, staged {:>5}, gathered {:>5}  faults {}{cotenants}",
         now.t_s,
         rate(before.bytes.direct, now.bytes.direct),
         rate(before.bytes.staged, now.bytes.staged),
@@ -177,11 +183,13 @@ mod test {
             bytes: bytes(2_000_000),
             faults: Some(7),
             evicted_percent: Some(12.34),
+            cotenants_p95_us: [("destination".to_owned(), 81.4), ("i1".to_owned(), 77.0)].into(),
             ..Sample::default()
         };
         assert_eq!(
             line(&before, &now),
-            "  evicted  12.3 %  gathered       -     2.0 s  Mb/s: direct     8, staged     -, gathered     -  faults 7"
+            "  evicted  12.3 %  gathered       -     2.0 s  Mb/s: direct     8, staged     -, gathered     -  faults 7  \
+             co-tenants' p95 us: destination 81, i1 77"
         );
     }
 }

@@ -176,3 +176,43 @@ fn a_cancelled_migration_is_exit_code_4() {
     }
     panic!("COMMIT was always faster");
 }
+
+#[test]
+fn cotenants_are_measured_before_and_during_and_the_gather_limit_holds_for_post_copy() {
+    let mut bench = Bench::start(&format!("{LOOPBACK} --mode post-copy --cotenant"));
+    let (report, said) = bench.ends_well();
+    let cotenants = report["cotenants"].as_array().expect("an array");
+    let nodes: Vec<_> = cotenants.iter().map(|cotenant| &cotenant["node"]).collect();
+    assert_eq!(nodes, ["destination", "i1"], "{said}");
+    for cotenant in cotenants {
+        for when in ["idle", "scattering", "migration"] {
+            assert!(is_positive(&cotenant[when]["p95_us"]), "{when}: {cotenant}");
+        }
+        let requests = |when: &str| cotenant[when]["count"].as_u64().expect("a number");
+        assert!(requests("migration") >= requests("scattering"), "{cotenant}");
+    }
+    assert!(said.contains("co-tenants' p95 us: destination "), "{said}");
+    // Pages that the guest waits for are exempt, so it is only not faster than the rest of them.
+    let faulted = report["pages"]["faulted"].as_u64().expect("a number");
+    let least_s = (16.0 * 256.0 - faulted as f64) * 4096.0 * 8.0 / 100e6;
+    assert!(report["eviction_s"].as_f64().expect("a number") > 0.8 * least_s, "{report}");
+}
+
+#[test]
+fn a_destination_with_little_memory_and_hungry_neighbours_swaps_and_takes_every_page() {
+    let little = "--shape off --vcpu thread --memory 64M --destination-memory 64M --neighbours 2 --neighbour-memory 16M";
+    let mut bench = Bench::start(little);
+    let (report, said) = bench.ends_well();
+    assert_eq!(report["guest"]["verified_pages"], 64 * 256, "{said}");
+    let pressure = &report["destination_memory"];
+    assert_eq!(pressure["limit_bytes"], 64 << 20);
+    assert!(is_positive(&pressure["pswpout"]), "{pressure}");
+    let neighbours = pressure["neighbours"].as_array().expect("an array");
+    assert_eq!(neighbours.len(), 2);
+    for neighbour in neighbours {
+        assert!(is_positive(&neighbour["passes_per_s_before"]), "{neighbour}");
+    }
+    let left = std::fs::read_dir(bench.directory.path()).expect("there").flatten();
+    let left: Vec<_> = left.map(|entry| entry.file_name()).filter(|name| name != "events").collect();
+    assert!(left.is_empty(), "{left:?}");
+}

@@ -22,6 +22,8 @@ pub enum Baseline {
     Nothing,
     /// One plain TCP stream over loopback, as long as the VM's memory, into fresh memory.
     FreshStream,
+    /// The same from the source to an intermediary, over links as the experiment's.
+    ShapedStream,
 }
 
 /// Experiments that are run in turn.
@@ -45,6 +47,16 @@ pub enum Family {
     Unshaped,
     /// Loopback, VMs of several sizes.
     Bookkeeping,
+    /// Pre-copy of a busy VM as large as the one that QEMU was measured with.
+    PreCopy,
+    /// A guest that reads, by hybrid and by scatter-gather.
+    Hybrid,
+    /// Destinations of several rates.
+    Flat,
+    /// All through intermediaries, and nothing else.
+    Held,
+    /// Beside a co-tenant at the destination and at an intermediary.
+    Cotenant,
 }
 
 /// A destination's slow link, and the gather limit.
@@ -64,6 +76,17 @@ pub const FAULT_FIFO: [&str; 4] = ["bbr source", "cubic source", "bbr destinatio
 /// Mebibytes.
 pub const BOOKKEEPING: [(&str, u64); 4] =
     [("512M VM", 512), ("1G VM", 1024), ("2G VM", 2048), ("4G VM", 4096)];
+
+/// Of the VM that QEMU 10 was seen to pre-copy: 345 MB that are not zero.
+const QEMU_MEMORY: Size = Size(329 << 20);
+
+/// By the destination's rate.
+pub const FLAT: [(&str, Option<Rate>); 4] = [
+    ("flat", None),
+    ("flat 256 Mb/s", Some(SLOW)),
+    ("flat 100 Mb/s", Some(Rate::mbit(100))),
+    ("flat 50 Mb/s", Some(Rate::mbit(50))),
+];
 
 /// The experiments of a family.
 pub fn of(family: Family) -> Vec<Experiment> {
@@ -98,6 +121,59 @@ pub fn of(family: Family) -> Vec<Experiment> {
             };
             BOOKKEEPING.into_iter().map(sized).collect()
         }
+        Family::PreCopy => vec![plain("pre-copy", |a| {
+            a.mode = Mode::PreCopy;
+            (a.vm.memory, a.vm.write_rate) = (QEMU_MEMORY, 3000);
+        })],
+        Family::Hybrid => {
+            let reader = |name, mode| {
+                plain(name, |a| {
+                    (a.mode, a.rounds) = (mode, (mode == Mode::Hybrid).then_some(1));
+                    (a.vm.workload, a.vm.working_set) = ("reader".to_owned(), Some(Size(a.vm.memory.0 / 4)));
+                })
+            };
+            vec![reader("hybrid", Mode::Hybrid), reader("hybrid scatter-gather", Mode::ScatterGather)]
+        }
+        Family::Flat => {
+            let at =
+                |(name, rate)| plain(name, |a| (a.lab.destination_rate, a.lift_at_evicted) = (rate, true));
+            FLAT.into_iter().map(at).collect()
+        }
+        Family::Held => {
+            // A page that the guest waits for is served on its own, which no plain stream does.
+            let held = plain("held", |a| {
+                a.vm.workload = "idle".to_owned();
+                (a.gather_limit, a.lift_at_evicted) = (HELD, true);
+            });
+            vec![Experiment { baseline: Baseline::ShapedStream, ..held }]
+        }
+        Family::Cotenant => {
+            vec![plain("cotenant", |a| (a.gather_limit, a.cotenant) = (SLOW, Some(Vec::new())))]
+        }
+    }
+}
+
+impl Experiment {
+    /// About how long one run of it takes, on a machine like the one it was written on.
+    pub fn about_s(&self) -> u32 {
+        let args = &self.args;
+        let gib = args.vm.memory.0 as f64 / (1_u64 << 30) as f64;
+        let at = |rates: &[Rate]| {
+            let bits = rates.iter().filter(|rate| !rate.is_unlimited()).map(|rate| rate.0).min();
+            bits.map_or(gib, |bits| gib * 9e9 / bits as f64)
+        };
+        let shaped = |rate: Rate| if args.lab.shape { rate } else { Rate::UNLIMITED };
+        let destination = shaped(args.lab.destination_rate.unwrap_or(args.lab.link_rate));
+        let (source, limit) = (shaped(args.lab.link_rate), args.gather_limit);
+        let evicts_alone = args.mode != Mode::PostCopy && args.lift_at_evicted;
+        let moving = if evicts_alone {
+            at(&[source]) + at(&[Rate::mbit(2000)])
+        } else {
+            at(&[source, destination, limit])
+        };
+        let baseline = if self.baseline == Baseline::ShapedStream { at(&[source]) } else { 0.0 };
+        let swapping = if args.destination_memory.is_some() { 40.0 } else { 0.0 };
+        (5.0 + 3.0 * gib + moving + baseline + swapping) as u32
     }
 }
 

@@ -28,9 +28,7 @@ const WRONG: u8 = 3;
 pub fn run(args: &AcceptArgs) -> Result<u8> {
     let rows = chosen(args)?;
     if args.list {
-        for row in &rows {
-            println!("{:20} {}", row.name, row.what);
-        }
+        list(&rows, args.runs);
         return Ok(0);
     }
     let (begun, mut results, mut ui) = (Instant::now(), Results::default(), Ui::new());
@@ -58,6 +56,29 @@ pub fn run(args: &AcceptArgs) -> Result<u8> {
     conclude(args, &table, &told, &results, took_s)
 }
 
+/// Which rows there are, and what each takes; what rows share is run once for all of them.
+fn list(rows: &[Row], runs: u32) {
+    let minutes = |rows: &[&Row]| {
+        let all = rows.iter().flat_map(|row| row.families.iter().map(move |family| (row, family)));
+        let mut once: Vec<Experiment> = Vec::new();
+        for (row, family) in all {
+            let experiments = experiments::of(*family).into_iter();
+            let wanted = experiments.filter(|experiment| row.uses(experiment.name));
+            for experiment in wanted {
+                if !once.iter().any(|other| other.name == experiment.name) {
+                    once.push(experiment);
+                }
+            }
+        }
+        f64::from(once.iter().map(Experiment::about_s).sum::<u32>() * runs) / 60.0
+    };
+    for row in rows {
+        println!("issue {}  {:18} {:5.1} min  {}", row.issue, row.name, minutes(&[row]), row.what);
+    }
+    let all: Vec<&Row> = rows.iter().collect();
+    println!("about {:.0} minutes in all, for {runs} runs of each experiment", minutes(&all));
+}
+
 /// The rows asked for, in the order of the table.
 fn chosen(args: &AcceptArgs) -> Result<Vec<Row>> {
     let mut rows = rows::all();
@@ -65,6 +86,7 @@ fn chosen(args: &AcceptArgs) -> Result<Vec<Row>> {
         bail!("there is no row {name:?}: see --list");
     }
     rows.retain(|row| args.row.is_empty() || args.row.iter().any(|name| name == row.name));
+    rows.retain(|row| args.issue.is_none_or(|issue| issue == row.issue));
     Ok(rows)
 }
 
@@ -127,7 +149,7 @@ impl Line {
     fn of(row: &Row, part: &Part, results: &Results) -> Self {
         let name = format!("{} {}", row.name, part.name).trim_end().to_owned();
         let (values, why) = match (part.values)(results) {
-            Ok(values) => (values, None),
+            Ok(values) => (values, results.gaps(&part.experiments)),
             Err(error) => (Vec::new(), Some(format!("{error:#}"))),
         };
         let got = stats::median(&values);

@@ -4,15 +4,19 @@ use std::fmt;
 
 use anyhow::Result;
 
-use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, Family};
+use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family};
 use super::figures::{
-    destination_used, eviction, eviction_over_bound, fault_p50_over_idle, fault_p99_us, link_used,
-    longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, total,
+    destination_cotenant, destination_used, eviction, eviction_over_bound, eviction_spread,
+    fault_p50_over_idle, fault_p99_us, faults, intermediary_cotenant, intermediary_cpu_over_stream,
+    link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, source_cpu_over_stream, total,
+    total_over_qemu,
 };
 use super::runs::{Results, Run};
 
 /// One row of the table.
 pub struct Row {
+    /// Which issue wants it.
+    pub issue: u8,
     pub name: &'static str,
     pub what: &'static str,
     pub families: Vec<Family>,
@@ -75,11 +79,12 @@ pub fn all() -> Vec<Row> {
     let mut rows = eviction_rows();
     rows.extend(guest_rows());
     rows.extend(cost_rows());
+    rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
     rows
 }
 
 fn row(name: &'static str, what: &'static str, families: &[Family], parts: Vec<Part>) -> Row {
-    Row { name, what, families: families.to_vec(), parts }
+    Row { issue: 2, name, what, families: families.to_vec(), parts }
 }
 
 /// How soon the source is free.
@@ -182,13 +187,70 @@ fn cost_rows() -> Vec<Row> {
     ]
 }
 
+/// The modes with rounds.
+fn round_rows() -> Vec<Row> {
+    vec![
+        row(
+            "pre-copy",
+            "total time of pre-copy / QEMU 10's 3.1 s for 345 MB, scaled to the VM's bytes; 3,000 writes a second",
+            &[Family::PreCopy],
+            vec![figure("", "pre-copy", AtMost(1.1), total_over_qemu)],
+        ),
+        row(
+            "hybrid-faults",
+            "faults of hybrid with one round / of scatter-gather, reader over a quarter of memory",
+            &[Family::Hybrid],
+            vec![ratio("", ("hybrid", "hybrid scatter-gather"), AtMost(0.5), faults)],
+        ),
+    ]
+}
+
+/// What others notice, and what they pay.
+fn shared_rows() -> Vec<Row> {
+    vec![
+        row(
+            "flat",
+            "spread of eviction, destination at 1 Gb/s, 256, 100 and 50 Mb/s: longest over shortest, less one",
+            &[Family::Flat],
+            vec![Part {
+                name: String::new(),
+                experiments: FLAT.map(|(name, _)| name).into(),
+                want: AtMost(0.05),
+                values: Box::new(|results| eviction_spread(results, &FLAT.map(|(name, _)| name))),
+            }],
+        ),
+        row(
+            "cotenant",
+            "95th percentile of requests to a co-tenant while the VM migrates / before, gather limited to 256 Mb/s",
+            &[Family::Cotenant],
+            vec![
+                figure("destination", "cotenant", AtMost(2.0), destination_cotenant),
+                figure("i1", "cotenant", AtMost(2.0), intermediary_cotenant),
+                figure("eviction", "cotenant", AtMost(1.05), eviction_over_bound),
+            ],
+        ),
+        row(
+            "cpu-source",
+            "source's cpu-s a GiB / a plain writev stream's over the same link, idle guest, gather held",
+            &[Family::Held],
+            vec![figure("", "held", AtMost(1.25), source_cpu_over_stream)],
+        ),
+        row(
+            "cpu-intermediary",
+            "intermediaries' cpu-s a GiB staged / a plain stream's into fresh memory, the same runs",
+            &[Family::Held],
+            vec![figure("", "held", AtMost(1.25), intermediary_cpu_over_stream)],
+        ),
+    ]
+}
+
 /// A figure of one experiment.
 fn figure(name: &str, experiment: &'static str, want: Want, of: Figure) -> Part {
     Part {
         name: name.to_owned(),
         experiments: vec![experiment],
         want,
-        values: Box::new(move |results| results.each(experiment, of)),
+        values: Box::new(move |results| Ok(results.each(experiment, of)?.into_iter().flatten().collect())),
     }
 }
 
@@ -196,7 +258,7 @@ fn figure(name: &str, experiment: &'static str, want: Want, of: Figure) -> Part 
 fn ratio(name: &str, (above, below): (&'static str, &'static str), want: Want, of: Figure) -> Part {
     let values = move |results: &Results| {
         let (above, below) = (results.each(above, of)?, results.each(below, of)?);
-        Ok(above.iter().zip(&below).map(|(a, b)| a / b).collect())
+        Ok(above.iter().zip(&below).filter_map(|(a, b)| Some((*a)? / (*b)?)).collect())
     };
     Part { name: name.to_owned(), experiments: vec![above, below], want, values: Box::new(values) }
 }
@@ -235,7 +297,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 12, "{names:?}");
+        assert_eq!(names.len(), 18, "{names:?}");
     }
 
     #[test]

@@ -3,38 +3,42 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use libsg::report::{Report, Sample, Status};
 use serde::Serialize;
 
 use super::experiments::{Baseline, Experiment};
 use crate::cli::MigrateArgs;
-use crate::experiment::{self, check_valid, link_is_fit};
+use crate::experiment::{self, Unfit, check_valid, link_is_fit};
+use crate::lab::{Lab, Node};
+use crate::stream::Cost;
 use crate::ui::Ui;
 use crate::{interrupt, stream};
 
 /// How often one run is repeated that was not valid.
 pub const REPEATS_MAX: u32 = 3;
+/// How often links are built and measured again that were not what they were set to. It takes seconds.
+const LINKS_MAX: u32 = 8;
 
-/// One run: its report, and its baseline's megabits a second.
+/// One run: its report, and what a plain stream did.
 #[derive(Serialize)]
 pub struct Run {
     /// The migration.
     pub report: Report,
     /// The baseline, if it has one.
-    pub baseline_mbps: Option<f64>,
+    pub baseline: Option<Cost>,
     /// Page bytes that the destination had got from intermediaries when the source had evicted.
     pub gathered_at_evicted_bytes: Option<u64>,
 }
 
 impl Run {
     /// A run that counts. Its samples have done their work.
-    fn new(mut report: Report, baseline_mbps: Option<f64>) -> Self {
+    pub fn new(mut report: Report, baseline: Option<Cost>) -> Self {
         let samples = std::mem::take(&mut report.samples);
         let scattering = |sample: &&Sample| report.eviction_s.is_some_and(|end| sample.t_s <= end);
         let last = samples.iter().take_while(scattering).last();
         let gathered_at_evicted_bytes = last.and_then(|sample| sample.bytes.gathered);
-        Self { report, baseline_mbps, gathered_at_evicted_bytes }
+        Self { report, baseline, gathered_at_evicted_bytes }
     }
 }
 
@@ -49,40 +53,69 @@ pub struct Invalid {
     pub wrong: bool,
 }
 
+/// The runs of one experiment, by round: those of one round were neighbours in time.
+type Rounds = Vec<std::result::Result<Run, String>>;
+
 /// The runs of each experiment.
 #[derive(Default)]
 pub struct Results {
-    runs: BTreeMap<&'static str, std::result::Result<Vec<Run>, String>>,
+    rounds: BTreeMap<&'static str, Rounds>,
     /// The runs that do not count.
     pub invalid: Vec<Invalid>,
 }
 
+/// No run of a round was valid. The next round's may be.
+#[derive(Debug)]
+struct NoneValid(String);
+
+impl std::fmt::Display for NoneValid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "no valid run: {}", self.0)
+    }
+}
+
+impl std::error::Error for NoneValid {}
+
 impl Results {
-    /// A figure of every run of an experiment.
+    /// A figure by round; nothing of rounds without a run that counts.
     ///
     /// # Errors
-    /// The experiment could not be run, or a run did not tell.
-    pub fn each(&self, experiment: &str, of: impl Fn(&Run) -> Option<f64>) -> Result<Vec<f64>> {
-        match self.runs.get(experiment) {
-            Some(Ok(runs)) => match runs.iter().map(of).collect() {
-                Some(values) => Ok(values),
-                None => bail!("{experiment}: a run did not tell"),
-            },
-            Some(Err(why)) => bail!("{experiment}: {why}"),
-            None => bail!("{experiment} was not run"),
+    /// The experiment was not run, no run counts, or one that does did not tell.
+    pub fn each(&self, experiment: &str, of: impl Fn(&Run) -> Option<f64>) -> Result<Vec<Option<f64>>> {
+        let Some(rounds) = self.rounds.get(experiment) else { bail!("{experiment} was not run") };
+        let mut why = None;
+        let mut values = Vec::new();
+        for round in rounds {
+            values.push(match round {
+                Ok(run) => Some(of(run).with_context(|| format!("{experiment}: a run did not tell"))?),
+                Err(error) => {
+                    why = Some(error);
+                    None
+                }
+            });
         }
+        match why {
+            Some(why) if values.iter().all(Option::is_none) => bail!("{experiment}: {why}"),
+            _ => Ok(values),
+        }
+    }
+
+    /// How many rounds some of these experiments were not run in, and why not in the last of them.
+    pub fn gaps(&self, experiments: &[&'static str]) -> Option<String> {
+        let all = || experiments.iter().filter_map(|name| self.rounds.get(name)).flatten();
+        let why = all().filter_map(|round| round.as_ref().err()).next_back()?;
+        let count = all().filter(|round| round.is_err()).count();
+        Some(format!("{count} of {} runs do not count: {why}", all().count()))
     }
 
     /// Whether the experiment was run, well or not.
     pub fn has(&self, experiment: &str) -> bool {
-        self.runs.contains_key(experiment)
+        self.rounds.contains_key(experiment)
     }
 
     /// Every run that counts, without its samples: by experiment.
     pub fn all(&self) -> BTreeMap<&'static str, Vec<&Run>> {
-        let good = |runs: &'_ std::result::Result<Vec<Run>, String>| runs.is_ok();
-        let all = self.runs.iter().filter(|(_, runs)| good(runs));
-        all.map(|(name, runs)| (*name, runs.iter().flatten().collect())).collect()
+        self.rounds.iter().map(|(name, rounds)| (*name, rounds.iter().flatten().collect())).collect()
     }
 
     /// A B A B A B: what drifts on the machine meets all alike.
@@ -96,22 +129,28 @@ impl Results {
         ui: &mut Ui,
         mut say_which: impl FnMut(&str) -> String,
     ) -> Result<()> {
+        let mut impossible = Vec::new();
         for round in 1..=runs {
             for experiment in experiments {
                 // One that could not be run will not be the next time.
-                if matches!(self.runs.get(experiment.name), Some(Err(_))) {
+                if impossible.contains(&experiment.name) {
                     continue;
                 }
                 ui.begin(&say_which(&format!("{}, run {round} of {runs}", experiment.name)));
                 let start = Instant::now();
                 let done = self.run_valid(experiment, ui);
                 ui.say(&format!("  took {:.0} s", start.elapsed().as_secs_f64()));
-                match (done, self.runs.entry(experiment.name).or_insert_with(|| Ok(Vec::new()))) {
-                    (Ok(run), Ok(runs)) => runs.push(run),
-                    (Ok(_), Err(_)) => {}
-                    (Err(error), _) if error.is::<interrupt::Interrupted>() => return Err(error),
-                    (Err(error), entry) => *entry = Err(first_line(&format!("{error:#}"))),
-                }
+                let done = match done {
+                    Ok(run) => Ok(run),
+                    Err(error) if error.is::<interrupt::Interrupted>() => return Err(error),
+                    Err(error) => {
+                        if !error.is::<NoneValid>() {
+                            impossible.push(experiment.name);
+                        }
+                        Err(first_line(&format!("{error:#}")))
+                    }
+                };
+                self.rounds.entry(experiment.name).or_default().push(done);
             }
         }
         Ok(())
@@ -119,28 +158,48 @@ impl Results {
 
     /// Runs until a run is valid.
     fn run_valid(&mut self, experiment: &Experiment, ui: &mut Ui) -> Result<Run> {
-        for _ in 0..=REPEATS_MAX {
-            let baseline_mbps = match experiment.baseline {
-                Baseline::Nothing => None,
-                Baseline::FreshStream => {
-                    Some(stream::into_fresh_memory_mbps(usize::try_from(experiment.args.vm.memory.0)?)?)
+        let (mut invalid_runs, mut unfit_links) = (0, 0);
+        loop {
+            let baseline = baseline(experiment)?;
+            let invalid = match experiment::run_on_fit_links(&experiment.args, ui) {
+                Ok(report) => {
+                    let Some(invalid) = invalid(experiment, &report) else {
+                        return Ok(Run::new(report, baseline));
+                    };
+                    invalid_runs += 1;
+                    invalid
                 }
-            };
-            let report = match experiment::run(&experiment.args, ui) {
-                Ok(report) => report,
+                Err(error) if error.is::<Unfit>() => {
+                    unfit_links += 1;
+                    Invalid { experiment: experiment.name, why: error.to_string(), wrong: false }
+                }
                 Err(error) => {
                     ui.say(&format!("{}: {error:#}", experiment.name));
                     return Err(error);
                 }
             };
-            let Some(invalid) = invalid(experiment, &report) else {
-                return Ok(Run::new(report, baseline_mbps));
-            };
             ui.say(&format!("  INVALID, repeated: {}: {}", experiment.name, invalid.why));
+            let why = invalid.why.clone();
             self.invalid.push(invalid);
+            if invalid_runs > REPEATS_MAX || unfit_links > LINKS_MAX {
+                bail!(NoneValid(why));
+            }
         }
-        bail!("no valid run out of {}", REPEATS_MAX + 1)
     }
+}
+
+/// A plain stream as long as the VM's memory.
+fn baseline(experiment: &Experiment) -> Result<Option<Cost>> {
+    let args = &experiment.args;
+    let bytes = usize::try_from(args.vm.memory.0)?;
+    Ok(match experiment.baseline {
+        Baseline::Nothing => None,
+        Baseline::FreshStream => Some(stream::into_fresh_memory(bytes)?),
+        Baseline::ShapedStream => {
+            let lab = Lab::create(&args.lab_spec())?;
+            Some(stream::into_fresh_memory_of(&lab, Node::Source, Node::Intermediary(1), bytes)?)
+        }
+    })
 }
 
 /// Why a run does not count, if it does not.
@@ -208,17 +267,21 @@ mod test {
     }
 
     #[test]
-    fn figures_are_of_every_run_or_of_none() {
-        let run = |s| Run::new(Report { eviction_s: s, ..Report::default() }, None);
+    fn figures_are_of_every_round_that_counts() {
+        let run = |s| Ok(Run::new(Report { eviction_s: s, ..Report::default() }, None));
         let mut results = Results::default();
-        results.runs.insert("a", Ok(vec![run(Some(1.0)), run(Some(2.0))]));
-        results.runs.insert("b", Ok(vec![run(Some(1.0)), run(None)]));
-        results.runs.insert("c", Err("no room".into()));
+        results.rounds.insert("a", vec![run(Some(1.0)), run(Some(2.0))]);
+        results.rounds.insert("b", vec![run(Some(1.0)), run(None)]);
+        results.rounds.insert("c", vec![Err("no room".into())]);
+        results.rounds.insert("e", vec![run(Some(1.0)), Err("link".into()), run(Some(3.0))]);
         let eviction = |run: &Run| run.report.eviction_s;
-        assert_eq!(results.each("a", eviction).expect("told"), [1.0, 2.0]);
+        assert_eq!(results.each("a", eviction).expect("told"), [Some(1.0), Some(2.0)]);
+        assert_eq!(results.each("e", eviction).expect("told"), [Some(1.0), None, Some(3.0)]);
         for (name, why) in [("b", "did not tell"), ("c", "no room"), ("d", "not run")] {
             assert!(results.each(name, eviction).expect_err("nothing").to_string().contains(why));
         }
-        assert_eq!(results.all().len(), 2);
+        assert_eq!(results.gaps(&["a"]), None);
+        assert_eq!(results.gaps(&["a", "e"]).as_deref(), Some("1 of 5 runs do not count: link"));
+        assert_eq!(results.all().values().map(Vec::len).sum::<usize>(), 6);
     }
 }

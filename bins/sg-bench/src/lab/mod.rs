@@ -42,6 +42,8 @@ pub struct LabSpec {
     pub cc: CongestionControl,
     /// False: no namespaces, everything on loopback.
     pub shape: bool,
+    /// A further host, whose link has no limit, for the clients of co-tenants.
+    pub client: bool,
     /// The destination's memory limit, with the size of the swap file behind it.
     pub destination_memory: Option<(Size, Size)>,
 }
@@ -72,6 +74,7 @@ impl Lab {
         let nodes: Vec<Node> = [Node::Source, Node::Destination]
             .into_iter()
             .chain((1..=spec.intermediaries).map(Node::Intermediary))
+            .chain(spec.client.then_some(Node::Client))
             .collect();
         let links: Vec<Link> =
             nodes.iter().map(|node| Link { node: *node, rate: spec.rate_of(*node) }).collect();
@@ -146,6 +149,7 @@ impl LabSpec {
             Node::Source => self.link_rate,
             Node::Destination => self.destination_rate,
             Node::Intermediary(_) => self.intermediary_rate,
+            Node::Client => Rate::UNLIMITED,
         }
     }
 }

@@ -12,6 +12,8 @@ pub enum Node {
     Destination,
     /// `i1`, `i2`, …: counted from 1.
     Intermediary(u8),
+    /// Where the clients of co-tenants are. No part of the migration: nothing can be done to it.
+    Client,
 }
 
 impl Node {
@@ -20,6 +22,7 @@ impl Node {
         match self {
             Self::Source => 1,
             Self::Destination => 2,
+            Self::Client => 3,
             Self::Intermediary(n) => 10 + n,
         }
     }
@@ -30,6 +33,7 @@ impl fmt::Display for Node {
         match self {
             Self::Source => f.write_str("source"),
             Self::Destination => f.write_str("destination"),
+            Self::Client => f.write_str("client"),
             Self::Intermediary(n) => write!(f, "i{n}"),
         }
     }
@@ -64,7 +68,7 @@ mod test {
         for node in [Node::Source, Node::Destination, Node::Intermediary(1), Node::Intermediary(64)] {
             assert_eq!(node.to_string().parse::<Node>().expect("parses"), node);
         }
-        for wrong in ["", "i", "i0", "i65", "i256", "x1", "Source"] {
+        for wrong in ["", "client", "i", "i0", "i65", "i256", "x1", "Source"] {
             assert!(wrong.parse::<Node>().is_err(), "{wrong}");
         }
     }

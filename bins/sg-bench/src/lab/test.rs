@@ -14,6 +14,7 @@ fn spec(destination_memory: Option<(Size, Size)>) -> LabSpec {
         queue: Queue::Prio,
         cc: CongestionControl::Cubic,
         shape: true,
+        client: false,
         destination_memory,
     }
 }
