@@ -128,7 +128,8 @@ impl InstallOutcome {
 /// Takes the pages of a VM that arrives. All methods are called from several threads.
 ///
 /// Ranges are of at most [`BATCH_PAGES_MAX`] pages and consist of whole install units. A page is
-/// installed once: what comes second is reported as already present, and changes nothing.
+/// installed once: what comes second is reported as already present, and changes nothing. Only before the VM runs
+/// (pre-copy) it is then overwritten, by another call.
 pub trait PageSink: Send + Sync {
     /// Installs pages, and wakes who waits for them. `bytes` are theirs, one after the other.
     ///
@@ -142,6 +143,21 @@ pub trait PageSink: Send + Sync {
     /// # Errors
     /// As [`Self::install`].
     fn install_zero(&self, range: PageRange) -> Result<InstallOutcome>;
+
+    /// Whether pages that are in place can be overwritten ([`Self::replace`]): what pre-copy needs.
+    fn can_replace(&self) -> bool {
+        false
+    }
+
+    /// Overwrites pages that are in place with those of a newer round, before the VM runs. Nobody else is at these
+    /// pages meanwhile. `bytes` are theirs, one after the other.
+    ///
+    /// # Errors
+    /// As [`Self::install`]; [`ErrorKind::Input`] from a sink that takes each page once, as this default does.
+    fn replace(&self, first: PageIndex, bytes: &[u8]) -> Result<()> {
+        let range = PageRange::new(first, (bytes.len() / crate::page::PAGE_BYTES) as u32);
+        Err(Error::new(ErrorKind::Input, "this VM's memory takes each page once").about([range]))
+    }
 
     /// The pages are lost for good: who waits for one of them, or touches one later, gets an error
     /// (`SIGBUS`, `KVM_RUN` failing) instead of waiting for ever. Pages that are there are left alone.

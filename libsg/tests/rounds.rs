@@ -12,7 +12,7 @@ use gather_common::*;
 use libsg::dirty::DirtyLog;
 use libsg::memory::{Backing, GuestMemory};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
-use libsg::migrate::{Event, Mode, OutgoingVm, RoundOptions};
+use libsg::migrate::{Event, Mode, Observer, OutgoingVm, RoundOptions, Via};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
 use libsg::report::{Ended, Status};
 use libsg::source::MemorySource;
@@ -32,7 +32,9 @@ struct Guest {
 /// What a page holds after so many writes: each fourth makes it zero.
 fn version(page: u32, writes: u32) -> Vec<u8> {
     let mut bytes = content(page);
-    bytes[4..8].copy_from_slice(&writes.to_le_bytes());
+    if writes > 0 {
+        bytes[4..8].copy_from_slice(&(writes | 1 << 31).to_le_bytes());
+    }
     let is_zero = if writes == 0 { is_zero(page) } else { writes.is_multiple_of(4) };
     if is_zero { vec![0; PAGE_BYTES] } else { bytes }
 }
@@ -131,6 +133,20 @@ impl DirtyLog for Log {
     }
 }
 
+fn options(scene: &Scene, mode: Mode, rounds: RoundOptions, limit: u64, observer: Observer) -> SourceOptions {
+    SourceOptions {
+        to: scene.address,
+        intermediaries: scene.members().iter().map(|member| member.address).collect(),
+        mode,
+        rounds,
+        secret: secret(),
+        connector: Arc::new(scene.connector.clone()),
+        scatter_limit_bytes_per_s: limit,
+        ready_timeout: LONG,
+        observer,
+    }
+}
+
 /// A migration under way.
 struct Move {
     scene: Scene,
@@ -142,23 +158,25 @@ struct Move {
 
 impl Move {
     fn start(plan: Plan, mode: Mode, rounds: RoundOptions, limit: u64) -> Self {
+        Self::start_with(plan, mode, rounds, limit, Guest::live)
+    }
+
+    fn start_with(
+        plan: Plan,
+        mode: Mode,
+        rounds: RoundOptions,
+        limit: u64,
+        live: impl FnOnce(&Arc<Guest>) -> JoinHandle<()>,
+    ) -> Self {
         let backing = plan.backing;
         let scene = Scene::new(plan);
+        scene.seen.replaces.store(mode == Mode::PreCopy, Ordering::SeqCst);
         let guest = Guest::new(&scene, backing);
-        let life = guest.live();
+        let life = live(&guest);
         let events = Arc::<Mutex<Vec<Event>>>::default();
         let watch = Arc::clone(&events);
-        let options = SourceOptions {
-            to: scene.address,
-            intermediaries: scene.members().iter().map(|member| member.address).collect(),
-            mode,
-            rounds,
-            secret: secret(),
-            connector: Arc::new(scene.connector.clone()),
-            scatter_limit_bytes_per_s: limit,
-            ready_timeout: LONG,
-            observer: Arc::new(move |event| watch.lock().push(event.clone())),
-        };
+        let observer = Arc::new(move |event: &Event| watch.lock().push(event.clone()));
+        let options = options(&scene, mode, rounds, limit, observer);
         let source = Arc::new(MemorySource::new(guest.memory.clone()));
         let vm = Box::new(Leaving(Arc::clone(&guest)));
         let outgoing = start(vm, source, scene.manifest.clone(), options).unwrap();
@@ -196,7 +214,7 @@ impl Move {
 }
 
 const ROUNDS: RoundOptions =
-    RoundOptions { rounds_max: Some(3), downtime_limit: Duration::ZERO, via: libsg::migrate::Via::Direct };
+    RoundOptions { rounds_max: Some(3), downtime_limit: Duration::ZERO, via: Via::Direct };
 
 /// Enough for a round to last for a while.
 const SLOW: u64 = 20_000_000;
@@ -239,6 +257,83 @@ fn hybrid_with_huge_units() {
     });
 }
 
+fn pre_copy(plan: Plan, via: Via, limit: u64) {
+    let moved = Move::start(plan, Mode::PreCopy, RoundOptions { via, ..ROUNDS }, limit);
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    // Nothing is missing, but what is known to be zero.
+    moved.check();
+    let report = moved.outgoing.wait_evicted(LONG).unwrap();
+    assert!((1..=3).contains(&report.rounds.len()) && report.rounds_ended.is_some(), "{report:?}");
+    assert!(report.pages.staged == Some(0) || via == Via::Vmd, "{report:?}");
+    let there = moved.scene.incoming.wait_gathered(LONG).unwrap();
+    assert_eq!(there.status, Status::Ok);
+    if report.rounds[0].dirty_after > 0 {
+        assert!(moved.scene.seen.replaced.load(Ordering::SeqCst) > 0, "written pages are installed again");
+    }
+    moved.scene.incoming.wait_dissolved(LONG).unwrap();
+    moved.scene.nothing_staged();
+    let events = moved.events.lock().clone();
+    let alarm = |event: &Event| matches!(event, Event::NodeLost { .. } | Event::Warning { .. });
+    assert!(!events.iter().any(alarm), "{events:?}");
+    moved.end();
+}
+
+#[test]
+fn pre_copy_over_all_kinds_of_memory() {
+    for backing in [Backing::Anon, Backing::Memfd] {
+        pre_copy(Plan { pages: 5000, backing, ..Plan::default() }, Via::Direct, 0);
+        pre_copy(
+            Plan { pages: 5000, nodes: 2, gather_limit: 40_000_000, backing, ..Plan::default() },
+            Via::Vmd,
+            0,
+        );
+    }
+    let huge = |nodes| Plan {
+        pages: 6 * 512,
+        nodes,
+        unit: InstallUnit::Huge2M,
+        backing: Backing::Hugetlb2M,
+        ..Plan::default()
+    };
+    pre_copy(huge(0), Via::Direct, 0);
+    pre_copy(huge(2), Via::Vmd, 0);
+}
+
+#[test]
+fn a_vm_that_writes_nothing_is_paused_after_the_first_round() {
+    let plan = Plan { pages: 2000, touch: vec![6, 1500], ..Plan::default() };
+    let rounds = RoundOptions::default();
+    let moved = Move::start_with(plan, Mode::PreCopy, rounds, 0, |_| std::thread::spawn(|| {}));
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    moved.check();
+    let report = moved.outgoing.wait_evicted(LONG).unwrap();
+    assert_eq!((report.rounds.len(), report.rounds_ended), (1, Some(Ended::Converged)));
+    assert_eq!(report.pages.direct.unwrap() + report.pages.zero.unwrap(), report.pages.present.unwrap());
+    moved.scene.incoming.wait_gathered(LONG).unwrap();
+    moved.end();
+}
+
+#[test]
+fn pre_copy_of_a_vm_without_a_log_is_refused_and_it_runs_on() {
+    let scene = Scene::new(Plan { pages: 100, ..Plan::default() });
+    let guest = Guest::new(&scene, Backing::Anon);
+    guest.ended.store(true, Ordering::SeqCst);
+    let source = Arc::new(MemorySource::new(guest.memory.clone()));
+    struct Bare;
+    impl OutgoingVm for Bare {
+        fn pause(&mut self) -> Result<Vec<u8>> {
+            panic!("it is never paused");
+        }
+        fn resume(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn committed(&mut self) {}
+    }
+    let options = options(&scene, Mode::PreCopy, ROUNDS, 0, Arc::new(|_| {}));
+    let outgoing = start(Box::new(Bare), source, scene.manifest.clone(), options).unwrap();
+    assert_eq!(outgoing.wait_evicted(LONG).unwrap_err().kind, ErrorKind::Vm);
+}
+
 #[test]
 fn hybrid_without_intermediaries_has_no_rounds() {
     let moved = Move::start(Plan { pages: 1000, ..Plan::default() }, Mode::Hybrid, ROUNDS, 0);
@@ -253,16 +348,20 @@ fn hybrid_without_intermediaries_has_no_rounds() {
 
 #[test]
 fn an_intermediary_that_is_lost_in_a_round_costs_time_only() {
-    let moved = Move::start(Plan { pages: 4000, nodes: 2, ..Plan::default() }, Mode::Hybrid, ROUNDS, SLOW);
-    moved.until_round(0);
-    until("pages are staged", || moved.outgoing.progress().staged_bytes > 2 << 20);
-    moved.scene.nodes[1].kill();
-    moved.outgoing.set_scatter_limit(0);
-    moved.scene.incoming.wait_running(LONG).unwrap();
-    moved.check();
-    moved.outgoing.wait_evicted(LONG).unwrap();
-    assert_eq!(moved.scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
-    moved.end();
+    for mode in [Mode::Hybrid, Mode::PreCopy] {
+        let plan = Plan { pages: 4000, nodes: 2, gather_limit: SLOW / 4, ..Plan::default() };
+        let moved = Move::start(plan, mode, RoundOptions { via: Via::Vmd, ..ROUNDS }, SLOW);
+        moved.until_round(0);
+        until("pages are staged", || moved.outgoing.progress().staged_bytes > 2 << 20);
+        moved.scene.nodes[1].kill();
+        moved.outgoing.set_scatter_limit(0);
+        moved.scene.incoming.set_gather_limit(0);
+        moved.scene.incoming.wait_running(LONG).unwrap();
+        moved.check();
+        moved.outgoing.wait_evicted(LONG).unwrap();
+        assert_eq!(moved.scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+        moved.end();
+    }
 }
 
 #[test]

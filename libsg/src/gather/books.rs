@@ -101,9 +101,9 @@ impl State {
     }
 
     /// What was known of it counts no more.
-    pub(super) fn forget(&mut self) {
+    pub(super) fn forget(&mut self, to: Kind) {
         if !matches!(self.kind(), Kind::Lost | Kind::Removed) {
-            self.learn(Kind::Missing);
+            self.learn(to);
         }
     }
 

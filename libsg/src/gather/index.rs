@@ -1,5 +1,6 @@
 //! Asking the index for what nobody announced, and saying what is lost. One thread, `sg-gather-index`,
-//! that sleeps until the source has evicted or is away: before that, everything is announced.
+//! that sleeps until the source has evicted or is away, or the final set of pre-copy is there: before that,
+//! everything is announced.
 //!
 //! Index servers are asked one range at a time: an answer tells where 4 MiB of pages are, so this is
 //! far from any data path.
@@ -30,6 +31,10 @@ const LEAVE_ALONE: Duration = Duration::from_secs(1);
 /// How long the thread sleeps while there is something to look for, and while there is not.
 const PAUSE: Duration = Duration::from_millis(50);
 const NAP: Duration = Duration::from_millis(500);
+
+/// Pre-copy: the source sends what is left on its own; what has not come so long after the final set was announced
+/// to nobody.
+const UNTOLD: Duration = Duration::from_secs(1);
 
 /// What no index knew is asked for again after so long.
 const ASK_ANEW: Duration = Duration::from_secs(1);
@@ -64,7 +69,8 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         shared.wake_index.drain();
         let source = shared.source();
         let silent = source.evicted || source.away_since.is_some();
-        let searches = shared.is_running() && silent && shared.counts().unknown > 0;
+        let waits = shared.waits_since().is_some_and(|since| host::elapsed(since) >= UNTOLD);
+        let searches = (waits || shared.is_running() && silent) && shared.counts().unknown > 0;
         if searches {
             let now = host::now();
             let state = state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now });
@@ -242,7 +248,8 @@ fn after_search(shared: &Shared, complete: bool, fewer_at: Instant) -> Result<()
         let state = *desk.state.lock();
         state.gone || state.lost_since.is_none_or(|since| host::elapsed(since) >= shared.member_grace)
     });
-    if !complete || !settled {
+    // Before COMMIT nothing is lost: the VM is the source's.
+    if !complete || !settled || !shared.is_running() {
         return Ok(());
     }
     let source_away = away_for.is_some_and(|away| away.min(host::elapsed(fewer_at)) >= shared.source_grace);

@@ -63,12 +63,13 @@ impl Installer {
         }
         if zeros {
             let mut wanted = false;
-            let mut tracker = shared.tracker.lock();
             for entry in entries.iter().filter(|entry| entry.encoding == Encoding::Zero) {
                 let zero = IndexEntry::zero(entry.page, u32::from(entry.run_pages), entry.round);
-                wanted |= tracker.announce(&zero, Word::Source)?;
+                if shared.replaces() {
+                    shared.zero_over(&zero)?;
+                }
+                wanted |= shared.tracker.lock().announce(&zero, Word::Source)?;
             }
-            drop(tracker);
             if wanted {
                 shared.look_again();
             }
@@ -114,7 +115,9 @@ impl Installer {
                 lost.by_ref().filter(|r| tracker.copy_lost(r.page, r.placement)).map(|r| r.page).collect();
             *bad = known;
             drop(tracker);
-            if let (Some(read), false) = (reads.first(), self.bad.is_empty()) {
+            // In a round, a copy that was torn or given back meanwhile is replaced by the next.
+            let matters = !shared.replaces() || shared.waits_since().is_some();
+            if let (Some(read), true) = (reads.first(), matters && !self.bad.is_empty()) {
                 shared.copy_was_lost(&self.bad, read.placement.member);
             }
         }

@@ -21,6 +21,8 @@ mod prepage;
 mod shared;
 mod tracker;
 #[cfg(test)]
+mod rounds_test;
+#[cfg(test)]
 mod tracker_test;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -2,6 +2,8 @@
 //!
 //! Nothing here is held locked across input or output.
 
+mod rounds;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -17,7 +19,7 @@ use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::pace::SharedPacer;
-use crate::page::{InstallUnit, PageIndex, PageRange};
+use crate::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
 use crate::sink::{InstallOutcome, PageSink};
 use crate::transport::{Channel, Waker};
 use crate::vmd::Connector;
@@ -97,6 +99,7 @@ pub(crate) struct Shared {
     rounds: Rounds,
     /// What may be installed is known: nothing that is announced is replaced any more.
     is_final: AtomicBool,
+    final_at: Mutex<Option<Instant>>,
     running: AtomicBool,
     stopping: AtomicBool,
     dissolving: AtomicBool,
@@ -122,6 +125,7 @@ impl Shared {
         let now = host::now();
         let mut tracker = Tracker::new(&setup.manifest);
         tracker.set_members(setup.members.len());
+        tracker.set_replaces(setup.rounds == Rounds::Installed);
         let huge = setup.manifest.regions.iter().any(|region| region.unit == InstallUnit::Huge2M);
         let unit = if huge { InstallUnit::Huge2M } else { InstallUnit::Page };
         let shared = Self {
@@ -140,6 +144,7 @@ impl Shared {
             source: Mutex::new(SourceState { evicted: false, away_since: None }),
             rounds: setup.rounds,
             is_final: AtomicBool::new(setup.rounds == Rounds::None),
+            final_at: Mutex::new(None),
             running: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             dissolving: AtomicBool::new(false),
@@ -199,6 +204,9 @@ impl Shared {
     /// Takes what somebody says about where pages are.
     pub fn announce(&self, entries: &[IndexEntry], word: Word) -> Result<()> {
         let mut wanted = false;
+        if self.replaces() {
+            entries.iter().try_for_each(|entry| self.zero_over(entry))?;
+        }
         let mut told = [false; limits::MEMBERS_MAX];
         {
             let mut tracker = self.tracker.lock();
@@ -370,7 +378,7 @@ impl Shared {
         loop {
             let outcome: InstallOutcome = match bytes {
                 Some(bytes) => {
-                    let skip = (rest.first.0 - range.first.0) as usize * crate::page::PAGE_BYTES;
+                    let skip = (rest.first.0 - range.first.0) as usize * PAGE_BYTES;
                     self.sink.install(rest.first, &bytes[skip..])?
                 }
                 None => self.sink.install_zero(rest)?,
@@ -378,6 +386,11 @@ impl Shared {
             if outcome.is_pending() {
                 let message = "this sink only takes pages over: gather acknowledges what is installed";
                 return Err(Error::new(ErrorKind::Input, message).about([range]));
+            }
+            if self.replaces() {
+                for run in outcome.already_present() {
+                    self.replace(run, range.first, bytes)?;
+                }
             }
             match outcome.retry() {
                 None => return Ok(()),
@@ -403,19 +416,9 @@ impl Shared {
     }
 
     pub fn set_running(&self) {
+        self.tracker.lock().set_replaces(false);
         self.running.store(true, Ordering::Release);
         self.wake_index.wake();
-    }
-
-    /// Whether what is announced may be read and installed by now.
-    pub fn may_install(&self) -> bool {
-        self.rounds != Rounds::Staged || self.is_final.load(Ordering::Acquire)
-    }
-
-    /// The VM is paused at the source, and the tracker knows which copies count.
-    pub fn set_final(&self) {
-        self.is_final.store(true, Ordering::Release);
-        self.wake_all();
     }
 
     pub fn is_stopping(&self) -> bool {

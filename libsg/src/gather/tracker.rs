@@ -7,6 +7,7 @@
 //! page that came directly.
 
 mod batch;
+mod claims;
 mod rounds;
 mod search;
 
@@ -126,6 +127,8 @@ pub struct Tracker {
     staged: u64,
     waiting: Waiting,
     closed: bool,
+    /// The VM does not run yet, and a newer round replaces what is installed.
+    replaces: bool,
 }
 
 impl Tracker {
@@ -150,6 +153,7 @@ impl Tracker {
             staged: 0,
             waiting: Waiting::default(),
             closed: false,
+            replaces: false,
         }
     }
 
@@ -215,8 +219,11 @@ impl Tracker {
 
     fn replaces(&self, page: usize, entry: &IndexEntry, word: Word) -> bool {
         let state = self.states[page];
-        if state.is_installing() || matches!(state.kind(), Kind::Installed | Kind::Removed | Kind::Lost) {
+        if state.is_installing() || matches!(state.kind(), Kind::Removed | Kind::Lost) {
             return false;
+        }
+        if state.kind() == Kind::Installed {
+            return self.replaces && entry.round.0 > self.rounds[page];
         }
         if state.kind() == Kind::Missing {
             // Of a page that was required, older copies are no copies.
@@ -329,77 +336,20 @@ impl Tracker {
         at.map_or(Wanted::Zero, Wanted::Read)
     }
 
-    /// Asks to install the unit of a page with bytes of `round`.
-    pub fn claim(&mut self, page: PageIndex, round: Round) -> Claim {
-        let Some(unit) = self.unit(page) else { return Claim::Held };
-        let state = self.states[unit.first.as_usize()];
-        let settled = matches!(state.kind(), Kind::Installed | Kind::Removed | Kind::Lost);
-        if self.closed || settled || state.is_installing() {
-            return Claim::Held;
-        }
-        let stale = |page: usize| match self.states[page].kind() {
-            // All of a unit of one page is zero: bytes of the same round are older news.
-            Kind::Zero if unit.pages == 1 => round.0 <= self.rounds[page],
-            _ => round.0 < self.rounds[page],
-        };
-        if unit.positions().any(stale) {
-            return Claim::Held;
-        }
-        self.change(unit, State::install);
-        Claim::Install(unit)
-    }
-
-    /// Asks to install the unit of a page with zeros, because somebody waits for it.
-    pub fn claim_zero(&mut self, page: PageIndex) -> Claim {
-        let Some(unit) = self.unit(page) else { return Claim::Held };
-        let zero = |page: usize| {
-            let state = self.states[page];
-            !state.is_installing() && matches!(state.kind(), Kind::Zero | Kind::Removed)
-        };
-        if self.closed || !unit.positions().all(zero) {
-            return Claim::Held;
-        }
-        // A page that was given up and is given up again while it is installed must stay so.
-        self.change(unit, |state| {
-            state.learn(Kind::Zero);
-            state.install();
-        });
-        Claim::Install(unit)
-    }
-
-    /// Claimed units are in place. `range` consists of whole units.
-    pub fn installed(&mut self, range: PageRange, path: Path, now: Instant) {
-        match path {
-            Path::Direct => self.direct += u64::from(range.pages),
-            Path::Staged => self.staged += u64::from(range.pages),
-            Path::Zero => {}
-        }
-        let mut waited = false;
-        for page in range.positions() {
-            self.tally(page, false);
-            let state = &mut self.states[page];
-            waited |= state.is_waiting();
-            state.settle(if state.kind() == Kind::Removed { Kind::Removed } else { Kind::Installed });
-            self.tally(page, true);
-        }
-        if waited {
-            self.waiting.answered(range, now);
-        }
-    }
-
-    /// A claimed unit could not be installed.
-    pub fn unclaim(&mut self, range: PageRange) {
-        self.change(range, State::uninstall);
-    }
-
     /// Closes the books once nothing is left to come and nobody is at any page; says whether they are closed.
     /// A page that is known to be zero counts as held while somebody installs it for the guest, and may be
     /// asked for at any time; a page is lost before it is poisoned. Behind this call the memory can be let go.
     pub fn close(&mut self) -> bool {
+        self.closed |= self.is_complete();
+        self.closed
+    }
+
+    /// Whether nothing is left to come and nobody is at any page.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
         let of = |kind: Kind| self.kinds[kind as usize];
         let left = of(Kind::Missing) + of(Kind::Announced) + of(Kind::Suspect);
-        self.closed |= left + self.installing + self.unpoisoned == 0;
-        self.closed
+        left + self.installing + self.unpoisoned == 0
     }
 
     /// The guest gave pages up: they are zero from now on. Parts of units are left alone.

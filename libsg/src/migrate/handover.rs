@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::live::Rounds;
 use super::members::{Members, Patience, ask_all};
 use super::source::{Control, SourceOptions};
-use super::{Event, OutgoingVm};
+use super::{Event, Mode, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::manifest::Manifest;
@@ -21,6 +21,13 @@ use crate::wire::message::{Talk, VmdRequest};
 
 /// How often a wait looks whether the migration was cancelled.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// The connections to the destination, before COMMIT.
+pub(super) struct Lines<'a> {
+    pub(super) control: &'a mut Conversation,
+    pub(super) direct: &'a mut DirectSink,
+    pub(super) urgent: &'a mut UrgentSink,
+}
 
 /// What the handover works with.
 pub(super) struct Handover<'a> {
@@ -59,15 +66,16 @@ impl Handover<'_> {
         }
         self.expect(control, &Talk::Accepted, deadline)?;
         let direct = self.destination.dial(Purpose::MigrationDirect)?;
-        let direct = DirectSink::new(self.scatter.clone(), direct);
+        let mut direct = DirectSink::new(self.scatter.clone(), direct);
         let urgent = self.destination.dial(Purpose::MigrationUrgent)?;
         let mut urgent = UrgentSink::new(self.scatter.clone(), urgent);
         self.control.check_cancelled()?;
+        let mut lines = Lines { control, direct: &mut direct, urgent: &mut urgent };
         if let Some(rounds) = rounds {
-            rounds.run(self, control, members)?;
+            rounds.run(self, &mut lines, members)?;
             self.control.check_cancelled()?;
         }
-        let paused_at = self.hand_over(vm, members, rounds.as_mut(), (control, &mut urgent))?;
+        let paused_at = self.hand_over(vm, members, rounds.as_mut(), &mut lines)?;
         (self.options.observer)(&Event::Ready);
         let control = open.take().ok_or_else(|| Error::new(ErrorKind::Unreachable, "no connection"))?;
         Ok((Session { control, direct, urgent }, paused_at))
@@ -80,7 +88,7 @@ impl Handover<'_> {
         vm: &mut dyn OutgoingVm,
         members: &mut Members,
         rounds: Option<&mut Rounds>,
-        (control, urgent): (&mut Conversation, &mut UrgentSink),
+        lines: &mut Lines<'_>,
     ) -> Result<Instant> {
         let paused_at = host::now();
         let state = vm.pause()?;
@@ -88,11 +96,10 @@ impl Handover<'_> {
         let deadline = host::now() + self.options.ready_timeout;
         let live = rounds.is_some();
         if let Some(rounds) = rounds {
-            rounds.paused(self.scatter)?;
-            self.scatter.set_live(false);
+            rounds.paused(self)?;
         }
         let state = final_set::encode(self.scatter.planner.lock().rounds(), &state);
-        control.send_state(&state, deadline)?;
+        lines.control.send_state(&state, deadline)?;
         ask_all(
             members,
             || Request::PutState(&state),
@@ -101,11 +108,17 @@ impl Handover<'_> {
                 self.scatter.member_lost(member, &error);
             },
         );
+        if live && self.options.mode == Mode::PreCopy {
+            Rounds::finish(self, lines, members)?;
+            return Ok(paused_at);
+        }
         if !live {
             self.scatter.take_stock()?;
         }
         // Loading the state may touch guest memory: faults are answered from here on.
-        serve_while(self.scatter, (control, urgent), |control| self.expect(control, &Talk::Ready, deadline))?;
+        serve_while(self.scatter, (lines.control, lines.urgent), |control| {
+            self.expect(control, &Talk::Ready, deadline)
+        })?;
         Ok(paused_at)
     }
 

@@ -6,24 +6,27 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::handover::{Handover, refused};
+use super::handover::{Handover, Lines, refused};
 use super::members::{Members, Seat};
 use super::rounds::{Convergence, Rule};
 use super::{Event, Mode, OutgoingVm};
 use crate::dirty::DirtyLog;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::MemberIndex;
 use crate::page::{PAGE_BYTES_U64, PageRange};
 use crate::report::{Ended, Round};
 use crate::scatter::Scatter;
 use crate::scatter::session::{Listener, converse};
-use crate::scatter::shared::PoisonsOnPanic;
-use crate::transport::Conversation;
+use crate::scatter::shared::{PoisonsOnPanic, Stage};
 use crate::wire::message::{self, Talk};
 
 /// Rounds end when nobody has taken a page for so long: four tries of an intermediary that has no room.
 const STALL: Duration = Duration::from_secs(2);
+
+/// A destination that has gathered nothing for so long has what there is of a round: it tells ten times a second how
+/// far it is.
+const GATHERS: Duration = Duration::from_millis(300);
 
 /// What the rounds need, and what became of them.
 pub(super) struct Rounds {
@@ -76,14 +79,14 @@ impl Rounds {
     pub fn run(
         &mut self,
         handover: &Handover<'_>,
-        control: &mut Conversation,
+        lines: &mut Lines<'_>,
         members: &mut Members,
     ) -> Result<()> {
         let scatter = handover.scatter;
         for (at, seat) in members.iter_mut().enumerate() {
             *seat = seat.take().map(|seat| seat.seat(scatter, MemberIndex(at as u16)));
         }
-        scatter.set_live(true);
+        scatter.set_stage(Stage::Rounds);
         // From here on every write is logged: what is read behind it is right, or sent again.
         self.log.start()?;
         scatter.take_stock()?;
@@ -96,7 +99,8 @@ impl Rounds {
             Rule { rounds_max: options.rounds.most(options.mode), downtime: options.rounds.downtime_limit };
         let mut leg = Leg::begin(handover, Convergence::new(rule), 0, present.into());
         if total > 0 {
-            with_sinks(handover, control, members, &mut || leg.step(self))?;
+            let what = With { members: true, ready: false };
+            with_sinks(handover, lines, members, what, &mut || leg.step(self))?;
         }
         Ok(())
     }
@@ -105,10 +109,38 @@ impl Rounds {
     ///
     /// # Errors
     /// The log's.
-    pub fn paused(&mut self, scatter: &Scatter) -> Result<()> {
+    pub fn paused(&mut self, handover: &Handover<'_>) -> Result<()> {
         self.log.collect(&mut self.dirty)?;
-        scatter.begin_round(&self.dirty);
+        handover.scatter.begin_round(&self.dirty);
         self.dirty = Vec::new();
+        let is_last = handover.options.mode == Mode::Hybrid;
+        handover.scatter.set_stage(if is_last { Stage::Last } else { Stage::Handover });
+        Ok(())
+    }
+
+    /// Pre-copy, with the VM paused: sends what is left to the destination, until that says READY, as it has every
+    /// page in its last version.
+    ///
+    /// # Errors
+    /// As [`Self::run`]; [`ErrorKind::Timeout`] when nothing moves for as long as READY may take.
+    pub fn finish(handover: &Handover<'_>, lines: &mut Lines<'_>, members: &mut Members) -> Result<()> {
+        let scatter = handover.scatter;
+        let mut moved = (0, host::now());
+        let what = With { members: false, ready: true };
+        with_sinks(handover, lines, members, what, &mut || {
+            handover.look()?;
+            let sent = handover.control.heard_pages() + u64::from(scatter.planner.lock().progress().0);
+            let now = host::now();
+            if sent != moved.0 {
+                moved = (sent, now);
+            }
+            if now.saturating_duration_since(moved.1) > handover.options.ready_timeout {
+                return Err(Error::new(ErrorKind::Timeout, "the destination takes no pages any more"));
+            }
+            Ok(false)
+        })?;
+        // It has said that it holds them all; what it had no time to acknowledge is there.
+        scatter.all_held();
         Ok(())
     }
 
@@ -129,8 +161,8 @@ struct Leg<'a> {
     since: Instant,
     /// Page bytes sent before it.
     before: u64,
-    /// Pages that were through, and when that last changed.
-    through: (u32, Instant),
+    /// Pages that were through, those that the destination said it holds, and when that last changed.
+    through: (u32, u64, Instant),
 }
 
 impl<'a> Leg<'a> {
@@ -138,7 +170,7 @@ impl<'a> Leg<'a> {
         (handover.options.observer)(&Event::Round { round: number, pages });
         let now = host::now();
         let before = sent_bytes(handover.scatter);
-        Self { handover, convergence, number, pages, since: now, before, through: (0, now) }
+        Self { handover, convergence, number, pages, since: now, before, through: (0, 0, now) }
     }
 
     /// Looks whether the round is over, and begins the next one. Whether the VM is to be paused.
@@ -150,13 +182,22 @@ impl<'a> Leg<'a> {
             (planner.is_round_over(), planner.progress().0 + planner.torn_pages())
         };
         let now = host::now();
-        if through != self.through.0 {
-            self.through = (through, now);
+        let held = self.handover.control.heard_pages();
+        if (through, held) != (self.through.0, self.through.1) {
+            self.through = (through, held, now);
+        }
+        let idle = now.saturating_duration_since(self.through.2);
+        let stalled = idle >= STALL;
+        if over && idle < GATHERS && self.lags(held, now) {
+            return Ok(false);
         }
         if !over {
             let hybrid = self.handover.options.mode == Mode::Hybrid;
             let alone = hybrid && scatter.index.alive() == 0;
-            let stalled = hybrid && now.saturating_duration_since(self.through.1) >= STALL;
+            let stalled = hybrid && stalled;
+            if !hybrid && idle >= self.handover.options.ready_timeout {
+                return Err(Error::new(ErrorKind::Timeout, "the destination takes no pages any more"));
+            }
             if alone || stalled {
                 self.close(rounds, now, 0);
                 rounds.ended = Some(Ended::NoRoom);
@@ -177,9 +218,23 @@ impl<'a> Leg<'a> {
         scatter.begin_round(&rounds.dirty);
         rounds.dirty.clear();
         (self.number, self.pages, self.since) = (self.number + 1, left, host::now());
-        (self.before, self.through) = (sent_bytes(scatter), (0, self.since));
+        (self.before, self.through) = (sent_bytes(scatter), (0, 0, self.since));
         (self.handover.options.observer)(&Event::Round { round: self.number, pages: left });
         Ok(false)
+    }
+
+    /// Whether the destination has yet to gather more from intermediaries than fits the downtime limit: until it has, a
+    /// paused VM would wait for that.
+    fn lags(&self, held: u64, now: Instant) -> bool {
+        let options = self.handover.options;
+        if options.mode != Mode::PreCopy || self.handover.scatter.members.is_empty() {
+            return false;
+        }
+        let total = u64::from(self.handover.scatter.planner.lock().progress().1);
+        let left = total.saturating_sub(held) * PAGE_BYTES_U64;
+        let sent = sent_bytes(self.handover.scatter) - self.before;
+        let took = now.saturating_duration_since(self.since).as_secs_f64();
+        left as f64 * took > sent as f64 * options.rounds.downtime_limit.as_secs_f64()
     }
 
     fn close(&self, rounds: &mut Rounds, now: Instant, dirty_after: u64) -> Duration {
@@ -193,22 +248,34 @@ fn sent_bytes(scatter: &Scatter) -> u64 {
     scatter.counters.direct.load(Ordering::Relaxed) + scatter.counters.staged.load(Ordering::Relaxed)
 }
 
+/// Which sinks run, and until when.
+#[derive(Clone, Copy)]
+struct With {
+    /// Those of intermediaries.
+    members: bool,
+    /// Until READY, too.
+    ready: bool,
+}
+
 /// Runs the sinks while the conversation with the destination goes on, until `over` says so. The sinks then stop
 /// where they are, and may go on later. Members that are lost are taken out.
-pub(super) fn with_sinks(
+fn with_sinks(
     handover: &Handover<'_>,
-    control: &mut Conversation,
+    lines: &mut Lines<'_>,
     members: &mut Members,
+    what: With,
     over: &mut dyn FnMut() -> Result<bool>,
 ) -> Result<()> {
-    let (scatter, ears) = (handover.scatter, Ears { handover, said: Mutex::new(None) });
+    let scatter = handover.scatter;
+    let ears = Ears { handover, expects_ready: what.ready, said: Mutex::new(None), ready: false.into() };
     let over_now = AtomicBool::new(false);
     let mut lost = Vec::new();
     let ran = std::thread::scope(|scope| {
         let ends = Ends(&over_now, scatter);
         let ended = || over_now.load(Ordering::Acquire) || scatter.stopping();
+        let ears = &ears;
         let mut threads = Vec::new();
-        for (at, seat) in members.iter_mut().enumerate() {
+        for (at, seat) in members.iter_mut().enumerate().filter(|_| what.members) {
             let Some(sink) = seat.as_mut().and_then(Seat::sink) else { continue };
             let member = MemberIndex(at as u16);
             let run = move || {
@@ -224,12 +291,27 @@ pub(super) fn with_sinks(
             let thread = host::thread::Builder::new().name(format!("sg-scatter-{member}"));
             threads.push((at, thread.spawn_scoped(scope, run)?));
         }
+        if handover.options.mode == Mode::PreCopy {
+            let (direct, urgent) = (&mut *lines.direct, &mut *lines.urgent);
+            let thread = |name: &str| host::thread::Builder::new().name(name.into());
+            thread("sg-scatter-direct").spawn_scoped(scope, move || {
+                let _poisons = PoisonsOnPanic(scatter.clone());
+                ears.note(direct.run(ended));
+            })?;
+            thread("sg-scatter-urgent").spawn_scoped(scope, move || {
+                let _poisons = PoisonsOnPanic(scatter.clone());
+                ears.note(urgent.run(ended));
+            })?;
+        }
         let mut stepped = Ok(());
-        let talked = converse(scatter, control, &ears, &mut || match ears.check().and_then(|()| over()) {
-            Ok(over) => over,
-            Err(error) => {
-                stepped = Err(error);
-                true
+        let talked = converse(scatter, lines.control, ears, &mut || {
+            let heard = ears.check();
+            match heard.and_then(|ready| Ok(over()? || ready)) {
+                Ok(over) => over,
+                Err(error) => {
+                    stepped = Err(error);
+                    true
+                }
             }
         });
         drop(ends);
@@ -258,12 +340,26 @@ impl Drop for Ends<'_> {
 /// Hears the destination before COMMIT.
 struct Ears<'a> {
     handover: &'a Handover<'a>,
+    expects_ready: bool,
     said: Mutex<Option<Error>>,
+    ready: AtomicBool,
 }
 
 impl Ears<'_> {
-    fn check(&self) -> Result<()> {
-        self.said.lock().take().map_or(Ok(()), Err)
+    /// Whether it is ready.
+    fn check(&self) -> Result<bool> {
+        match self.said.lock().take() {
+            Some(error) => Err(error),
+            None => Ok(self.ready.load(Ordering::Acquire)),
+        }
+    }
+
+    /// How one of its connections ended.
+    fn note(&self, ended: Result<()>) {
+        if let Err(error) = ended {
+            self.said.lock().get_or_insert(error);
+            self.handover.scatter.control_waker().wake();
+        }
     }
 }
 
@@ -271,7 +367,8 @@ impl Listener for Ears<'_> {
     fn heard(&self, talk: Talk) {
         match talk {
             Talk::Progress { .. } => self.handover.control.heard(talk),
-            talk => *self.said.lock() = Some(refused(talk, "while the VM is sent in rounds")),
+            Talk::Ready if self.expects_ready => self.ready.store(true, Ordering::Release),
+            talk => self.note(Err(refused(talk, "while the VM is sent in rounds"))),
         }
     }
 

@@ -139,9 +139,6 @@ pub fn start(
     options: SourceOptions,
 ) -> Result<Outgoing> {
     manifest.check()?;
-    if options.mode == Mode::PreCopy {
-        return Err(Error::new(ErrorKind::Input, "pre-copy is not there yet: use hybrid"));
-    }
     if options.intermediaries.len() > limits::MEMBERS_MAX {
         let message =
             format!("{} intermediaries, more than {}", options.intermediaries.len(), limits::MEMBERS_MAX);
@@ -209,6 +206,11 @@ impl Control {
 
     pub(super) fn was_paused(&self) -> bool {
         self.paused.load(Ordering::Acquire)
+    }
+
+    /// Pages that the destination holds, as it last said.
+    pub(super) fn heard_pages(&self) -> u64 {
+        self.state.lock().heard.held_pages
     }
 
     fn elapsed_s(&self) -> f64 {

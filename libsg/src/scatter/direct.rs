@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::load::Loaded;
 use super::planner::{BatchId, Sink, Work};
-use super::shared::{Counters, Scatter};
+use super::shared::{Counters, Scatter, Stage};
 use super::window::{AckTime, nap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
@@ -145,7 +145,13 @@ impl DirectSink {
                     };
                     let Some(sent) = self.sent.remove(at) else { continue };
                     self.ack_time.took(now.saturating_duration_since(sent.at));
-                    self.scatter.planner.lock().installed(sent.batch, &failed);
+                    let mut planner = self.scatter.planner.lock();
+                    if self.scatter.is_at(Stage::Rounds) {
+                        planner.installed_live(sent.batch, &failed);
+                    } else {
+                        planner.installed(sent.batch, &failed);
+                    }
+                    drop(planner);
                     acked = true;
                 }
                 other => return Err(unexpected(other)),

@@ -1,7 +1,7 @@
 //! What all threads of a scatter share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -45,6 +45,18 @@ impl Counters {
     }
 }
 
+/// How far a scatter is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// The VM runs, and rounds are sent: what is torn waits for the next one.
+    Rounds = 0,
+    /// The VM is paused, and the last round is sent before COMMIT.
+    Handover = 1,
+    /// When all is safe, it has evicted.
+    Last = 2,
+}
+
 /// What all threads of a scatter share.
 pub struct Scatter {
     /// The volume that is scattered.
@@ -69,8 +81,7 @@ pub struct Scatter {
     announcements: Mutex<Vec<IndexEntry>>,
     /// Slots that each member shall have back.
     given_up: Vec<Mutex<Vec<GetEntry>>>,
-    /// The VM runs, and rounds are sent: that all is safe is not the end.
-    live: AtomicBool,
+    stage: AtomicU8,
     control_waker: Arc<Waker>,
     direct_waker: Arc<Waker>,
     urgent_waker: Arc<Waker>,
@@ -111,7 +122,7 @@ impl Scatter {
             wakers,
             announcements: Mutex::new(Vec::new()),
             given_up,
-            live: AtomicBool::new(false),
+            stage: AtomicU8::new(Stage::Last as u8),
             control_waker: Arc::new(Waker::new()?),
             direct_waker: Arc::new(Waker::new()?),
             urgent_waker: Arc::new(Waker::new()?),
@@ -290,15 +301,15 @@ impl Scatter {
         out.extend(slots.drain(keep..));
     }
 
-    /// Whether the VM runs while it is sent.
-    pub fn set_live(&self, live: bool) {
-        self.live.store(live, Ordering::Release);
+    /// It goes on to another stage.
+    pub fn set_stage(&self, stage: Stage) {
+        self.stage.store(stage as u8, Ordering::Release);
     }
 
-    /// Whether the VM runs while it is sent.
+    /// Whether it is at that stage.
     #[must_use]
-    pub fn is_live(&self) -> bool {
-        self.live.load(Ordering::Acquire)
+    pub fn is_at(&self, stage: Stage) -> bool {
+        self.stage.load(Ordering::Acquire) == stage as u8
     }
 
     /// Begins the next round.
@@ -358,7 +369,7 @@ impl Scatter {
 
     /// Looks whether everything is safe, and tells of progress. Called after acknowledgements.
     pub fn check_progress(&self) {
-        if self.is_live() {
+        if !self.is_at(Stage::Last) {
             // Rounds are looked at by who leads them.
             self.control_waker.wake();
             return;

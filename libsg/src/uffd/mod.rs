@@ -324,6 +324,22 @@ impl PageSink for Uffd {
         })
     }
 
+    fn can_replace(&self) -> bool {
+        self.memory.is_some()
+    }
+
+    /// See the trait. Memory of this process only: it is written through its mapping.
+    fn replace(&self, first: PageIndex, bytes: &[u8]) -> Result<()> {
+        let range = PageRange::new(first, u32::try_from(bytes.len() / PAGE_BYTES).unwrap_or(u32::MAX));
+        match &self.memory {
+            Some(memory) => memory.copy_in(range, bytes),
+            None => {
+                Err(Error::new(ErrorKind::Input, "another process's memory takes each page once")
+                    .about([range]))
+            }
+        }
+    }
+
     /// See the trait. Kernels before 6.6 cannot poison: there the access to missing pages of this
     /// process's memory is taken away, and who touches them gets `SIGSEGV` or `EFAULT` (`KVM_RUN`
     /// fails); for another process's memory it is an error.

@@ -97,7 +97,9 @@ mod test {
 
     use super::*;
 
-    fn decoded(bytes: &[u8], pages: u32) -> Result<(Vec<(PageRange, Round)>, Vec<u8>), Malformed> {
+    type Decoded = (Vec<(PageRange, Round)>, Vec<u8>);
+
+    fn decoded(bytes: &[u8], pages: u32) -> Result<Decoded, Malformed> {
         let mut runs = Vec::new();
         let at = decode(bytes, pages, &mut |run, round| runs.push((run, round)))?;
         Ok((runs, bytes[at..].to_vec()))

@@ -79,6 +79,9 @@ pub struct Seen {
     /// Whoever installs zeros waits with it for as long as this is set, and counts himself.
     pub hold_zeros: AtomicBool,
     pub held_zeros: AtomicU64,
+    /// Units may be installed again before the VM runs.
+    pub replaces: AtomicBool,
+    pub replaced: AtomicU64,
 }
 
 impl Seen {
@@ -152,7 +155,10 @@ impl Spy {
         assert!(!self.seen.panic.load(Ordering::SeqCst), "told to panic");
         if let Ok(outcome) = &outcome {
             self.seen.installed.fetch_add(outcome.installed_pages().into(), Ordering::SeqCst);
-            assert_eq!(outcome.already_present().next(), None, "a unit was installed twice");
+            // In pre-copy it is then replaced, until it runs.
+            let may_replace =
+                self.seen.replaces.load(Ordering::SeqCst) && !self.seen.running.load(Ordering::SeqCst);
+            assert!(may_replace || outcome.already_present().next().is_none(), "a unit was installed twice");
         }
         outcome
     }
@@ -169,6 +175,16 @@ impl PageSink for Spy {
             until("zeros may be installed", || !self.seen.hold_zeros.load(Ordering::SeqCst));
         }
         self.note(self.uffd.install_zero(range))
+    }
+
+    fn can_replace(&self) -> bool {
+        self.uffd.can_replace()
+    }
+
+    fn replace(&self, first: PageIndex, bytes: &[u8]) -> Result<()> {
+        assert!(self.seen.replaces.load(Ordering::SeqCst) && !self.seen.running.load(Ordering::SeqCst));
+        self.seen.replaced.fetch_add(bytes.len() as u64 / 4096, Ordering::SeqCst);
+        self.uffd.replace(first, bytes)
     }
 
     fn poison(&self, range: PageRange) -> Result<()> {

@@ -2,10 +2,16 @@
 
 use super::Tracker;
 use crate::error::{Error, ErrorKind, Result};
+use crate::gather::books::Kind;
 use crate::ids::Round;
 use crate::page::PageRange;
 
 impl Tracker {
+    /// Whether a newer round replaces what is installed: as long as the VM is sent in rounds and does not run here.
+    pub fn set_replaces(&mut self, replaces: bool) {
+        self.replaces = replaces;
+    }
+
     /// Of these pages, only copies of `round` or of a later one count, whoever has them: what is known of older ones
     /// is forgotten, and what is said of them later is not listened to. Whole units are required.
     ///
@@ -21,7 +27,9 @@ impl Tracker {
             for page in unit.positions() {
                 if self.rounds[page] < round.0 {
                     self.tally(page, false);
-                    self.states[page].forget();
+                    // Whoever installs an older one just now finds it suspect when he is through.
+                    let to = if self.states[page].is_installing() { Kind::Suspect } else { Kind::Missing };
+                    self.states[page].forget(to);
                     self.rounds[page] = round.0;
                     self.tally(page, true);
                 }

@@ -23,16 +23,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::gather::{Gather, Setup, Word};
 use crate::host::{self, thread::JoinHandle};
 use crate::ids::{Checksum, Epoch, VolumeId};
-use crate::limits::INDEX_ENTRIES_MAX;
 use crate::manifest::Manifest;
 use crate::migrate::{Event, IncomingVm};
-use crate::page::PageIndex;
 use crate::transport::{Channel, Inbox, Outbox, StateAssembler, wait};
-use crate::wire::entry::encode_table;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, Member, Rounds, Talk};
 use crate::wire::run::decode_runs;
-use crate::wire::{Header, IndexEntry, Kind};
+use crate::wire::{IndexEntry, Kind};
 
 /// How often the conductor looks around, and tells the source how far it is.
 pub(super) const TICK: Duration = Duration::from_millis(100);
@@ -111,6 +108,8 @@ pub(super) struct Conductor {
     pub control: Option<Line>,
     openings: Vec<Line>,
     state: StateAssembler,
+    /// A state that is all here, until it is loaded.
+    unloaded: Option<Vec<u8>>,
     places: Vec<IndexEntry>,
     away_since: Option<Instant>,
     looked_at: Instant,
@@ -139,6 +138,7 @@ pub(super) fn start(
         control: None,
         openings: Vec::new(),
         state: StateAssembler::new(),
+        unloaded: None,
         places: Vec::new(),
         away_since: None,
         looked_at: now,
@@ -269,6 +269,10 @@ impl Conductor {
         self.offer = Some(offer);
         self.control = Some(line);
         let sink = self.vm()?.prepare(manifest)?;
+        if rounds == Rounds::Installed && !sink.can_replace() {
+            let message = "this VM's memory takes each page once: use hybrid, scatter-gather or post-copy";
+            return Err(Error::new(ErrorKind::Input, message));
+        }
         let gather = Gather::start(Setup {
             volume,
             epoch,
@@ -302,7 +306,7 @@ impl Conductor {
         self.state = StateAssembler::new();
         self.abort_said = false;
         if let Some(gather) = &self.gather {
-            send_holdings(&mut line, gather);
+            checks::send_holdings(&mut line, gather);
             gather.shared().set_source_away(None);
         }
         self.away_since = None;
@@ -391,10 +395,8 @@ impl Conductor {
         match talk {
             Talk::StateEnd { bytes, checksum } if self.phase == ArrivalPhase::Accepted => {
                 let state = self.state.finish(bytes, Checksum(checksum))?;
-                let state = self.take_final_set(state)?;
-                if let Some(vm) = self.vm.take() {
-                    self.loading = Some(Loading::start(vm, state, self.listener.waker().clone())?);
-                }
+                self.unloaded = Some(self.take_final_set(state)?);
+                self.load()?;
             }
             Talk::Run if self.phase == ArrivalPhase::Ready => {
                 self.run_vm()?;
@@ -474,25 +476,4 @@ impl Conductor {
 
 fn given_up(kind: ErrorKind, reason: &str) -> Error {
     Error::new(kind, format!("the source gave up before COMMIT: the VM runs on there ({reason})"))
-}
-
-fn send_holdings(line: &mut Line, gather: &Gather) {
-    let total = gather.shared().counts().total;
-    let (mut from, mut ranges, mut table) = (PageIndex(0), Vec::new(), Vec::new());
-    let mut send = |ranges: &[crate::page::PageRange]| {
-        table.clear();
-        encode_table(ranges.iter().copied(), &mut table);
-        let header = Header { count: ranges.len() as u16, ..line.channel.header(Kind::Holdings) };
-        if let Err(error) = line.outbox.push_frame(header, &table, []) {
-            tracing::error!(error = error.chain(), "holdings could not be told");
-        }
-    };
-    while u64::from(from.0) < total {
-        ranges.clear();
-        from = gather.shared().tracker.lock().holdings(from, INDEX_ENTRIES_MAX, &mut ranges);
-        if !ranges.is_empty() {
-            send(&ranges);
-        }
-    }
-    send(&[]);
 }

@@ -16,7 +16,7 @@ use crate::migrate::members::{self, Members, Seat};
 use crate::migrate::{Event, Mode, OutgoingVm, Via};
 use crate::report::{Intermediary, SourceReport};
 use crate::scatter::session::{self, Destination, Session};
-use crate::scatter::shared::{PoisonsOnPanic, panicked};
+use crate::scatter::shared::{PoisonsOnPanic, Stage, panicked};
 use crate::scatter::{Planner, Scatter};
 use crate::source::{PageSource, Supply};
 use crate::usage;
@@ -114,6 +114,9 @@ impl Manager {
         members: Members,
         before: (Option<&Rounds>, Option<Duration>),
     ) -> Result<()> {
+        // What was sent before COMMIT may have been all.
+        scatter.set_stage(Stage::Last);
+        scatter.check_progress();
         std::thread::scope(|scope| {
             let _stops = Stops(scatter);
             let mut threads = Vec::new();

@@ -5,13 +5,17 @@ use std::time::{Duration, Instant};
 
 use super::super::loading::Loading;
 use super::super::{ArrivalPhase, Told, volume};
-use super::{Conductor, TICK};
+use super::{Conductor, Line, TICK};
 use crate::error::{Error, ErrorKind, Result};
+use crate::gather::Gather;
 use crate::host;
 use crate::limits::INDEX_ENTRIES_MAX;
 use crate::migrate::Event;
+use crate::page::PageIndex;
+use crate::wire::entry::encode_table;
 use crate::wire::final_set;
 use crate::wire::message::Talk;
+use crate::wire::{Header, Kind};
 
 /// Without COMMIT from the source, the volume is looked into this often.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -25,6 +29,7 @@ impl Conductor {
         if let Some(failure) = self.gather.as_ref().and_then(|gather| gather.shared().failure()) {
             return Err(Told::from(&*failure).into());
         }
+        self.load()?;
         self.check_loaded()?;
         let committed = self.phase >= ArrivalPhase::Running;
         if self.desk.cancel.load(Ordering::Acquire) && !committed {
@@ -64,6 +69,18 @@ impl Conductor {
         shared.set_final();
         blob.drain(..state_at);
         Ok(blob)
+    }
+
+    /// Begins to load the state, as soon as what loading may touch is right: in pre-copy there may be older bytes.
+    pub(super) fn load(&mut self) -> Result<()> {
+        let Some(gather) = self.gather.as_ref().filter(|_| self.unloaded.is_some()) else { return Ok(()) };
+        if gather.shared().replaces() && !gather.shared().tracker.lock().is_complete() {
+            return Ok(());
+        }
+        if let (Some(state), Some(vm)) = (self.unloaded.take(), self.vm.take()) {
+            self.loading = Some(Loading::start(vm, state, self.listener.waker().clone())?);
+        }
+        Ok(())
     }
 
     /// Once the VM has loaded its state, READY is said.
@@ -166,4 +183,26 @@ impl Conductor {
             self.tell(&Event::Gathering { percent });
         }
     }
+}
+
+/// Tells a source that is back what is held here.
+pub(super) fn send_holdings(line: &mut Line, gather: &Gather) {
+    let total = gather.shared().counts().total;
+    let (mut from, mut ranges, mut table) = (PageIndex(0), Vec::new(), Vec::new());
+    let mut send = |ranges: &[crate::page::PageRange]| {
+        table.clear();
+        encode_table(ranges.iter().copied(), &mut table);
+        let header = Header { count: ranges.len() as u16, ..line.channel.header(Kind::Holdings) };
+        if let Err(error) = line.outbox.push_frame(header, &table, []) {
+            tracing::error!(error = error.chain(), "holdings could not be told");
+        }
+    };
+    while u64::from(from.0) < total {
+        ranges.clear();
+        from = gather.shared().tracker.lock().holdings(from, INDEX_ENTRIES_MAX, &mut ranges);
+        if !ranges.is_empty() {
+            send(&ranges);
+        }
+    }
+    send(&[]);
 }
