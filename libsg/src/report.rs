@@ -15,7 +15,7 @@ mod beside;
 pub use beside::{Cotenant, CpuPerGib, Latencies, Neighbour, Pressure};
 
 /// Version of the report's keys: raised when one changes its meaning. Keys are added freely.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// How it ended: `"ok"`, or an object with `kind`, `message` and the `lost` page ranges.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -261,8 +261,10 @@ pub struct SourceReport {
     pub intermediaries: Vec<Intermediary>,
     /// Bytes allocated for the books of this migration, over the volume's pages.
     pub bookkeeping_bytes_per_page: Option<f64>,
-    /// User + system time of the process up to now.
+    /// User + system time of the process, from the start command accepted to "evicted".
     pub cpu_s: Option<f64>,
+    /// Of that, what libsg's threads used: the migration without the guest.
+    pub migration_cpu_s: Option<f64>,
     /// Largest resident set of the process up to now.
     pub peak_rss_bytes: Option<u64>,
 }
@@ -288,8 +290,10 @@ pub struct DestinationReport {
     pub intermediaries: Vec<Intermediary>,
     /// Bytes allocated for the books of this migration, over the volume's pages.
     pub bookkeeping_bytes_per_page: Option<f64>,
-    /// User + system time of the process up to now.
+    /// User + system time of the process, from the source's offer to every page installed.
     pub cpu_s: Option<f64>,
+    /// Of that, what libsg's threads used: the migration without the guest.
+    pub migration_cpu_s: Option<f64>,
     /// Largest resident set of the process up to now.
     pub peak_rss_bytes: Option<u64>,
 }
@@ -349,8 +353,10 @@ pub struct Report {
     pub guest: Guest,
     /// Each intermediary.
     pub intermediaries: Vec<Intermediary>,
-    /// User + system time of the processes.
+    /// See [`SourceReport::cpu_s`] and [`DestinationReport::cpu_s`].
     pub cpu_s: Ends<f64>,
+    /// See [`SourceReport::migration_cpu_s`] and [`DestinationReport::migration_cpu_s`].
+    pub migration_cpu_s: Ends<f64>,
     /// Largest resident sets of the processes.
     pub peak_rss_bytes: Ends<u64>,
     /// From the allocation sizes.
@@ -417,6 +423,7 @@ impl Report {
             faults_while_scattering: to.faults_while_scattering,
             intermediaries,
             cpu_s: Ends { source: from.cpu_s, destination: to.cpu_s },
+            migration_cpu_s: Ends { source: from.migration_cpu_s, destination: to.migration_cpu_s },
             peak_rss_bytes: Ends { source: from.peak_rss_bytes, destination: to.peak_rss_bytes },
             bookkeeping_bytes_per_page: Ends {
                 source: from.bookkeeping_bytes_per_page,

@@ -177,8 +177,6 @@ fn fastest(a: Rate, b: Rate) -> Rate {
 fn add_usage(report: &mut Report, cluster: &Cluster) {
     if let Some(pair) = cluster.pairs.first() {
         let (from, to) = (pair.source.process.usage(), pair.destination.process.usage());
-        report.cpu_s.source = report.cpu_s.source.or(from.cpu_s);
-        report.cpu_s.destination = report.cpu_s.destination.or(to.cpu_s);
         report.peak_rss_bytes.source = report.peak_rss_bytes.source.or(from.peak_rss_bytes);
         report.peak_rss_bytes.destination = report.peak_rss_bytes.destination.or(to.peak_rss_bytes);
     }

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use libsg::usage;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::interrupt;
@@ -107,9 +108,9 @@ impl Process {
     /// What it has used so far; nothing when it is gone.
     pub fn usage(&self) -> Usage {
         let pid = self.pid.as_raw_pid();
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        Usage { cpu_s: cpu_s(&stat), peak_rss_bytes: peak_rss_bytes(&status) }
+        let cpu_s = usage::cpu_of(pid).map(|used| used.as_secs_f64());
+        Usage { cpu_s, peak_rss_bytes: peak_rss_bytes(&status) }
     }
 
     /// The last lines of its log.
@@ -164,14 +165,6 @@ pub fn beside_this_executable(program: &str) -> Result<PathBuf> {
     })
 }
 
-/// Fields 14 and 15 of `/proc/PID/stat`: user and system time in ticks.
-fn cpu_s(stat: &str) -> Option<f64> {
-    let (_, after) = stat.rsplit_once(')')?;
-    let mut fields = after.split_whitespace().skip(11);
-    let ticks = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
-    Some(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
-}
-
 fn peak_rss_bytes(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
@@ -184,9 +177,5 @@ mod test {
     #[test]
     fn usage_is_read_from_proc() {
         assert_eq!(peak_rss_bytes("Name:\tx\nVmHWM:\t    2048 kB\n"), Some(2 << 20));
-        let stat = "7 (a) b) S 1 7 7 0 -1 4 100 0 0 0 150 50 0 0 20 0 1 0 99 1 1";
-        let ticks = rustix::param::clock_ticks_per_second() as f64;
-        assert_eq!(cpu_s(stat), Some(200.0 / ticks));
-        assert_eq!(cpu_s(""), None);
     }
 }

@@ -10,7 +10,7 @@ type Cell = fn(&Report) -> String;
 
 /// One line for each figure, one column for each report.
 pub fn of(reports: &[(&str, &Report)]) -> String {
-    let rows: [(&str, Cell); 12] = [
+    let rows: [(&str, Cell); 15] = [
         ("eviction time", |r| seconds(r.eviction_s)),
         ("  at the link's rate", |r| seconds(r.line_rate_bound_s)),
         ("total migration time", |r| seconds(r.total_migration_s)),
@@ -22,6 +22,9 @@ pub fn of(reports: &[(&str, &Report)]) -> String {
         ("faults", |r| known(r.faults.count, |n| n.to_string())),
         ("  half within", |r| known(r.faults.p50_us, |us| format!("{us:.0} us"))),
         ("  99 of 100 within", |r| known(r.faults.p99_us, |us| format!("{us:.0} us"))),
+        ("CPU s/GiB, source", |r| cost(r.cpu_s_per_gib.source, r.cpu_s_per_gib.stream.source)),
+        ("  intermediaries", |r| cost(r.cpu_s_per_gib.intermediaries, r.cpu_s_per_gib.stream.destination)),
+        ("  destination", |r| cost(r.cpu_s_per_gib.destination, r.cpu_s_per_gib.stream.destination)),
         ("self-check", verdict),
     ];
     let mut text = String::new();
@@ -71,6 +74,11 @@ fn passes(pressure: &Pressure) -> String {
         known(pressure.neighbours.iter().map(of).sum::<Option<f64>>(), |sum| format!("{sum:.1}"))
     };
     format!("{} to {}", sum(|n| n.passes_per_s_before), sum(|n| n.passes_per_s_during))
+}
+
+/// Beside what a plain stream's end costs.
+fn cost(ours: Option<f64>, plain: Option<f64>) -> String {
+    known(ours, |ours| known(plain, |plain| format!("{ours:.2} (plain {plain:.2})")))
 }
 
 fn known<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {

@@ -9,6 +9,7 @@ mod condvar;
 mod listener;
 #[cfg(feature = "simulation")]
 pub mod simulation;
+mod spent;
 pub mod thread;
 
 use std::io;
@@ -20,6 +21,7 @@ pub use condvar::Condvar;
 pub use listener::Listener;
 #[cfg(feature = "simulation")]
 pub(crate) use simulation::{Bug, has_bug};
+pub(crate) use spent::spent;
 
 /// A descriptor that is waited for: to be readable where the first flag says so, writable where the second does.
 pub(crate) type Awaited<'fd> = (BorrowedFd<'fd>, bool, bool);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 #[cfg(feature = "simulation")]
 use super::simulation;
+use super::spent::Counted;
 
 /// Starts a thread, with a name.
 #[derive(Debug)]
@@ -59,6 +60,7 @@ impl Builder {
         self,
         body: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<JoinHandle<T>> {
+        let body = counted(body);
         #[cfg(feature = "simulation")]
         if let Some(world) = simulation::world() {
             let seat = simulation::Seat::of(world);
@@ -83,6 +85,7 @@ impl Builder {
         scope: &'scope std::thread::Scope<'scope, '_>,
         body: impl FnOnce() -> T + Send + 'scope,
     ) -> io::Result<ScopedJoinHandle<'scope, T>> {
+        let body = counted(body);
         #[cfg(feature = "simulation")]
         if let Some(world) = simulation::world() {
             let seat = simulation::Seat::of(world);
@@ -96,6 +99,14 @@ impl Builder {
             #[cfg(feature = "simulation")]
             seat: None,
         })
+    }
+}
+
+/// Its processor time is libsg's.
+fn counted<T>(body: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    move || {
+        let _counted = Counted::begin();
+        body()
     }
 }
 

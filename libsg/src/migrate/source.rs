@@ -24,6 +24,7 @@ use crate::scatter::session::Listener;
 use crate::scatter::shared::panicked;
 use crate::source::PageSource;
 use crate::transport::PoolSecret;
+use crate::usage::Cpu;
 use crate::vmd::Connector;
 use crate::wire::message::Talk;
 
@@ -118,6 +119,8 @@ enum Phase {
 /// What manager, listeners and waiters share.
 pub(super) struct Control {
     started: Instant,
+    /// What was used before.
+    used: Cpu,
     state: Mutex<State>,
     changed: Condvar,
     /// As it was last set, whether anything is sent yet or not.
@@ -146,6 +149,7 @@ pub fn start(
     }
     let control = Arc::new(Control {
         started: host::now(),
+        used: Cpu::now(),
         state: Mutex::new(State::default()),
         changed: Condvar::new(),
         limit_bytes_per_s: options.scatter_limit_bytes_per_s.into(),

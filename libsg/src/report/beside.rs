@@ -71,10 +71,10 @@ pub struct Neighbour {
 /// User + system seconds a GiB of pages, and what a plain TCP stream over the same links costs in the same run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CpuPerGib {
-    /// The source's process from the start to evicted, over the page bytes it sent.
+    /// libsg's threads at the source from the start to evicted, over the page bytes it sent.
     pub source: Option<f64>,
-    /// The destination's process from the start to the end of the run, over the page bytes it received. The guest's
-    /// own work, after it has moved, is in it.
+    /// libsg's threads at the destination until every page was installed, over the page bytes it received. What its
+    /// vCPUs wait for the pages is not in it.
     pub destination: Option<f64>,
     /// The intermediaries' processes from the start to evicted, over the page bytes they took meanwhile. What they
     /// gave to the destination in that time is in it.

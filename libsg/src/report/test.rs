@@ -23,7 +23,7 @@ fn every_key_is_there_without_a_value() {
     let json = serde_json::to_value(Report::merged(None, None)).expect("encodes");
     for key in "schema status mode seed transport link_mbps line_rate_bound_s eviction_s \
                 total_migration_s downtime_s pages bytes faults guest intermediaries cpu_s \
-                peak_rss_bytes bookkeeping_bytes_per_page cpu_s_per_gib cotenants destination_memory \
+                migration_cpu_s peak_rss_bytes bookkeeping_bytes_per_page cpu_s_per_gib cotenants destination_memory \
                 samples vms host rounds rounds_ended"
         .split_whitespace()
     {
@@ -46,6 +46,7 @@ fn merging_takes_each_value_from_who_knows_it() {
             ..Intermediary::default()
         }],
         cpu_s: Some(0.5),
+        migration_cpu_s: Some(0.25),
         ..SourceReport::default()
     };
     let destination = DestinationReport {
@@ -74,6 +75,7 @@ fn merging_takes_each_value_from_who_knows_it() {
     timed.set_link(4.096);
     assert_eq!(timed.line_rate_bound_s.map(|s| (s * 1e6).round()), Some(4e6));
     assert_eq!(report.cpu_s, Ends { source: Some(0.5), destination: None });
+    assert_eq!(report.migration_cpu_s, Ends { source: Some(0.25), destination: None });
 
     let lost = DestinationReport {
         status: Status::from(&Error::new(ErrorKind::Lost, "gone")),

@@ -93,6 +93,7 @@ pub(super) struct Offer {
     pub at: Instant,
     /// What happens before the VM is paused.
     rounds: Rounds,
+    pub used: crate::usage::Cpu,
 }
 
 pub(super) struct Conductor {
@@ -244,7 +245,8 @@ impl Conductor {
             match first {
                 Ok(Talk::Offer { manifest, members, elapsed_us, rounds }) if self.offer.is_none() => {
                     let (volume, epoch, at) = (greeting.volume, greeting.epoch, host::now());
-                    let offer = Offer { volume, epoch, members, elapsed_us, at, rounds };
+                    let used = crate::usage::Cpu::now();
+                    let offer = Offer { volume, epoch, members, elapsed_us, at, used, rounds };
                     self.offered(line, offer, &manifest)?;
                 }
                 Ok(Talk::Rejoin) if ours => self.rejoined(line),

@@ -10,7 +10,7 @@ use crate::gather::Shared;
 use crate::host;
 use crate::migrate::Event;
 use crate::report::{Bytes, DestinationReport, Faults, Intermediary, Pages, Status};
-use crate::usage;
+use crate::usage::{self, Cpu};
 use crate::wire::message::Talk;
 
 /// A source that was told that every page is here, and has not evicted yet, may still be writing to
@@ -109,6 +109,7 @@ impl Conductor {
         let total_migration_s = self.offer.as_ref().map(|offer| {
             offer.elapsed_us as f64 / 1e6 + held_at.saturating_duration_since(offer.at).as_secs_f64()
         });
+        let used = self.offer.as_ref().map(|offer| Cpu::now().since(offer.used));
         let tracker = shared.tracker.lock();
         let counts = tracker.counts();
         let (faults, while_scattering) = tracker.latencies();
@@ -154,7 +155,8 @@ impl Conductor {
                 })
                 .collect(),
             bookkeeping_bytes_per_page: Some(tracker.allocated_bytes() as f64 / counts.total.max(1) as f64),
-            cpu_s: usage::cpu_s(),
+            cpu_s: used.map(|used| used.process.as_secs_f64()),
+            migration_cpu_s: used.map(|used| used.migration.as_secs_f64()),
             peak_rss_bytes: usage::peak_rss_bytes(),
         }
     }

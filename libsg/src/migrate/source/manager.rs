@@ -19,7 +19,7 @@ use crate::scatter::session::{self, Destination, Session};
 use crate::scatter::shared::{PoisonsOnPanic, Stage, panicked};
 use crate::scatter::{Planner, Scatter};
 use crate::source::{PageSource, Supply};
-use crate::usage;
+use crate::usage::{self, Cpu};
 
 pub(super) struct Manager {
     pub(super) control: Arc<Control>,
@@ -165,6 +165,9 @@ impl Manager {
         let mut report = report(scatter, self.options.mode, eviction_s, downtime);
         report.rounds = rounds.map(|rounds| rounds.told.clone()).unwrap_or_default();
         report.rounds_ended = rounds.and_then(|rounds| rounds.ended);
+        let used = Cpu::now().since(self.control.used);
+        report.cpu_s = Some(used.process.as_secs_f64());
+        report.migration_cpu_s = Some(used.migration.as_secs_f64());
         (self.options.observer)(&Event::Evicted);
         let mut state = self.control.state.lock();
         state.evicted.get_or_insert(Ok(Box::new(report)));
@@ -253,7 +256,6 @@ fn report(
         })
         .collect();
     report.bookkeeping_bytes_per_page = Some(bytes as f64 / f64::from(total.max(1)));
-    report.cpu_s = usage::cpu_s();
     report.peak_rss_bytes = usage::peak_rss_bytes();
     report
 }

@@ -1,0 +1,46 @@
+//! The processor time that libsg's own threads have used: what a migration costs, apart from what else a VMM
+//! does in its process.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::usage;
+
+struct Books {
+    /// Threads that run, by the kernel's number.
+    live: BTreeSet<i32>,
+    /// What those have used that have ended.
+    ended: Duration,
+}
+
+static BOOKS: Mutex<Books> = Mutex::new(Books { live: BTreeSet::new(), ended: Duration::ZERO });
+
+/// While it lives, the thread that made it is counted.
+pub(super) struct Counted(i32);
+
+impl Counted {
+    pub(super) fn begin() -> Self {
+        let thread = rustix::thread::gettid().as_raw_pid();
+        BOOKS.lock().live.insert(thread);
+        Self(thread)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let used = clock_gettime(ClockId::ThreadCPUTime);
+        let mut books = BOOKS.lock();
+        books.live.remove(&self.0);
+        books.ended += Duration::new(used.tv_sec as u64, used.tv_nsec as u32);
+    }
+}
+
+/// User and system time of all threads that libsg ever started in this process.
+pub(crate) fn spent() -> Duration {
+    let books = BOOKS.lock();
+    let living: Duration = books.live.iter().filter_map(|thread| usage::cpu_of_thread(*thread)).sum();
+    books.ended + living
+}
