@@ -43,8 +43,13 @@ const CATCH_UP_PARTS: u64 = 64;
 /// Credit of a connection that was just opened, granted at once.
 const FIRST_CREDIT_BYTES: u64 = 128 << 10;
 
-/// Credit is granted in pieces of so much time.
-const GRANT_TIME: Duration = Duration::from_millis(1);
+/// Credit is granted in pieces of so much time: each is a frame for both ends to send, take and act on. The source
+/// spreads it by its own pace, so that a larger piece makes no longer queue.
+const GRANT_TIME: Duration = Duration::from_millis(2);
+
+/// What came before the window was full again is granted in pieces of at least this part of the window: the source
+/// has the rest.
+const WINDOW_PARTS: u64 = 4;
 
 /// Largest piece of credit: one batch of 64 pages.
 const GRANT_BYTES_MAX: u64 = 264 << 10;
@@ -157,6 +162,8 @@ struct Work {
 /// Does what can be done without waiting; returns when to look again.
 fn step(shared: &Shared, line: &mut Line, work: &mut Work) -> Result<Instant> {
     while let Some(frame) = line.inbox.poll(&line.channel)? {
+        // Of the frame before, which is not to wait for this one. The last goes out with the credit.
+        line.outbox.flush(&line.channel, usize::MAX)?;
         let header = frame.header;
         if header.kind != Kind::Pages || header.volume != shared.volume {
             let message = format!("a {:?} frame on the direct connection", header.kind);
@@ -170,7 +177,6 @@ fn step(shared: &Shared, line: &mut Line, work: &mut Work) -> Result<Instant> {
         shared.counters.direct.fetch_add(bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
         work.installer.bad.extend_from_slice(&work.installer.gone);
         acknowledge(&mut line.outbox, &header, &work.installer.bad, &mut work.table)?;
-        line.outbox.flush(&line.channel, usize::MAX)?;
         report(shared, line, now);
         if line.outbox.queued_bytes() > OUTBOX_BYTES_MAX {
             break;
@@ -216,8 +222,10 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
     loop {
         let open = (line.granted + line.saved).saturating_sub(line.inbox.received_bytes());
         if open + GRANT_BYTES_MIN > window || line.outbox.queued_bytes() > OUTBOX_BYTES_MAX {
-            // Room comes with bytes. What was saved is told: the source may need just that much.
-            grant(line)?;
+            // Room comes with bytes. Little is not worth a frame, and the source has most of a window yet.
+            if line.saved >= piece.min(window / WINDOW_PARTS) {
+                grant(line)?;
+            }
             return Ok(now + NAP);
         }
         let wanted = piece.saturating_sub(line.saved).clamp(1, window - open);
