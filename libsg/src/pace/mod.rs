@@ -28,4 +28,4 @@ pub use delay::{Aggregate, LinkReading, aggregate, own_delay};
 pub use rate::{RateFinder, Reading};
 pub use shared::{Acquire, Class, LinkId, SharedPacer};
 pub use socket::{Dscp, mark_bulk, mark_urgent, precise_timers, quick_ack, set_congestion};
-pub use tcp_info::{KernelPace, TcpInfo};
+pub use tcp_info::{KernelPace, TcpInfo, wake_reader_at};

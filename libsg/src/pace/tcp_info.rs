@@ -1,10 +1,10 @@
-//! What the kernel knows of a connection (`TCP_INFO`) and how fast it lets it send. The only unsafe code of
-//! pacing: one `getsockopt` and one `setsockopt` that no library offers.
+//! What the kernel knows of a connection (`TCP_INFO`), how fast it lets it send, and when it wakes who reads. The
+//! only unsafe code of pacing: one `getsockopt` and one `setsockopt` that no library offers.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -159,24 +159,37 @@ impl KernelPace {
             return Ok(());
         }
         let most: u64 = rate.unwrap_or(u64::MAX);
-        // SAFETY: the kernel reads the 8 bytes of `most`, which outlives the call.
-        let result = unsafe {
-            libc::setsockopt(
-                socket.as_fd().as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_MAX_PACING_RATE,
-                (&raw const most).cast(),
-                size_of::<u64>() as libc::socklen_t,
-            )
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        set_option(socket.as_fd(), libc::SO_MAX_PACING_RATE, &most)?;
         let ahead = bytes_in(most.min(u64::from(u32::MAX)), AHEAD_TIME).clamp(AHEAD_BYTES.0, AHEAD_BYTES.1);
         SockRef::from(&socket).set_tcp_notsent_lowat(ahead as u32)?;
         self.rate = rate;
         Ok(())
     }
+}
+
+/// Has the kernel wake a reader only when so many bytes are there to be read, or the end of the stream
+/// (`SO_RCVLOWAT`). They are acknowledged as they come all the same.
+///
+/// # Errors
+/// The socket is closed.
+pub fn wake_reader_at(socket: impl AsFd, bytes: usize) -> io::Result<()> {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    set_option(socket.as_fd(), libc::SO_RCVLOWAT, &bytes)
+}
+
+/// Sets an option of sockets that is a plain number.
+fn set_option<T: zerocopy::IntoBytes + Copy>(socket: BorrowedFd<'_>, name: i32, value: &T) -> io::Result<()> {
+    // SAFETY: the kernel reads the bytes of `value`, all of which have values, and which outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 impl From<&Raw> for TcpInfo {
@@ -238,6 +251,27 @@ mod test {
         assert!(held <= 4 * AHEAD_BYTES.0, "{held}");
         pace.set(&near, None).unwrap();
         assert!(KernelPace::default().set(std::fs::File::open("/dev/null").unwrap(), Some(1)).is_err());
+    }
+
+    #[test]
+    fn a_reader_is_woken_when_enough_is_there() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let readable = |wait_ms: i64| {
+            let timeout = Timespec { tv_sec: 0, tv_nsec: wait_ms * 1_000_000 };
+            poll(&mut [PollFd::new(&far, PollFlags::IN)], Some(&timeout)).unwrap() > 0
+        };
+        wake_reader_at(&far, 8192).unwrap();
+        near.write_all(&[7; 4096]).unwrap();
+        assert!(!readable(20));
+        near.write_all(&[7; 4096]).unwrap();
+        assert!(readable(900));
+        wake_reader_at(&far, 1 << 20).unwrap();
+        assert!(!readable(0));
+        drop(near);
+        assert!(readable(900), "the end is always told");
     }
 
     #[test]

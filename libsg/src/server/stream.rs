@@ -15,7 +15,7 @@ use crate::memory::SlotSlice;
 use crate::memory::vectored::{self, IoPart, IoPartMut};
 use crate::pace::{self, TokenBucket};
 use crate::page::PAGE_BYTES;
-use crate::transport::{self, Channel};
+use crate::transport::{self, Awaited, Channel};
 
 /// Bytes read beyond what is asked for: the next header and table come with a batch's last pages.
 const AHEAD_BYTES: usize = 2048;
@@ -65,11 +65,23 @@ pub(super) struct Stream<'c> {
     /// The part of `ahead` that was not given out.
     from: usize,
     to: usize,
+    /// The last read took all that there was.
+    drained: bool,
+    awaited: Awaited,
 }
 
 impl<'c> Stream<'c> {
     pub(super) fn new(channel: &'c Channel, limit_in: &'c Limit, limit_out: &'c Limit) -> Self {
-        Self { channel, limit_in, limit_out, ahead: [0; AHEAD_BYTES], from: 0, to: 0 }
+        Self {
+            channel,
+            limit_in,
+            limit_out,
+            ahead: [0; AHEAD_BYTES],
+            from: 0,
+            to: 0,
+            drained: false,
+            awaited: Awaited::default(),
+        }
     }
 
     /// Fills `out`. `false` when the peer closed before its first byte.
@@ -142,20 +154,24 @@ impl<'c> Stream<'c> {
         self.from = 0;
         self.to = 0;
         let ahead = if wanted == missing { &mut self.ahead[..] } else { &mut [] };
+        let most = wanted + ahead.len();
         let mut parts = [part, IoPartMut::Bytes(ahead)];
         loop {
+            if std::mem::take(&mut self.drained) {
+                self.awaited.set(self.channel, wanted);
+                transport::wait(&[(Some(self.channel.as_fd()), false)], LOOK_EVERY)?;
+            }
             match vectored::recv(self.channel, &mut parts) {
                 Ok(got) => {
                     self.to = got.saturating_sub(wanted);
+                    self.drained = got < most;
                     if got >= PAGE_BYTES {
                         // An acknowledgement that waits would look like a queue to the sender.
                         let _ = pace::quick_ack(self.channel);
                     }
                     return Ok(got.min(wanted));
                 }
-                Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => {
-                    transport::wait(&[(Some(self.channel.as_fd()), false)], LOOK_EVERY)?;
-                }
+                Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => self.drained = true,
                 Err(cause) => return Err(cause.into()),
             }
         }

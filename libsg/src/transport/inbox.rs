@@ -10,6 +10,8 @@ use crate::pace;
 use crate::page::PAGE_BYTES;
 use crate::wire::{HEADER_BYTES, Header};
 
+use super::Awaited;
+
 /// Bytes read beyond the frame that is being read: many small frames come in one call, and not
 /// more than this is moved when a long frame needs the buffer's start.
 const READ_AHEAD_BYTES: usize = 16 << 10;
@@ -36,6 +38,7 @@ pub struct Inbox {
     header: Option<Header>,
     /// Body of the frame that was given out last.
     last: Range<usize>,
+    awaited: Awaited,
     received_bytes: u64,
     /// The last read took all that was there.
     drained: bool,
@@ -78,12 +81,14 @@ impl Inbox {
     /// Whether [`Self::poll`] would give a frame; reads until it would, or nothing more is there.
     pub(crate) fn has_frame(&mut self, socket: impl AsFd) -> Result<bool> {
         loop {
-            if self.missing_bytes()? == 0 {
+            let missing = self.missing_bytes()?;
+            if missing == 0 {
                 return Ok(true);
             }
             // What was not filled took all there was: reading again would only be told so. What came since, the
             // socket is ready for.
             if std::mem::take(&mut self.drained) || !self.read(&socket)? {
+                self.awaited.set(&socket, missing);
                 return Ok(false);
             }
         }

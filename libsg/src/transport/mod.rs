@@ -5,6 +5,7 @@
 //! and an [`Outbox`] writes them, neither ever waiting; [`wait`] waits for several of them at once.
 //! A [`Conversation`] does all of it with a deadline, for control connections.
 
+mod awaited;
 mod channel;
 mod conversation;
 mod inbox;
@@ -14,6 +15,7 @@ mod ready;
 mod secret;
 mod state;
 
+pub(crate) use awaited::Awaited;
 pub use channel::{Channel, Greeting, accept, dial, refusal, refuse};
 pub use conversation::Conversation;
 pub use inbox::{Frame, Inbox};
