@@ -60,6 +60,7 @@
 //! ```
 
 pub mod page;
+mod crc;
 pub mod ids;
 pub mod limits;
 pub mod error;
