@@ -50,8 +50,14 @@ impl IndexRouter {
         for run in entries.chunk_by(|a, b| index_range(a.page) == index_range(b.page)) {
             let Some(owner) = run.first().and_then(|entry| self.owner(entry.page)) else { return false };
             let post = &self.posts[owner.as_usize()];
-            post.pending.lock().extend_from_slice(run);
-            post.waker.wake();
+            let mut pending = post.pending.lock();
+            // Who was woken for some looks again by itself: entries are held back for a while, to travel together.
+            let first = pending.is_empty();
+            pending.extend_from_slice(run);
+            drop(pending);
+            if first {
+                post.waker.wake();
+            }
         }
         true
     }
