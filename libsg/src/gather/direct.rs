@@ -40,12 +40,15 @@ const WINDOW_TIME: Duration = Duration::from_millis(24);
 /// rate leaves as much of the port free.
 const CATCH_UP_PARTS: u64 = 64;
 
+/// A pace that differs from the one told by less than one in so many is not told.
+const PACE_PARTS: u64 = 256;
+
 /// Credit of a connection that was just opened, granted at once.
 const FIRST_CREDIT_BYTES: u64 = 128 << 10;
 
 /// Credit is granted in pieces of so much time: each is a frame for both ends to send, take and act on. The source
 /// spreads it by its own pace, so that a larger piece makes no longer queue.
-const GRANT_TIME: Duration = Duration::from_millis(2);
+const GRANT_TIME: Duration = Duration::from_millis(4);
 
 /// What came before the window was full again is granted in pieces of at least this part of the window: the source
 /// has the rest.
@@ -214,7 +217,7 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
     };
     // Told at once: a source with credit for a while yet must not fill the queue that is to be drained.
     let pace = pace(shared);
-    if pace != line.pace {
+    if !near(pace, line.pace) {
         line.pace = pace;
         tell_credit(line)?;
     }
@@ -250,6 +253,12 @@ fn window_bytes(rate: Option<u64>, base_rtt: Option<Duration>, unit_pages: u32) 
 /// The pace at which the source is to use its credit.
 fn pace(shared: &Shared) -> Option<u64> {
     shared.pacer.link_rate().map(|rate| rate + rate / CATCH_UP_PARTS)
+}
+
+/// Whether one pace is as good as the other: a frame for less would change nothing at the source, whose kernel is told
+/// of no smaller change.
+fn near(pace: Option<u64>, told: Option<u64>) -> bool {
+    pace == told || pace.zip(told).is_some_and(|(pace, told)| pace.abs_diff(told) <= told / PACE_PARTS)
 }
 
 /// Tells what was taken.
