@@ -91,7 +91,12 @@ impl DirectSink {
         let now = host::now();
         self.read(now)?;
         self.pull(now)?;
-        let again = self.write(now)?;
+        let mut again = self.write(now)?;
+        if again.is_some() {
+            // All went: what may follow it does so at once, and where there is nothing, credit is waited for.
+            self.pull(now)?;
+            again = self.write(now)?;
+        }
         let info = self.path.refresh(&self.channel, now);
         let reading = LinkReading::from(info);
         // Held back by our share, that is: what the destination's port holds back says nothing of ours, and two ends

@@ -135,10 +135,18 @@ impl MemberSink {
 
     fn step(&mut self, pacer_link: crate::pace::LinkId) -> Result<()> {
         let now = host::now();
-        let again = self.move_bytes(now)?;
+        let had_nothing = self.link.queued_bytes() == 0;
+        let mut again = self.move_bytes(now)?;
         self.reap(now)?;
         self.put_index(now)?;
         self.pull(now)?;
+        if self.link_paces && (had_nothing || again.is_some()) {
+            // The socket is not full, as far as is known: what was taken since follows at once. Where there is
+            // nothing more, work is waited for.
+            again = self.move_bytes(now)?;
+            self.pull(now)?;
+            again = again.filter(|_| self.link.queued_bytes() > 0);
+        }
         self.look_for_late_entries(now);
         let path = self.link.path();
         let reading = LinkReading {
