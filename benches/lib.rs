@@ -2,6 +2,7 @@
 //! bench of its own; all together take about two minutes: `cargo bench -p sg-benches`.
 
 pub mod plain;
+pub mod pure;
 pub mod store;
 
 use libsg::Result;
