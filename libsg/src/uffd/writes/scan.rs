@@ -115,10 +115,12 @@ fn scan(
             let (first, end) = (page(run.start), page(run.end));
             name(PageRange::new(PageIndex(window.first.0 + first), end - first));
         }
-        if looked <= at {
-            return Err(io::Error::other("the scan of the page table does not get on"));
-        }
-        at = looked;
+        // With room left it has come to the end. How far it looked, it says of the last part only that it could not
+        // finish; what it named behind that is done all the same, and may have been written again since.
+        at = match runs[..filled].last() {
+            Some(last) if filled == runs.len() => looked.max(last.end),
+            _ => window.end(),
+        };
     }
     Ok(())
 }

@@ -122,6 +122,28 @@ fn what_is_not_there_stays_so_while_it_is_logged() {
     });
 }
 
+/// More runs than one request of the kernel's takes, and more than it holds at once, written again all the time.
+#[test]
+fn many_runs_come_in_order() {
+    every_way(|case, memory, mut log| {
+        let end = AtomicBool::new(false);
+        log.start().expect("started");
+        let pages = || (0..memory.pages()).filter(|page| page % 2 == 1);
+        pages().for_each(|page| write(memory, page, 1));
+        assert_eq!(collected(&mut log), units(memory, &pages().collect::<Vec<_>>()), "{case}");
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !end.load(Ordering::Relaxed) {
+                    pages()
+                        .for_each(|page| memory.slot(one(page)).expect("a page").take(8).copy_from(&[2; 8]));
+                }
+            });
+            (0..20).for_each(|_| drop(collected(&mut log)));
+            end.store(true, Ordering::Relaxed);
+        });
+    });
+}
+
 /// The kernel may take a page of a file out of the page table, and with it what was noted there; huge pages it
 /// leaves where they are.
 #[test]
