@@ -21,6 +21,8 @@ const TITLE: i32 = 40;
 const PNG_TIMES: u32 = 2;
 /// What the legend takes on the right.
 const LEGEND: i32 = 290;
+/// The physical bound is dotted; what adds up below it, long dashes.
+const BOUND_DASHES: [(i32, i32); 2] = [(2, 4), (12, 4)];
 const FONT: &str = "sans-serif";
 const GREY: RGBColor = RGBColor(0x70, 0x70, 0x70);
 
@@ -100,8 +102,8 @@ where
         .y_label_formatter(&|y| format!("{y:.*}", if y.fract().abs() > 0.01 { 1 } else { 0 }))
         .draw()?;
     let pen = Pen { area, times };
-    for bound in &figure.bounds {
-        pen.path(&on_paper(&chart, bound.points.iter().copied()), &BLACK, 2, Some((2, 4)))?;
+    for (bound, dash) in figure.bounds.iter().zip(BOUND_DASHES) {
+        pen.path(&on_paper(&chart, bound.points.iter().copied()), &BLACK, 2, Some(dash))?;
     }
     for line in &lines {
         pen.series(&chart, line)?;
@@ -243,8 +245,9 @@ where
             say(&format!("{}{evicted}", line.name), y)?;
             y += 24 * self.times;
         }
-        for bound in figure.bounds.iter().filter(|bound| !bound.points.is_empty()) {
-            self.path(&[(left, y), (left + 34 * self.times, y)], &BLACK, 2, Some((2, 4)))?;
+        let bounds = figure.bounds.iter().zip(BOUND_DASHES);
+        for (bound, dash) in bounds.filter(|(bound, _)| !bound.points.is_empty()) {
+            self.path(&[(left, y), (left + 34 * self.times, y)], &BLACK, 2, Some(dash))?;
             for part in bound.name.split(": ") {
                 say(part, y)?;
                 y += 20 * self.times;

@@ -73,12 +73,19 @@ impl Experiment {
     }
 }
 
+/// What the destination's other VMs touch.
+fn neighbours(args: &MigrateArgs) -> u64 {
+    args.neighbour_memory.0 / 5 * 4 * u64::from(args.neighbours)
+}
+
 /// Bytes of memory that a run takes on this machine, where all of its hosts are. Neither the page cache nor the swap
 /// file are counted.
 pub fn memory_needed(args: &MigrateArgs) -> u64 {
     let all = args.vm.memory.0 * u64::from(args.vms);
-    let staged = if args.mode == Mode::ScatterGather { all } else { 0 };
-    let there = args.destination_memory.map_or(all, |limit| limit.0.min(all));
+    let straight = matches!(args.mode, Mode::PostCopy | Mode::PreCopy);
+    let staged = if straight { 0 } else { all };
+    let wanted = all + neighbours(args);
+    let there = args.destination_memory.map_or(wanted, |limit| limit.0.min(wanted));
     // Processes, sockets, and what the kernel wants to keep free.
     all + staged + there + (512 << 20)
 }
@@ -91,7 +98,8 @@ pub fn seconds_expected(args: &MigrateArgs) -> f64 {
         [args.lab.link_rate, args.lab.destination_rate.unwrap_or(Rate::UNLIMITED), args.gather_limit];
     let slowest = limits.iter().filter(|rate| !rate.is_unlimited()).min();
     let bits_per_s = slowest.map_or(2e9, |rate| rate.0 as f64);
-    let over = args.destination_memory.map_or(0.0, |limit| (bytes - limit.0 as f64).max(0.0));
+    let wanted = bytes + neighbours(args) as f64;
+    let over = args.destination_memory.map_or(0.0, |limit| (wanted - limit.0 as f64).max(0.0));
     const BEFORE_AND_AFTER_S: f64 = 8.0;
     const FILLED_AND_VERIFIED: f64 = 150e6;
     const SWAPPED: f64 = 25e6;

@@ -61,7 +61,7 @@ pub struct Point {
 }
 
 /// What of a report is shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Measure {
     /// For people.
     pub name: &'static str,
@@ -69,19 +69,34 @@ pub struct Measure {
     pub unit: &'static str,
     /// Where it is in a report: a JSON pointer.
     pub key: &'static str,
+    /// What the report's number is multiplied by for the unit.
+    pub times: f64,
     /// Whether it grows with the memory of the VM, so that ours times the scale is the paper's.
     pub grows_with_memory: bool,
 }
 
 /// See `eviction_s` in the report.
-pub const EVICTION: Measure =
-    Measure { name: "eviction time", unit: "s", key: "/eviction_s", grows_with_memory: true };
+pub const EVICTION: Measure = seconds("eviction time", "/eviction_s");
 /// See `total_migration_s` in the report.
-pub const TOTAL: Measure =
-    Measure { name: "total migration time", unit: "s", key: "/total_migration_s", grows_with_memory: true };
+pub const TOTAL: Measure = seconds("total migration time", "/total_migration_s");
 /// See `line_rate_bound_s` in the report: our physical bound.
-pub const BOUND: Measure =
-    Measure { name: "bound", unit: "s", key: "/line_rate_bound_s", grows_with_memory: true };
+pub const BOUND: Measure = seconds("bound", "/line_rate_bound_s");
+/// See `cotenants` in the report: of requests during the whole migration.
+pub const MEDIAN_LATENCY: Measure = latency("median latency", "/cotenants/0/migration/p50_us");
+/// The same, 95th percentile.
+pub const P95_LATENCY: Measure = latency("95th percentile of latency", "/cotenants/0/migration/p95_us");
+/// Of requests before the migration.
+pub const IDLE_MEDIAN_LATENCY: Measure = latency("median latency, idle", "/cotenants/0/idle/p50_us");
+/// The same, 95th percentile.
+pub const IDLE_P95_LATENCY: Measure = latency("95th percentile of latency, idle", "/cotenants/0/idle/p95_us");
+
+const fn seconds(name: &'static str, key: &'static str) -> Measure {
+    Measure { name, unit: "s", key, times: 1.0, grows_with_memory: true }
+}
+
+const fn latency(name: &'static str, key: &'static str) -> Measure {
+    Measure { name, unit: "ms", key, times: 1e-3, grows_with_memory: false }
+}
 
 /// How a line looks. Colours (of Okabe and Ito) are told apart by colour-blind people; marker and dash tell lines
 /// apart in black and white.

@@ -66,7 +66,7 @@ fn introduction() -> &'static str {
      time that the VM's pages take at the rate that the source's link carried in the same run, measured by plain TCP: \
      no eviction is shorter. All hosts are network namespaces of one machine and share its processors. A busy VM \
      writes 10,000 random pages a second, where the paper has TunkRank or Redis. The two VMs that the paper runs at \
-     the destination are the memory that they take.</p>"
+     the destination are two processes that rank a graph in as much memory, at the lowest priority.</p>"
 }
 
 fn section(html: &mut String, shown: &Shown) {

@@ -107,21 +107,22 @@ pub fn reduce(
     (scale, runs): (&Scale, usize),
     why_not: impl Fn(&Experiment) -> Option<String>,
 ) -> Result<Reduced> {
-    let value = |experiment: &Experiment, key: &str| {
-        let of = |run: &super::store::Run| run.report.pointer(key)?.as_f64();
+    let numbers = |experiment: &Experiment, key: &str, times: f64| {
+        let of = |run: &super::store::Run| Some(run.report.pointer(key)?.as_f64()? * times);
         Stat::of(store.of(experiment).take(runs).filter_map(of).collect())
     };
+    let value = |experiment: &Experiment, measure: Measure| numbers(experiment, measure.key, measure.times);
     let mut series = Vec::new();
     for line in &figure.series {
         let dots = line.points.iter().map(|point| {
-            let here = value(&point.experiment, line.measure.key);
+            let here = value(&point.experiment, line.measure);
             let grows = line.measure.grows_with_memory;
             Dot {
                 x: point.x,
                 experiment: point.experiment.clone(),
                 paper: point.paper,
                 at_the_papers_size: here.as_ref().filter(|_| grows).map(|here| here.mean * scale.times()),
-                bound: value(&point.experiment, BOUND.key).filter(|_| grows).map(|stat| stat.mean),
+                bound: value(&point.experiment, BOUND).filter(|_| grows).map(|stat| stat.mean),
                 why_not: if here.is_none() { why_not(&point.experiment) } else { None },
                 here,
             }
@@ -134,7 +135,7 @@ pub fn reduce(
         let (name, look) = (line.name.clone(), line.look);
         series.push(Line { name, look, measure: line.measure, drawn: line.drawn, points, over_time });
     }
-    let link_mbps = |experiment: &Experiment| value(experiment, "/link_mbps").map(|stat| stat.mean);
+    let link_mbps = |experiment: &Experiment| numbers(experiment, "/link_mbps", 1.0).map(|stat| stat.mean);
     let bounds = bounds(figure.kind, &series, link_mbps);
     Ok(Reduced { name: figure.name, title: figure.title, x: figure.x, series, bounds })
 }
@@ -162,7 +163,7 @@ fn bounds(kind: Kind, series: &[Line], link_mbps: impl Fn(&Experiment) -> Option
             .find(|line| line.points.iter().any(|dot| dot.experiment != line.points[0].experiment))
         && let Some(points) = added_up(line, each_mbps, link_mbps)
     {
-        all.push(Bound { name: "The destination alone, and 200 Mb/s each", points });
+        all.push(Bound { name: "Adding up: destination, and 200 Mb/s each", points });
     }
     all
 }
