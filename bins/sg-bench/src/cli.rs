@@ -151,7 +151,7 @@ pub struct AcceptArgs {
 /// "Scatter-Gather Live Migration of Virtual Machines" (Deshpande, Chan, Chan, Gopalan, Bila; IEEE Transactions on
 /// Cloud Computing 6(1)), its experiments with smaller VMs.
 ///
-/// Takes hours: about 7 for everything with six runs of each experiment, 70 minutes with one (--list says how
+/// Takes hours: 8 to 12 for everything with six runs of each experiment, up to 2 with one (--list says how
 /// long each figure takes). Runs go round and round, so that after the first round every figure has a point
 /// everywhere. Each finished run is on disk: after ^C, or to have more runs, the same command again goes on.
 ///
