@@ -14,12 +14,13 @@ use std::fmt::Write as _;
 use std::fs;
 use std::hint::black_box;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libsg::ids::{Checksum, Generation, MemberIndex, Placement, Round, SlotIndex, VolumeId};
 use libsg::latency::LatencyHistogram;
 use libsg::limits::BATCH_PAGES;
+use libsg::memory::GuestMemory;
 use libsg::pace::RateFinder;
 use libsg::page::{PAGE_BYTES_U64, PageIndex};
 use libsg::server::index::Index;
@@ -34,99 +35,150 @@ const EXPECTED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/instructions.txt");
 /// How far a count may be off. Hash tables are seeded at random, and where memory lies is too.
 const TOLERANCE: f64 = 0.02;
 
-/// The argument under which this program does the work, to be counted.
+/// The argument under which this program does a piece of work, to be counted.
 const WORK: &str = "--work";
 
 /// Pages whose bytes are looked at: all would take valgrind too long.
 const LOOKED_AT: u32 = 1024;
 
-/// What is inside is counted, call by call: valgrind knows this function by its name.
+type Piece = fn() -> Result<()>;
+
+/// Every piece of work: what it is called, and what sets it up and does it.
+const PIECES: [(&str, Piece); 13] = [
+    ("planner: next, stored, indexed", planner),
+    ("tracker: announce, claim, installed", tracker),
+    ("index: put", || index(true)),
+    ("index: locate", || index(false)),
+    ("slots: allocate, store, free", slots),
+    ("page table: encode", || tables(pages, true)),
+    ("page table: decode", || tables(pages, false)),
+    ("index table: encode", || tables(places, true)),
+    ("index table: decode", || tables(places, false)),
+    ("page: zero check", || each_page(|memory, page| memory.is_zero(page).is_ok())),
+    ("page: checksum", || each_page(|memory, page| memory.checksum(page).is_ok())),
+    ("rate finder: 1000 readings", rate_finder),
+    ("histogram: record, percentiles", histogram),
+];
+
+/// What is inside is counted: valgrind knows this function by its name.
 #[inline(never)]
 fn measured(work: &mut dyn FnMut()) {
     work();
 }
 
-/// Does the work, and prints what it is, in the order of the counts.
-fn work() -> Result<()> {
-    let one = |name: &str, work: &mut dyn FnMut()| {
-        println!("{name}");
-        measured(work);
-    };
+fn planner() -> Result<()> {
     let mut planner = pure::planner();
-    one("planner: next, stored, indexed", &mut || pure::plan(black_box(&mut planner)));
-
-    let (mut tracker, entries) = (pure::tracker(), pure::entries());
-    one("tracker: announce, claim, installed", &mut || pure::track(black_box(&mut tracker), &entries));
-
-    let (mut index, mut found) = (Index::default(), Vec::new());
-    one("index: put", &mut || pure::fill(black_box(&mut index), &entries));
-    one("index: locate", &mut || pure::locate(black_box(&index), &mut found));
-
-    let (mut slots, volume) = (Slots::new(u64::from(pure::PAGES) * PAGE_BYTES_U64), VolumeId(1));
-    slots.open(volume);
-    one("slots: allocate, store, free", &mut || pure::take_and_free(black_box(&mut slots), volume));
-
-    tables("page", |page| PageEntry::raw(PageIndex(page), Round(0), Checksum(page)))?;
-    // Every seventh is missing: runs with gaps.
-    tables("index", |at| {
-        let page = at + at / 6;
-        let placement =
-            Placement { member: MemberIndex(1), slot: SlotIndex(page), generation: Generation(1) };
-        IndexEntry::at(PageIndex(page), Round(0), placement, Checksum(page))
-    })?;
-
-    let memory = sg_benches::filled(LOOKED_AT)?;
-    let each = |look: &dyn Fn(PageIndex)| (0..LOOKED_AT).for_each(|page| look(PageIndex(page)));
-    one("page: zero check", &mut || each(&|page| drop(black_box(memory.is_zero(page)))));
-    one("page: checksum", &mut || each(&|page| drop(black_box(memory.checksum(page)))));
-
-    let mut finder = RateFinder::new();
-    one("rate finder: 1000 readings", &mut || pure::find_rate(black_box(&mut finder)));
-    let mut histogram = LatencyHistogram::new();
-    one("histogram: record, percentiles", &mut || pure::record(black_box(&mut histogram)));
+    measured(&mut || pure::plan(black_box(&mut planner)));
     Ok(())
 }
 
+fn tracker() -> Result<()> {
+    let (mut tracker, entries) = (pure::tracker(), pure::entries());
+    measured(&mut || pure::track(black_box(&mut tracker), &entries));
+    Ok(())
+}
+
+fn index(put: bool) -> Result<()> {
+    let (mut index, entries, mut found) = (Index::default(), pure::entries(), Vec::new());
+    let mut fill = || pure::fill(black_box(&mut index), &entries);
+    if put {
+        measured(&mut fill);
+    } else {
+        fill();
+        measured(&mut || pure::locate(black_box(&index), &mut found));
+    }
+    Ok(())
+}
+
+fn slots() -> Result<()> {
+    let (mut slots, volume) = (Slots::new(u64::from(pure::PAGES) * PAGE_BYTES_U64), VolumeId(1));
+    slots.open(volume);
+    measured(&mut || pure::take_and_free(black_box(&mut slots), volume));
+    Ok(())
+}
+
+fn pages(number: u32) -> PageEntry {
+    PageEntry::raw(PageIndex(number), Round(0), Checksum(number))
+}
+
+/// Every seventh page is missing: runs with gaps.
+fn places(number: u32) -> IndexEntry {
+    let page = number + number / 6;
+    let placement = Placement { member: MemberIndex(1), slot: SlotIndex(page), generation: Generation(1) };
+    IndexEntry::at(PageIndex(page), Round(0), placement, Checksum(page))
+}
+
 /// Tables of all pages, a batch at a time.
-fn tables<E: RunEntry>(name: &str, entry: impl Fn(u32) -> E) -> Result<()> {
+fn tables<E: RunEntry>(entry: fn(u32) -> E, encode: bool) -> Result<()> {
     let entries: Vec<E> = (0..pure::PAGES).map(entry).collect();
-    let mut encoded = vec![(0, Vec::new()); entries.len() / BATCH_PAGES];
-    println!("{name} table: encode");
-    measured(&mut || {
-        for (batch, (runs, table)) in entries.chunks(BATCH_PAGES).zip(&mut encoded) {
+    let mut tables = vec![(0, Vec::new()); entries.len() / BATCH_PAGES];
+    let mut fill = || {
+        for (batch, (runs, table)) in entries.chunks(BATCH_PAGES).zip(&mut tables) {
             *runs = encode_runs(black_box(batch).iter().copied(), table);
         }
-    });
+    };
+    if encode {
+        measured(&mut fill);
+        return Ok(());
+    }
+    fill();
     let (mut decoded, mut good) = (Vec::new(), true);
-    println!("{name} table: decode");
     measured(&mut || {
-        good = encoded.iter().all(|(runs, table)| decode_runs::<E>(table, *runs, &mut decoded).is_ok());
+        good = tables.iter().all(|(runs, table)| decode_runs::<E>(table, *runs, &mut decoded).is_ok());
     });
     ensure!(good, "a table that was encoded does not decode");
     Ok(())
 }
 
-/// Instructions of each piece of work, in order.
+fn each_page(look: fn(&GuestMemory, PageIndex) -> bool) -> Result<()> {
+    let memory = sg_benches::filled(LOOKED_AT)?;
+    let mut good = true;
+    measured(&mut || good = (0..LOOKED_AT).all(|page| look(black_box(&memory), PageIndex(page))));
+    ensure!(good, "a page inside the memory is not found");
+    Ok(())
+}
+
+fn rate_finder() -> Result<()> {
+    let mut finder = RateFinder::new();
+    measured(&mut || pure::find_rate(black_box(&mut finder)));
+    Ok(())
+}
+
+fn histogram() -> Result<()> {
+    let mut histogram = LatencyHistogram::new();
+    measured(&mut || pure::record(black_box(&mut histogram)));
+    Ok(())
+}
+
+/// Has a piece of work counted.
+fn start(name: &str) -> Result<Child> {
+    Command::new("valgrind")
+        .args(["--tool=callgrind", "--toggle-collect=*measured*", "--callgrind-out-file=/dev/null"])
+        .arg(std::env::current_exe()?)
+        .args([WORK, name])
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("valgrind cannot be run (ci/setup installs it)")
+}
+
+/// The count that valgrind told last of all.
+fn finish(counted: Child) -> Result<u64> {
+    let told = counted.wait_with_output()?;
+    let text = String::from_utf8_lossy(&told.stderr);
+    let count = text.lines().find_map(|line| line.split_once("Collected : ")?.1.trim().parse().ok());
+    count.filter(|_| told.status.success()).with_context(|| format!("valgrind does not count: {text}"))
+}
+
+/// Instructions of each piece of work. Two at once: counts do not mind.
 fn count() -> Result<Vec<(String, u64)>> {
-    let directory = tempfile::tempdir()?;
-    let out = directory.path().join("counts");
-    let this = std::env::current_exe()?;
-    let told = Command::new("valgrind")
-        .args(["--tool=callgrind", "--toggle-collect=*measured*", "--dump-after=*measured*"])
-        .arg(format!("--callgrind-out-file={}", out.display()))
-        .arg(&this)
-        .arg(WORK)
-        .output()
-        .context("valgrind cannot be run (ci/setup installs it)")?;
-    ensure!(told.status.success(), "valgrind: {}", String::from_utf8_lossy(&told.stderr));
-    let names = String::from_utf8(told.stdout)?;
-    let counted = |(number, name): (usize, &str)| {
-        let text = fs::read_to_string(format!("{}.{}", out.display(), number + 1))?;
-        let totals = text.lines().find_map(|line| line.strip_prefix("totals: "));
-        let instructions = totals.context("a dump without a total")?.trim().parse()?;
-        Ok((name.to_owned(), instructions))
-    };
-    names.lines().enumerate().map(counted).collect()
+    let mut counts = Vec::new();
+    for pair in PIECES.chunks(2) {
+        let started = pair.iter().map(|(name, _)| start(name)).collect::<Result<Vec<_>>>()?;
+        for ((name, _), counted) in pair.iter().zip(started) {
+            counts.push(((*name).to_owned(), finish(counted).with_context(|| (*name).to_owned())?));
+        }
+    }
+    Ok(counts)
 }
 
 /// `rustc --version` of whoever built this.
@@ -176,8 +228,9 @@ fn compare(counts: &[(String, u64)], expected: &BTreeMap<String, u64>) -> Vec<St
 }
 
 fn run() -> Result<()> {
-    if std::env::args().any(|argument| argument == WORK) {
-        return work();
+    if let Some(name) = std::env::args().skip_while(|argument| argument != WORK).nth(1) {
+        let piece = PIECES.iter().find(|(known, _)| *known == name);
+        return piece.context("no such piece of work")?.1();
     }
     let compiler = compiler()?;
     let counts = count()?;
