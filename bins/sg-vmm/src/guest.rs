@@ -12,6 +12,10 @@ pub const CODE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.bin"));
 
 const _: () = assert!(CODE.len() <= PAGE_BYTES, "the guest's code fits its page");
 
+/// Where the guest's memory begins in its physical address space: past the last page below 4 GiB. There KVM takes an
+/// access to 0xfee00000 that it emulates for one to the local APIC, whatever memory lies at that address.
+pub const PHYSICAL_BASE: u64 = 4 << 30;
+
 /// Present, writable, accessed. With the accessed and dirty bits set from the start nobody changes
 /// the tables: they can be checked byte by byte.
 const TABLE_ENTRY: u64 = 0b10_0011;
@@ -34,17 +38,17 @@ pub fn fixed_page(layout: &Layout, page: u64) -> Option<[u64; PAGE_WORDS]> {
             *word = u64::from_le_bytes(chunk.try_into().unwrap_or_default());
         }
     } else if page == layout.tables {
-        words[0] = ((page + 1) * PAGE_BYTES_U64) | TABLE_ENTRY;
+        words[0] = (PHYSICAL_BASE + (page + 1) * PAGE_BYTES_U64) | TABLE_ENTRY;
     } else if page == layout.tables + 1 {
         for (word, directory) in words.iter_mut().zip(0..layout.directories) {
-            *word = ((directories + directory) * PAGE_BYTES_U64) | TABLE_ENTRY;
+            *word = (PHYSICAL_BASE + (directories + directory) * PAGE_BYTES_U64) | TABLE_ENTRY;
         }
     } else if (directories..layout.shadow).contains(&page) {
         let first = (page - directories) << 30;
         for (word, huge) in words.iter_mut().zip(0_u64..) {
             let address = first + huge * HUGE_BYTES;
             if address < layout.pages * PAGE_BYTES_U64 {
-                *word = address | HUGE_ENTRY;
+                *word = (PHYSICAL_BASE + address) | HUGE_ENTRY;
             }
         }
     } else if page >= layout.shadow {

@@ -10,6 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 
+use crate::guest::PHYSICAL_BASE;
 use crate::memory::Memory;
 
 /// The one slot: all of the memory.
@@ -20,13 +21,13 @@ const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
 
 const _: () = assert!(size_of::<kvm_clear_dirty_log>() == 0x18);
 
-/// Makes all of `memory` the guest's, from guest address 0 on, or changes whether KVM logs what is written there.
+/// Makes all of `memory` the guest's, from [`PHYSICAL_BASE`] on, or changes whether KVM logs what is written there.
 /// `memory` must outlive `vm`: the caller keeps both in one struct, the VM first.
 pub fn set_memory(vm: &VmFd, memory: &Memory, log_writes: bool) -> Result<(), kvm_ioctls::Error> {
     let region = kvm_userspace_memory_region {
         slot: SLOT,
         flags: if log_writes { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-        guest_phys_addr: 0,
+        guest_phys_addr: PHYSICAL_BASE,
         memory_size: memory.bytes(),
         userspace_addr: memory.host_address(),
     };

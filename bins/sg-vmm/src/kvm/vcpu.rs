@@ -12,6 +12,7 @@ use super::state::KvmVcpuState;
 use super::{KvmVm, refused};
 use crate::config::{Layout, VmConfig};
 use crate::director::Director;
+use crate::guest::PHYSICAL_BASE;
 use crate::serial::{LineBuffer, Serial};
 use crate::vcpu::{GuestRegisters, ProcessorState, Vcpu, VcpuState};
 
@@ -60,7 +61,7 @@ impl KvmVcpu {
         let layout = Layout::of(config);
         let mut sregs = fd.get_sregs().map_err(refused("reading system registers"))?;
         sregs.cr0 = CR0;
-        sregs.cr3 = layout.tables * PAGE_BYTES_U64;
+        sregs.cr3 = PHYSICAL_BASE + layout.tables * PAGE_BYTES_U64;
         sregs.cr4 = CR4;
         sregs.efer = EFER;
         sregs.cs = segment(true);
