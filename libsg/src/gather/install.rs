@@ -151,7 +151,12 @@ impl Installer {
                 at += count;
                 continue;
             }
-            let claim = tracker.claim(piece.page, piece.round);
+            let round = piece.round;
+            #[cfg(feature = "simulation")]
+            let first_wins = shared.replaces() && host::has_bug(host::Bug::OlderRoundWins);
+            #[cfg(feature = "simulation")]
+            let round = if first_wins { Round(u16::MAX) } else { round };
+            let claim = tracker.claim(piece.page, round);
             #[cfg(feature = "simulation")]
             let claim = if host::has_bug(host::Bug::InstalledTwice) { Claim::Install(unit) } else { claim };
             if claim != Claim::Held {

@@ -93,6 +93,12 @@ pub enum Bug {
     LateNotHedged,
     /// What was on its way to a destination that was lost is not sent again.
     FlightForgotten,
+    /// Before the VM runs, whatever came first is not replaced by a newer round.
+    OlderRoundWins,
+    /// The final set names no page.
+    FinalSetUnnamed,
+    /// What was written since the log was last collected is collected behind the pause, and not sent.
+    WriteMissed,
     /// An intermediary takes more memory than it may.
     LimitIgnored,
     /// Whoever does not know the pool secret is let in.

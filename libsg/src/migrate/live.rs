@@ -111,6 +111,10 @@ impl Rounds {
     /// The log's.
     pub fn paused(&mut self, handover: &Handover<'_>) -> Result<()> {
         self.log.collect(&mut self.dirty)?;
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::WriteMissed) {
+            self.dirty.clear();
+        }
         handover.scatter.begin_round(&self.dirty);
         self.dirty = Vec::new();
         let is_last = handover.options.mode == Mode::Hybrid;
@@ -291,17 +295,18 @@ fn with_sinks(
             let thread = host::thread::Builder::new().name(format!("sg-scatter-{member}"));
             threads.push((at, thread.spawn_scoped(scope, run)?));
         }
+        let mut lines_of = Vec::new();
         if handover.options.mode == Mode::PreCopy {
             let (direct, urgent) = (&mut *lines.direct, &mut *lines.urgent);
             let thread = |name: &str| host::thread::Builder::new().name(name.into());
-            thread("sg-scatter-direct").spawn_scoped(scope, move || {
+            lines_of.push(thread("sg-scatter-direct").spawn_scoped(scope, move || {
                 let _poisons = PoisonsOnPanic(scatter.clone());
                 ears.note(direct.run(ended));
-            })?;
-            thread("sg-scatter-urgent").spawn_scoped(scope, move || {
+            })?);
+            lines_of.push(thread("sg-scatter-urgent").spawn_scoped(scope, move || {
                 let _poisons = PoisonsOnPanic(scatter.clone());
                 ears.note(urgent.run(ended));
-            })?;
+            })?);
         }
         let mut stepped = Ok(());
         let talked = converse(scatter, lines.control, ears, &mut || {
@@ -315,8 +320,9 @@ fn with_sinks(
             }
         });
         drop(ends);
+        // Whoever panicked has poisoned the scatter.
+        lines_of.into_iter().for_each(|thread| drop(thread.join()));
         for (at, thread) in threads {
-            // Whoever panicked has poisoned the scatter.
             if !thread.join().unwrap_or(false) {
                 lost.push(at);
             }

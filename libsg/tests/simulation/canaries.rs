@@ -40,6 +40,9 @@ canaries! {
     a_loss_is_told: LossNotTold, "each page is right", "faults overtake", "a death is an event";
     what_is_late_is_hedged: LateNotHedged, "no tail";
     what_was_in_flight_is_sent_again: FlightForgotten, "no tail";
+    a_newer_round_wins: OlderRoundWins, "each page is right", "evicted means evicted";
+    the_final_set_is_named: FinalSetUnnamed, "each page is right", "evicted means evicted";
+    what_was_written_last_is_sent: WriteMissed, "each page is right", "evicted means evicted";
     a_limit_holds: LimitIgnored, "limits hold";
     strangers_stay_out: SecretIgnored, "strangers";
 }

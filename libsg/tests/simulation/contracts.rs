@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use libsg::migrate::Mode;
 use libsg::page::{PageIndex, PageRange};
 use libsg::scatter::Scatter;
 use libsg::server::ServerHandle;
@@ -107,7 +108,9 @@ impl Contracts {
         self.evicted |= just_evicted;
         let count = scatter.planner.lock().progress().0;
         let full = just_evicted || self.steps.is_multiple_of(FULL_EVERY);
-        if (count == self.safe_count && !full) || run.is_dead(DESTINATION) {
+        // While it runs, what is safe is written again; and a VM that died with its source is no more.
+        let is_final = !run.vm.runs_at_source() && (!run.is_dead(SOURCE) || run.vm.is_committed());
+        if (count == self.safe_count && !full) || run.is_dead(DESTINATION) || !is_final {
             return;
         }
         self.safe_count = count;
@@ -208,7 +211,8 @@ impl Contracts {
     /// Until the source has evicted, background reads leave the port to the direct path.
     fn check_direct_first(&mut self, run: &Run) {
         let calm = run.is_calm(SOURCE) && run.is_calm(DESTINATION);
-        if !run.scenario.weather.is_fast() || self.evicted || !calm {
+        let rounds = run.scenario.mode != Mode::ScatterGather;
+        if !run.scenario.weather.is_fast() || self.evicted || !calm || rounds {
             return;
         }
         let Some(incoming) = run.destination.incoming.lock().clone() else { return };

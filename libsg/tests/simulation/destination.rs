@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use libsg::event::Observer;
 use libsg::manifest::Manifest;
-use libsg::migrate::IncomingVm;
 use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
+use libsg::migrate::{IncomingVm, Mode};
 use libsg::page::PageRange;
 use libsg::sink::PageSink;
 use libsg::vmd::TcpConnector;
@@ -42,6 +42,7 @@ impl IncomingVm for Arriving {
 
     fn run(&mut self) -> libsg::Result<()> {
         if !self.node.is_dead() {
+            self.memory.runs();
             self.vm.run_at_destination();
             let (memory, random, think) = (Arc::clone(&self.memory), self.random.clone(), self.think);
             self.node.spawn("guest", move || run_at_destination(&memory, random, think));
@@ -75,7 +76,7 @@ pub struct Host {
 
 /// Starts it.
 pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Observer) -> Host {
-    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node)));
+    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node), scenario.mode == Mode::PreCopy));
     let arriving = Arriving {
         vm: Arc::clone(vm),
         node: Arc::clone(node),

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use libsg::migrate::{Mode, RoundOptions};
+
 use crate::guest::Content;
 use crate::net::Weather;
 use crate::run::Run;
@@ -18,6 +20,8 @@ fn holds(intermediaries: usize, events: Vec<Event>) {
         scatter_limit: 4_000_000,
         grace: Duration::from_secs(1),
         think: Duration::from_millis(1),
+        mode: Mode::ScatterGather,
+        rounds: RoundOptions::default(),
         events,
     };
     let outcome = Run::new(&scenario, None).run();

@@ -1,6 +1,7 @@
 //! The VM: what is in its pages, where it runs, and a guest that reads and writes them and looks whether they
 //! are right. A page's content follows from its number and its version, so that any bytes can be checked.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,6 +50,8 @@ pub struct Vm {
 
 struct State {
     memory: Vec<Content>,
+    /// What was written since that was last asked for, while it is logged.
+    written: Option<BTreeSet<PageIndex>>,
     runs_at_source: bool,
     runs_at_destination: bool,
     committed: bool,
@@ -63,7 +66,13 @@ impl Vm {
             unit: InstallUnit::Page,
         };
         let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() };
-        let state = State { memory, runs_at_source: true, runs_at_destination: false, committed: false };
+        let state = State {
+            memory,
+            written: None,
+            runs_at_source: true,
+            runs_at_destination: false,
+            committed: false,
+        };
         Arc::new(Self { manifest, state: Mutex::new(state), breaches: Mutex::new(Vec::new()) })
     }
 
@@ -143,7 +152,24 @@ impl Vm {
         let mut state = self.state.lock();
         if state.runs_at_source {
             state.memory[page.as_usize()] = Content::Version(version);
+            if let Some(written) = &mut state.written {
+                written.insert(page);
+            }
         }
+    }
+
+    /// Whether what the guest writes is logged.
+    pub fn is_logged(&self) -> bool {
+        self.state.lock().written.is_some()
+    }
+
+    pub fn log_writes(&self, on: bool) {
+        self.state.lock().written = on.then(BTreeSet::new);
+    }
+
+    /// What was written since this was last asked for.
+    pub fn written(&self) -> Vec<PageIndex> {
+        self.state.lock().written.as_mut().map(std::mem::take).unwrap_or_default().into_iter().collect()
     }
 }
 
@@ -155,6 +181,11 @@ pub fn run_at_source(vm: &Vm, mut random: Random) {
         vm.write_at_source(PageIndex(random.below(vm.pages().into()) as u32), version);
         libsg::host::thread::sleep(Duration::from_millis(random.within(1, 10)));
     }
+}
+
+/// What tells two contents of a page apart.
+fn first_bytes(bytes: &[u8]) -> u64 {
+    bytes.first_chunk().map_or(0, |first| u64::from_le_bytes(*first))
 }
 
 /// A page of the guest's memory at the destination.
@@ -169,6 +200,8 @@ enum Place {
 pub struct Memory {
     vm: Arc<Vm>,
     node: Arc<Node>,
+    /// It is sent in rounds: what is installed before it runs may be replaced.
+    replaces: bool,
     state: Mutex<MemoryState>,
     faulted: Waker,
     resolved: Waker,
@@ -176,6 +209,8 @@ pub struct Memory {
 
 struct MemoryState {
     places: Vec<Place>,
+    /// What was installed, by its first bytes.
+    holds: Vec<u64>,
     /// What the guest wrote since a page came.
     written: Vec<u32>,
     faults: Vec<PageIndex>,
@@ -186,10 +221,11 @@ struct MemoryState {
 }
 
 impl Memory {
-    pub fn new(vm: Arc<Vm>, node: Arc<Node>) -> Self {
+    pub fn new(vm: Arc<Vm>, node: Arc<Node>, replaces: bool) -> Self {
         let pages = vm.pages() as usize;
         let state = MemoryState {
             places: vec![Place::Missing; pages],
+            holds: vec![0; pages],
             written: vec![0; pages],
             faults: Vec::new(),
             waits: None,
@@ -197,12 +233,35 @@ impl Memory {
             finished: false,
         };
         let waker = || Waker::new().expect("an eventfd");
-        Self { vm, node, state: Mutex::new(state), faulted: waker(), resolved: waker() }
+        Self { vm, node, replaces, state: Mutex::new(state), faulted: waker(), resolved: waker() }
     }
 
-    /// Whether a page is in place.
+    /// Whether a page is in place, as it is to be.
     pub fn has(&self, page: PageIndex) -> bool {
-        self.place(page) == Place::Present
+        let truth = first_bytes(&self.vm.content(page).bytes(page));
+        let is_right = !self.may_replace() || self.state.lock().holds[page.as_usize()] == truth;
+        self.place(page) == Place::Present && is_right
+    }
+
+    fn may_replace(&self) -> bool {
+        self.replaces && !self.vm.runs_at_destination()
+    }
+
+    /// The VM runs from now on: what was installed in rounds is what it has to be.
+    pub fn runs(&self) {
+        let contents = self.vm.contents();
+        let state = self.state.lock();
+        for (at, content) in contents.into_iter().enumerate().filter(|_| self.replaces) {
+            let page = PageIndex(at as u32);
+            let is_right = match state.places[at] {
+                Place::Present => state.holds[at] == first_bytes(&content.bytes(page)),
+                _ => !matches!(content, Content::Version(_)),
+            };
+            if !is_right {
+                let what = if state.places[at] == Place::Present { "old" } else { "missing" };
+                self.vm.breach(format!("each page is right: {page} is {what} when the VM runs"));
+            }
+        }
     }
 
     pub fn poisoned(&self) -> Vec<PageIndex> {
@@ -256,7 +315,8 @@ impl Memory {
             Some(bytes) => truth.is(page, bytes),
             None => !matches!(truth, Content::Version(_)),
         };
-        if !is_right {
+        state.holds[page.as_usize()] = bytes.map_or(0, first_bytes);
+        if !is_right && !self.may_replace() {
             self.vm.breach(format!("each page is right: {page} was installed as something that it is not"));
         }
         let place = &mut state.places[page.as_usize()];
@@ -273,10 +333,14 @@ impl Memory {
         let mut outcome = InstallOutcome::new(range)?;
         let mut state = self.state.lock();
         for (nth, page) in range.iter().enumerate() {
+            if self.may_replace() && state.places[page.as_usize()] == Place::Present {
+                outcome.add_present(1);
+                continue;
+            }
             let bytes = bytes.map(|bytes| &bytes[nth * PAGE_BYTES..(nth + 1) * PAGE_BYTES]);
             self.install_one(&mut state, page, bytes);
+            outcome.add_installed(1);
         }
-        outcome.add_installed(range.pages);
         if state.waits.is_some_and(|(page, _)| range.positions().contains(&page.as_usize())) {
             self.resolved.wake();
         }
@@ -291,6 +355,23 @@ impl PageSink for Memory {
 
     fn install_zero(&self, range: PageRange) -> libsg::Result<InstallOutcome> {
         self.install_all(range, None)
+    }
+
+    fn can_replace(&self) -> bool {
+        true
+    }
+
+    fn replace(&self, first: PageIndex, bytes: &[u8]) -> libsg::Result<()> {
+        let may = self.may_replace();
+        let mut state = self.state.lock();
+        for (nth, bytes) in bytes.chunks(PAGE_BYTES).enumerate() {
+            let at = first.as_usize() + nth;
+            if !may || state.places[at] != Place::Present {
+                self.vm.breach(format!("install once: page {at} is replaced where it must not be"));
+            }
+            state.holds[at] = first_bytes(bytes);
+        }
+        Ok(())
     }
 
     fn poison(&self, range: PageRange) -> libsg::Result<()> {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use libsg::migrate::{Mode, RoundOptions, Via};
 use libsg::page::PAGE_BYTES_U64;
 use libsg::transport::PoolSecret;
 
@@ -105,6 +106,8 @@ pub struct Scenario {
     pub scatter_limit: u64,
     pub grace: Duration,
     pub think: Duration,
+    pub mode: Mode,
+    pub rounds: RoundOptions,
     pub events: Vec<Event>,
 }
 
@@ -132,10 +135,23 @@ impl Scenario {
             scatter_limit: random.pick(&[0, 0, 20_000_000, 4_000_000]),
             grace: Duration::from_millis(random.pick(&[500, 1000, 2000])),
             think: Duration::from_micros(random.pick(&[100, 1000, 5000])),
+            mode: Mode::ScatterGather,
+            rounds: RoundOptions::default(),
             events: Vec::new(),
         };
         let count = random.pick(&[0, 1, 1, 1, 2, 2, 3, 4, 6]);
         scenario.events = (0..count).map(|_| scenario.event(&mut random)).collect();
+        // Drawn last: seeds that have no rounds are what they were before there were any.
+        (scenario.mode, scenario.rounds.via) = random.pick(&[
+            (Mode::ScatterGather, Via::Direct),
+            (Mode::ScatterGather, Via::Direct),
+            (Mode::ScatterGather, Via::Direct),
+            (Mode::Hybrid, Via::Direct),
+            (Mode::PreCopy, Via::Direct),
+            (Mode::PreCopy, Via::Vmd),
+        ]);
+        scenario.rounds.rounds_max = Some(random.pick(&[1, 2, 4]));
+        scenario.rounds.downtime_limit = Duration::from_millis(random.pick(&[0, 1, 20]));
         scenario
     }
 

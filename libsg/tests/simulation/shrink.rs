@@ -63,10 +63,12 @@ impl Failure {
             let _ = writeln!(text, "    {event}");
         }
         let (pages, members) = (scenario.memory.len(), &scenario.intermediaries);
-        let Scenario { weather, gather_limit, scatter_limit, grace, .. } = scenario;
+        let Scenario { weather, gather_limit, scatter_limit, grace, mode, rounds, .. } = scenario;
         let _ = writeln!(text, "with {pages} pages, intermediaries of {members:?} bytes, {weather:?},");
-        let _ =
-            writeln!(text, "limits of {gather_limit} and {scatter_limit} bytes/s, grace {grace:?}. Again by");
+        let _ = writeln!(
+            text,
+            "{mode:?}, {rounds:?},\nlimits of {gather_limit} and {scatter_limit} bytes/s, grace {grace:?}. Again by"
+        );
         let (seed, numbers) = (scenario.seed, numbers.join(","));
         let command = "cargo test -p libsg --test simulation one_seed -- --nocapture";
         let _ = writeln!(text, "    SG_SIM_SEED={seed} SG_SIM_EVENTS={numbers} {command}");

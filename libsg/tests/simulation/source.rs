@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use libsg::dirty::DirtyLog;
 use libsg::event::Observer;
 use libsg::memory::{PageSlice, PresenceMap};
+use libsg::migrate::OutgoingVm;
 use libsg::migrate::source::{self, Outgoing, SourceOptions};
-use libsg::migrate::{Mode, OutgoingVm, RoundOptions};
 use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
 use libsg::vmd::TcpConnector;
@@ -38,6 +39,30 @@ impl OutgoingVm for Leaving {
 
     fn committed(&mut self) {
         self.vm.commit();
+    }
+
+    fn dirty_log(&mut self) -> libsg::Result<Box<dyn DirtyLog>> {
+        Ok(Box::new(Log(Arc::clone(&self.vm))))
+    }
+}
+
+/// Which pages its guest writes.
+struct Log(Arc<Vm>);
+
+impl DirtyLog for Log {
+    fn start(&mut self) -> libsg::Result<()> {
+        self.0.log_writes(true);
+        Ok(())
+    }
+
+    fn collect(&mut self, out: &mut Vec<PageRange>) -> libsg::Result<()> {
+        out.extend(PageRange::from_pages(self.0.written()));
+        Ok(())
+    }
+
+    fn stop(&mut self) -> libsg::Result<()> {
+        self.0.log_writes(false);
+        Ok(())
     }
 }
 
@@ -79,7 +104,7 @@ impl PageSource for Pages {
     }
 
     fn slice(&self, range: PageRange) -> libsg::Result<PageSlice> {
-        if self.vm.runs_at_source() {
+        if self.vm.runs_at_source() && !self.vm.is_logged() {
             self.vm.breach("each page is right: memory is sent while the guest writes it".into());
         }
         let mut bytes = Vec::with_capacity(range.pages as usize * PAGE_BYTES);
@@ -100,8 +125,8 @@ pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Obse
     let options = SourceOptions {
         to: address(DESTINATION),
         intermediaries: scenario.members().map(address).collect(),
-        mode: Mode::ScatterGather,
-        rounds: RoundOptions::default(),
+        mode: scenario.mode,
+        rounds: scenario.rounds,
         secret: secret(),
         connector: Arc::new(TcpConnector::new(secret())),
         scatter_limit_bytes_per_s: scenario.scatter_limit,
