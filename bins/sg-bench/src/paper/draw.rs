@@ -72,8 +72,10 @@ where
 {
     have_font()?;
     area.fill(&WHITE)?;
-    let lines: Vec<&Line> =
-        figure.series.iter().filter(|line| line.drawn && !dots(line).is_empty()).collect();
+    let timeline = figure.series.iter().any(|line| !line.over_time.is_empty());
+    // A run too short for a rate has no place on a timeline.
+    let known = |line: &&Line| line.drawn && line.over_time.is_empty() != timeline && !dots(line).is_empty();
+    let lines: Vec<&Line> = figure.series.iter().filter(known).collect();
     let (x, y) = ranges(&lines, figure);
     let title = (FONT, 18 * times).into_font().color(&BLACK);
     area.draw_text(figure.title, &title, (14 * times, 12 * times))?;
@@ -84,7 +86,13 @@ where
         .x_label_area_size(44 * times)
         .y_label_area_size(66 * times)
         .build_cartesian_2d(x.0..x.1, y.0..y.1)?;
-    let timeline = figure.series.iter().any(|line| !line.over_time.is_empty());
+    let digits = if y.1 < 0.5 {
+        2
+    } else if y.1 < 5.0 {
+        1
+    } else {
+        0
+    };
     let few = if x.1 - x.0 < 9.0 { 1 } else { 0 };
     chart
         .configure_mesh()
@@ -99,7 +107,7 @@ where
         .x_labels(if timeline { 10 } else { 5 })
         .y_labels(7)
         .x_label_formatter(&|x| if timeline { format!("{x:.few$}") } else { format!("{x:.0}") })
-        .y_label_formatter(&|y| format!("{y:.*}", if y.fract().abs() > 0.01 { 1 } else { 0 }))
+        .y_label_formatter(&|y| format!("{y:.digits$}"))
         .draw()?;
     let pen = Pen { area, times };
     for (bound, dash) in figure.bounds.iter().zip(BOUND_DASHES) {
