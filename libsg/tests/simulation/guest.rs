@@ -50,6 +50,9 @@ pub struct Vm {
 
 struct State {
     memory: Vec<Content>,
+    /// As it was when it was paused: what the destination is to have, also where the VM then stays at the source, runs
+    /// on and writes, and the destination does not know yet.
+    at_pause: Option<Vec<Content>>,
     /// What was written since that was last asked for, while it is logged.
     written: Option<BTreeSet<PageIndex>>,
     runs_at_source: bool,
@@ -68,6 +71,7 @@ impl Vm {
         let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() };
         let state = State {
             memory,
+            at_pause: None,
             written: None,
             runs_at_source: true,
             runs_at_destination: false,
@@ -89,9 +93,15 @@ impl Vm {
         self.breaches.lock().clone()
     }
 
-    /// What a page must be wherever it is, from the pause on; what it is at the source, before.
+    /// What a page is at the source.
     pub fn content(&self, page: PageIndex) -> Content {
         self.state.lock().memory[page.as_usize()]
+    }
+
+    /// What a page must be at the destination.
+    pub fn content_to_be(&self, page: PageIndex) -> Content {
+        let state = self.state.lock();
+        state.at_pause.as_ref().unwrap_or(&state.memory)[page.as_usize()]
     }
 
     pub fn contents(&self) -> Vec<Content> {
@@ -111,7 +121,9 @@ impl Vm {
     }
 
     pub fn pause(&self) {
-        self.state.lock().runs_at_source = false;
+        let mut state = self.state.lock();
+        state.runs_at_source = false;
+        state.at_pause = Some(state.memory.clone());
     }
 
     pub fn resume(&self) {
@@ -238,7 +250,7 @@ impl Memory {
 
     /// Whether a page is in place, as it is to be.
     pub fn has(&self, page: PageIndex) -> bool {
-        let truth = first_bytes(&self.vm.content(page).bytes(page));
+        let truth = first_bytes(&self.vm.content_to_be(page).bytes(page));
         let is_right = !self.may_replace() || self.state.lock().holds[page.as_usize()] == truth;
         self.place(page) == Place::Present && is_right
     }
@@ -310,7 +322,7 @@ impl Memory {
     }
 
     fn install_one(&self, state: &mut MemoryState, page: PageIndex, bytes: Option<&[u8]>) {
-        let truth = self.vm.content(page);
+        let truth = self.vm.content_to_be(page);
         let is_right = match bytes {
             Some(bytes) => truth.is(page, bytes),
             None => !matches!(truth, Content::Version(_)),
