@@ -143,6 +143,8 @@ fn open(shared: &Shared, channel: Channel) -> Result<Line> {
 
 fn end(shared: &Shared, line: Option<Line>) {
     if let Some(line) = line {
+        // Also where it broke off in the middle of a frame.
+        shared.direct_idles(host::now());
         shared.pacer.remove_link(line.link);
         shared.pacer.give_back(Class::Direct, line.saved);
         line.channel.shut_down();
@@ -173,12 +175,13 @@ fn step(shared: &Shared, line: &mut Line, work: &mut Work) -> Result<Instant> {
             return Err(Error::new(ErrorKind::Protocol, message));
         }
         let now = host::now();
-        shared.direct_came(now);
+        shared.direct_works();
         line.delay = header.delay_us.map(|us| Duration::from_micros(us.into())).or(line.delay);
         let bytes = decode_pages(frame.body, header.count.into(), &mut work.entries)?;
         work.installer.pages(shared, &work.entries, bytes, &mut || shared.let_events_be_read())?;
         shared.counters.direct.fetch_add(bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
         work.installer.bad.extend_from_slice(&work.installer.gone);
+        shared.direct_idles(host::now());
         acknowledge(&mut line.outbox, &header, &work.installer.bad, &mut work.table)?;
         report(shared, line, now);
         if line.outbox.queued_bytes() > OUTBOX_BYTES_MAX {

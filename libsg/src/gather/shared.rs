@@ -33,6 +33,9 @@ const WISHES_MAX: usize = 256;
 /// source has evicted.
 const DIRECT_IDLE: Duration = Duration::from_millis(50);
 
+/// Instead of the time at which something came last: it is still at work.
+const DIRECT_WORKS: u64 = u64::MAX;
+
 /// How long an installation that the kernel puts off waits until it is tried again: for the fault
 /// thread to read the event that stands in its way.
 const RETRY_AFTER: Duration = Duration::from_micros(50);
@@ -294,8 +297,13 @@ impl Shared {
         self.look_again();
     }
 
-    /// Bytes came on the direct path.
-    pub fn direct_came(&self, now: Instant) {
+    /// A frame came on the direct path, and is at work until [`Self::direct_idles`].
+    pub fn direct_works(&self) {
+        self.direct_at_us.store(DIRECT_WORKS, Ordering::Relaxed);
+    }
+
+    /// Nothing of the direct path is at work from `now` on.
+    pub fn direct_idles(&self, now: Instant) {
         let us = now.saturating_duration_since(self.started).as_micros() as u64;
         self.direct_at_us.store(us + 1, Ordering::Relaxed);
     }
@@ -310,7 +318,8 @@ impl Shared {
         }
         let last = self.direct_at_us.load(Ordering::Relaxed);
         let us = now.saturating_duration_since(self.started).as_micros() as u64;
-        last > 0 && us.saturating_sub(last - 1) < DIRECT_IDLE.as_micros() as u64
+        // A destination that swaps is at one frame for longer than a network leaves between two.
+        last == DIRECT_WORKS || (last > 0 && us.saturating_sub(last - 1) < DIRECT_IDLE.as_micros() as u64)
     }
 
     pub fn tell(&self, event: &Event) {
