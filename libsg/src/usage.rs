@@ -20,11 +20,7 @@ impl Cpu {
     /// Up to now.
     #[must_use]
     pub fn now() -> Self {
-        let process = clock_gettime(ClockId::ProcessCPUTime);
-        Self {
-            process: Duration::new(process.tv_sec as u64, process.tv_nsec as u32),
-            migration: host::spent(),
-        }
+        Self { process: used(ClockId::ProcessCPUTime), migration: host::spent() }
     }
 
     /// What was used after an earlier moment.
@@ -35,6 +31,12 @@ impl Cpu {
             migration: self.migration.saturating_sub(earlier.migration),
         }
     }
+}
+
+/// User and system time by one of the processor clocks of the caller: its process's, its thread's.
+pub(crate) fn used(clock: ClockId) -> Duration {
+    let used = clock_gettime(clock);
+    Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
 }
 
 /// User and system time of another process. `None` when it is gone.
@@ -84,9 +86,8 @@ mod test {
 
     /// Keeps the calling thread at work for so much of its own time.
     fn work(time: Duration) {
-        let now = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).expect("not before its start");
-        let start = now();
-        while now() - start < time {
+        let start = used(ClockId::ThreadCPUTime);
+        while used(ClockId::ThreadCPUTime) - start < time {
             std::hint::spin_loop();
         }
     }

@@ -188,6 +188,16 @@ impl Move {
         until("a round begins", || self.events.lock().iter().any(begun));
     }
 
+    /// The intermediaries have their memory back, and nothing on the way was a reason to worry.
+    fn dissolved_without_alarm(self) {
+        self.scene.incoming.wait_dissolved(LONG).unwrap();
+        self.scene.nothing_staged();
+        let events = self.events.lock().clone();
+        let alarm = |event: &Event| matches!(event, Event::NodeLost { .. } | Event::Warning { .. });
+        assert!(!events.iter().any(alarm), "{events:?}");
+        self.end();
+    }
+
     fn end(self) {
         self.guest.ended.store(true, Ordering::SeqCst);
         self.life.join().unwrap();
@@ -231,12 +241,7 @@ fn hybrid(plan: Plan) {
     assert_eq!(there.status, Status::Ok);
     // Of few and large units, all may have been written.
     assert!(there.pages.staged > Some(0) || pages < 1 << 12, "{there:?}");
-    moved.scene.incoming.wait_dissolved(LONG).unwrap();
-    moved.scene.nothing_staged();
-    let events = moved.events.lock().clone();
-    let alarm = |event: &Event| matches!(event, Event::NodeLost { .. } | Event::Warning { .. });
-    assert!(!events.iter().any(alarm), "{events:?}");
-    moved.end();
+    moved.dissolved_without_alarm();
 }
 
 #[test]
@@ -270,12 +275,7 @@ fn pre_copy(plan: Plan, via: Via, limit: u64) {
     if report.rounds[0].dirty_after > 0 {
         assert!(moved.scene.seen.replaced.load(Ordering::SeqCst) > 0, "written pages are installed again");
     }
-    moved.scene.incoming.wait_dissolved(LONG).unwrap();
-    moved.scene.nothing_staged();
-    let events = moved.events.lock().clone();
-    let alarm = |event: &Event| matches!(event, Event::NodeLost { .. } | Event::Warning { .. });
-    assert!(!events.iter().any(alarm), "{events:?}");
-    moved.end();
+    moved.dissolved_without_alarm();
 }
 
 #[test]

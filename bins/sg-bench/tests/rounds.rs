@@ -8,6 +8,16 @@ mod world;
 use serde_json::{Value, json};
 use world::{Vmm, World};
 
+/// A VM that starts to leave in rounds through two intermediaries, which take bytes at the same rate as the
+/// destination.
+fn leaving(what: &str, rate: &str, how: Value) -> (World, Vmm, Vmm) {
+    let world = World::new(2, &["--limit-in", rate]);
+    let source = world.vm("source", what);
+    let destination = world.incoming("destination", &format!("--gather-limit {rate}"));
+    leave(&source, &destination, &world, how);
+    (world, source, destination)
+}
+
 /// Starts to leave in rounds.
 fn leave(source: &Vmm, destination: &Vmm, world: &World, how: Value) {
     let members: Vec<String> = world.members().iter().map(ToString::to_string).collect();
@@ -41,10 +51,7 @@ fn a_busy_vm_leaves_in_rounds_over_every_kind_of_memory() {
         ("--common 0.3 --zero-fraction 0.3", pre_copy("direct")),
         ("--backing memfd --vcpus 2", pre_copy("vmd")),
     ] {
-        let world = World::new(2, &["--limit-in", "400mbit"]);
-        let source = world.vm("source", what);
-        let destination = world.incoming("destination", "--gather-limit 400mbit");
-        leave(&source, &destination, &world, how);
+        let (_world, source, destination) = leaving(what, "400mbit", how);
         let report = evicted(&source);
         assert!(!report["rounds"].as_array().expect("rounds").is_empty(), "{report}");
         assert!(report["rounds_ended"].is_string(), "{report}");
@@ -57,10 +64,7 @@ fn a_busy_vm_leaves_in_rounds_over_every_kind_of_memory() {
 #[test]
 fn the_source_is_killed_when_it_has_evicted() {
     for how in [hybrid(), pre_copy("direct")] {
-        let world = World::new(2, &["--limit-in", "400mbit"]);
-        let source = world.vm("source", "");
-        let destination = world.incoming("destination", "--gather-limit 400mbit");
-        leave(&source, &destination, &world, how);
+        let (_world, source, destination) = leaving("", "400mbit", how);
         source.process.wait("evicted");
         source.process.kill();
         destination.arrived(32);
@@ -71,10 +75,7 @@ fn the_source_is_killed_when_it_has_evicted() {
 #[test]
 fn an_intermediary_is_killed_in_a_round() {
     for how in [hybrid(), pre_copy("vmd")] {
-        let world = World::new(2, &["--limit-in", "100mbit"]);
-        let source = world.vm("source", "");
-        let destination = world.incoming("destination", "--gather-limit 100mbit");
-        leave(&source, &destination, &world, how);
+        let (world, source, destination) = leaving("", "100mbit", how);
         source.process.wait("round");
         world.intermediaries[0].process.kill();
         source.process.wait("evicted");
@@ -86,10 +87,7 @@ fn an_intermediary_is_killed_in_a_round() {
 #[test]
 fn the_destination_is_killed_in_a_round_and_the_vm_runs_on() {
     for how in [hybrid(), pre_copy("direct")] {
-        let world = World::new(2, &["--limit-in", "100mbit"]);
-        let source = world.vm("source", "");
-        let destination = world.incoming("destination", "--gather-limit 100mbit");
-        leave(&source, &destination, &world, how);
+        let (_world, source, destination) = leaving("", "100mbit", how);
         source.process.wait("round");
         destination.process.kill();
         source.process.wait("failed");
@@ -101,10 +99,7 @@ fn the_destination_is_killed_in_a_round_and_the_vm_runs_on() {
 
 #[test]
 fn called_off_in_a_round_the_vm_runs_on() {
-    let world = World::new(2, &["--limit-in", "100mbit"]);
-    let source = world.vm("source", "");
-    let destination = world.incoming("destination", "--gather-limit 100mbit");
-    leave(&source, &destination, &world, hybrid());
+    let (_world, source, destination) = leaving("", "100mbit", hybrid());
     source.process.wait("round");
     assert_eq!(source.ask(&json!({"do": "cancel"}))["ok"], true);
     source.process.wait("failed");

@@ -62,14 +62,20 @@ impl Installer {
             offset += usize::from(entry.encoded_bytes);
         }
         if zeros {
-            let mut wanted = false;
-            for entry in entries.iter().filter(|entry| entry.encoding == Encoding::Zero) {
-                let zero = IndexEntry::zero(entry.page, u32::from(entry.run_pages), entry.round);
-                if shared.replaces() {
-                    shared.zero_over(&zero)?;
-                }
-                wanted |= shared.tracker.lock().announce(&zero, Word::Source)?;
+            let zeros = || {
+                let zero =
+                    |entry: &PageEntry| IndexEntry::zero(entry.page, u32::from(entry.run_pages), entry.round);
+                entries.iter().filter(|entry| entry.encoding == Encoding::Zero).map(zero)
+            };
+            if shared.replaces() {
+                zeros().try_for_each(|zero| shared.zero_over(&zero))?;
             }
+            let mut wanted = false;
+            let mut tracker = shared.tracker.lock();
+            for zero in zeros() {
+                wanted |= tracker.announce(&zero, Word::Source)?;
+            }
+            drop(tracker);
             if wanted {
                 shared.look_again();
             }

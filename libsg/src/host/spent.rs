@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::ClockId;
 
 use crate::usage;
 
@@ -31,10 +31,10 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let used = clock_gettime(ClockId::ThreadCPUTime);
+        let used = usage::used(ClockId::ThreadCPUTime);
         let mut books = BOOKS.lock();
         books.live.remove(&self.0);
-        books.ended += Duration::new(used.tv_sec as u64, used.tv_nsec as u32);
+        books.ended += used;
     }
 }
 
