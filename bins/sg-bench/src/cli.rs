@@ -391,11 +391,11 @@ impl MigrateArgs {
         }
     }
 
-    /// What destinations and intermediaries will take between them, if it is to be ready: all of the memory each,
-    /// and some for what is sent twice.
+    /// What sources, destinations and intermediaries will take between them, if it is to be ready: all of the memory
+    /// each, and some for what is sent twice and for packets.
     pub fn memory_needed(&self) -> Size {
         let memory = self.vm.memory.0 * u64::from(self.vms);
-        let each = if self.has_intermediaries() { 2 } else { 1 };
+        let each = if self.has_intermediaries() { 3 } else { 2 };
         Size(if self.ready_memory { memory * each + memory / 4 } else { 0 })
     }
 

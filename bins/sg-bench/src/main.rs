@@ -24,6 +24,7 @@ mod stats;
 mod stream;
 mod table;
 mod ui;
+mod valid;
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()

@@ -134,10 +134,12 @@ pub fn into_fresh_memory(bytes: usize) -> Result<Cost> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let sender = TcpStream::connect(listener.local_addr()?)?;
     let (receiver, _) = listener.accept()?;
+    let mut reserve = Reserve::fill(Size(bytes as u64 + bytes as u64 / 4))?;
+    reserve.hand_out()?;
     fresh_stream(&sender, &receiver, bytes)
 }
 
-/// The same from one host to another.
+/// The same from one host to another, with the memory that is there.
 pub fn into_fresh_memory_of(lab: &Lab, from: Node, to: Node, bytes: usize) -> Result<Cost> {
     let (sender, receiver) = connect(lab, from, to)?;
     fresh_stream(&sender, &receiver, bytes)
@@ -145,8 +147,6 @@ pub fn into_fresh_memory_of(lab: &Lab, from: Node, to: Node, bytes: usize) -> Re
 
 fn fresh_stream(sender: &TcpStream, receiver: &TcpStream, bytes: usize) -> Result<Cost> {
     let source = vec![0xa5; bytes];
-    let mut reserve = Reserve::fill(Size(bytes as u64 + bytes as u64 / 4))?;
-    reserve.hand_out()?;
     let per_gib = |cpu: Duration| cpu.as_secs_f64() * (1_u64 << 30) as f64 / bytes as f64;
     std::thread::scope(|scope| {
         let receiving = scope.spawn(move || -> Result<(Duration, Duration)> {

@@ -11,19 +11,9 @@ pub struct Experiment {
     pub name: &'static str,
     /// How it is run.
     pub args: MigrateArgs,
-    /// What else is measured in each of its runs.
-    pub baseline: Baseline,
-}
-
-/// A measurement without a VM, made next to each run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Baseline {
-    /// None.
-    Nothing,
-    /// One plain TCP stream over loopback, as long as the VM's memory, into fresh memory.
-    FreshStream,
-    /// The same from the source to an intermediary, over links as the experiment's.
-    ShapedStream,
+    /// Whether a plain TCP stream over loopback, as long as the VM's memory and into fresh memory, is measured
+    /// next to each run.
+    pub fresh_stream: bool,
 }
 
 /// Experiments that are run in turn.
@@ -109,7 +99,7 @@ pub fn of(family: Family) -> Vec<Experiment> {
                 a.lab.shape = false;
                 (a.gather_limit, a.lift_at_evicted) = (HELD, true);
             });
-            vec![Experiment { baseline: Baseline::FreshStream, ..held }]
+            vec![Experiment { fresh_stream: true, ..held }]
         }
         Family::Bookkeeping => {
             let sized = |(name, mebibytes)| {
@@ -141,11 +131,10 @@ pub fn of(family: Family) -> Vec<Experiment> {
         }
         Family::Held => {
             // A page that the guest waits for is served on its own, which no plain stream does.
-            let held = plain("held", |a| {
+            vec![plain("held", |a| {
                 a.vm.workload = "idle".to_owned();
                 (a.gather_limit, a.lift_at_evicted) = (HELD, true);
-            });
-            vec![Experiment { baseline: Baseline::ShapedStream, ..held }]
+            })]
         }
         Family::Cotenant => {
             vec![plain("cotenant", |a| (a.gather_limit, a.cotenant) = (SLOW, Some(Vec::new())))]
@@ -171,9 +160,8 @@ impl Experiment {
         } else {
             at(&[source, destination, limit])
         };
-        let baseline = if self.baseline == Baseline::ShapedStream { at(&[source]) } else { 0.0 };
         let swapping = if args.destination_memory.is_some() { 40.0 } else { 0.0 };
-        (5.0 + 3.0 * gib + moving + baseline + swapping) as u32
+        (5.0 + 3.0 * gib + moving + swapping) as u32
     }
 }
 
@@ -181,7 +169,7 @@ impl Experiment {
 fn plain(name: &'static str, change: impl FnOnce(&mut MigrateArgs)) -> Experiment {
     let mut args = MigrateArgs::new();
     change(&mut args);
-    Experiment { name, args, baseline: Baseline::Nothing }
+    Experiment { name, args, fresh_stream: false }
 }
 
 fn beside_post_copy(

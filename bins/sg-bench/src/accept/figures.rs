@@ -91,17 +91,17 @@ fn enough_faults(run: &Run) -> Option<u64> {
 
 /// Throughput of the eviction over that of a plain stream in the same run.
 pub fn over_fresh_stream(run: &Run) -> Option<f64> {
-    Some(evicted_mbps(run)? / run.baseline?.mbps)
+    Some(evicted_mbps(run)? / run.fresh_stream_mbps?)
 }
 
 /// The source's processor time over that of the sender of a plain stream.
 pub fn source_cpu_over_stream(run: &Run) -> Option<f64> {
-    Some(run.report.cpu_s_per_gib.source? / run.baseline?.send_cpu_s_per_gib)
+    Some(run.report.cpu_s_per_gib.source? / run.report.cpu_s_per_gib.stream.source?)
 }
 
 /// The intermediaries' processor time over that of the receiver of a plain stream into fresh memory.
 pub fn intermediary_cpu_over_stream(run: &Run) -> Option<f64> {
-    Some(run.report.cpu_s_per_gib.intermediaries? / run.baseline?.receive_cpu_s_per_gib)
+    Some(run.report.cpu_s_per_gib.intermediaries? / run.report.cpu_s_per_gib.stream.destination?)
 }
 
 /// Of requests to the co-tenant of a host: 95th percentile from the start to the end of the run over that before.
@@ -164,8 +164,7 @@ fn least_squares(points: &[(f64, f64)]) -> f64 {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::stream::Cost;
-    use libsg::report::{Cotenant, CpuPerGib, Faults, Latencies, Pages};
+    use libsg::report::{Cotenant, CpuPerGib, Ends, Faults, Latencies, Pages};
 
     fn run() -> Run {
         let mut report = Report { eviction_s: Some(2.0), ..Report::default() };
@@ -178,12 +177,12 @@ mod test {
         report.idle_fault_us = Some(50.0);
         report.cpu_s_per_gib =
             CpuPerGib { source: Some(1.5), intermediaries: Some(3.0), ..CpuPerGib::default() };
+        report.cpu_s_per_gib.stream = Ends { source: Some(1.0), destination: Some(2.0) };
         let p95 = |us| Latencies { p95_us: Some(us), ..Latencies::default() };
         let (idle, migration) = (p95(100.0), p95(150.0));
         report.cotenants =
             vec![Cotenant { node: "destination".into(), idle, migration, ..Cotenant::default() }];
-        let baseline = Some(Cost { mbps: 8.192, send_cpu_s_per_gib: 1.0, receive_cpu_s_per_gib: 2.0 });
-        Run { report, baseline, gathered_at_evicted_bytes: Some(250 * PAGE_BYTES_U64) }
+        Run { report, fresh_stream_mbps: Some(8.192), gathered_at_evicted_bytes: Some(250 * PAGE_BYTES_U64) }
     }
 
     #[test]

@@ -4,47 +4,39 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use libsg::report::{Report, Sample, Status};
+use libsg::report::{Report, Sample};
 use serde::Serialize;
 
-use super::experiments::{Baseline, Experiment};
-use crate::cli::MigrateArgs;
-use crate::experiment::{self, Unfit, check_valid, link_is_fit};
-use crate::lab::{Lab, Node};
-use crate::stream::Cost;
+use super::experiments::Experiment;
 use crate::ui::Ui;
-use crate::{interrupt, stream};
-
-/// How often one run is repeated that was not valid.
-pub const REPEATS_MAX: u32 = 3;
-/// How often links are built and measured again that were not what they were set to. It takes seconds.
-const LINKS_MAX: u32 = 8;
+use crate::valid::{Invalid, NoneValid};
+use crate::{interrupt, stream, valid};
 
 /// One run: its report, and what a plain stream did.
 #[derive(Serialize)]
 pub struct Run {
     /// The migration.
     pub report: Report,
-    /// The baseline, if it has one.
-    pub baseline: Option<Cost>,
+    /// A plain stream's throughput, if the experiment has one beside it.
+    pub fresh_stream_mbps: Option<f64>,
     /// Page bytes that the destination had got from intermediaries when the source had evicted.
     pub gathered_at_evicted_bytes: Option<u64>,
 }
 
 impl Run {
     /// A run that counts. Its samples have done their work.
-    pub fn new(mut report: Report, baseline: Option<Cost>) -> Self {
+    pub fn new(mut report: Report, fresh_stream_mbps: Option<f64>) -> Self {
         let samples = std::mem::take(&mut report.samples);
         let scattering = |sample: &&Sample| report.eviction_s.is_some_and(|end| sample.t_s <= end);
         let last = samples.iter().take_while(scattering).last();
         let gathered_at_evicted_bytes = last.and_then(|sample| sample.bytes.gathered);
-        Self { report, baseline, gathered_at_evicted_bytes }
+        Self { report, fresh_stream_mbps, gathered_at_evicted_bytes }
     }
 }
 
 /// A run that does not count.
 #[derive(Serialize)]
-pub struct Invalid {
+pub struct Repeated {
     /// The experiment.
     pub experiment: &'static str,
     /// Why it does not count.
@@ -61,20 +53,8 @@ type Rounds = Vec<std::result::Result<Run, String>>;
 pub struct Results {
     rounds: BTreeMap<&'static str, Rounds>,
     /// The runs that do not count.
-    pub invalid: Vec<Invalid>,
+    pub invalid: Vec<Repeated>,
 }
-
-/// No run of a round was valid. The next round's may be.
-#[derive(Debug)]
-struct NoneValid(String);
-
-impl std::fmt::Display for NoneValid {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "no valid run: {}", self.0)
-    }
-}
-
-impl std::error::Error for NoneValid {}
 
 impl Results {
     /// A figure by round; nothing of rounds without a run that counts.
@@ -158,72 +138,20 @@ impl Results {
 
     /// Runs until a run is valid.
     fn run_valid(&mut self, experiment: &Experiment, ui: &mut Ui) -> Result<Run> {
-        let (mut invalid_runs, mut unfit_links) = (0, 0);
-        loop {
-            let baseline = baseline(experiment)?;
-            let invalid = match experiment::run_on_fit_links(&experiment.args, ui) {
-                Ok(report) => {
-                    let Some(invalid) = invalid(experiment, &report) else {
-                        return Ok(Run::new(report, baseline));
-                    };
-                    invalid_runs += 1;
-                    invalid
-                }
-                Err(error) if error.is::<Unfit>() => {
-                    unfit_links += 1;
-                    Invalid { experiment: experiment.name, why: error.to_string(), wrong: false }
-                }
-                Err(error) => {
-                    ui.say(&format!("{}: {error:#}", experiment.name));
-                    return Err(error);
-                }
-            };
-            ui.say(&format!("  INVALID, repeated: {}: {}", experiment.name, invalid.why));
-            let why = invalid.why.clone();
-            self.invalid.push(invalid);
-            if invalid_runs > REPEATS_MAX || unfit_links > LINKS_MAX {
-                bail!(NoneValid(why));
-            }
-        }
+        let fresh_stream_mbps = fresh_stream_mbps(experiment)?;
+        let repeated = |Invalid { why, wrong }| {
+            self.invalid.push(Repeated { experiment: experiment.name, why, wrong });
+        };
+        let report = valid::run(&experiment.args, ui, repeated)
+            .inspect_err(|error| ui.say(&format!("{}: {error:#}", experiment.name)))?;
+        Ok(Run::new(report, fresh_stream_mbps))
     }
 }
 
 /// A plain stream as long as the VM's memory.
-fn baseline(experiment: &Experiment) -> Result<Option<Cost>> {
-    let args = &experiment.args;
-    let bytes = usize::try_from(args.vm.memory.0)?;
-    Ok(match experiment.baseline {
-        Baseline::Nothing => None,
-        Baseline::FreshStream => Some(stream::into_fresh_memory(bytes)?),
-        Baseline::ShapedStream => {
-            let lab = Lab::create(&args.lab_spec())?;
-            Some(stream::into_fresh_memory_of(&lab, Node::Source, Node::Intermediary(1), bytes)?)
-        }
-    })
-}
-
-/// Why a run does not count, if it does not.
-fn invalid(experiment: &Experiment, report: &Report) -> Option<Invalid> {
-    let (why, wrong) = doubt(&experiment.args, report)?;
-    Some(Invalid { experiment: experiment.name, why, wrong })
-}
-
-/// Why a run does not count, if it does not; and whether pages were wrong or lost.
-pub fn doubt(args: &MigrateArgs, report: &Report) -> Option<(String, bool)> {
-    if let Err(error) = check_valid(report, args.until) {
-        let lost = matches!(&report.status, Status::Failed(failure) if !failure.lost.is_empty());
-        return Some((format!("{error:#}"), lost || report.guest.mismatches.is_some_and(|pages| pages > 0)));
-    }
-    if !link_is_fit(args, report) {
-        let measured = report.link_mbps.unwrap_or(0.0);
-        let (least, most) = (stream::BAND.start(), stream::BAND.end());
-        let why = format!(
-            "a link is outside {least} to {most} of what it is set to: {measured:.0} Mb/s, sinks {:.0?}",
-            report.sinks_mbps
-        );
-        return Some((why, false));
-    }
-    None
+fn fresh_stream_mbps(experiment: &Experiment) -> Result<Option<f64>> {
+    let bytes = usize::try_from(experiment.args.vm.memory.0)?;
+    experiment.fresh_stream.then(|| Ok(stream::into_fresh_memory(bytes)?.mbps)).transpose()
 }
 
 /// What a chain of errors begins with.
@@ -234,24 +162,7 @@ pub fn first_line(text: &str) -> String {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::accept::experiments::{Family, of};
-    use libsg::report::{Bytes, Guest};
-
-    #[test]
-    fn what_does_not_count_says_why() {
-        let experiment = of(Family::Limited).remove(0);
-        let guest =
-            Guest { mismatches: Some(0), verified_pages: Some(9), fill_pages: Some(9), ..Guest::default() };
-        let mut report = Report { guest, link_mbps: Some(950.0), ..Report::default() };
-        assert!(invalid(&experiment, &report).is_none());
-        report.link_mbps = Some(800.0);
-        let link = invalid(&experiment, &report).expect("too slow");
-        assert!(!link.wrong && link.why.contains("800 Mb/s"), "{}", link.why);
-        report.guest.mismatches = Some(1);
-        assert!(invalid(&experiment, &report).expect("a wrong page").wrong);
-        report.guest = Guest { verified_pages: Some(8), ..guest };
-        assert!(!invalid(&experiment, &report).expect("a page was not looked at").wrong);
-    }
+    use libsg::report::Bytes;
 
     #[test]
     fn what_was_gathered_while_the_source_scattered() {

@@ -8,10 +8,10 @@ use anyhow::Result;
 
 use super::experiment::{Experiment, seconds_expected};
 use super::store::{Run, Store};
-use crate::accept::runs::{REPEATS_MAX, doubt, first_line};
+use crate::accept::runs::first_line;
 use crate::cli::MigrateArgs;
 use crate::ui::Ui;
-use crate::{experiment, interrupt};
+use crate::{interrupt, valid};
 
 /// An experiment that can be run.
 pub struct Planned {
@@ -95,16 +95,11 @@ pub fn all(
 /// It could not be carried out, none counted, or it was interrupted.
 pub fn measure(one: &Planned, outcome: &mut Outcome, ui: &mut Ui) -> Result<Measured> {
     let mut repeated = Vec::new();
-    for _ in 0..=REPEATS_MAX {
-        let report = experiment::run(&one.args, ui)?;
-        let Some((why, wrong)) = doubt(&one.args, &report) else {
-            return Ok(Measured { repeated, report: serde_json::to_value(report)? });
-        };
-        outcome.wrong |= wrong;
-        ui.say(&format!("  INVALID, repeated: {why}"));
-        repeated.push(why);
-    }
-    anyhow::bail!("no valid run out of {}: {}", REPEATS_MAX + 1, repeated.last().map_or("", |why| why))
+    let report = valid::run(&one.args, ui, |invalid| {
+        outcome.wrong |= invalid.wrong;
+        repeated.push(invalid.why);
+    })?;
+    Ok(Measured { repeated, report: serde_json::to_value(report)? })
 }
 
 /// Seconds until everything has been run: by what the same experiments took, else by what is expected, put right
