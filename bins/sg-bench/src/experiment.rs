@@ -313,8 +313,6 @@ pub fn exit_code(status: &Status) -> u8 {
 #[cfg(test)]
 mod test {
     use super::*;
-    use libsg::ErrorKind;
-    use libsg::report::Failure;
 
     fn report(eviction_s: f64) -> Report {
         let mut report = Report { eviction_s: Some(eviction_s), ..Report::default() };
