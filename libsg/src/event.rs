@@ -48,7 +48,7 @@ pub enum Event {
         /// Which, and why.
         message: String,
     },
-    /// Both: something an operator should know; the migration goes on.
+    /// Both: something an operator should know; it is no reason for the migration to end.
     Warning {
         /// What.
         message: String,

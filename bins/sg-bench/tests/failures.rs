@@ -140,6 +140,7 @@ fn before_commit(harm: impl Fn(&Vmm, &Vmm, &Proxy)) {
     assert!(!source.process.told().iter().any(|line| line["event"] == "commit"));
     source.goes_on();
     source.verify(32);
+    world.holds_nothing();
     drop(destination);
     let other = world.incoming("other", "");
     source.leave(other.address, &world.members());

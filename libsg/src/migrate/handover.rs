@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::live::Rounds;
-use super::members::{Members, Patience, ask_all};
+use super::members::{Members, Patience, ask_all, dissolve};
 use super::source::{Control, SourceOptions};
 use super::{Event, Mode, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
@@ -202,7 +202,7 @@ impl Handover<'_> {
         self.scatter.stop();
         let resumed = if self.control.was_paused() { vm.resume() } else { Ok(()) };
         let open = self.say_abort(open, &error);
-        ask_all(members, || Request::Control(&VmdRequest::Dissolve), Patience::Even, |_, _| {});
+        dissolve(self.options, self.destination, &self.scatter.members, members);
         drop(open);
         match resumed {
             Ok(()) => error,

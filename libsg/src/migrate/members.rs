@@ -11,8 +11,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
+use crate::scatter::session::Destination;
 use crate::scatter::{MemberSink, Scatter};
 use crate::transport::wait;
+use crate::vmd::link::ask;
 use crate::vmd::{Class, Link, Reply, Request, Ticket};
 use crate::wire::message::{Member, VmdRequest};
 
@@ -285,6 +287,43 @@ pub(super) fn ask_all<'r>(
             let late = Error::new(ErrorKind::Timeout, "an intermediary did not answer in time");
             drop_member(members, at, late, &mut lost);
         }
+    }
+}
+
+/// Has the volume dissolved at every member. One that was lost on its link may be there all the same, and is asked over
+/// a new one. An operator is told of those that may still hold pages.
+pub(super) fn dissolve(options: &SourceOptions, of: &Destination, all: &[Member], members: &mut Members) {
+    ask_all(members, || Request::Control(&VmdRequest::Dissolve), Patience::Even, |_, _| {});
+    let left = all.iter().zip(members).filter(|(_, seat)| seat.is_none()).map(|(member, _)| member);
+    std::thread::scope(|scope| {
+        let anew = |member| move || dissolve_anew(options, of, member);
+        let start = |member| (member, host::thread::Builder::new().spawn_scoped(scope, anew(member)));
+        let threads: Vec<_> = left.map(start).collect();
+        for (member, thread) in threads {
+            let lost = || Error::new(ErrorKind::Poisoned, "a thread panicked");
+            let done =
+                thread.map_err(Error::from).and_then(|thread| thread.join().unwrap_or_else(|_| Err(lost())));
+            if let Err(error) = done {
+                let volume = of.volume;
+                let message = format!(
+                    "{} may still hold pages of the VM, which runs on here: sg dissolve {volume} ({})",
+                    member.node,
+                    error.chain()
+                );
+                (options.observer)(&Event::Warning { message });
+            }
+        }
+    });
+}
+
+fn dissolve_anew(options: &SourceOptions, of: &Destination, member: &Member) -> Result<()> {
+    let connector = &options.connector;
+    let mut link = connector.connect(member.address, of.volume, of.epoch, Class::Bulk, MEMBER_TIME)?;
+    let request = Request::Control(&VmdRequest::Dissolve);
+    match ask(&mut *link, request, MEMBER_TIME, |_| Ok(())) {
+        // It has none such: it restarted, or never took the volume.
+        Err(error) if error.kind == ErrorKind::Volume => Ok(()),
+        done => done,
     }
 }
 

@@ -80,6 +80,35 @@ impl World {
         self.intermediaries.iter().map(|daemon| daemon.address).collect()
     }
 
+    /// What `sg` writes about these intermediaries.
+    pub fn sg(&self, arguments: &[&str]) -> String {
+        let mut command = program("sg");
+        command.args(arguments);
+        for address in self.members() {
+            command.args(["--intermediary", &address.to_string()]);
+        }
+        String::from_utf8(command.output().expect("sg runs").stdout).expect("text")
+    }
+
+    /// Bytes of pages that the intermediaries hold.
+    pub fn staged_bytes(&self) -> u64 {
+        let status: Value = serde_json::from_str(&self.sg(&["status", "--json"])).expect("JSON");
+        let nodes = status["nodes"].as_array().expect("nodes");
+        nodes.iter().map(|node| node["used_bytes"].as_u64().unwrap_or_else(|| panic!("{status}"))).sum()
+    }
+
+    /// The intermediaries have their memory back, and know of no volume.
+    pub fn holds_nothing(&self) {
+        let began = Instant::now();
+        // A batch that was half received is given back when its connection ends.
+        while self.staged_bytes() > 0 {
+            assert!(began.elapsed() < PATIENCE, "left behind: {}", self.sg(&["ls"]));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let volumes: Value = serde_json::from_str(&self.sg(&["ls", "--json"])).expect("JSON");
+        assert_eq!(volumes["volumes"], json!([]));
+    }
+
     /// A VM that runs here, of threads unless the arguments say otherwise.
     pub fn vm(&self, name: &str, arguments: &str) -> Vmm {
         let mut words: Vec<&str> = arguments.split_whitespace().collect();
