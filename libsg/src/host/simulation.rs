@@ -99,6 +99,8 @@ pub enum Bug {
     FinalSetUnnamed,
     /// What was written since the log was last collected is collected behind the pause, and not sent.
     WriteMissed,
+    /// An intermediary answers for one volume with the index and the pages of another.
+    VolumesMixed,
     /// An intermediary takes more memory than it may.
     LimitIgnored,
     /// Whoever does not know the pool secret is let in.

@@ -152,6 +152,8 @@ impl Store {
     ) -> Result<Pinned<'_>, Status> {
         entries.clear();
         runs.clear();
+        #[cfg(feature = "simulation")]
+        let volume = self.mixed_up(volume);
         let volumes = self.volumes.lock();
         let me = self.me(&volumes.admit(volume, epoch, Access::Read)?.members);
         let mut slots = self.slots.lock();
@@ -349,6 +351,8 @@ impl Store {
         out: &mut Vec<IndexEntry>,
     ) -> Result<(), Status> {
         out.clear();
+        #[cfg(feature = "simulation")]
+        let volume = self.mixed_up(volume);
         self.with_index(volume, epoch, Access::Read, |index, _| {
             ranges.iter().for_each(|range| index.locate(*range, entries_max, out));
             Ok(())
@@ -452,6 +456,14 @@ impl Store {
 
     pub(super) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Acquire)
+    }
+
+    /// The bug that a simulation must find: of several volumes, the first is meant whichever is asked for.
+    #[cfg(feature = "simulation")]
+    fn mixed_up(&self, volume: VolumeId) -> VolumeId {
+        let first = || self.volumes.lock().iter().next().map(|(id, _)| id);
+        let mixed = host::has_bug(host::Bug::VolumesMixed);
+        mixed.then(first).flatten().unwrap_or(volume)
     }
 
     /// For the test canary: damages the n-th page that was ever stored.

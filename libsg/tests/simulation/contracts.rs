@@ -12,8 +12,9 @@ use libsg::scatter::Scatter;
 use libsg::server::ServerHandle;
 
 use crate::guest::Content;
+use crate::moving::{Move, all};
 use crate::net::NodeNumber;
-use crate::run::{Run, all};
+use crate::run::Run;
 use crate::scenario::{After, DESTINATION, Role, SOURCE, What};
 
 /// No fault waits longer, whatever happens: longer than everything that can happen lasts, and every grace.
@@ -63,8 +64,8 @@ enum Found {
 }
 
 impl Contracts {
-    pub fn new(run: &Run) -> Self {
-        let pages = run.vm.pages() as usize;
+    pub fn new(of: &Move) -> Self {
+        let pages = of.vm.pages() as usize;
         Self {
             found: None,
             steps: 0,
@@ -77,12 +78,8 @@ impl Contracts {
         }
     }
 
-    pub fn is_broken(&self, run: &Run) -> bool {
-        self.breach(run).is_some()
-    }
-
-    pub fn breach(&self, run: &Run) -> Option<String> {
-        run.vm.breaches().first().cloned().or_else(|| self.found.clone())
+    pub fn breach(&self, of: &Move) -> Option<String> {
+        of.vm.breaches().first().cloned().or_else(|| self.found.clone())
     }
 
     fn broken(&mut self, what: String) {
@@ -90,26 +87,26 @@ impl Contracts {
     }
 
     /// After a step.
-    pub fn check(&mut self, run: &Run) {
+    pub fn check(&mut self, run: &Run, of: &Move) {
         self.steps += 1;
-        if let Some(scatter) = run.outgoing().and_then(|outgoing| outgoing.scatter()) {
-            self.check_safe(run, &scatter);
+        if let Some(scatter) = of.outgoing().and_then(|outgoing| outgoing.scatter()) {
+            self.check_safe(run, of, &scatter);
         }
-        self.check_guest(run);
-        self.check_direct_first(run);
+        self.check_guest(run, of);
+        self.check_direct_first(run, of);
         if self.steps.is_multiple_of(FULL_EVERY) {
-            self.check_bounds(run);
+            self.check_bounds(run, of);
         }
     }
 
     /// Safe pages can be had without the source; once it has evicted, all can.
-    fn check_safe(&mut self, run: &Run, scatter: &Scatter) {
-        let just_evicted = !self.evicted && run.log.lock().reached.contains_key(&After::Evicted);
+    fn check_safe(&mut self, run: &Run, of: &Move, scatter: &Scatter) {
+        let just_evicted = !self.evicted && of.log.lock().reached.contains_key(&After::Evicted);
         self.evicted |= just_evicted;
         let count = scatter.planner.lock().progress().0;
         let full = just_evicted || self.steps.is_multiple_of(FULL_EVERY);
         // While it runs, what is safe is written again; and a VM that died with its source is no more.
-        let is_final = !run.vm.runs_at_source() && (!run.is_dead(SOURCE) || run.vm.is_committed());
+        let is_final = !of.vm.runs_at_source() && (!run.is_dead(SOURCE) || of.vm.is_committed());
         if (count == self.safe_count && !full) || run.is_dead(DESTINATION) || !is_final {
             return;
         }
@@ -117,9 +114,9 @@ impl Contracts {
         let servers = run.servers();
         let safe: Vec<bool> = {
             let planner = scatter.planner.lock();
-            all(&run.vm).iter().map(|page| planner.is_safe(page)).collect()
+            all(&of.vm).iter().map(|page| planner.is_safe(page)).collect()
         };
-        let contents = run.vm.contents();
+        let contents = of.vm.contents();
         for (at, safe) in safe.into_iter().enumerate() {
             let page = PageIndex(at as u32);
             let fresh = safe && !self.safe[at];
@@ -130,10 +127,10 @@ impl Contracts {
             if !(fresh || (full && safe)) {
                 continue;
             }
-            match find(run, scatter, &servers, page, contents[at]) {
+            match find(run, of, scatter, &servers, page, contents[at]) {
                 Found::AtDestination => self.homes[at] = None,
                 Found::At(index, content) => self.homes[at] = Some((index, content)),
-                Found::Nowhere if self.is_excused(run, scatter, page) => {}
+                Found::Nowhere if self.is_excused(run, of, scatter, page) => {}
                 Found::Nowhere => self.broken(format!(
                     "evicted means evicted: {page} is said to be safe, and cannot be had without the source"
                 )),
@@ -143,7 +140,7 @@ impl Contracts {
 
     /// Whether a page may be lost: a node that has it died and the source cannot know yet, or it was damaged, or it
     /// was given back because all is over.
-    fn is_excused(&self, run: &Run, scatter: &Scatter, page: PageIndex) -> bool {
+    fn is_excused(&self, run: &Run, of: &Move, scatter: &Scatter, page: PageIndex) -> bool {
         let dies_unnoticed = (0..scatter.members.len()).any(|member| {
             let index = libsg::ids::MemberIndex(member as u16);
             !scatter.index.is_dead(index) && run.server_of(&scatter.members[member].node).is_none()
@@ -151,13 +148,13 @@ impl Contracts {
         let home_died = self.homes[page.as_usize()]
             .is_some_and(|(index, content)| run.is_node_dead(index) || run.is_node_dead(content));
         let evicted_and_died = self.evicted && run.any_member_died();
-        let over = run.log.lock().gathered.is_some() || run.destination.ended.lock().gathered.is_some();
-        dies_unnoticed || home_died || evicted_and_died || over || run.damaged.contains(&page)
+        let over = of.log.lock().gathered.is_some() || of.destination.ended.lock().gathered.is_some();
+        dies_unnoticed || home_died || evicted_and_died || over || run.damaged.contains(&(of.nth, page))
     }
 
     /// What is lost is lost for a reason, and nobody waits for ever.
-    fn check_guest(&mut self, run: &Run) {
-        let memory = &run.destination.memory;
+    fn check_guest(&mut self, run: &Run, of: &Move) {
+        let memory = &of.destination.memory;
         let (waits, longest) = memory.waits();
         let waited = waits.map_or(longest, |(_, since)| longest.max(run.host.now().saturating_sub(since)));
         if run.is_dead(DESTINATION) || run.scenario.stops(DESTINATION) {
@@ -172,18 +169,18 @@ impl Contracts {
         if waited > max {
             self.broken(format!("faults overtake: the guest waited for {waited:?}, {waits:?}"));
         }
-        if self.steps.is_multiple_of(16) || run.log.lock().lost_pages > 0 {
-            self.check_lost(run, &memory.poisoned());
+        if self.steps.is_multiple_of(16) || of.log.lock().lost_pages > 0 {
+            self.check_lost(run, of, &memory.poisoned());
         }
     }
 
-    fn check_lost(&mut self, run: &Run, poisoned: &[PageIndex]) {
+    fn check_lost(&mut self, run: &Run, of: &Move, poisoned: &[PageIndex]) {
         let fresh: Vec<_> = poisoned.iter().filter(|page| !self.poisoned[page.as_usize()]).copied().collect();
         if fresh.is_empty() {
             return;
         }
         fresh.iter().for_each(|page| self.poisoned[page.as_usize()] = true);
-        let Some(scatter) = run.outgoing().and_then(|outgoing| outgoing.scatter()) else { return };
+        let Some(scatter) = of.outgoing().and_then(|outgoing| outgoing.scatter()) else { return };
         let calm = |role: Role| run.is_calm(role);
         if !calm(DESTINATION) {
             return;
@@ -193,7 +190,7 @@ impl Contracts {
         }
         let mut servers = run.servers();
         servers.retain(|(role, _)| calm(*role));
-        let contents = run.vm.contents();
+        let contents = of.vm.contents();
         for page in fresh {
             if !matches!(contents[page.as_usize()], Content::Version(_)) {
                 // Where nothing lies, nothing can be found.
@@ -201,21 +198,22 @@ impl Contracts {
             }
             let first_owner_calm =
                 scatter.members.iter().all(|member| run.server_of(&member.node).is_some_and(calm));
-            let found = find(run, &scatter, &servers, page, run.vm.content(page));
-            if first_owner_calm && !matches!(found, Found::Nowhere) && !run.damaged.contains(&page) {
+            let found = find(run, of, &scatter, &servers, page, of.vm.content(page));
+            if first_owner_calm && !matches!(found, Found::Nowhere) && !run.damaged.contains(&(of.nth, page))
+            {
                 self.broken(format!("a death is an event: {page} is lost though it can be had"));
             }
         }
     }
 
     /// Until the source has evicted, background reads leave the port to the direct path.
-    fn check_direct_first(&mut self, run: &Run) {
+    fn check_direct_first(&mut self, run: &Run, of: &Move) {
         let calm = run.is_calm(SOURCE) && run.is_calm(DESTINATION);
-        let rounds = run.scenario.mode != Mode::ScatterGather;
+        let rounds = of.plan.mode != Mode::ScatterGather;
         if !run.scenario.weather.is_fast() || self.evicted || !calm || rounds {
             return;
         }
-        let Some(incoming) = run.destination.incoming.lock().clone() else { return };
+        let Some(incoming) = of.destination.incoming.lock().clone() else { return };
         let (pages, now) = (incoming.progress().pages, run.host.now());
         let Direct { times, direct, staged, background } = &mut self.direct;
         let (near, far) = DIRECT_WINDOW;
@@ -239,37 +237,37 @@ impl Contracts {
     }
 
     /// Nobody has more than he may.
-    fn check_bounds(&mut self, run: &Run) {
+    fn check_bounds(&mut self, run: &Run, of: &Move) {
         for (role, server) in run.servers() {
             let (has, may) = (server.statistics().arena_bytes, run.scenario.memory_of(role));
             if has > may {
                 self.broken(format!("limits hold: {role:?} uses {has} bytes, and may use {may}"));
             }
         }
-        if let Some(scatter) = run.outgoing().and_then(|outgoing| outgoing.scatter()) {
+        if let Some(scatter) = of.outgoing().and_then(|outgoing| outgoing.scatter()) {
             let bytes = scatter.planner.lock().bytes();
-            if bytes > 16 * run.vm.pages() as usize + (256 << 10) {
+            if bytes > 16 * of.vm.pages() as usize + (256 << 10) {
                 self.broken(format!("bounded: the source's books have {bytes} bytes"));
             }
         }
     }
 
     /// When nothing happens any more.
-    pub fn check_end(&mut self, run: &Run) {
-        self.check_bounds(run);
-        self.check_owner(run);
-        self.check_eviction(run);
-        self.check_arrival(run);
+    pub fn check_end(&mut self, run: &Run, of: &Move) {
+        self.check_bounds(run, of);
+        self.check_owner(run, of);
+        self.check_eviction(run, of);
+        self.check_arrival(run, of);
     }
 
     /// The VM runs somewhere, unless it died with its host.
-    fn check_owner(&mut self, run: &Run) {
-        let (committed, at_source) = (run.vm.is_committed(), run.vm.runs_at_source());
+    fn check_owner(&mut self, run: &Run, of: &Move) {
+        let (committed, at_source) = (of.vm.is_committed(), of.vm.runs_at_source());
         if !committed && !run.is_dead(SOURCE) && !at_source {
             self.broken("one owner: without COMMIT the VM does not run on at the source".into());
         }
-        if committed && !run.is_dead(DESTINATION) && !run.vm.runs_at_destination() {
-            let volume = run.outgoing().and_then(|o| o.scatter()).map(|scatter| scatter.volume);
+        if committed && !run.is_dead(DESTINATION) && !of.vm.runs_at_destination() {
+            let volume = of.outgoing().and_then(|o| o.scatter()).map(|scatter| scatter.volume);
             let known =
                 volume.is_some_and(|volume| run.servers().iter().any(|(_, s)| s.knows_commit(volume)));
             let calm = run.scenario.roles().into_iter().all(|role| role == SOURCE || run.is_calm(role));
@@ -280,14 +278,15 @@ impl Contracts {
     }
 
     /// Eviction comes, and soon, whatever the destination or a single intermediary is like.
-    fn check_eviction(&mut self, run: &Run) {
-        let log = run.log.lock();
+    fn check_eviction(&mut self, run: &Run, of: &Move) {
+        let log = of.log.lock();
         let (Some(commit), evicted) = (log.reached.get(&After::Commit), log.reached.get(&After::Evicted))
         else {
             return;
         };
         let failed = log.failed.clone();
-        let roomy = |role: &Role| run.is_calm(*role) && run.scenario.memory_of(*role) >= 8 << 20;
+        let roomy =
+            |role: &Role| run.is_calm(*role) && run.scenario.memory_of(*role) >= run.scenario.room_for_all();
         let way_out = run.is_steady(DESTINATION) || run.scenario.members().any(|role| roomy(&role));
         if !run.is_steady(SOURCE) || !way_out || log.lost_pages > 0 {
             return;
@@ -300,19 +299,19 @@ impl Contracts {
     }
 
     /// Every page arrives, or is known to be lost.
-    fn check_arrival(&mut self, run: &Run) {
-        if run.is_dead(DESTINATION) || !run.vm.runs_at_destination() {
+    fn check_arrival(&mut self, run: &Run, of: &Move) {
+        if run.is_dead(DESTINATION) || !of.vm.runs_at_destination() {
             return;
         }
-        let ended = run.destination.ended.lock().clone();
+        let ended = of.destination.ended.lock().clone();
         let Some(gathered) = ended.gathered else {
             self.broken("a death is an event: the arrival has no end".into());
             return;
         };
         let quiet = run.scenario.events.is_empty();
-        let lost = run.destination.memory.poisoned();
+        let lost = of.destination.memory.poisoned();
         if quiet && (gathered.is_err() || !lost.is_empty() || !matches!(ended.dissolved, Some(Ok(())))) {
-            let (dissolved, failed) = (ended.dissolved, &run.log.lock().failed);
+            let (dissolved, failed) = (ended.dissolved, &of.log.lock().failed);
             self.broken(format!("nothing happened: {gathered:?}, lost {lost:?}, {dissolved:?}, {failed:?}"));
         }
         if quiet && run.servers().iter().any(|(_, server)| server.statistics().used_bytes > 0) {
@@ -324,25 +323,29 @@ impl Contracts {
 /// Looks for a page where a destination would, without the source.
 fn find(
     run: &Run,
+    of: &Move,
     scatter: &Scatter,
     servers: &[(Role, Arc<ServerHandle>)],
     page: PageIndex,
     content: Content,
 ) -> Found {
     let is_zero = !matches!(content, Content::Version(_));
-    if run.destination.memory.has(page) || is_zero {
+    if of.destination.memory.has(page) || is_zero {
         return Found::AtDestination;
     }
-    let of = (scatter.volume, scatter.epoch);
+    let volume = (scatter.volume, scatter.epoch);
     for (index_role, index) in servers {
-        for entry in index.index_entries(of.0, of.1, PageRange::new(page, 1)) {
+        for entry in index.index_entries(volume.0, volume.1, PageRange::new(page, 1)) {
             let Some(placement) = entry.placement else { continue };
             let Some(member) = scatter.members.get(placement.member.as_usize()) else { continue };
             let Some((role, server)) = servers.iter().find(|(_, server)| *server.node() == member.node)
             else {
                 continue;
             };
-            if server.page_at(of.0, of.1, page, placement).is_some_and(|bytes| content.is(page, &bytes)) {
+            if server
+                .page_at(volume.0, volume.1, page, placement)
+                .is_some_and(|bytes| content.is(page, &bytes))
+            {
                 return Found::At(run.nodes[index_role].number(), run.nodes[role].number());
             }
         }

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use crate::clock::Node;
 use crate::guest::{Memory, Vm, run_at_destination};
 use crate::random::Random;
-use crate::scenario::{DESTINATION, Scenario, address, secret};
+use crate::scenario::{Plan, Scenario, door, secret};
 
 /// Longer than any run.
 const ALWAYS: Duration = Duration::from_secs(100_000);
@@ -67,21 +67,27 @@ pub struct Ended {
     pub dissolved: Option<Result<(), String>>,
 }
 
-/// The destination's host.
+/// A VM at the destination's host.
 pub struct Host {
     pub memory: Arc<Memory>,
     pub ended: Arc<Mutex<Ended>>,
     pub incoming: Arc<Mutex<Option<Arc<Incoming>>>>,
 }
 
-/// Starts it.
-pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Observer) -> Host {
-    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node), scenario.mode == Mode::PreCopy));
+/// Starts what belongs to a VM there.
+pub fn start(
+    node: &Arc<Node>,
+    (nth, plan): (usize, &Plan),
+    vm: &Arc<Vm>,
+    scenario: &Scenario,
+    observer: Observer,
+) -> Host {
+    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node), plan.mode == Mode::PreCopy));
     let arriving = Arriving {
         vm: Arc::clone(vm),
         node: Arc::clone(node),
         memory: Arc::clone(&memory),
-        random: scenario.random(4),
+        random: scenario.random(4 + 16 * nth as u64),
         think: scenario.think,
     };
     let options = DestinationOptions {
@@ -89,7 +95,7 @@ pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Obse
         source_grace: scenario.grace,
         member_grace: scenario.grace,
         observer,
-        ..DestinationOptions::new(address(DESTINATION), secret(), Arc::new(TcpConnector::new(secret())))
+        ..DestinationOptions::new(door(nth), secret(), Arc::new(TcpConnector::new(secret())))
     };
     let host = Host { memory, ended: Arc::default(), incoming: Arc::default() };
     let (ended, handle) = (Arc::clone(&host.ended), Arc::clone(&host.incoming));

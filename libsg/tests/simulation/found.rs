@@ -7,21 +7,23 @@ use libsg::migrate::{Mode, RoundOptions};
 use crate::guest::Content;
 use crate::net::Weather;
 use crate::run::Run;
-use crate::scenario::{After, Event, Role, SOURCE, Scenario, What};
+use crate::scenario::{After, Event, Plan, Role, SOURCE, Scenario, What};
 
 /// A small VM, intermediaries of 4 MiB, a fast network on which nothing happens but these events.
 fn holds(intermediaries: usize, events: Vec<Event>) {
     let scenario = Scenario {
         seed: 0,
-        memory: vec![Content::Version(1); 200],
+        vms: vec![Plan {
+            memory: vec![Content::Version(1); 200],
+            mode: Mode::ScatterGather,
+            rounds: RoundOptions::default(),
+        }],
         intermediaries: vec![4 << 20; intermediaries],
         weather: Weather { delay: Duration::from_micros(50), jitter: Duration::ZERO, port_rate: 0 },
         gather_limit: 1_000_000,
         scatter_limit: 4_000_000,
         grace: Duration::from_secs(1),
         think: Duration::from_millis(1),
-        mode: Mode::ScatterGather,
-        rounds: RoundOptions::default(),
         events,
     };
     let outcome = Run::new(&scenario, None).run();

@@ -14,6 +14,10 @@ use parking_lot::Mutex;
 
 use crate::clock::Node;
 use crate::random::Random;
+use crate::scenario::Plan;
+
+/// Versions of pages of one VM.
+const VERSIONS: u32 = 1 << 24;
 
 /// What is in a page: absent (it has no memory), zero, or a version of its data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +28,14 @@ pub enum Content {
 }
 
 impl Content {
+    /// Those of several VMs have nothing in common.
+    fn of_vm(self, nth: usize) -> Self {
+        match self {
+            Self::Version(version) => Self::Version(version + (nth as u32) * VERSIONS),
+            other => other,
+        }
+    }
+
     pub fn bytes(self, page: PageIndex) -> Vec<u8> {
         match self {
             Self::Absent | Self::Zero => vec![0; PAGE_BYTES],
@@ -44,6 +56,7 @@ impl Content {
 /// The VM and everything that is wrong with it.
 pub struct Vm {
     pub manifest: Manifest,
+    versions_from: u32,
     state: Mutex<State>,
     breaches: Mutex<Vec<String>>,
 }
@@ -60,15 +73,22 @@ struct State {
     committed: bool,
 }
 
+/// What a VM of so many pages consists of.
+pub fn manifest(vm: String, pages: u64) -> Manifest {
+    let region = Region {
+        name: "ram".into(),
+        guest_address: Some(0),
+        length_bytes: pages * PAGE_BYTES_U64,
+        unit: InstallUnit::Page,
+    };
+    Manifest { vm, regions: vec![region], vm_config: Vec::new() }
+}
+
 impl Vm {
-    pub fn new(memory: Vec<Content>) -> Arc<Self> {
-        let region = Region {
-            name: "ram".into(),
-            guest_address: Some(0),
-            length_bytes: memory.len() as u64 * PAGE_BYTES_U64,
-            unit: InstallUnit::Page,
-        };
-        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() };
+    /// The one of a plan. What is in it is in no other.
+    pub fn new(nth: usize, plan: &Plan) -> Arc<Self> {
+        let memory: Vec<_> = plan.memory.iter().map(|content| content.of_vm(nth)).collect();
+        let manifest = manifest(format!("vm{nth}"), memory.len() as u64);
         let state = State {
             memory,
             at_pause: None,
@@ -77,7 +97,12 @@ impl Vm {
             runs_at_destination: false,
             committed: false,
         };
-        Arc::new(Self { manifest, state: Mutex::new(state), breaches: Mutex::new(Vec::new()) })
+        Arc::new(Self {
+            manifest,
+            versions_from: nth as u32 * VERSIONS,
+            state: Mutex::new(state),
+            breaches: Mutex::new(Vec::new()),
+        })
     }
 
     pub fn pages(&self) -> u32 {
@@ -187,7 +212,7 @@ impl Vm {
 
 /// Runs the guest at the source until it is paused.
 pub fn run_at_source(vm: &Vm, mut random: Random) {
-    let mut version = 1_000_000;
+    let mut version = vm.versions_from + 1_000_000;
     while !vm.is_committed() {
         version += 1;
         vm.write_at_source(PageIndex(random.below(vm.pages().into()) as u32), version);

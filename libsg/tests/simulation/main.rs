@@ -8,6 +8,7 @@ mod destination;
 mod found;
 mod guest;
 mod intermediary;
+mod moving;
 mod net;
 mod random;
 mod run;

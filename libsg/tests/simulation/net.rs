@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use libsg::transport::Waker;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
@@ -148,7 +149,7 @@ impl Net {
 
     /// How long it takes to connect; `None` where nobody ever answers.
     pub fn way(&mut self, from: NodeNumber, to: SocketAddr) -> Option<Duration> {
-        let (there, _) = self.hosts.iter().find(|(_, host)| host.address == to)?;
+        let (there, _) = self.hosts.iter().find(|(_, host)| host.address.ip() == to.ip())?;
         (!Self::is_cut(&self.cut, [from, *there])).then_some(2 * self.weather.delay)
     }
 
@@ -191,11 +192,8 @@ impl Net {
     pub fn collect(&mut self, node: NodeNumber, now: Duration) {
         let Self { weather, random, hosts, links, carried_bytes, scratch, .. } = self;
         let mut ports = Ports { weather, random, hosts, carried_bytes, scratch };
-        for link in links.iter_mut() {
-            let nodes = link.nodes;
-            for side in (0..2).filter(|side| nodes[*side] == node) {
-                link.take(side, now, &mut ports);
-            }
+        for (at, side) in heard(links, node) {
+            links[at].take(side, now, &mut ports);
         }
         self.links.retain(|link| !link.broken);
     }
@@ -310,6 +308,28 @@ impl Link {
             self.broken |= rustix::net::shutdown(end, Shutdown::Write).is_err();
         }
     }
+}
+
+/// Which ends of connections of a node have something to say: one question for all, since most have not.
+fn heard(links: &mut [Link], node: NodeNumber) -> Vec<(usize, usize)> {
+    let mut asked = Vec::new();
+    for (at, link) in links.iter_mut().enumerate() {
+        for side in (0..2).filter(|side| link.nodes[*side] == node) {
+            let way = &mut link.ways[side];
+            way.full = way.bytes >= WINDOW_BYTES;
+            if !way.full && !way.ended {
+                asked.push((at, side));
+            }
+        }
+    }
+    let end = |&(at, side): &(usize, usize)| PollFd::new(&links[at].ends[side], PollFlags::IN);
+    let mut polled: Vec<_> = asked.iter().map(end).collect();
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    if polled.is_empty() || rustix::event::poll(&mut polled, Some(&at_once)).expect("polled") == 0 {
+        return Vec::new();
+    }
+    let says = asked.iter().zip(&polled).filter(|(_, end)| !end.revents().is_empty());
+    says.map(|(end, _)| *end).collect()
 }
 
 fn pair() -> io::Result<(UnixStream, UnixStream)> {

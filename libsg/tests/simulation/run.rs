@@ -4,20 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use libsg::event::{Event as Told, Observer};
 use libsg::host::simulation::Bug;
 use libsg::ids::NodeId;
-use libsg::migrate::source::Outgoing;
-use libsg::page::{PageIndex, PageRange};
+use libsg::page::PageIndex;
 use libsg::server::ServerHandle;
-use parking_lot::Mutex;
 
 use crate::clock::{Host, Node, Step};
 use crate::contracts::Contracts;
-use crate::guest::Vm;
+use crate::moving::{Move, all};
 use crate::net::{Net, NodeNumber};
-use crate::scenario::{After, DESTINATION, Event, Role, SOURCE, Scenario, address};
-use crate::{destination, intermediary, source, stranger};
+use crate::scenario::{After, DESTINATION, Event, Plan, Role, SOURCE, Scenario, address};
+use crate::{intermediary, stranger};
 
 /// No run is longer.
 const TIME_MAX: Duration = Duration::from_secs(120);
@@ -27,16 +24,6 @@ const AFTERMATH: Duration = Duration::from_millis(300);
 
 /// The same for a destination whose source died before COMMIT: it may wait for ever, and must not run the VM.
 const ORPHANED: Duration = Duration::from_secs(5);
-
-/// What was told by either end, and when.
-#[derive(Debug, Default)]
-pub struct Log {
-    pub reached: BTreeMap<After, Duration>,
-    pub gathered: Option<Duration>,
-    pub lost_pages: u32,
-    pub failed: Vec<(Role, String)>,
-    lines: Vec<String>,
-}
 
 /// How a run went.
 #[derive(Clone, Debug)]
@@ -59,21 +46,21 @@ pub struct Outcome {
 pub struct Run {
     pub scenario: Scenario,
     pub host: Arc<Host>,
-    pub vm: Arc<Vm>,
+    /// The VMs that move, all of them from the same host to the same host.
+    pub moves: Vec<Move>,
     pub nodes: BTreeMap<Role, Arc<Node>>,
     stranger: Arc<Node>,
-    pub source: source::Handle,
-    pub destination: destination::Host,
     pub intermediaries: BTreeMap<Role, intermediary::Handle>,
-    pub log: Arc<Mutex<Log>>,
     /// What was done to whom, so far.
     pub done: Vec<Event>,
-    /// Pages of which a copy was damaged.
-    pub damaged: Vec<PageIndex>,
+    /// Pages of which a copy was damaged, with whose they are.
+    pub damaged: Vec<(usize, PageIndex)>,
     dead_nodes: Vec<NodeNumber>,
     todo: Vec<Event>,
     later: Vec<(Duration, Later)>,
     next_node: usize,
+    /// What happened when, for people.
+    lines: Vec<(Duration, String)>,
 }
 
 /// What ends or follows an event.
@@ -87,8 +74,6 @@ enum Later {
 impl Run {
     pub fn new(scenario: &Scenario, bug: Option<Bug>) -> Self {
         let host = Host::new(scenario.seed, Net::new(scenario.seed, scenario.weather), bug);
-        let vm = Vm::new(scenario.memory.clone());
-        let log = Arc::<Mutex<Log>>::default();
         let mut nodes = BTreeMap::new();
         for (number, role) in scenario.roles().into_iter().enumerate() {
             nodes.insert(role, host.node(number));
@@ -98,44 +83,42 @@ impl Run {
         for (role, memory) in scenario.members().zip(&scenario.intermediaries) {
             intermediaries.insert(role, intermediary::start(&nodes[&role], role, *memory));
         }
-        let observe = |role| observer(role, &nodes[&role], &log);
-        let destination = destination::start(&nodes[&DESTINATION], &vm, scenario, observe(DESTINATION));
-        let source = source::start(&nodes[&SOURCE], &vm, scenario, observe(SOURCE));
+        let hosts = (&nodes[&SOURCE], &nodes[&DESTINATION]);
+        let start = |(nth, plan): (usize, &Plan)| Move::start(nth, plan, scenario, hosts);
+        let moves: Vec<_> = scenario.vms.iter().enumerate().map(start).collect();
         let stranger = host.node(nodes.len());
         if scenario.seed.is_multiple_of(stranger::ONE_IN) {
-            stranger::start(&stranger, &vm, scenario);
+            stranger::start(&stranger, &moves[0].vm, scenario);
         }
         let next_node = nodes.len() + 1;
         Self {
             scenario: scenario.clone(),
             host,
-            vm,
+            moves,
             nodes,
             stranger,
-            source,
-            destination,
             intermediaries,
-            log,
             done: Vec::new(),
             damaged: Vec::new(),
             dead_nodes: Vec::new(),
             todo: scenario.events.clone(),
             later: Vec::new(),
             next_node,
+            lines: Vec::new(),
         }
     }
 
     /// Runs to the end, or to the first breach.
     pub fn run(mut self) -> Outcome {
-        let mut contracts = Contracts::new(&self);
+        let mut contracts: Vec<_> = self.moves.iter().map(Contracts::new).collect();
         let mut over_at = None;
         loop {
             let now = self.host.now();
             self.happen(now);
             let until = self.next_event().unwrap_or(TIME_MAX).min(over_at.unwrap_or(TIME_MAX));
             let stepped = self.host.step(until);
-            contracts.check(&self);
-            if contracts.is_broken(&self) || self.host.now() >= TIME_MAX {
+            contracts.iter_mut().zip(&self.moves).for_each(|(of, vm)| of.check(&self, vm));
+            if self.breach(&contracts).is_some() || self.host.now() >= TIME_MAX {
                 break;
             }
             if over_at.is_none() {
@@ -145,33 +128,39 @@ impl Run {
                 break;
             }
         }
-        contracts.check_end(&self);
-        self.end(contracts)
+        contracts.iter_mut().zip(&self.moves).for_each(|(of, vm)| of.check_end(&self, vm));
+        self.end(&contracts)
     }
 
-    fn end(self, contracts: Contracts) -> Outcome {
-        let breach = contracts.breach(&self);
+    /// The first contract that is broken, and whose.
+    fn breach(&self, contracts: &[Contracts]) -> Option<String> {
+        let mut found =
+            contracts.iter().zip(&self.moves).filter_map(|(of, vm)| Some((vm.nth, of.breach(vm)?)));
+        let (nth, what) = found.next()?;
+        Some(if self.moves.len() > 1 { format!("VM {nth}: {what}") } else { what })
+    }
+
+    fn end(self, contracts: &[Contracts]) -> Outcome {
+        let breach = self.breach(contracts);
         let nodes: Vec<_> = self.nodes.values().chain([&self.stranger]).cloned().collect();
         for node in nodes {
             self.host.with_net(|net, _| net.remove(node.number()));
             self.host.kill(&node);
         }
-        let mut log = self.log.lock();
+        let logs: Vec<_> = self.moves.iter().map(|vm| vm.log.lock()).collect();
+        let mut lines: Vec<_> = logs.iter().flat_map(|log| log.lines.clone()).chain(self.lines).collect();
+        lines.sort_by_key(|(at, _)| *at);
         Outcome {
             breach,
             turns: self.host.turns(),
             time: self.host.now(),
             trace: self.host.trace(),
-            evicted: log.reached.contains_key(&After::Evicted),
-            lost_pages: log.lost_pages,
+            evicted: logs.iter().all(|log| log.reached.contains_key(&After::Evicted)),
+            lost_pages: logs.iter().map(|log| log.lost_pages).sum(),
             happened: self.done.clone(),
             carried_bytes: self.host.with_net(|net, _| net.carried_bytes()),
-            lines: std::mem::take(&mut log.lines),
+            lines: lines.into_iter().map(|(at, line)| format!("{at:?} {line}")).collect(),
         }
-    }
-
-    pub fn outgoing(&self) -> Option<Arc<Outgoing>> {
-        self.source.lock().clone()
     }
 
     /// The servers that live.
@@ -194,38 +183,42 @@ impl Run {
         self.nodes[&role].is_dead()
     }
 
-    /// Whether both ends have nothing left to do, or are gone.
-    fn is_over(&self) -> bool {
-        let ended = self.destination.ended.lock().dissolved.is_some() || self.is_dead(DESTINATION);
-        let left = self.is_dead(SOURCE) || self.outgoing().is_some_and(|outgoing| outgoing.is_over());
+    /// Whether both ends of a VM have nothing left to do, or are gone.
+    fn is_over(&self, vm: &Move) -> bool {
+        let ended = vm.destination.ended.lock().dissolved.is_some() || self.is_dead(DESTINATION);
+        let left = self.is_dead(SOURCE) || vm.outgoing().is_some_and(|outgoing| outgoing.is_over());
         ended && left
     }
 
     /// For how long to look on when all is decided; `None` before.
     fn aftermath(&self) -> Option<Duration> {
-        let orphaned = self.is_dead(SOURCE) && !self.vm.is_committed();
-        if self.is_over() { Some(AFTERMATH) } else { orphaned.then_some(ORPHANED) }
+        let orphaned = |vm: &Move| self.is_dead(SOURCE) && !vm.vm.is_committed();
+        let left: Vec<_> = self.moves.iter().filter(|vm| !self.is_over(vm)).collect();
+        left.iter().all(|vm| orphaned(vm)).then_some(if left.is_empty() { AFTERMATH } else { ORPHANED })
     }
 
     /// When something happens next, as far as is known.
     fn next_event(&self) -> Option<Duration> {
-        let log = self.log.lock();
+        let log = self.moves[0].log.lock();
         let due = |event: &Event| Some(*log.reached.get(&event.after)? + event.delay);
         self.todo.iter().filter_map(due).chain(self.later.iter().map(|(at, _)| *at)).min()
     }
 
     /// Lets happen what is due.
     fn happen(&mut self, now: Duration) {
-        self.log.lock().reached.entry(After::Start).or_insert(Duration::ZERO);
-        let reached = self.log.lock().reached.clone();
+        let reached = {
+            let mut log = self.moves[0].log.lock();
+            log.reached.entry(After::Start).or_insert(Duration::ZERO);
+            log.reached.clone()
+        };
         let is_due = |event: &Event| reached.get(&event.after).is_some_and(|at| *at + event.delay <= now);
         for event in self.todo.extract_if(.., |event| is_due(event)).collect::<Vec<_>>() {
-            self.log.lock().lines.push(format!("{now:?} {event}"));
+            self.lines.push((now, event.to_string()));
             self.event(event, now);
             self.done.push(event);
         }
         for (_, later) in self.later.extract_if(.., |(at, _)| *at <= now).collect::<Vec<_>>() {
-            self.log.lock().lines.push(format!("{now:?} {later:?}"));
+            self.lines.push((now, format!("{later:?}")));
             match later {
                 Later::Thaw(role, number) if self.nodes[&role].number() == number => {
                     self.host.freeze(number, false)
@@ -262,7 +255,7 @@ impl Run {
             What::Damage(role) => self.damage(role),
             What::Fill(role) => stranger::fill(&self.stranger, role, self.scenario.memory_of(role)),
             What::Limit(bytes_per_s) => {
-                if let Some(incoming) = &*self.destination.incoming.lock() {
+                for incoming in self.moves.iter().filter_map(|vm| vm.destination.incoming.lock().clone()) {
                     incoming.set_gather_limit(bytes_per_s);
                 }
             }
@@ -275,8 +268,8 @@ impl Run {
             return;
         }
         match role {
-            SOURCE => self.vm.source_died(),
-            DESTINATION => self.vm.destination_died(),
+            SOURCE => self.moves.iter().for_each(|of| of.vm.source_died()),
+            DESTINATION => self.moves.iter().for_each(|of| of.vm.destination_died()),
             Role::Intermediary(_) => {}
         }
         self.host.with_net(|net, _| net.remove(node.number()));
@@ -299,48 +292,18 @@ impl Run {
     /// Flips a bit of some page that an intermediary holds.
     fn damage(&mut self, role: Role) {
         let Some((_, server)) = self.servers().into_iter().find(|(other, _)| *other == role) else { return };
-        let Some(scatter) = self.outgoing().and_then(|outgoing| outgoing.scatter()) else { return };
         let mut random = self.scenario.random(5 + self.done.len() as u64);
+        let vm = &self.moves[random.below(self.moves.len() as u64) as usize];
+        let Some(scatter) = vm.outgoing().and_then(|outgoing| outgoing.scatter()) else { return };
         for (_, index) in self.servers() {
-            let entries = index.index_entries(scatter.volume, scatter.epoch, all(&self.vm));
+            let entries = index.index_entries(scatter.volume, scatter.epoch, all(&vm.vm));
             let mut placed = entries.iter().filter_map(|entry| Some((entry.page, entry.placement?)));
             if let Some((page, at)) = placed.nth(random.below(20) as usize)
                 && server.damage(scatter.volume, scatter.epoch, page, at, random.below(4096) as usize)
             {
-                self.damaged.push(page);
+                self.damaged.push((vm.nth, page));
                 return;
             }
         }
     }
-}
-
-/// All pages of the VM.
-pub fn all(vm: &Vm) -> PageRange {
-    PageRange::new(PageIndex(0), vm.pages())
-}
-
-/// Writes down what an end tells.
-fn observer(role: Role, node: &Arc<Node>, log: &Arc<Mutex<Log>>) -> Observer {
-    let (node, log) = (Arc::clone(node), Arc::clone(log));
-    Arc::new(move |told| {
-        if node.is_dead() {
-            return;
-        }
-        let now = node.host().now();
-        let mut log = log.lock();
-        let mut reached = |after| {
-            log.reached.entry(after).or_insert(now);
-        };
-        match (role, told) {
-            (DESTINATION, Told::Ready) => reached(After::Ready),
-            (SOURCE, Told::Commit) => reached(After::Commit),
-            (DESTINATION, Told::Resumed) => reached(After::Running),
-            (SOURCE, Told::Evicted) => reached(After::Evicted),
-            (_, Told::Gathered) => log.gathered = Some(now),
-            (_, Told::Lost { pages }) => log.lost_pages += pages.iter().map(|range| range.pages).sum::<u32>(),
-            (_, Told::Failed { message, .. }) => log.failed.push((role, message.clone())),
-            _ => {}
-        }
-        log.lines.push(format!("{now:?} {role:?}: {told:?}"));
-    })
 }

@@ -34,6 +34,13 @@ pub fn address(role: Role) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, last], 7700))
 }
 
+/// Where the destination waits for a VM.
+pub fn door(nth: usize) -> SocketAddr {
+    let mut address = address(DESTINATION);
+    address.set_port(address.port() + nth as u16);
+    address
+}
+
 /// What all hosts have in common.
 pub fn secret() -> PoolSecret {
     PoolSecret::from_bytes(b"a secret of the simulation").expect("long enough")
@@ -94,11 +101,20 @@ impl fmt::Display for Event {
     }
 }
 
+/// A VM, and how it moves.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub memory: Vec<Content>,
+    pub mode: Mode,
+    pub rounds: RoundOptions,
+}
+
 /// Everything about a run.
 #[derive(Clone, Debug)]
 pub struct Scenario {
     pub seed: u64,
-    pub memory: Vec<Content>,
+    /// Those that move at once, from one host to one host.
+    pub vms: Vec<Plan>,
     /// Memory of each intermediary.
     pub intermediaries: Vec<u64>,
     pub weather: Weather,
@@ -106,13 +122,21 @@ pub struct Scenario {
     pub scatter_limit: u64,
     pub grace: Duration,
     pub think: Duration,
-    pub mode: Mode,
-    pub rounds: RoundOptions,
     pub events: Vec<Event>,
 }
 
 /// Longer than anybody waits for a host.
 const LONG: Duration = Duration::from_secs(60);
+
+/// One seed in so many has several VMs.
+const SEVERAL_IN: u64 = 8;
+
+/// Pages of a VM, and of those beside it.
+const SIZES: [u64; 6] = [64, 64, 128, 200, 300, 1024];
+const SIZES_BESIDE: [u64; 4] = [32, 64, 64, 128];
+
+/// Pages of what an intermediary gives to a volume at once.
+const CHUNK_PAGES: u64 = 512;
 
 /// Pages of an index owner's range: VMs of more than that have several owners.
 const FAR: u64 = 1024;
@@ -122,9 +146,10 @@ impl Scenario {
     pub fn of(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let intermediaries = random.pick(&[0, 1, 1, 2, 2, 2, 3, 3]);
+        let memory = memory(&mut random, &SIZES);
         let mut scenario = Self {
             seed,
-            memory: memory(&mut random),
+            vms: Vec::new(),
             intermediaries: (0..intermediaries).map(|_| random.pick(&[2, 2, 4, 8]) << 20).collect(),
             weather: Weather {
                 delay: Duration::from_micros(random.pick(&[20, 50, 100, 500, 2000])),
@@ -135,23 +160,18 @@ impl Scenario {
             scatter_limit: random.pick(&[0, 0, 20_000_000, 4_000_000]),
             grace: Duration::from_millis(random.pick(&[500, 1000, 2000])),
             think: Duration::from_micros(random.pick(&[100, 1000, 5000])),
-            mode: Mode::ScatterGather,
-            rounds: RoundOptions::default(),
             events: Vec::new(),
         };
         let count = random.pick(&[0, 1, 1, 1, 2, 2, 3, 4, 6]);
         scenario.events = (0..count).map(|_| scenario.event(&mut random)).collect();
-        // Drawn last: seeds that have no rounds are what they were before there were any.
-        (scenario.mode, scenario.rounds.via) = random.pick(&[
-            (Mode::ScatterGather, Via::Direct),
-            (Mode::ScatterGather, Via::Direct),
-            (Mode::ScatterGather, Via::Direct),
-            (Mode::Hybrid, Via::Direct),
-            (Mode::PreCopy, Via::Direct),
-            (Mode::PreCopy, Via::Vmd),
-        ]);
-        scenario.rounds.rounds_max = Some(random.pick(&[1, 2, 4]));
-        scenario.rounds.downtime_limit = Duration::from_millis(random.pick(&[0, 1, 20]));
+        scenario.vms.push(Plan::of(memory, &mut random));
+        // Drawn last: seeds with one VM are what they were before there were several.
+        if random.one_in(SEVERAL_IN) {
+            for _ in 0..random.pick(&[1, 1, 2]) {
+                let memory = self::memory(&mut random, &SIZES_BESIDE);
+                scenario.vms.push(Plan::of(memory, &mut random));
+            }
+        }
         scenario
     }
 
@@ -176,12 +196,18 @@ impl Scenario {
         self.events.iter().any(|event| matches!(event.what, What::Freeze(other, _) if other == role))
     }
 
+    /// Memory in which an intermediary has room for all pages of all VMs, and for copies that are late.
+    pub fn room_for_all(&self) -> u64 {
+        let chunks: u64 = self.vms.iter().map(|vm| vm.memory.len() as u64 / CHUNK_PAGES + 2).sum();
+        (chunks * CHUNK_PAGES * PAGE_BYTES_U64).max(8 << 20)
+    }
+
     /// How long eviction may take, from COMMIT on, where one way out is not disturbed.
     pub fn eviction_max(&self) -> Duration {
         // At the least rate that this scenario has, three times over; what may be waited for in vain comes on top.
         let rates = [self.gather_limit, self.scatter_limit, self.weather.port_rate];
         let least = rates.into_iter().filter(|rate| *rate > 0).min().unwrap_or(1 << 30);
-        let bytes = self.memory.len() as u64 * PAGE_BYTES_U64;
+        let bytes = self.vms.iter().map(|vm| vm.memory.len() as u64).sum::<u64>() * PAGE_BYTES_U64;
         Duration::from_secs(8) + Duration::from_millis(3 * bytes * 1000 / least)
     }
 
@@ -241,9 +267,25 @@ impl Scenario {
     }
 }
 
+impl Plan {
+    fn of(memory: Vec<Content>, random: &mut Random) -> Self {
+        let (mode, via) = random.pick(&[
+            (Mode::ScatterGather, Via::Direct),
+            (Mode::ScatterGather, Via::Direct),
+            (Mode::ScatterGather, Via::Direct),
+            (Mode::Hybrid, Via::Direct),
+            (Mode::PreCopy, Via::Direct),
+            (Mode::PreCopy, Via::Vmd),
+        ]);
+        let rounds_max = Some(random.pick(&[1, 2, 4]));
+        let downtime_limit = Duration::from_millis(random.pick(&[0, 1, 20]));
+        Self { memory, mode, rounds: RoundOptions { rounds_max, downtime_limit, via } }
+    }
+}
+
 /// Mostly data, some of it zero or absent; sometimes with much that is absent, over several index ranges.
-fn memory(random: &mut Random) -> Vec<Content> {
-    let pages = random.pick(&[64, 64, 128, 200, 300, 1024]);
+fn memory(random: &mut Random, sizes: &[u64]) -> Vec<Content> {
+    let pages = random.pick(sizes);
     let (zero, absent) = (random.pick(&[0, 5, 30]), random.pick(&[0, 5, 50]));
     let mut draw = |_| match random.below(100) {
         part if part < zero => Content::Zero,

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use libsg::host::simulation::Bug;
 
 use crate::run::{Outcome, Run};
-use crate::scenario::Scenario;
+use crate::scenario::{Plan, Scenario};
 
 /// A failure, as small as it was made.
 pub struct Failure {
@@ -62,13 +62,14 @@ impl Failure {
         for event in &scenario.events {
             let _ = writeln!(text, "    {event}");
         }
-        let (pages, members) = (scenario.memory.len(), &scenario.intermediaries);
-        let Scenario { weather, gather_limit, scatter_limit, grace, mode, rounds, .. } = scenario;
-        let _ = writeln!(text, "with {pages} pages, intermediaries of {members:?} bytes, {weather:?},");
-        let _ = writeln!(
-            text,
-            "{mode:?}, {rounds:?},\nlimits of {gather_limit} and {scatter_limit} bytes/s, grace {grace:?}. Again by"
-        );
+        let members = &scenario.intermediaries;
+        let Scenario { weather, gather_limit, scatter_limit, grace, .. } = scenario;
+        let _ = writeln!(text, "with intermediaries of {members:?} bytes, {weather:?},");
+        for Plan { memory, mode, rounds } in &scenario.vms {
+            let _ = writeln!(text, "a VM of {} pages, {mode:?}, {rounds:?},", memory.len());
+        }
+        let _ =
+            writeln!(text, "limits of {gather_limit} and {scatter_limit} bytes/s, grace {grace:?}. Again by");
         let (seed, numbers) = (scenario.seed, numbers.join(","));
         let command = "cargo test -p libsg --test simulation one_seed -- --nocapture";
         let _ = writeln!(text, "    SG_SIM_SEED={seed} SG_SIM_EVENTS={numbers} {command}");

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 
 use crate::clock::Node;
 use crate::guest::{Content, Vm, run_at_source};
-use crate::scenario::{DESTINATION, Scenario, address, secret};
+use crate::scenario::{Plan, Scenario, address, door, secret};
 
 /// The VM as its VMM at the source sees it.
 struct Leaving {
@@ -118,15 +118,21 @@ impl PageSource for Pages {
 /// The migration, once it was started.
 pub type Handle = Arc<Mutex<Option<Arc<Outgoing>>>>;
 
-/// Starts the source's host.
-pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Observer) -> Handle {
+/// Starts what belongs to a VM on the source's host.
+pub fn start(
+    node: &Arc<Node>,
+    (nth, plan): (usize, &Plan),
+    vm: &Arc<Vm>,
+    scenario: &Scenario,
+    observer: Observer,
+) -> Handle {
     let handle = Handle::default();
     let (given, node_of_vm, vm_there) = (Arc::clone(&handle), Arc::clone(node), Arc::clone(vm));
     let options = SourceOptions {
-        to: address(DESTINATION),
+        to: door(nth),
         intermediaries: scenario.members().map(address).collect(),
-        mode: scenario.mode,
-        rounds: scenario.rounds,
+        mode: plan.mode,
+        rounds: plan.rounds,
         secret: secret(),
         connector: Arc::new(TcpConnector::new(secret())),
         scatter_limit_bytes_per_s: scenario.scatter_limit,
@@ -140,7 +146,7 @@ pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario, observer: Obse
         let outgoing = source::start(Box::new(leaving), pages, manifest, options).expect("started");
         *given.lock() = Some(Arc::new(outgoing));
     });
-    let (vm, random) = (Arc::clone(vm), scenario.random(3));
+    let (vm, random) = (Arc::clone(vm), scenario.random(3 + 16 * nth as u64));
     node.spawn("guest-source", move || run_at_source(&vm, random));
     handle
 }

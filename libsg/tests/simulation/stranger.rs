@@ -12,7 +12,7 @@ use libsg::vmd::{PagePut, TcpConnector, Vmd, VmdClient};
 use libsg::wire::handshake::Purpose;
 
 use crate::clock::Node;
-use crate::guest::{Content, Vm};
+use crate::guest::{Vm, manifest};
 use crate::scenario::{DESTINATION, Role, Scenario, address, secret};
 
 /// One seed in so many has a stranger.
@@ -41,11 +41,11 @@ pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario) {
 pub fn fill(node: &Arc<Node>, role: Role, memory_bytes: u64) {
     node.spawn("neighbour", move || {
         let pages = memory_bytes / PAGE_BYTES_U64;
-        let manifest = Vm::new(vec![Content::Zero; pages as usize]).manifest.clone();
+        let neighbour = manifest("neighbour".into(), pages);
         let vmd = VmdClient::new(Arc::new(TcpConnector::new(secret())), PATIENCE);
         let volume = VolumeId(1 + u128::from(pages));
         // Whoever is not there, or full, cannot be filled.
-        let Ok(volume) = vmd.create(volume, Epoch::FIRST, &manifest, &[address(role)]) else { return };
+        let Ok(volume) = vmd.create(volume, Epoch::FIRST, &neighbour, &[address(role)]) else { return };
         let bytes = PageSlice::owned(vec![9; PAGE_BYTES].into());
         let checksum = Checksum::of(&[9; PAGE_BYTES]);
         let put = |page| PagePut { page: PageIndex(page), round: Round(0), checksum, bytes: bytes.clone() };
