@@ -16,6 +16,7 @@ use libsg::migrate::{Event, Mode, Observer, OutgoingVm, RoundOptions, Via};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
 use libsg::report::{Ended, Status};
 use libsg::source::MemorySource;
+use libsg::uffd::{WriteLog, WriteLogMethod};
 use libsg::{ErrorKind, Result};
 use parking_lot::Mutex;
 
@@ -27,6 +28,8 @@ struct Guest {
     state: Mutex<(Option<Vec<bool>>, Vec<u32>)>,
     runs: AtomicBool,
     ended: AtomicBool,
+    /// Logs in place of the guest itself.
+    logs: Option<WriteLogMethod>,
 }
 
 /// What a page holds after so many writes: each fourth makes it zero.
@@ -45,14 +48,14 @@ fn is_zero(page: u32) -> bool {
 }
 
 impl Guest {
-    fn new(scene: &Scene, backing: Backing) -> Arc<Self> {
+    fn new(scene: &Scene, backing: Backing) -> Self {
         let memory = GuestMemory::allocate(&scene.manifest, backing).unwrap();
         let pages = scene.manifest.pages();
         for page in (0..pages).filter(|page| !is_zero(*page)) {
             memory.copy_in(one(page), &version(page, 0)).unwrap();
         }
         let state = Mutex::new((None, vec![0; pages as usize]));
-        Arc::new(Self { memory, state, runs: true.into(), ended: false.into() })
+        Self { memory, state, runs: true.into(), ended: false.into(), logs: None }
     }
 
     /// Writes pages, every 50 µs or so, some of them more often than others.
@@ -103,7 +106,10 @@ impl OutgoingVm for Leaving {
     fn committed(&mut self) {}
 
     fn dirty_log(&mut self) -> Result<Box<dyn DirtyLog>> {
-        Ok(Box::new(Log(Arc::clone(&self.0))))
+        Ok(match self.0.logs {
+            Some(method) => Box::new(WriteLog::by(&self.0.memory, method)),
+            None => Box::new(Log(Arc::clone(&self.0))),
+        })
     }
 }
 
@@ -158,7 +164,7 @@ struct Move {
 
 impl Move {
     fn start(plan: Plan, mode: Mode, rounds: RoundOptions, limit: u64) -> Self {
-        Self::start_with(plan, mode, rounds, limit, Guest::live)
+        Self::start_with(plan, mode, rounds, limit, (None, Guest::live))
     }
 
     fn start_with(
@@ -166,12 +172,12 @@ impl Move {
         mode: Mode,
         rounds: RoundOptions,
         limit: u64,
-        live: impl FnOnce(&Arc<Guest>) -> JoinHandle<()>,
+        (logs, live): (Option<WriteLogMethod>, impl FnOnce(&Arc<Guest>) -> JoinHandle<()>),
     ) -> Self {
         let backing = plan.backing;
         let scene = Scene::new(plan);
         scene.seen.replaces.store(mode == Mode::PreCopy, Ordering::SeqCst);
-        let guest = Guest::new(&scene, backing);
+        let guest = Arc::new(Guest { logs, ..Guest::new(&scene, backing) });
         let life = live(&guest);
         let events = Arc::<Mutex<Vec<Event>>>::default();
         let watch = Arc::clone(&events);
@@ -303,7 +309,7 @@ fn pre_copy_over_all_kinds_of_memory() {
 fn a_vm_that_writes_nothing_is_paused_after_the_first_round() {
     let plan = Plan { pages: 2000, touch: vec![6, 1500], ..Plan::default() };
     let rounds = RoundOptions::default();
-    let moved = Move::start_with(plan, Mode::PreCopy, rounds, 0, |_| std::thread::spawn(|| {}));
+    let moved = Move::start_with(plan, Mode::PreCopy, rounds, 0, (None, |_| std::thread::spawn(|| {})));
     moved.scene.incoming.wait_running(LONG).unwrap();
     moved.check();
     let report = moved.outgoing.wait_evicted(LONG).unwrap();
@@ -392,4 +398,60 @@ fn called_off_in_a_round_it_runs_on() {
         assert_eq!(moved.outgoing.wait_evicted(LONG).unwrap_err().kind, ErrorKind::Cancelled);
         moved.runs_on();
     }
+}
+
+/// What the docs of both handles promise. Whoever drops one waits for nothing, so that only events tell of the end.
+fn dropped_in_a_round(mode: Mode, via: Via, logs: Option<WriteLogMethod>, at_the_source: bool) {
+    let case = format!("{mode:?} {via:?} {logs:?}, at the source: {at_the_source}");
+    let plan = Plan { pages: 4000, nodes: 2, gather_limit: SLOW / 4, ..Plan::default() };
+    let moved = Move::start_with(plan, mode, RoundOptions { via, ..ROUNDS }, SLOW, (logs, Guest::live));
+    let sent = || moved.outgoing.progress().staged_bytes + moved.outgoing.progress().direct_bytes;
+    until("pages are sent", || sent() > 2 << 20);
+    let Move { mut scene, guest, life, outgoing, events } = moved;
+    let mut kept = None;
+    if at_the_source {
+        drop(outgoing);
+    } else {
+        kept = Some(outgoing);
+        drop(std::mem::replace(&mut scene.incoming, Scene::new(Plan::default()).incoming));
+    }
+    let failed = |event: &Event| matches!(event, Event::Failed { kind: ErrorKind::Cancelled, .. });
+    until("the source has given up", || events.lock().iter().any(failed));
+    drop(kept);
+    until("the destination has given up", || scene.seen.abandoned.load(Ordering::SeqCst));
+    assert!(!scene.seen.running.load(Ordering::SeqCst), "{case}");
+    scene.nothing_staged();
+    // It is held by this test and its own thread.
+    until("libsg lets it go", || Arc::strong_count(&guest) == 2);
+    assert!(guest.state.lock().0.is_none(), "{case}: it is logged on");
+    // Memory that is still protected would belong to another userfaultfd.
+    WriteLog::by(&guest.memory, WriteLogMethod::Handler).start().expect("nobody protects it");
+    let writes = |guest: &Guest| guest.state.lock().1.iter().map(|writes| u64::from(*writes)).sum::<u64>();
+    let before = writes(&guest);
+    until("the guest writes on", || writes(&guest) > before);
+    guest.ended.store(true, Ordering::SeqCst);
+    life.join().unwrap();
+    for (page, writes) in (0..).zip(&guest.state.lock().1) {
+        assert!(read(&guest.memory, page) == version(page, *writes), "{case}: page {page}");
+    }
+}
+
+#[test]
+fn a_handle_is_dropped_in_a_round_and_the_vm_runs_on() {
+    for (mode, via) in [(Mode::Hybrid, Via::Direct), (Mode::PreCopy, Via::Direct), (Mode::PreCopy, Via::Vmd)]
+    {
+        for at_the_source in [true, false] {
+            dropped_in_a_round(mode, via, None, at_the_source);
+        }
+    }
+    let scans = WriteLog::by(&small(), WriteLogMethod::Scan).start().is_ok();
+    let methods = [(WriteLogMethod::Handler, true), (WriteLogMethod::Scan, scans)];
+    for (method, _) in methods.into_iter().filter(|(_, there)| *there) {
+        dropped_in_a_round(Mode::PreCopy, Via::Vmd, Some(method), true);
+        dropped_in_a_round(Mode::Hybrid, Via::Direct, Some(method), false);
+    }
+}
+
+fn small() -> GuestMemory {
+    GuestMemory::allocate(&manifest(1, InstallUnit::Page), Backing::Anon).unwrap()
 }

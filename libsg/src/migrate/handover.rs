@@ -190,17 +190,22 @@ impl Handover<'_> {
         }
     }
 
-    /// Before COMMIT: the VM runs on here, the destination and the intermediaries are told.
-    /// `open` is the connection to the destination, if there is one.
+    /// Before COMMIT: the VM runs on here, and nothing logs what it writes; then the destination and the
+    /// intermediaries are told. `open` is the connection to the destination, if there is one.
     pub(super) fn give_up(
         &self,
         vm: &mut dyn OutgoingVm,
         members: &mut Members,
+        rounds: Option<Rounds>,
         open: Option<Conversation>,
         error: Error,
     ) -> Error {
         self.scatter.stop();
         let resumed = if self.control.was_paused() { vm.resume() } else { Ok(()) };
+        // What is told below may take seconds, in which the VM would be slow.
+        if let Some(mut rounds) = rounds {
+            rounds.stop();
+        }
         let open = self.say_abort(open, &error);
         dissolve(self.options, self.destination, &self.scatter.members, members);
         drop(open);

@@ -28,6 +28,9 @@ const STALL: Duration = Duration::from_secs(2);
 /// far it is.
 const GATHERS: Duration = Duration::from_millis(300);
 
+/// A destination whose other connections end has so long to say why.
+const LAST_WORD: Duration = Duration::from_millis(200);
+
 /// What the rounds need, and what became of them.
 pub(super) struct Rounds {
     log: Box<dyn DirtyLog>,
@@ -271,7 +274,13 @@ fn with_sinks(
     over: &mut dyn FnMut() -> Result<bool>,
 ) -> Result<()> {
     let scatter = handover.scatter;
-    let ears = Ears { handover, expects_ready: what.ready, said: Mutex::new(None), ready: false.into() };
+    let ears = Ears {
+        handover,
+        expects_ready: what.ready,
+        said: Mutex::new(None),
+        broke: Mutex::new(None),
+        ready: false.into(),
+    };
     let over_now = AtomicBool::new(false);
     let mut lost = Vec::new();
     let ran = std::thread::scope(|scope| {
@@ -327,7 +336,7 @@ fn with_sinks(
                 lost.push(at);
             }
         }
-        stepped.and(talked)
+        ears.why(stepped.and(talked))
     });
     lost.into_iter().for_each(|at| members[at] = None);
     if scatter.is_poisoned() { Err(scatter.failure()) } else { ran }
@@ -348,22 +357,37 @@ struct Ears<'a> {
     handover: &'a Handover<'a>,
     expects_ready: bool,
     said: Mutex<Option<Error>>,
+    /// When one of its other connections ended, and how.
+    broke: Mutex<Option<(Instant, Error)>>,
     ready: AtomicBool,
 }
 
 impl Ears<'_> {
     /// Whether it is ready.
     fn check(&self) -> Result<bool> {
-        match self.said.lock().take() {
-            Some(error) => Err(error),
+        if let Some(error) = self.said.lock().take() {
+            return Err(error);
+        }
+        match self.broke.lock().take_if(|(at, _)| host::elapsed(*at) >= LAST_WORD) {
+            Some((_, error)) => Err(error),
             None => Ok(self.ready.load(Ordering::Acquire)),
+        }
+    }
+
+    /// How the conversation ended, all things heard: what the destination said says more than how its connections
+    /// ended, which it closes right behind that.
+    fn why(&self, ended: Result<()>) -> Result<()> {
+        match (ended, self.said.lock().take()) {
+            (Err(_), Some(said)) => Err(said),
+            (Err(error), None) => Err(error),
+            (Ok(()), _) => self.broke.lock().take().map_or(Ok(()), |(_, error)| Err(error)),
         }
     }
 
     /// How one of its connections ended.
     fn note(&self, ended: Result<()>) {
         if let Err(error) = ended {
-            self.said.lock().get_or_insert(error);
+            self.broke.lock().get_or_insert((host::now(), error));
             self.handover.scatter.control_waker().wake();
         }
     }
@@ -374,7 +398,9 @@ impl Listener for Ears<'_> {
         match talk {
             Talk::Progress { .. } => self.handover.control.heard(talk),
             Talk::Ready if self.expects_ready => self.ready.store(true, Ordering::Release),
-            talk => self.note(Err(refused(talk, "while the VM is sent in rounds"))),
+            talk => {
+                self.said.lock().get_or_insert(refused(talk, "while the VM is sent in rounds"));
+            }
         }
     }
 

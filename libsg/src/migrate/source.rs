@@ -77,7 +77,8 @@ pub struct SourceProgress {
 
 /// A VM that is leaving.
 ///
-/// Dropped before COMMIT, the migration is cancelled and the VM runs on here. Dropped after COMMIT, it goes
+/// Dropped before COMMIT, the migration is cancelled and the VM runs on here: without waiting for it, its log of written
+/// pages is stopped, the intermediaries get their memory back, and VM and memory are let go. Dropped after COMMIT, it goes
 /// on in the background until the pages are safe: only ending the process ends it before.
 pub struct Outgoing {
     control: Arc<Control>,

@@ -77,11 +77,11 @@ impl Manager {
             Err(error) => {
                 // Who called it off is told so, whatever else went wrong meanwhile.
                 let error = self.control.check_cancelled().err().unwrap_or(error);
-                return Err(handover.give_up(&mut *self.vm, &mut members, open, error));
+                return Err(handover.give_up(&mut *self.vm, &mut members, rounds, open, error));
             }
         };
         if let Err(error) = self.decide(&scatter) {
-            return Err(handover.give_up(&mut *self.vm, &mut members, Some(session.control), error));
+            return Err(handover.give_up(&mut *self.vm, &mut members, rounds, Some(session.control), error));
         }
         self.vm.committed();
         let (session, downtime) = handover.commit(session, &mut members, paused_at);
