@@ -83,6 +83,7 @@ pub mod vmd;
 pub mod scatter;
 pub mod gather;
 pub mod server;
+pub mod discovery;
 pub mod migrate;
 
 pub use error::{Error, ErrorKind, Result};

@@ -23,6 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("transport", &["wire", "pace", "memory"]),
     ("vmd", &["wire", "transport", "memory"]),
     ("server", &["wire", "transport", "pace", "memory"]),
+    ("discovery", &["wire", "transport"]),
     ("scatter", &["source", "memory", "wire", "pace", "transport", "vmd"]),
     ("gather", &["sink", "memory", "wire", "pace", "transport", "vmd"]),
     (

@@ -32,6 +32,8 @@ pub enum Command {
     Paper(PaperArgs),
     /// What the pieces of the page path cost on this machine
     Micro,
+    /// Simulates how thousands of hosts are chosen from by many migrations at once: balance, time a decision
+    Select(SelectArgs),
     /// Builds the hosts and measures their links, without any VM
     Link(LabArgs),
     /// What runs beside a migration starts by itself
@@ -125,6 +127,32 @@ pub struct DemoArgs {
     pub intermediaries: u8,
 }
 
+/// Choosing intermediaries, simulated.
+///
+/// All migrations decide over the same announcements: none sees what another took. Prints what it comes to with the
+/// usual number of choices, and beside it with one (drawn blindly) and with 64 (nearly the best: a herd).
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  sg-bench select
+  sg-bench select --nodes 500 --migrations 200 --seed 7 --json")]
+pub struct SelectArgs {
+    /// Hosts of the pool
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = count)]
+    pub nodes: usize,
+    /// VMs that leave, ten from each host that is evacuated
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = count)]
+    pub migrations: usize,
+    /// Of how many nodes drawn the least loaded is taken [default: 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub choices: Option<u8>,
+    /// What loads, hosts and draws come from
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// One JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// The acceptance table.
 #[derive(Args, Clone, Debug)]
 pub struct AcceptArgs {
@@ -132,7 +160,7 @@ pub struct AcceptArgs {
     #[arg(long, value_name = "NAME")]
     pub row: Vec<String>,
     /// Only the rows of this issue
-    #[arg(long, value_name = "2|3", value_parser = clap::value_parser!(u8).range(2..=3))]
+    #[arg(long, value_name = "2|3|4", value_parser = clap::value_parser!(u8).range(2..=4))]
     pub issue: Option<u8>,
     /// Only says which rows there are, and about how long each takes
     #[arg(long)]
@@ -421,6 +449,10 @@ impl MigrateArgs {
         ]
         .concat()
     }
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| (1..=1_000_000).contains(n)).ok_or_else(|| "not from 1 to 1000000".into())
 }
 
 fn fraction(text: &str) -> Result<f64, String> {

@@ -20,6 +20,7 @@ mod link;
 mod micro;
 mod paper;
 mod process;
+mod select;
 mod stats;
 mod stream;
 mod table;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         cli::Command::Demo(args) => demo::run(&args),
         cli::Command::Accept(args) => accept::run(&args),
         cli::Command::Paper(args) => paper::run(&args),
+        cli::Command::Select(args) => select::run(&args),
         cli::Command::Micro => micro::run().map(|()| 0),
         cli::Command::Link(args) => link::run(&args).map(|()| 0),
         cli::Command::Beside(what) => match what {

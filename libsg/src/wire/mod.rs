@@ -8,6 +8,7 @@
 //! `decode` functions are the only parsers of a peer's bytes. They never panic and allocate nothing
 //! that the caller has not bounded.
 
+pub mod announcement;
 mod credit;
 pub mod entry;
 pub mod final_set;

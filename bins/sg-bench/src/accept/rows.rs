@@ -3,6 +3,7 @@
 use std::fmt;
 
 use anyhow::Result;
+use libsg::discovery::select::CHOICES;
 
 use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family};
 use super::figures::{
@@ -12,6 +13,7 @@ use super::figures::{
     total_over_qemu,
 };
 use super::runs::{Results, Run};
+use crate::select;
 
 /// One row of the table.
 pub struct Row {
@@ -80,6 +82,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(guest_rows());
     rows.extend(cost_rows());
     rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
+    rows.push(Row { issue: 4, ..select_row() });
     rows
 }
 
@@ -244,6 +247,27 @@ fn shared_rows() -> Vec<Row> {
     ]
 }
 
+/// Choosing intermediaries: no hosts are built for it.
+fn select_row() -> Row {
+    let part = |name: &str, want, of: fn(&select::Outcome) -> f64| Part {
+        name: name.to_owned(),
+        experiments: Vec::new(),
+        want,
+        values: Box::new(move |_| {
+            (1..=3).map(|seed| Ok(of(&select::simulate(10_000, 1000, seed, CHOICES)?))).collect()
+        }),
+    };
+    row(
+        "select",
+        "10,000 nodes, 1,000 migrations at once: mean time of a decision in ms, load of the nodes after it",
+        &[],
+        vec![
+            part("ms", AtMost(1.0), |outcome| outcome.decision_us.mean / 1e3),
+            part("max/mean", AtMost(1.2), |outcome| outcome.load.max_over_mean),
+        ],
+    )
+}
+
 /// A figure of one experiment.
 fn figure(name: &str, experiment: &'static str, want: Want, of: Figure) -> Part {
     Part {
@@ -297,7 +321,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 18, "{names:?}");
+        assert_eq!(names.len(), 19, "{names:?}");
     }
 
     #[test]

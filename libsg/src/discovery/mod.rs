@@ -1,0 +1,3 @@
+//! Which intermediaries a migration uses: a pure choice among those that announced themselves.
+
+pub mod select;
