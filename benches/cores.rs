@@ -48,7 +48,7 @@ fn slots(criterion: &mut Criterion) {
     let volume = VolumeId(1);
     let fresh = || {
         let mut slots = Slots::new(u64::from(pure::PAGES) * PAGE_BYTES_U64);
-        slots.open(volume);
+        slots.open(volume, None);
         slots
     };
     let mut group = group(criterion, "slots");

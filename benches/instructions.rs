@@ -92,7 +92,7 @@ fn index(put: bool) -> Result<()> {
 
 fn slots() -> Result<()> {
     let (mut slots, volume) = (Slots::new(u64::from(pure::PAGES) * PAGE_BYTES_U64), VolumeId(1));
-    slots.open(volume);
+    slots.open(volume, None);
     measured(&mut || pure::take_and_free(black_box(&mut slots), volume));
     Ok(())
 }

@@ -19,7 +19,7 @@ pub fn manifest(pages: u32) -> Manifest {
         length_bytes: u64::from(pages) * PAGE_BYTES_U64,
         unit: InstallUnit::Page,
     };
-    Manifest { vm: "bench".into(), regions: vec![ram], vm_config: Vec::new() }
+    Manifest { vm: "bench".into(), regions: vec![ram], vm_config: Vec::new(), sharing: None }
 }
 
 /// Memory of so many pages, never touched.

@@ -107,17 +107,21 @@ pub fn locate(index: &Index, found: &mut Vec<IndexEntry>) {
 /// # Panics
 /// Never: the volume is known.
 pub fn take_and_free(slots: &mut Slots, volume: VolumeId) {
-    let mut runs: Vec<SlotRun> = Vec::new();
+    let (mut runs, mut held): (Vec<SlotRun>, Vec<(PageIndex, SlotIndex, Generation)>) = Default::default();
     for first in (0..PAGES).step_by(BATCH_PAGES) {
         let before = runs.len();
         let taken = slots.allocate(volume, BATCH_PAGES, &mut runs).expect("a volume");
         assert_eq!(taken, BATCH_PAGES);
         let taken = runs[before..].iter().flat_map(|run| run.iter());
         for (slot, page) in taken.zip(first..) {
-            slots.store(slot, Owner { page: PageIndex(page), checksum: Checksum(page), round: Round(0) });
+            let owner = Owner { page: PageIndex(page), checksum: Checksum(page), round: Round(0) };
+            let generation = slots.store(slot, owner, None).expect("a volume");
+            held.push((owner.page, slot, generation));
         }
     }
-    runs.iter().flat_map(|run| run.iter()).for_each(|slot| slots.free(slot));
+    for (page, slot, generation) in held {
+        slots.release(volume, page, slot, generation);
+    }
 }
 
 /// 1,000 readings of a link of 1 Gb/s, one each 4 ms, on which a queue shows when more is sent than it carries.

@@ -155,7 +155,7 @@ fn migrate(memory_bytes: u64) -> Result<Report, Box<dyn Error>> {
     // The source: a VM that works.
     let (name, unit) = ("ram".into(), InstallUnit::Page);
     let ram = Region { name, guest_address: Some(0), length_bytes: memory_bytes, unit };
-    let manifest = Manifest { vm: "tiny".into(), regions: vec![ram], vm_config: Vec::new() };
+    let manifest = Manifest { vm: "tiny".into(), regions: vec![ram], vm_config: Vec::new(), sharing: None };
     let memory = GuestMemory::allocate(&manifest, Backing::Anon)?;
     let vm = Vm { memory, vcpu: Arc::default(), stop: Arc::default() };
     vm.run();

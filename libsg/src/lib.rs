@@ -37,7 +37,7 @@
 //! // A volume of 4 MiB there, and a page on it.
 //! let name = "ram".to_owned();
 //! let ram = Region { name, guest_address: None, length_bytes: 4 << 20, unit: InstallUnit::Page };
-//! let manifest = Manifest { vm: "vm".into(), regions: vec![ram], vm_config: vec![] };
+//! let manifest = Manifest { vm: "vm".into(), regions: vec![ram], vm_config: vec![], sharing: None };
 //! let vmd = VmdClient::new(Arc::new(TcpConnector::new(secret)), Duration::from_secs(5));
 //! let volume = vmd.create(VolumeId::random()?, Epoch::FIRST, &manifest, &[server.address()])?;
 //! let bytes = vec![7; PAGE_BYTES];
@@ -64,6 +64,7 @@ mod crc;
 pub mod ids;
 pub mod limits;
 pub mod error;
+pub mod content;
 pub mod manifest;
 pub mod latency;
 pub mod event;

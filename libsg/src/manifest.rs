@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::content::Sharing;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::page::{InstallUnit, PAGE_BYTES_U64, PageIndex};
@@ -28,6 +29,8 @@ pub struct Manifest {
     pub regions: Vec<Region>,
     /// What the VMM at the destination must know to build the same VM: opaque to libsg.
     pub vm_config: Vec<u8>,
+    /// With whom its pages are shared at intermediaries; `None` for nobody.
+    pub sharing: Option<Sharing>,
 }
 
 impl Manifest {
@@ -45,6 +48,9 @@ impl Manifest {
                 "the VM's configuration has more than {} bytes",
                 limits::VM_CONFIG_BYTES_MAX
             ));
+        }
+        if self.sharing.as_ref().is_some_and(|sharing| sharing.domain.len() > limits::NAME_BYTES_MAX) {
+            return refuse(format!("the domain's name has more than {} bytes", limits::NAME_BYTES_MAX));
         }
         if self.regions.is_empty() || self.regions.len() > limits::REGIONS_MAX {
             return refuse(format!("{} regions, not 1 to {}", self.regions.len(), limits::REGIONS_MAX));
@@ -101,6 +107,7 @@ mod test {
             vm: "vm".into(),
             regions: vec![region(8192, InstallUnit::Page), region(2 << 20, InstallUnit::Huge2M)],
             vm_config: Vec::new(),
+            sharing: None,
         };
         manifest.check().expect("good");
         assert_eq!(manifest.pages(), 514);
@@ -109,7 +116,7 @@ mod test {
 
     #[test]
     fn bounds_are_checked() {
-        let with = |regions| Manifest { vm: "vm".into(), regions, vm_config: Vec::new() };
+        let with = |regions| Manifest { vm: "vm".into(), regions, vm_config: Vec::new(), sharing: None };
         assert!(with(vec![]).check().is_err());
         assert!(with(vec![region(4096, InstallUnit::Huge2M)]).check().is_err());
         assert!(with(vec![region(0, InstallUnit::Page)]).check().is_err());

@@ -150,8 +150,12 @@ mod test {
             length_bytes: 8 << 12,
             unit: InstallUnit::Page,
         };
-        let manifest =
-            Manifest { vm: "vm".into(), regions: vec![region("a"), region("b")], vm_config: Vec::new() };
+        let manifest = Manifest {
+            vm: "vm".into(),
+            regions: vec![region("a"), region("b")],
+            vm_config: Vec::new(),
+            sharing: None,
+        };
         let memory = GuestMemory::allocate(&manifest, Backing::Memfd).expect("memory");
         for page in [6, 7, 8, 12] {
             memory.copy_in(PageRange::new(PageIndex(page), 1), &[page as u8; PAGE_BYTES]).expect("written");

@@ -187,7 +187,7 @@ fn manifest() -> Manifest {
         length_bytes: 4 << 20,
         unit: InstallUnit::Huge2M,
     };
-    Manifest { vm: "web-7".into(), regions: vec![region; 2], vm_config: vec![1; 20] }
+    Manifest { vm: "web-7".into(), regions: vec![region; 2], vm_config: vec![1; 20], sharing: None }
 }
 
 fn members() -> Vec<Member> {

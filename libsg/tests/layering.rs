@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 /// What everybody may use: it knows nothing of peers.
 const VOCABULARY: &[&str] = &[
-    "page", "crc", "ids", "limits", "error", "manifest", "latency", "event", "report", "usage", "units",
-    "host",
+    "page", "crc", "ids", "limits", "error", "content", "manifest", "latency", "event", "report", "usage",
+    "units", "host",
 ];
 
 /// Each module above the vocabulary with those that it may use. What is not listed is a breach.

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use gather_common::*;
+use libsg::content::{ContentHasher, Sharing};
 use libsg::ids::{Epoch, VolumeId};
 use libsg::memory::{Backing, GuestMemory};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
@@ -30,6 +31,10 @@ use parking_lot::Mutex;
 struct Silences(MemoryConnector, Arc<AtomicBool>);
 
 impl Connector for Silences {
+    fn hasher(&self, sharing: &Sharing) -> ContentHasher {
+        self.0.hasher(sharing)
+    }
+
     fn connect(
         &self,
         address: SocketAddr,

@@ -120,7 +120,7 @@ impl VmConfig {
         let region = Region { name: "ram".into(), guest_address: Some(0), length_bytes, unit };
         let vm_config = postcard::to_stdvec(self)
             .map_err(|e| Error::new(ErrorKind::Input, "the configuration cannot be encoded").because(e))?;
-        Ok(Manifest { vm: self.name.clone(), regions: vec![region], vm_config })
+        Ok(Manifest { vm: self.name.clone(), regions: vec![region], vm_config, sharing: None })
     }
 
     /// The VM that a manifest of [`Self::manifest`] describes.

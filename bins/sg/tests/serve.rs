@@ -90,7 +90,8 @@ impl Daemon {
             length_bytes: 1 << 20,
             unit: InstallUnit::Page,
         };
-        let manifest = Manifest { vm: "web-7".into(), regions: vec![region], vm_config: Vec::new() };
+        let manifest =
+            Manifest { vm: "web-7".into(), regions: vec![region], vm_config: Vec::new(), sharing: None };
         let members = vec![Member { node: link.member().node.clone(), address: self.address }];
         let create = VmdRequest::Create { manifest, members };
         ask(&mut *link, Request::Control(&create), PATIENCE, |_| Ok(())).unwrap();

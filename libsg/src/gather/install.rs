@@ -55,8 +55,6 @@ impl Installer {
                     }
                 }
                 Encoding::Zero => zeros = true,
-                // Nothing that was sent here before can be referred to.
-                Encoding::Reference => self.bad.push(entry.page),
                 Encoding::Gone => self.gone.push(entry.page),
             }
             offset += usize::from(entry.encoded_bytes);
@@ -103,7 +101,7 @@ impl Installer {
                 Encoding::Raw => bytes.get(offset..offset + PAGE_BYTES),
                 _ => None,
             };
-            let is_right = page.is_some_and(|page| Checksum::of(page) == read.checksum);
+            let is_right = page.is_some_and(|page| shared.matches(page, read.checksum));
             #[cfg(feature = "simulation")]
             let is_right = is_right || (page.is_some() && host::has_bug(host::Bug::ChecksumIgnored));
             if entry.page == read.page && is_right {

@@ -20,8 +20,12 @@ fn tracker(replaces: bool) -> Tracker {
         length_bytes: u64::from(PAGES) << 12,
         unit: InstallUnit::Page,
     };
-    let mut tracker =
-        Tracker::new(&Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() });
+    let mut tracker = Tracker::new(&Manifest {
+        vm: "vm".into(),
+        regions: vec![region],
+        vm_config: Vec::new(),
+        sharing: None,
+    });
     tracker.set_members(1);
     tracker.set_replaces(replaces);
     tracker

@@ -12,10 +12,11 @@ use parking_lot::{Mutex, RwLock};
 
 use super::desk::{MemberDesk, MemberState};
 use super::tracker::{Counts, Tracker, Word};
+use crate::content::ContentHasher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
 use crate::host;
-use crate::ids::{Epoch, MemberIndex, VolumeId};
+use crate::ids::{Checksum, Epoch, MemberIndex, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::pace::SharedPacer;
@@ -91,6 +92,8 @@ pub(crate) struct Shared {
     pub sink: Arc<dyn PageSink>,
     pub pacer: SharedPacer,
     pub connector: Arc<dyn Connector>,
+    /// Of the pages, where they are shared.
+    hasher: Option<ContentHasher>,
     pub counters: Counters,
     pub observer: Observer,
     pub source_grace: Duration,
@@ -137,6 +140,7 @@ impl Shared {
             tracker: Mutex::new(tracker),
             sink: setup.sink,
             pacer: SharedPacer::new(now, setup.gather_limit),
+            hasher: setup.manifest.sharing.as_ref().map(|sharing| setup.connector.hasher(sharing)),
             connector: setup.connector,
             counters: Counters::default(),
             observer: setup.observer,
@@ -167,6 +171,14 @@ impl Shared {
         };
         shared.add_members(&setup.members)?;
         Ok(shared)
+    }
+
+    /// Whether bytes that an intermediary gave are the page of this checksum, or were referred to by its seal.
+    pub fn matches(&self, bytes: &[u8], checksum: Checksum) -> bool {
+        match &self.hasher {
+            Some(hasher) => hasher.matches(bytes, checksum),
+            None => Checksum::of(bytes) == checksum,
+        }
     }
 
     /// The volume's members, of which there are only ever more.

@@ -18,7 +18,8 @@ fn region(pages: u64, unit: InstallUnit) -> Region {
 }
 
 fn tracker(regions: Vec<Region>) -> Tracker {
-    let mut tracker = Tracker::new(&Manifest { vm: "vm".into(), regions, vm_config: Vec::new() });
+    let mut tracker =
+        Tracker::new(&Manifest { vm: "vm".into(), regions, vm_config: Vec::new(), sharing: None });
     tracker.set_members(MEMBERS.into());
     tracker
 }

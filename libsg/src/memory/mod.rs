@@ -100,7 +100,7 @@ impl GuestMemory {
     /// [`ErrorKind::Input`] when lengths or units do not agree, or bounds are crossed.
     pub fn from_mappings(parts: Vec<(Region, Mapping)>) -> Result<Self> {
         let (regions, mappings): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
-        let manifest = Manifest { vm: String::new(), regions, vm_config: Vec::new() };
+        let manifest = Manifest { vm: String::new(), regions, vm_config: Vec::new(), sharing: None };
         manifest.check()?;
         let mut placed = Vec::with_capacity(mappings.len());
         for ((first, region), mapping) in manifest.placed_regions().zip(mappings) {
@@ -151,7 +151,7 @@ impl GuestMemory {
             length_bytes: region.mapping.len() as u64,
             unit: region.unit,
         });
-        Manifest { vm: vm.into(), regions: regions.collect(), vm_config }
+        Manifest { vm: vm.into(), regions: regions.collect(), vm_config, sharing: None }
     }
 
     /// The regions, in the order of their pages.

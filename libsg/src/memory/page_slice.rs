@@ -174,8 +174,12 @@ mod test {
             length_bytes: 4 * PAGE_BYTES as u64,
             unit: InstallUnit::Page,
         };
-        let manifest =
-            Manifest { vm: "vm".into(), regions: vec![region("a"), region("b")], vm_config: vec![] };
+        let manifest = Manifest {
+            vm: "vm".into(),
+            regions: vec![region("a"), region("b")],
+            vm_config: vec![],
+            sharing: None,
+        };
         let memory = GuestMemory::allocate(&manifest, Backing::Anon).expect("memory");
         let range = PageRange::new(PageIndex(5), 2);
         memory.copy_in(range, &[9; 2 * PAGE_BYTES]).expect("inside");

@@ -15,7 +15,7 @@ fn memory(backing: Backing) -> Option<GuestMemory> {
         unit: InstallUnit::Huge2M,
     };
     let regions = vec![region("low", 1), region("high", 2), region("rom", 1)];
-    let manifest = Manifest { vm: "vm".into(), regions, vm_config: Vec::new() };
+    let manifest = Manifest { vm: "vm".into(), regions, vm_config: Vec::new(), sharing: None };
     let allocate = || GuestMemory::allocate(&manifest, backing);
     if backing == Backing::Hugetlb2M { on_huge_pages(allocate) } else { Some(allocate().expect("memory")) }
 }

@@ -110,7 +110,7 @@ mod test {
             length_bytes: 8 * PAGE_BYTES as u64,
             unit: InstallUnit::Page,
         };
-        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: vec![] };
+        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: vec![], sharing: None };
         let memory = GuestMemory::allocate(&manifest, Backing::Anon).expect("memory");
         for page in [1, 2, 5] {
             let range = PageRange::new(PageIndex(page), 1);

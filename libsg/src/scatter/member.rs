@@ -444,7 +444,7 @@ mod test {
     fn what_a_full_socket_took_is_counted() {
         let region =
             Region { name: "ram".into(), guest_address: None, length_bytes: 4096, unit: InstallUnit::Page };
-        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: vec![] };
+        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: vec![], sharing: None };
         let memory = GuestMemory::allocate(&manifest, Backing::Anon).expect("memory");
         let node = NodeId { name: "i1".into(), incarnation: 1 };
         let member = Member { node, address: SocketAddr::from(([127, 0, 0, 1], 1)) };

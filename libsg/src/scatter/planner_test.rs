@@ -21,7 +21,7 @@ fn manifest(small_pages: u64, huge_units: u64) -> Manifest {
     if huge_units > 0 {
         regions.push(region("huge", huge_units << 21, InstallUnit::Huge2M));
     }
-    Manifest { vm: "vm".into(), regions, vm_config: Vec::new() }
+    Manifest { vm: "vm".into(), regions, vm_config: Vec::new(), sharing: None }
 }
 
 fn all(planner: &Planner) -> PageRange {

@@ -53,7 +53,7 @@ impl World {
             region("ram", u64::from(SMALL) * 4096, InstallUnit::Page),
             region("huge", 1 << 21, InstallUnit::Huge2M),
         ];
-        let manifest = Manifest { vm: "vm".into(), regions, vm_config: Vec::new() };
+        let manifest = Manifest { vm: "vm".into(), regions, vm_config: Vec::new(), sharing: None };
         let mut planner = Planner::new(&manifest, true).with_rounds();
         planner.available(PageRange::new(PageIndex(0), 200));
         planner.absent(PageRange::new(PageIndex(200), 50));

@@ -51,13 +51,7 @@ struct Connections {
 
 impl Shared {
     pub(super) fn new(config: Config, node: NodeId, address: SocketAddr) -> Result<Self> {
-        let store = Store::new(
-            node,
-            config.zone.clone(),
-            config.memory_bytes,
-            config.volumes_max,
-            config.canary_flip_slot,
-        )?;
+        let store = Store::new(node, &config)?;
         Ok(Self {
             limit_in: Limit::new(config.limit_in_bytes_per_s),
             limit_out: Limit::new(config.limit_out_bytes_per_s),

@@ -11,6 +11,7 @@ use super::slots::SlotRun;
 use super::store::Store;
 use super::stream::{Limit, Stream};
 use super::volumes::StateBlob;
+use crate::content::ContentHash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Checksum, Epoch, Placement, VolumeId};
@@ -18,12 +19,13 @@ use crate::limits;
 use crate::memory::vectored::IoPart;
 use crate::page::{PAGE_BYTES, PageRange};
 use crate::transport::{Channel, Frame, StateAssembler, TcpPath};
-use crate::wire::entry::{self, Entry, decode_table};
+use crate::wire::entry::{self, Entry, decode_table, encode_table};
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, VmdReply, VmdRequest};
 use crate::wire::run::{self, RunEntry, decode_runs, encode_runs};
 use crate::wire::{
-    DiscardEntry, Encoding, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, Malformed, PageEntry, Status,
+    DiscardEntry, Encoding, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, Malformed, PageEntry,
+    ReferEntry, Referral, Status,
 };
 
 /// A client's connection.
@@ -47,6 +49,9 @@ struct Buffers {
     index: Vec<IndexEntry>,
     ranges: Vec<PageRange>,
     placements: Vec<Option<Placement>>,
+    offers: Vec<ReferEntry>,
+    referrals: Vec<Referral>,
+    hashes: Vec<ContentHash>,
     runs: Vec<SlotRun>,
 }
 
@@ -107,6 +112,7 @@ impl<'c> Session<'c> {
             match header.kind {
                 Kind::Put => self.put(&header)?,
                 Kind::Get => self.get(&header)?,
+                Kind::Refer => self.refer(&header)?,
                 Kind::PutIndex => self.put_index(&header)?,
                 Kind::Locate => self.locate(&header)?,
                 Kind::Discard => self.discard(&header)?,
@@ -141,7 +147,8 @@ impl<'c> Session<'c> {
 
     fn put(&mut self, header: &Header) -> Result<()> {
         let page_bytes = self.read_table(header)?;
-        if self.buffers.pages.iter().any(|entry| entry.encoding == Encoding::Gone) {
+        let put = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Zero);
+        if !self.buffers.pages.iter().all(put) {
             return Err(Malformed::Bounds("encoding of a page that is put").into());
         }
         match self.store_pages(header, page_bytes)? {
@@ -213,12 +220,29 @@ impl<'c> Session<'c> {
             }
         }
         store.bytes_in.fetch_add((filling.slots() * PAGE_BYTES) as u64, Ordering::Relaxed);
-        match filling.finish(header.epoch, pages, &mut buffers.placements) {
+        match filling.finish(header.epoch, pages, &mut buffers.hashes, &mut buffers.placements) {
             Ok(runs) => {
                 buffers.runs = runs;
                 Ok(Ok(()))
             }
             Err(status) => Ok(Err(status)),
+        }
+    }
+
+    fn refer(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        let Self { store, buffers, .. } = self;
+        decode_table(&buffers.body, header.count.into(), &mut buffers.offers)?;
+        match store.refer((header.volume, header.epoch), &buffers.offers, &mut buffers.referrals) {
+            Ok(()) => {
+                let mut answer = std::mem::take(&mut buffers.answer);
+                answer.clear();
+                encode_table(buffers.referrals.iter().copied(), &mut answer);
+                let replied = self.reply(header, Kind::ReferReply, Status::Ok, header.count, &answer);
+                self.buffers.answer = answer;
+                replied
+            }
+            Err(status) => self.reply(header, Kind::ReferReply, status, 0, &[]),
         }
     }
 

@@ -5,15 +5,20 @@
 //! and a slot is given out again only under a new generation, also after its chunk was away. While
 //! somebody sends from a chunk it is pinned: what is freed in it meanwhile waits until it is not.
 //!
-//! Pages shared between volumes will turn a chunk's lease into one of a dedup domain and add a count
-//! to the owner: every access goes through the placement already, and nothing outside this file
-//! knows that a chunk has one volume.
+//! A volume may share pages with others of its domain: then a slot is found by the hash of its bytes, and
+//! stays as long as anyone holds it, the page that it was written for or pages that refer to it. Whose chunk it is in
+//! does not matter for that: a chunk whose volume was dissolved while others hold some of it becomes one of theirs.
 
 mod chunks;
+mod sharing;
 
 use std::collections::{HashMap, VecDeque};
 
+pub use sharing::{GRANT_TIME, Referred};
+
+use self::sharing::{Contents, Domain, DomainId, Refs};
 use super::bits::Bits;
+use crate::content::{ContentHash, Sharing};
 use crate::ids::{Checksum, Generation, Round, SlotIndex, VolumeId};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 
@@ -88,7 +93,7 @@ struct Slot {
     generation: u16,
 }
 
-const _: () = assert!(size_of::<Chunk>() / CHUNK_SLOTS <= 32);
+const _: () = assert!((size_of::<Chunk>() + size_of::<Contents>()) / CHUNK_SLOTS <= 40);
 
 struct Chunk {
     volume: VolumeId,
@@ -103,7 +108,12 @@ struct Chunk {
     /// Slots given out: being filled, or stored.
     taken: u32,
     free: Bits,
+    /// What can be read.
     stored: Bits,
+    /// Those of them that hold the page of the chunk's volume that they were written for.
+    owned: Bits,
+    /// What lies here, of a volume that shares.
+    contents: Option<Box<Contents>>,
     /// Freed while the chunk was pinned.
     limbo: Bits,
     slots: [Slot; CHUNK_SLOTS],
@@ -126,7 +136,10 @@ struct Lease {
     chunks: Vec<u32>,
     /// Those of them that may have free slots.
     open: Vec<u32>,
+    /// Pages, those that refer to slots included.
     stored: u64,
+    domain: Option<DomainId>,
+    refs: Refs,
 }
 
 /// The slots of an intermediary.
@@ -140,6 +153,8 @@ pub struct Slots {
     /// Chunks to give back.
     leaving: Vec<ChunkNumber>,
     leases: HashMap<VolumeId, Lease>,
+    domains: HashMap<DomainId, Domain>,
+    domains_ever: u32,
     chunks_max: u64,
     chunks_held: u64,
     leases_ever: u64,
@@ -159,6 +174,8 @@ impl Slots {
             ready: VecDeque::new(),
             leaving: Vec::new(),
             leases: HashMap::new(),
+            domains: HashMap::new(),
+            domains_ever: 0,
             chunks_max,
             chunks_held: 0,
             leases_ever: 0,
@@ -178,7 +195,7 @@ impl Slots {
         self.chunks_held * CHUNK_BYTES as u64
     }
 
-    /// Pages stored, of all volumes.
+    /// Slots that hold pages.
     #[must_use]
     pub fn stored_pages(&self) -> u64 {
         self.stored
@@ -190,9 +207,12 @@ impl Slots {
         self.leases.get(&volume).map_or(0, |lease| lease.stored)
     }
 
-    /// Lets slots be given to the volume from now on.
-    pub fn open(&mut self, volume: VolumeId) {
-        self.leases.entry(volume).or_default();
+    /// Lets slots be given to the volume from now on, and shared as it says.
+    pub fn open(&mut self, volume: VolumeId, sharing: Option<&Sharing>) {
+        if !self.leases.contains_key(&volume) {
+            let domain = sharing.map(|sharing| self.enter_domain(sharing));
+            self.leases.insert(volume, Lease { domain, ..Lease::default() });
+        }
     }
 
     /// Takes `count` slots for the volume, or fewer when the limit is reached: in one run where there is one, so
@@ -253,9 +273,9 @@ impl Slots {
         Ok(Some(SlotRun { first, slots: slots as u32 }))
     }
 
-    /// A slot that was taken holds this page from now on. Its generation, or `None` when the volume
-    /// was dissolved meanwhile: then the slot is free again.
-    pub fn store(&mut self, slot: SlotIndex, owner: Owner) -> Option<Generation> {
+    /// A slot that was taken holds this page from now on, and is found by its hash where it shares. Its generation, or
+    /// `None` when the volume was dissolved meanwhile: then the slot is free again.
+    pub fn store(&mut self, slot: SlotIndex, owner: Owner, hash: Option<&ContentHash>) -> Option<Generation> {
         let (chunk, at) = self.chunk_mut(slot)?;
         if chunk.condemned {
             self.free(slot);
@@ -263,28 +283,27 @@ impl Slots {
         }
         debug_assert!(!chunk.free.contains(at) && !chunk.stored.contains(at));
         chunk.stored.insert(at);
+        chunk.owned.insert(at);
         let generation = chunk.slots[at].generation;
         chunk.slots[at] =
             Slot { page: owner.page.0, checksum: owner.checksum.0, round: owner.round.0, generation };
         let volume = chunk.volume;
-        self.count_stored(volume, 1, 0);
+        self.stored += 1;
+        self.count_pages(volume, 1, 0);
+        if let Some(hash) = hash {
+            self.note_content(slot, *hash);
+        }
         Some(Generation(generation))
     }
 
-    /// A slot that was taken, or holds a page, holds nothing any more.
+    /// A slot that was taken and not stored is free again.
     pub fn free(&mut self, slot: SlotIndex) {
         let Some((chunk, at)) = self.chunk_mut(slot) else { return };
-        if chunk.free.contains(at) || chunk.limbo.contains(at) {
+        if chunk.free.contains(at) || chunk.limbo.contains(at) || chunk.stored.contains(at) {
             return;
         }
-        let was_stored = chunk.stored.contains(at);
-        chunk.stored.remove(at);
         chunk.taken -= 1;
         chunk.limbo.insert(at);
-        let volume = chunk.volume;
-        if was_stored {
-            self.count_stored(volume, 0, 1);
-        }
         self.settle(ChunkNumber::of(slot));
     }
 
@@ -300,11 +319,15 @@ impl Slots {
         let Entry::Leased(chunk) = self.entries.get(ChunkNumber::of(slot).0 as usize)? else { return None };
         let at = slot.0 as usize % CHUNK_SLOTS;
         let held = &chunk.slots[at];
-        let matches = chunk.volume == volume
-            && chunk.stored.contains(at)
-            && held.page == page.0
-            && held.generation == generation.0;
-        matches.then_some(Owner { page, checksum: Checksum(held.checksum), round: Round(held.round) })
+        if !chunk.stored.contains(at) || held.generation != generation.0 {
+            return None;
+        }
+        let checksum = Checksum(held.checksum);
+        if chunk.volume == volume && chunk.owned.contains(at) && held.page == page.0 {
+            return Some(Owner { page, checksum, round: Round(held.round) });
+        }
+        let round = self.leases.get(&volume)?.refs.get(&(page.0, slot.0))?.round;
+        Some(Owner { page, checksum, round: Round(round) })
     }
 
     /// Keeps a leased chunk and all that is in it as it is until as many [`Self::unpin`].
@@ -328,19 +351,16 @@ impl Slots {
         matches!(self.entries.get(number.0 as usize), Some(Entry::Leased(chunk)) if chunk.condemned)
     }
 
-    /// Frees all the volume holds. Slots that are being filled, and pinned chunks, follow by themselves.
-    /// Returns the pages freed.
+    /// Frees all that the volume alone holds. Slots that are being filled, and pinned chunks, follow by themselves.
+    /// Returns the pages that it had.
     pub fn dissolve(&mut self, volume: VolumeId) -> u64 {
-        let Some(lease) = self.leases.remove(&volume) else { return 0 };
-        self.stored -= lease.stored;
-        for number in lease.chunks {
-            if let Entry::Leased(chunk) = &mut self.entries[number as usize] {
-                chunk.condemned = true;
-                chunk.taken -= chunk.stored.len();
-                chunk.limbo.insert_all(&chunk.stored);
-                chunk.stored = Bits::NONE;
-                self.settle(ChunkNumber(number));
-            }
+        let Some(mut lease) = self.leases.remove(&volume) else { return 0 };
+        self.drop_references(std::mem::take(&mut lease.refs));
+        for number in std::mem::take(&mut lease.chunks) {
+            self.leave_chunk(number);
+        }
+        if let Some(domain) = lease.domain {
+            self.leave_domain(domain);
         }
         lease.stored
     }
@@ -359,19 +379,24 @@ impl Slots {
         let Entry::Leased(chunk) = &self.entries[number as usize] else { return };
         let positions = range.positions();
         let mut doomed = Bits::NONE;
-        for at in chunk.stored.iter() {
+        for at in chunk.owned.iter() {
             let slot = &chunk.slots[at];
             if positions.contains(&(slot.page as usize)) && slot.round < below.0 {
                 doomed.insert(at);
             }
         }
         for at in doomed.iter() {
-            self.free(SlotIndex(number * CHUNK_SLOTS as u32 + at as u32));
+            let slot = SlotIndex(number * CHUNK_SLOTS as u32 + at as u32);
+            if let Some((chunk, at)) = self.chunk_mut(slot) {
+                chunk.owned.remove(at);
+                self.count_pages(volume, 0, 1);
+                self.let_go(slot);
+            }
         }
     }
 
-    fn count_stored(&mut self, volume: VolumeId, more: u64, fewer: u64) {
-        self.stored = self.stored + more - fewer;
+    /// Pages of a volume came or went.
+    fn count_pages(&mut self, volume: VolumeId, more: u64, fewer: u64) {
         if let Some(lease) = self.leases.get_mut(&volume) {
             lease.stored = lease.stored + more - fewer;
         }
@@ -411,7 +436,11 @@ impl Slots {
         }
         let spent = chunk.slots.iter().map(|slot| slot.generation).max().unwrap_or(Generation::LAST);
         let (volume, at, listed, condemned) = (chunk.volume, chunk.at, chunk.listed, chunk.condemned);
+        let domain = chunk.contents.as_ref().map(|contents| contents.domain);
         self.entries[number.0 as usize] = Entry::Idle { spent };
+        if let Some(domain) = domain {
+            self.leave_domain(domain);
+        }
         self.leaving.push(number);
         if !condemned && let Some(lease) = self.leases.get_mut(&volume) {
             lease.chunks.swap_remove(at);
@@ -438,5 +467,7 @@ impl Generation {
     const LAST: u16 = u16::MAX;
 }
 
+#[cfg(test)]
+mod sharing_test;
 #[cfg(test)]
 mod test;

@@ -3,6 +3,7 @@
 //! Order of the locks: a volume's index, then the volumes, then the slots. A claim takes all three, so that what
 //! the replaced writer had under way is either done before it or refused after it.
 
+mod offers;
 mod report;
 
 use std::sync::Arc;
@@ -12,17 +13,20 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard};
 
 pub use self::report::Holding;
+use super::Config;
 use super::arena::Arena;
 use super::budget::Budget;
 use super::index::{BLOCK_BYTES, Index};
 use super::slots::{ChunkNumber, NoVolume, Owner, SlotRun, Slots};
 use super::transit::{Filling, Pinned};
 use super::volumes::{Access, StateBlob, Volumes};
+use crate::content::{ContentHash, ContentHasher};
 use crate::error::Result;
 use crate::host::{self, Condvar};
 use crate::ids::{Epoch, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::page::{PAGE_BYTES, PageRange};
+use crate::transport::PoolSecret;
 use crate::wire::message::Member;
 use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, Status};
 
@@ -41,6 +45,8 @@ const BOOKS_BYTES_MIN: u64 = 128 << 20;
 pub(super) struct Books {
     index: Mutex<Index>,
     budget: Arc<Budget>,
+    /// Of its pages, where it shares them.
+    hasher: Option<ContentHasher>,
 }
 
 impl Drop for Books {
@@ -55,6 +61,7 @@ pub(super) struct Store {
     node: NodeId,
     zone: Option<String>,
     limit_bytes: u64,
+    secret: PoolSecret,
     arena: Arena,
     slots: Mutex<Slots>,
     /// Slots were taken, chunks are leaving, or the server closes.
@@ -69,26 +76,22 @@ pub(super) struct Store {
 }
 
 impl Store {
-    pub(super) fn new(
-        node: NodeId,
-        zone: Option<String>,
-        limit_bytes: u64,
-        volumes_max: usize,
-        canary_flip: Option<u64>,
-    ) -> Result<Self> {
+    pub(super) fn new(node: NodeId, config: &Config) -> Result<Self> {
+        let limit_bytes = config.memory_bytes;
         let slots = Slots::new(limit_bytes);
         Ok(Self {
             node,
-            zone,
+            zone: config.zone.clone(),
             limit_bytes,
+            secret: config.secret.clone(),
             arena: Arena::new(slots.numbers_max())?,
             slots: Mutex::new(slots),
             stirred: Condvar::new(),
             closing: AtomicBool::new(false),
-            volumes: Mutex::new(Volumes::new(volumes_max)),
+            volumes: Mutex::new(Volumes::new(config.volumes_max)),
             budget: Arc::new(Budget::new(limit_bytes / BOOKS_SHARE + BOOKS_BYTES_MIN)),
             stored_ever: AtomicU64::new(0),
-            canary_flip,
+            canary_flip: config.canary_flip_slot,
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
         })
@@ -121,7 +124,8 @@ impl Store {
     ) -> Result<Filling<'_>, Status> {
         runs.clear();
         let volumes = self.volumes.lock();
-        let pages = u64::from(volumes.admit(volume, epoch, Access::Write)?.manifest.pages());
+        let known = volumes.admit(volume, epoch, Access::Write)?;
+        let (pages, hasher) = (u64::from(known.manifest.pages()), known.payload.hasher.clone());
         let inside = |entry: &PageEntry| u64::from(entry.page.0) + u64::from(entry.run_pages) <= pages;
         if !entries.iter().all(inside) {
             return Err(Status::Malformed);
@@ -136,7 +140,7 @@ impl Store {
             self.stirred.notify_one();
         }
         match taken {
-            Ok(slots) => Ok(Filling::new(self, volume, runs, slots)),
+            Ok(slots) => Ok(Filling::new(self, (volume, hasher), runs, slots)),
             Err(NoVolume) => Err(Status::NoVolume),
         }
     }
@@ -186,13 +190,14 @@ impl Store {
         Ok(Pinned::new(self, pinned))
     }
 
-    /// Slots were filled: their pages can be read from now on. Gives a placement for each entry.
+    /// Slots were filled: their pages can be read from now on. Gives a placement for each entry. `hashes` are those
+    /// of the slots, of a volume that shares.
     pub(super) fn keep(
         &self,
-        volume: VolumeId,
-        epoch: Epoch,
+        (volume, epoch): (VolumeId, Epoch),
         runs: &[SlotRun],
         entries: &[PageEntry],
+        hashes: &[ContentHash],
         placements: &mut Vec<Option<Placement>>,
     ) -> Result<(), Status> {
         placements.clear();
@@ -203,12 +208,13 @@ impl Store {
         let known = volumes.admit(volume, epoch, Access::Write)?;
         let member = self.me(&known.members).ok_or(Status::State)?;
         let mut slots = self.slots.lock();
-        let mut free = filled();
+        let mut hashes = hashes.iter();
+        let mut free = filled().map(|slot| (slot, hashes.next()));
         for entry in entries {
             let slot = if entry.encoding == Encoding::Raw { free.next() } else { None };
-            placements.push(slot.and_then(|slot| {
+            placements.push(slot.and_then(|(slot, hash)| {
                 let owner = Owner { page: entry.page, checksum: entry.checksum, round: entry.round };
-                let generation = slots.store(slot, owner)?;
+                let generation = slots.store(slot, owner, hash)?;
                 Some(Placement { member, slot, generation })
             }));
         }
@@ -247,11 +253,13 @@ impl Store {
     ) -> Result<(), Status> {
         // Whoever is not among a volume's members keeps none of it.
         self.me(&members).ok_or(Status::State)?;
-        let books = Arc::new(Books { index: Mutex::default(), budget: Arc::clone(&self.budget) });
+        let sharing = manifest.sharing.clone();
+        let hasher = sharing.as_ref().map(|sharing| self.secret.hasher(sharing));
+        let books = Arc::new(Books { index: Mutex::default(), budget: Arc::clone(&self.budget), hasher });
         let vm = manifest.vm.clone();
         let mut volumes = self.volumes.lock();
         if volumes.create(volume, epoch, (manifest, members), books, host::now())? {
-            self.slots.lock().open(volume);
+            self.slots.lock().open(volume, sharing.as_ref());
             tracing::info!(%volume, vm, epoch = epoch.0, "volume created");
         }
         Ok(())
@@ -379,11 +387,12 @@ impl Store {
         for nth in (0..chunks).rev() {
             self.slots.lock().discard_in(volume, nth, range, below);
         }
+        self.slots.lock().discard_references(volume, range, below);
         self.stirred.notify_one();
         Ok(())
     }
 
-    /// Frees the slots that hold these pages; what is not there is left alone.
+    /// Lets go of the slots that hold these pages; what is not there is left alone.
     pub(super) fn drop_slots(
         &self,
         volume: VolumeId,
@@ -395,9 +404,8 @@ impl Store {
         let mut slots = self.slots.lock();
         drop(volumes);
         for GetEntry { page, placement } in entries {
-            let held = slots.read(volume, *page, placement.slot, placement.generation);
-            if held.is_some() && me == Some(placement.member) {
-                slots.free(placement.slot);
+            if me == Some(placement.member) {
+                slots.release(volume, *page, placement.slot, placement.generation);
             }
         }
         drop(slots);

@@ -2,6 +2,7 @@
 
 use super::slots::{ChunkNumber, SlotRun};
 use super::store::Store;
+use crate::content::{ContentHash, ContentHasher};
 use crate::ids::{Epoch, Placement, VolumeId};
 use crate::wire::{PageEntry, Status};
 
@@ -9,13 +10,19 @@ use crate::wire::{PageEntry, Status};
 pub(super) struct Filling<'s> {
     store: &'s Store,
     volume: VolumeId,
+    hasher: Option<ContentHasher>,
     runs: Vec<SlotRun>,
     slots: usize,
 }
 
 impl<'s> Filling<'s> {
-    pub(super) fn new(store: &'s Store, volume: VolumeId, runs: Vec<SlotRun>, slots: usize) -> Self {
-        Self { store, volume, runs, slots }
+    pub(super) fn new(
+        store: &'s Store,
+        (volume, hasher): (VolumeId, Option<ContentHasher>),
+        runs: Vec<SlotRun>,
+        slots: usize,
+    ) -> Self {
+        Self { store, volume, hasher, runs, slots }
     }
 
     /// How many slots there are.
@@ -37,9 +44,15 @@ impl<'s> Filling<'s> {
         mut self,
         epoch: Epoch,
         entries: &[PageEntry],
+        hashes: &mut Vec<ContentHash>,
         placements: &mut Vec<Option<Placement>>,
     ) -> Result<Vec<SlotRun>, Status> {
-        self.store.keep(self.volume, epoch, &self.runs, entries, placements)?;
+        hashes.clear();
+        if let Some(hasher) = &self.hasher {
+            // Nobody is believed who says what bytes hash to that he sent.
+            self.store.hash(hasher, &self.runs, hashes);
+        }
+        self.store.keep((self.volume, epoch), &self.runs, entries, hashes, placements)?;
         Ok(std::mem::take(&mut self.runs))
     }
 }
@@ -84,6 +97,8 @@ mod test {
     use crate::ids::{Checksum, NodeId, Round};
     use crate::manifest::{Manifest, Region};
     use crate::page::{InstallUnit, PageIndex};
+    use crate::server::Config;
+    use crate::transport::PoolSecret;
     use crate::wire::GetEntry;
     use crate::wire::message::Member;
 
@@ -92,14 +107,16 @@ mod test {
 
     fn store() -> Store {
         let node = NodeId { name: "i1".into(), incarnation: 1 };
-        let store = Store::new(node.clone(), None, 4 << 20, 10, None).unwrap();
+        let config = Config::new(([127, 0, 0, 1], 0).into(), "i1", 4 << 20, PoolSecret::open());
+        let store = Store::new(node.clone(), &config).unwrap();
         let region = Region {
             name: "ram".into(),
             guest_address: None,
             length_bytes: 1 << 20,
             unit: InstallUnit::Page,
         };
-        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() };
+        let manifest =
+            Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new(), sharing: None };
         let member = Member { node, address: SocketAddr::from(([127, 0, 0, 1], 1)) };
         store.create(VOLUME, EPOCH, manifest, vec![member]).unwrap();
         store
@@ -114,7 +131,7 @@ mod test {
         let store = store();
         let mut placements = Vec::new();
         let filling = store.fill(VOLUME, EPOCH, &entries(2), Vec::new()).unwrap();
-        filling.finish(EPOCH, &entries(2), &mut placements).unwrap();
+        filling.finish(EPOCH, &entries(2), &mut Vec::new(), &mut placements).unwrap();
         let wanted = [GetEntry { page: PageIndex(1), placement: placements[1].unwrap() }];
         let session = catch_unwind(AssertUnwindSafe(|| {
             let _filling = store.fill(VOLUME, EPOCH, &entries(100), Vec::new()).unwrap();
@@ -137,7 +154,10 @@ mod test {
         let store = store();
         let filling = store.fill(VOLUME, EPOCH, &entries(5), Vec::new()).unwrap();
         store.claim(VOLUME, Epoch(2)).unwrap();
-        assert_eq!(filling.finish(EPOCH, &entries(5), &mut Vec::new()).err(), Some(Status::Fenced));
+        assert_eq!(
+            filling.finish(EPOCH, &entries(5), &mut Vec::new(), &mut Vec::new()).err(),
+            Some(Status::Fenced)
+        );
         assert_eq!(store.statistics(0).used_bytes, 0);
     }
 }

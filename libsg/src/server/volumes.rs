@@ -299,7 +299,7 @@ mod test {
     fn manifest() -> Manifest {
         let region =
             Region { name: "ram".into(), guest_address: None, length_bytes: 8192, unit: InstallUnit::Page };
-        Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() }
+        Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new(), sharing: None }
     }
 
     fn member(n: u16) -> Member {

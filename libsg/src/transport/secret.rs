@@ -4,6 +4,7 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use crate::content::{ContentHasher, Sharing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::wire::handshake::PoolKey;
 
@@ -65,6 +66,12 @@ impl PoolSecret {
     #[must_use]
     pub const fn is_open(&self) -> bool {
         self.open
+    }
+
+    /// The hasher of pages for those of the pool who share theirs so.
+    #[must_use]
+    pub fn hasher(&self, sharing: &Sharing) -> ContentHasher {
+        self.key.hasher(sharing)
     }
 
     pub(super) const fn key(&self) -> &PoolKey {

@@ -22,7 +22,7 @@ pub(super) fn memory(backing: Backing) -> Option<GuestMemory> {
         unit,
     };
     let regions = vec![region("low", 1), region("high", UNITS - 1)];
-    let manifest = Manifest { vm: "vm".into(), regions, vm_config: Vec::new() };
+    let manifest = Manifest { vm: "vm".into(), regions, vm_config: Vec::new(), sharing: None };
     let allocate = || GuestMemory::allocate(&manifest, backing);
     if backing == Backing::Hugetlb2M { on_huge_pages(allocate) } else { Some(allocate().expect("memory")) }
 }

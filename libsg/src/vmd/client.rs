@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::device::{Role, Vmd, Volume};
 use super::link::{Class, Connector, Reply, Request, ask};
+use crate::content::ContentHasher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Epoch, VolumeId};
 use crate::limits;
@@ -30,6 +31,11 @@ impl VmdClient {
     #[must_use]
     pub fn new(connector: Arc<dyn Connector>, timeout: Duration) -> Self {
         Self { connector, timeout }
+    }
+
+    /// Hashes the volume's pages, where it shares them.
+    fn hasher(&self, manifest: &Manifest) -> Option<ContentHasher> {
+        manifest.sharing.as_ref().map(|sharing| self.connector.hasher(sharing))
     }
 
     fn ask_once<T>(
@@ -83,7 +89,7 @@ impl Vmd for VmdClient {
     ) -> Result<Box<dyn Volume>> {
         manifest.check()?;
         let peers = Peers::new(Arc::clone(&self.connector), volume, epoch, self.timeout);
-        let created = ClientVolume::new(peers, manifest.clone(), true);
+        let created = ClientVolume::new(peers, manifest.clone(), self.hasher(manifest), true);
         created.grow(intermediaries)?;
         Ok(Box::new(created))
     }
@@ -99,7 +105,8 @@ impl Vmd for VmdClient {
         };
         let peers = Peers::new(Arc::clone(&self.connector), volume, epoch, self.timeout);
         peers.extend(info.members)?;
-        Ok(Box::new(ClientVolume::new(peers, info.manifest, role != Role::Reader)))
+        let hasher = self.hasher(&info.manifest);
+        Ok(Box::new(ClientVolume::new(peers, info.manifest, hasher, role != Role::Reader)))
     }
 
     fn statistics(&self, intermediary: SocketAddr) -> Result<NodeStatistics> {

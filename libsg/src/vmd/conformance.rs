@@ -2,6 +2,7 @@
 //! up. It panics at the first rule that is broken, with the rule's name.
 
 mod links;
+mod sharing;
 mod volumes;
 
 use std::net::SocketAddr;
@@ -81,6 +82,11 @@ const RULES: &[(&str, Rule)] = &[
     ("members can be added", volumes::grows),
     ("commit, seal, claim and dissolve reach every member", volumes::states_everywhere),
     ("no copies beyond the first are promised", volumes::copies_are_refused),
+    ("pages of volumes that share are stored once", sharing::stored_once),
+    ("nothing is shared with another domain", sharing::domains_are_apart),
+    ("one is told to send what others wait for", sharing::one_sends),
+    ("pages of one SHA-1 are told apart", sharing::collisions),
+    ("a shared page is each one's own", sharing::own_until_given_back),
 ];
 
 /// What rules work with.
@@ -131,7 +137,7 @@ fn manifest() -> Manifest {
         length_bytes: u64::from(VOLUME_PAGES) * PAGE_BYTES as u64,
         unit: InstallUnit::Page,
     };
-    Manifest { vm: "conformance".into(), regions: vec![region], vm_config: vec![1, 2, 3] }
+    Manifest { vm: "conformance".into(), regions: vec![region], vm_config: vec![1, 2, 3], sharing: None }
 }
 
 /// Bytes that tell page and round apart.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use super::link::{Class, Link};
+use crate::content::ContentHash;
 use crate::error::Result;
 use crate::ids::{Checksum, Epoch, MemberIndex, Round, VolumeId};
 use crate::manifest::Manifest;
@@ -43,8 +44,19 @@ pub struct PageReference {
     pub round: Round,
     /// Of the bytes.
     pub checksum: Checksum,
-    /// BLAKE3 of the bytes.
-    pub content_hash: [u8; crate::wire::entry::CONTENT_HASH_BYTES],
+    /// Of the bytes, as those hash who share with the volume ([`crate::vmd::Connector::hasher`]).
+    pub hash: ContentHash,
+}
+
+/// What came of a page that was to be stored by what is in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// Its bytes were there: it is safe.
+    Have(IndexEntry),
+    /// Nobody has its bytes: put it, soon.
+    Send,
+    /// Another is about to send its bytes: ask again, or put it.
+    Pending,
 }
 
 /// What came of asking for a page.
@@ -150,12 +162,12 @@ pub trait Volume: Send + Sync {
     /// [`crate::ErrorKind::Full`] when no member has room, [`crate::ErrorKind::Unreachable`] when none is alive.
     fn put(&self, pages: &[PagePut], copies: u8) -> Result<Vec<IndexEntry>>;
 
-    /// Stores pages by their content where an intermediary already holds it, with their index entries.
-    /// `None` for a page whose bytes nobody has: put it.
+    /// Stores pages by their content where an intermediary already holds it for somebody who shares with this
+    /// volume, with their index entries. It is theirs from then on, whatever becomes of the other's.
     ///
     /// # Errors
     /// As [`Self::put`].
-    fn put_by_reference(&self, pages: &[PageReference]) -> Result<Vec<Option<IndexEntry>>>;
+    fn put_by_reference(&self, pages: &[PageReference]) -> Result<Vec<Shared>>;
 
     /// Puts entries into the index: for zero pages, and for pages that were stored over a link.
     ///

@@ -8,13 +8,14 @@
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use crate::content::{ContentHasher, Sharing};
 use crate::error::{Error, Result};
 use crate::host;
 use crate::ids::{Epoch, Placement, Round, VolumeId};
 use crate::memory::PageSlice;
 use crate::page::PageRange;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
-use crate::wire::{GetEntry, IndexEntry, PageEntry};
+use crate::wire::{GetEntry, IndexEntry, PageEntry, ReferEntry, Referral};
 
 /// What a link is for, which decides its priority on the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,6 +44,9 @@ pub enum Request<'a> {
         /// How many intermediaries shall hold them when the answer comes; the first of them is this.
         copies: u8,
     },
+    /// Store pages by the hashes of their bytes, where these are (at most [`crate::limits::BATCH_PAGES_MAX`] at a
+    /// time). Answered by [`Reply::Referred`].
+    Refer(&'a [ReferEntry]),
     /// Put entries into the index here. An entry replaces one of an older round or the same
     /// (a page that was lost with an intermediary is put again elsewhere), never of a newer one.
     PutIndex(&'a [IndexEntry]),
@@ -73,9 +77,12 @@ pub enum Request<'a> {
 /// The answer to a request.
 #[derive(Debug)]
 pub enum Reply<'a> {
-    /// To `Put`: where each entry lies; `None` for one that was not stored (no room, or a reference
-    /// to bytes that are not here). Entries of encoding `Zero` are never put: the index has them.
+    /// To `Put`: where each entry lies; `None` for one that was not stored (no room). Entries of encoding `Zero` are never put: the index has them.
     Stored(&'a [Option<Placement>]),
+    /// To `Refer`: what became of each. What is had can be read like any other page, and is the page's own: it stays
+    /// whatever becomes of the page that it was first sent for. In the index its checksum is the seal
+    /// ([`crate::content::ContentHash::seal`]).
+    Referred(&'a [Referral]),
     /// To `PutIndex`.
     Indexed,
     /// To `Get`: one entry for each that was asked, in order; `Gone` where nothing lies under that
@@ -175,6 +182,9 @@ pub trait Link: Send {
 
 /// Makes links to intermediaries: the entry point of a backend.
 pub trait Connector: Send + Sync {
+    /// Hashes pages as the intermediaries do, for volumes that share so.
+    fn hasher(&self, sharing: &Sharing) -> ContentHasher;
+
     /// A link to the intermediary at `address`, for a volume under an epoch. Waits for the
     /// handshake, at most `timeout`. Who answered is in the link's [`Link::member`].
     ///

@@ -3,22 +3,25 @@
 //! the conformance suite.
 
 mod link;
+mod sharing;
 mod volume;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::link::{Class, Connector, Link};
+use crate::content::{ContentHash, ContentHasher, Sharing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{
     Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId, random_bytes,
 };
 use crate::manifest::Manifest;
 use crate::page::{PAGE_BYTES_U64, PageIndex, PageRange};
+use crate::transport::PoolSecret;
 use crate::wire::message::{Member, NodeStatistics, VmdReply, VmdRequest, VolumeState, VolumeSummary};
 use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, Status};
 pub use link::MemoryLink;
@@ -39,6 +42,8 @@ struct State {
     volumes: HashMap<VolumeId, Volume>,
     slots: Vec<Slot>,
     free: Vec<SlotIndex>,
+    /// Until when others wait for who sends a page.
+    grants: HashMap<Known, Instant>,
     bytes_in: u64,
     bytes_out: u64,
 }
@@ -51,12 +56,23 @@ struct Slot {
 
 #[derive(Debug)]
 struct Content {
+    /// The pages that lie here: of one volume, or of all that share.
+    holders: Vec<Holder>,
+    checksum: Checksum,
+    bytes: Box<[u8]>,
+    /// By what it is found, where it is shared.
+    known: Option<Known>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Holder {
     volume: VolumeId,
     page: PageIndex,
     round: Round,
-    checksum: Checksum,
-    bytes: Box<[u8]>,
 }
+
+/// Bytes, among those who share.
+type Known = (Sharing, ContentHash);
 
 impl MemoryNode {
     /// An intermediary that gives at most `limit_pages` pages.
@@ -138,6 +154,11 @@ impl MemoryConnector {
 }
 
 impl Connector for MemoryConnector {
+    /// As in a pool without a secret.
+    fn hasher(&self, sharing: &Sharing) -> ContentHasher {
+        PoolSecret::open().hasher(sharing)
+    }
+
     fn connect(
         &self,
         address: SocketAddr,
@@ -173,6 +194,7 @@ impl State {
             volumes: HashMap::new(),
             slots: Vec::new(),
             free: Vec::new(),
+            grants: HashMap::new(),
             bytes_in: 0,
             bytes_out: 0,
         }
@@ -228,12 +250,13 @@ impl State {
             return Err(Status::Malformed);
         }
         let member = volume.member(&node).ok_or(Status::State)?;
+        let sharing = volume.manifest.sharing.clone();
         let mut placements = Vec::with_capacity(entries.len());
         let mut rest = bytes;
         for entry in entries {
             let (page, after) = rest.split_at_checked(entry.encoded_bytes.into()).ok_or(Status::Malformed)?;
             rest = after;
-            placements.push(self.store(asker.volume, member, entry, page));
+            placements.push(self.store((asker.volume, member), sharing.as_ref(), entry, page));
         }
         Ok(placements)
     }
@@ -241,16 +264,12 @@ impl State {
     /// Stores a page in a slot of its own. `None` without room, or without bytes.
     fn store(
         &mut self,
-        volume: VolumeId,
-        member: MemberIndex,
+        (volume, member): (VolumeId, MemberIndex),
+        sharing: Option<&Sharing>,
         entry: &PageEntry,
         bytes: &[u8],
     ) -> Option<Placement> {
-        if entry.encoding != Encoding::Raw {
-            // No page is kept by its content here: the client sends it raw.
-            return None;
-        }
-        if self.used_pages() >= self.limit_pages {
+        if entry.encoding != Encoding::Raw || self.used_pages() >= self.limit_pages {
             return None;
         }
         let slot = self.free.pop().unwrap_or_else(|| {
@@ -261,13 +280,21 @@ impl State {
         let at = &mut self.slots[slot.0 as usize];
         at.generation = Generation(at.generation.0.checked_add(1).unwrap_or(1));
         let PageEntry { page, round, checksum, .. } = *entry;
-        at.content = Some(Content { volume, page, round, checksum, bytes: bytes.into() });
+        let known = sharing.map(|sharing| (sharing.clone(), PoolSecret::open().hasher(sharing).hash(bytes)));
+        if let Some(known) = &known {
+            self.grants.remove(known);
+        }
+        let holders = vec![Holder { volume, page, round }];
+        at.content = Some(Content { holders, checksum, bytes: bytes.into(), known });
         Some(Placement { member, slot, generation: at.generation })
     }
 
-    fn free_slots(&mut self, gone: impl Fn(&Content) -> bool) {
+    /// Pages are gone; slots that hold no other are free.
+    fn free_slots(&mut self, gone: impl Fn(&Holder) -> bool) {
         for (number, slot) in self.slots.iter_mut().enumerate() {
-            if slot.content.as_ref().is_some_and(&gone) {
+            let Some(content) = &mut slot.content else { continue };
+            content.holders.retain(|holder| !gone(holder));
+            if content.holders.is_empty() {
                 slot.content = None;
                 self.free.push(SlotIndex(number as u32));
             }
@@ -280,8 +307,8 @@ impl State {
         let (mut out, mut bytes) = (Vec::new(), Vec::new());
         for entry in entries {
             match self.content(asker.volume, member, entry) {
-                Some(content) => {
-                    out.push(PageEntry::raw(entry.page, content.round, content.checksum));
+                Some((holder, content)) => {
+                    out.push(PageEntry::raw(entry.page, holder.round, content.checksum));
                     bytes.extend_from_slice(&content.bytes);
                 }
                 None => out.push(PageEntry::gone(entry.page)),
@@ -292,22 +319,35 @@ impl State {
     }
 
     /// What lies under a placement, if it is that page of that volume.
-    fn content(&self, volume: VolumeId, member: Option<MemberIndex>, at: &GetEntry) -> Option<&Content> {
+    fn content(
+        &self,
+        volume: VolumeId,
+        member: Option<MemberIndex>,
+        at: &GetEntry,
+    ) -> Option<(Holder, &Content)> {
         let GetEntry { page, placement } = at;
         let slot = self.slots.get(placement.slot.0 as usize)?;
         if slot.generation != placement.generation || member != Some(placement.member) {
             return None;
         }
-        slot.content.as_ref().filter(|content| content.volume == volume && content.page == *page)
+        let content = slot.content.as_ref()?;
+        let held = content.holders.iter().find(|held| held.volume == volume && held.page == *page);
+        held.map(|holder| (*holder, content))
     }
 
-    /// Frees the slots that hold these pages.
+    /// Takes these pages out of their slots, each once.
     fn give_back(&mut self, asker: Asker, entries: &[GetEntry]) -> Result<(), Status> {
         let node = self.node.clone();
         let member = self.droppable(asker)?.member(&node);
         for entry in entries {
-            if self.content(asker.volume, member, entry).is_some() {
-                self.slots[entry.placement.slot.0 as usize].content = None;
+            let Some((holder, _)) = self.content(asker.volume, member, entry) else { continue };
+            let slot = &mut self.slots[entry.placement.slot.0 as usize];
+            let Some(content) = &mut slot.content else { continue };
+            if let Some(at) = content.holders.iter().position(|held| *held == holder) {
+                content.holders.swap_remove(at);
+            }
+            if content.holders.is_empty() {
+                slot.content = None;
                 self.free.push(entry.placement.slot);
             }
         }
@@ -332,10 +372,8 @@ impl State {
         let volume = self.droppable(asker)?;
         volume.discard(range, below);
         let positions = range.positions();
-        self.free_slots(|content| {
-            content.volume == asker.volume
-                && positions.contains(&content.page.as_usize())
-                && content.round < below
+        self.free_slots(|held| {
+            held.volume == asker.volume && positions.contains(&held.page.as_usize()) && held.round < below
         });
         Ok(())
     }
@@ -399,13 +437,13 @@ impl State {
             return Err(Status::Fenced);
         }
         volume.dissolve();
-        self.free_slots(|content| content.volume == asker.volume);
+        self.free_slots(|held| held.volume == asker.volume);
         Ok(())
     }
 
     fn stored_pages(&self, volume: VolumeId) -> u64 {
-        self.slots.iter().filter(|slot| slot.content.as_ref().is_some_and(|c| c.volume == volume)).count()
-            as u64
+        let held = self.slots.iter().filter_map(|slot| slot.content.as_ref()).flat_map(|c| &c.holders);
+        held.filter(|held| held.volume == volume).count() as u64
     }
 
     fn statistics(&self) -> NodeStatistics {

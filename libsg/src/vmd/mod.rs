@@ -14,7 +14,7 @@ pub mod placement;
 mod tcp;
 
 pub use client::VmdClient;
-pub use device::{Fetched, PagePut, PageReference, Role, Vmd, Volume};
+pub use device::{Fetched, PagePut, PageReference, Role, Shared, Vmd, Volume};
 pub use link::{Class, Completion, Connector, Link, PathSample, Reply, Request, Ticket};
 pub use memory::{MemoryConnector, MemoryLink, MemoryNode};
 pub use tcp::{TcpConnector, TcpLink};

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use super::link::{Class, Completion, Connector, Link, PathSample, Reply, Request, Ticket};
+use crate::content::{ContentHasher, Sharing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, Placement, Sequence, VolumeId};
@@ -20,8 +21,8 @@ use crate::wire::entry::encode_table;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, Member, VmdRequest};
 use crate::wire::run::encode_runs;
-use crate::wire::{DiscardEntry, Encoding, Header, IndexEntry, Kind, PageEntry, Status};
-use answer::{Answer, Asked, Expected, Outstanding};
+use crate::wire::{DiscardEntry, Encoding, Header, IndexEntry, Kind, PageEntry, Referral, Status};
+use answer::{Answer, Asked, Expected, Outstanding, Tables};
 
 /// Makes TCP links, all with one pool secret.
 #[derive(Clone, Debug)]
@@ -38,6 +39,10 @@ impl TcpConnector {
 }
 
 impl Connector for TcpConnector {
+    fn hasher(&self, sharing: &Sharing) -> ContentHasher {
+        self.secret.hasher(sharing)
+    }
+
     fn connect(
         &self,
         address: SocketAddr,
@@ -72,6 +77,7 @@ pub struct TcpLink {
     entries: Vec<PageEntry>,
     located: Vec<IndexEntry>,
     stored: Vec<Option<Placement>>,
+    referred: Vec<Referral>,
     /// Why the link is of no further use, until `progress` has said so.
     failed: Option<Error>,
     /// Whether it was said.
@@ -95,6 +101,7 @@ impl TcpLink {
             entries: Vec::new(),
             located: Vec::new(),
             stored: Vec::new(),
+            referred: Vec::new(),
             failed: None,
             dead: false,
         }
@@ -143,6 +150,12 @@ impl TcpLink {
                 self.push(Kind::Put, runs, slices)?;
                 let pages: usize = slices.iter().map(PageSlice::len).sum();
                 Ok((Expected::Stored(entries.len()), self.table.len() + pages))
+            }
+            Request::Refer(offers) => {
+                at_most(offers.len(), limits::BATCH_PAGES_MAX)?;
+                encode_table(offers.iter().copied(), &mut self.table);
+                self.push(Kind::Refer, offers.len(), &[])?;
+                Ok((Expected::Referred(offers.len()), self.table.len()))
             }
             Request::PutIndex(entries) => {
                 at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;
@@ -220,7 +233,9 @@ impl TcpLink {
             }
             asked.expected.check_kind(header.kind)?;
             let answer = if header.status == Status::Ok {
-                let tables = (&mut self.entries, &mut self.located, &mut self.stored);
+                let (entries, located) = (&mut self.entries, &mut self.located);
+                let tables =
+                    Tables { entries, located, stored: &mut self.stored, referred: &mut self.referred };
                 Ok(asked.expected.check(frame, tables)?)
             } else {
                 Err(refusal(header.status).at(&self.member.node))
@@ -268,6 +283,7 @@ impl Link for TcpLink {
         };
         let result = answer.map(|answer| match answer {
             Answer::Stored => Reply::Stored(&self.stored),
+            Answer::Referred => Reply::Referred(&self.referred),
             Answer::Indexed => Reply::Indexed,
             Answer::Pages { bytes_at } => {
                 Reply::Pages { entries: &self.entries, bytes: &self.inbox.last_body()[bytes_at..] }
@@ -321,8 +337,7 @@ pub(super) fn check_put(entries: &[PageEntry], slices: &[PageSlice], copies: u8)
     at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
     let said: usize = entries.iter().map(|entry| usize::from(entry.encoded_bytes)).sum();
     let given: usize = slices.iter().map(PageSlice::len).sum();
-    let stored = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Reference);
-    if said != given || !entries.iter().all(stored) {
+    if said != given || entries.iter().any(|entry| entry.encoding != Encoding::Raw) {
         let message =
             format!("{given} bytes of pages for a table that says {said}, or pages that have no bytes");
         return Err(Error::new(ErrorKind::Input, message));

@@ -10,6 +10,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::Malformed;
+use crate::content::{CONTENT_HASH_BYTES, ContentHash};
 use crate::ids::{Checksum, Placement, Round};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 
@@ -22,9 +23,6 @@ pub enum Encoding {
     Raw = 1,
     /// All zero, or never touched: no bytes at all.
     Zero = 2,
-    /// By reference to bytes that the receiver may already hold: a content hash travels instead.
-    /// A receiver that does not hold them says so by storing nothing, and the page is sent raw.
-    Reference = 3,
     /// In answers only: whoever was asked has no bytes for this page.
     Gone = 4,
 }
@@ -34,15 +32,11 @@ impl Encoding {
         match value {
             1 => Ok(Self::Raw),
             2 => Ok(Self::Zero),
-            3 => Ok(Self::Reference),
             4 => Ok(Self::Gone),
             _ => Err(Malformed::Unknown("encoding", u32::from(value))),
         }
     }
 }
-
-/// Bytes of the content hash of a page that travels by reference.
-pub const CONTENT_HASH_BYTES: usize = 32;
 
 /// An entry of a fixed size in a table.
 pub trait Entry: Sized + Copy {
@@ -212,6 +206,71 @@ pub struct DiscardEntry {
     pub below: Round,
 }
 
+/// A page that is offered by the hash of its bytes: the body of `Refer` consists of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReferEntry {
+    /// Which page.
+    pub page: PageIndex,
+    /// How often it was scattered before.
+    pub round: Round,
+    /// Of its bytes.
+    pub hash: ContentHash,
+}
+
+impl Entry for ReferEntry {
+    const BYTES: usize = 6 + CONTENT_HASH_BYTES;
+
+    fn encode(&self, out: &mut [u8]) {
+        out[..4].copy_from_slice(&self.page.0.to_le_bytes());
+        out[4..6].copy_from_slice(&self.round.0.to_le_bytes());
+        out[6..Self::BYTES].copy_from_slice(&self.hash.0);
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let (page, rest) = bytes.split_first_chunk().ok_or(Malformed::Truncated)?;
+        let (round, hash) = rest.split_first_chunk().ok_or(Malformed::Truncated)?;
+        let hash = hash.try_into().map_err(|_| Malformed::Truncated)?;
+        let page = PageIndex(u32::from_le_bytes(*page));
+        check_run(page, 1)?;
+        Ok(Self { page, round: Round(u16::from_le_bytes(*round)), hash: ContentHash(hash) })
+    }
+}
+
+/// What became of a page that was offered: the body of the answer to `Refer` consists of these, 8 bytes each: a
+/// placement or, under a generation of zero, which is none, a number for the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Referral {
+    /// Its bytes are there, and are its own from now on.
+    Have(Placement),
+    /// Nobody has them: who asked is the one to send them, for about a second.
+    Send,
+    /// Another is sending them: come back.
+    Pending,
+}
+
+impl Entry for Referral {
+    const BYTES: usize = 8;
+
+    fn encode(&self, out: &mut [u8]) {
+        let bits = match self {
+            Self::Have(placement) => placement.to_bits(),
+            Self::Send => 1,
+            Self::Pending => 2,
+        };
+        out[..Self::BYTES].copy_from_slice(&bits.to_le_bytes());
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let bits = u64::from_le_bytes(bytes.try_into().map_err(|_| Malformed::Truncated)?);
+        match (Placement::from_bits(bits), bits) {
+            (Some(placement), _) => Ok(Self::Have(placement)),
+            (None, 1) => Ok(Self::Send),
+            (None, 2) => Ok(Self::Pending),
+            (None, _) => Err(Malformed::Bounds("answer to an offered page")),
+        }
+    }
+}
+
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawDiscard {
@@ -283,6 +342,7 @@ mod test {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::ids::{Generation, MemberIndex, SlotIndex};
 
     fn round_trip<E: Entry + PartialEq + std::fmt::Debug>(entry: E) {
         let mut table = Vec::new();
@@ -301,6 +361,12 @@ mod test {
             round_trip(PageRange::new(page, run.into()));
             round_trip(DiscardEntry { range: PageRange::new(page, run.into()), below: Round(round) });
             round_trip(page);
+            let hash = ContentHash([page.0 as u8; CONTENT_HASH_BYTES]);
+            round_trip(ReferEntry { page, round: Round(round), hash });
+            let at = Placement { member: MemberIndex(run), slot: SlotIndex(page.0), generation: Generation(run) };
+            for referral in [Referral::Have(at), Referral::Send, Referral::Pending] {
+                round_trip(referral);
+            }
         }
 
         #[test]
@@ -308,6 +374,8 @@ mod test {
             let _ = decode_table::<PageIndex>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<PageRange>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<DiscardEntry>(&bytes, count, &mut Vec::new());
+            let _ = decode_table::<ReferEntry>(&bytes, count, &mut Vec::new());
+            let _ = decode_table::<Referral>(&bytes, count, &mut Vec::new());
         }
     }
 }

@@ -16,6 +16,7 @@
 //! other in words that both understand. `tests/wire_golden.rs` pins it.
 
 use super::{Malformed, VERSION_NEWEST, VERSION_OLDEST};
+use crate::content::{ContentHasher, Sharing};
 use crate::ids::{Epoch, NodeId, VolumeId};
 use crate::limits;
 
@@ -232,6 +233,14 @@ impl PoolKey {
     #[must_use]
     pub fn derive(secret: &[u8]) -> Self {
         Self(blake3::derive_key("libsg pool secret v1", secret))
+    }
+
+    /// The hasher of pages for those who share theirs so: keyed for their domain alone.
+    #[must_use]
+    pub fn hasher(&self, sharing: &Sharing) -> ContentHasher {
+        let mut material = self.0.to_vec();
+        material.extend_from_slice(sharing.domain.as_bytes());
+        ContentHasher::new(sharing.hash, blake3::derive_key("libsg content hash v1", &material))
     }
 
     /// The proof of `role` over everything that was said before: volume and epoch of the Hello's

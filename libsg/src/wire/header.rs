@@ -6,6 +6,7 @@ use std::time::Duration;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::entry::{Entry, ReferEntry, Referral};
 use super::{Malformed, VERSION_NEWEST, VERSION_OLDEST};
 use crate::ids::{Checksum, Epoch, Sequence, VolumeId};
 use crate::limits;
@@ -83,10 +84,14 @@ pub enum Kind {
     Drop = 41,
     /// Answer: their slots are free, those that were there.
     DropReply = 42,
+    /// Client to intermediary: pages by the hashes of their bytes, each a [`super::ReferEntry`].
+    Refer = 43,
+    /// Answer: what became of each, a [`super::Referral`].
+    ReferReply = 44,
 }
 
 impl Kind {
-    const ALL: [Self; 29] = [
+    const ALL: [Self; 31] = [
         Self::Hello,
         Self::Challenge,
         Self::Auth,
@@ -116,6 +121,8 @@ impl Kind {
         Self::Pong,
         Self::Drop,
         Self::DropReply,
+        Self::Refer,
+        Self::ReferReply,
     ];
 
     fn decode(value: u16) -> Result<Self, Malformed> {
@@ -136,6 +143,8 @@ impl Kind {
             Self::Get | Self::Drop => limits::BATCH_PAGES_MAX * 16,
             Self::PutIndex | Self::LocateReply | Self::Announce => limits::INDEX_ENTRIES_MAX * 24,
             Self::Locate | Self::Holdings => limits::INDEX_ENTRIES_MAX * 8,
+            Self::Refer => limits::BATCH_PAGES_MAX * ReferEntry::BYTES,
+            Self::ReferReply => limits::BATCH_PAGES_MAX * Referral::BYTES,
             Self::Discard => 16,
             Self::Vmd | Self::VmdReply | Self::Talk | Self::State => limits::CONTROL_BYTES_MAX,
             Self::Credit => super::Credit::BYTES,

@@ -6,7 +6,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::Malformed;
-use super::entry::{CONTENT_HASH_BYTES, Encoding, GetEntry, IndexEntry, PageEntry, check_run};
+use super::entry::{Encoding, GetEntry, IndexEntry, PageEntry, check_run};
 use super::run::{CHECKSUM_BYTES, Head, RunEntry};
 use crate::ids::{Checksum, Placement, Round, SlotIndex};
 use crate::limits;
@@ -69,7 +69,6 @@ impl RunEntry for PageEntry {
         let encoding = Encoding::decode(head.encoding)?;
         let encoded_bytes = match encoding {
             Encoding::Raw => PAGE_BYTES,
-            Encoding::Reference => CONTENT_HASH_BYTES,
             Encoding::Zero | Encoding::Gone => 0,
         };
         if usize::from(head.encoded_bytes.get()) != encoded_bytes {
@@ -88,7 +87,7 @@ impl RunEntry for PageEntry {
     }
 
     fn checksum(&self) -> Option<Checksum> {
-        matches!(self.encoding, Encoding::Raw | Encoding::Reference).then_some(self.checksum)
+        (self.encoding == Encoding::Raw).then_some(self.checksum)
     }
 
     fn set_checksum(&mut self, checksum: Checksum) {
@@ -153,7 +152,7 @@ impl RunEntry for IndexEntry {
         match (encoding, placement) {
             (Encoding::Raw, Some(_)) | (Encoding::Zero, None) => {}
             (Encoding::Raw | Encoding::Zero, _) => return Err(Malformed::Bounds("placement")),
-            (Encoding::Reference | Encoding::Gone, _) => {
+            (Encoding::Gone, _) => {
                 return Err(Malformed::Bounds("encoding of an index entry"));
             }
         }

@@ -361,6 +361,7 @@ mod test {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::content::{HashKind, Sharing};
     use crate::manifest::Region;
     use crate::page::InstallUnit;
 
@@ -374,6 +375,7 @@ mod test {
                 unit: InstallUnit::Page,
             }],
             vm_config: vec![1, 2, 3],
+            sharing: Some(Sharing { hash: HashKind::Sha1, domain: "tenant 3".into() }),
         }
     }
 

@@ -6,7 +6,7 @@ use super::*;
 use crate::ids::{Generation, MemberIndex, Placement, Round, SlotIndex};
 use crate::limits;
 use crate::page::{PAGE_BYTES, PageIndex};
-use crate::wire::entry::{CONTENT_HASH_BYTES, Encoding, GetEntry, IndexEntry};
+use crate::wire::entry::{GetEntry, IndexEntry};
 
 /// Entries that partly lie together, with gaps and without.
 fn chains<E: RunEntry + std::fmt::Debug>(fresh: impl Strategy<Value = E>) -> impl Strategy<Value = Vec<E>> {
@@ -46,14 +46,9 @@ fn placements() -> impl Strategy<Value = Placement> {
 }
 
 fn page_entries() -> impl Strategy<Value = PageEntry> {
-    (pages(), 0..3_u16, 1..=u16::MAX, 0..4_u8).prop_map(|(page, round, run, kind)| match kind {
+    (pages(), 0..3_u16, 1..=u16::MAX, 0..3_u8).prop_map(|(page, round, run, kind)| match kind {
         0 => PageEntry::zero(page, run, Round(round)),
         1 => PageEntry::gone(page),
-        2 => PageEntry {
-            encoding: Encoding::Reference,
-            encoded_bytes: CONTENT_HASH_BYTES as u16,
-            ..PageEntry::raw(page, Round(round), Checksum(0))
-        },
         _ => PageEntry::raw(page, Round(round), Checksum(0)),
     })
 }
@@ -276,8 +271,9 @@ fn fields_that_no_honest_peer_sets_are_refused() {
     assert_eq!(edited(11, 1).3, Err(Malformed::Reserved));
     // Encodings: none, unknown, and what an index does not hold.
     assert_eq!(edited(18, 0).0, Err(Malformed::Unknown("encoding", 0)));
+    assert_eq!(edited(18, 3).0, Err(Malformed::Unknown("encoding", 3)));
     assert_eq!(edited(8, 9).1, Err(Malformed::Unknown("encoding", 9)));
-    assert_eq!(edited(18, 3).0, Err(Malformed::Bounds("encoding of an index entry")));
+    assert_eq!(edited(18, 4).0, Err(Malformed::Bounds("encoding of an index entry")));
     assert_eq!(edited(18, 2).0, Err(Malformed::Bounds("placement")), "zero pages lie nowhere");
     assert_eq!(edited(8, 2).1, Err(Malformed::Bounds("encoded length")));
     // A generation of zero is no placement.

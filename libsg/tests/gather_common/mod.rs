@@ -51,7 +51,7 @@ pub fn secret() -> PoolSecret {
 pub fn manifest(pages: u64, unit: InstallUnit) -> Manifest {
     let length_bytes = pages * PAGE_BYTES as u64;
     let region = Region { name: "ram".into(), guest_address: Some(0), length_bytes, unit };
-    Manifest { vm: "vm".into(), regions: vec![region], vm_config: vec![1] }
+    Manifest { vm: "vm".into(), regions: vec![region], vm_config: vec![1], sharing: None }
 }
 
 /// Waits until something holds.

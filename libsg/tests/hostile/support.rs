@@ -41,7 +41,7 @@ pub fn eventually(what: &str, holds: impl Fn() -> bool) {
 pub fn manifest(pages: u64) -> Manifest {
     let length_bytes = pages * PAGE_BYTES as u64;
     let region = Region { name: "ram".into(), guest_address: None, length_bytes, unit: InstallUnit::Page };
-    Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new() }
+    Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new(), sharing: None }
 }
 
 /// What a page of a volume holds.

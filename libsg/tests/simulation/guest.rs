@@ -81,7 +81,7 @@ pub fn manifest(vm: String, pages: u64) -> Manifest {
         length_bytes: pages * PAGE_BYTES_U64,
         unit: InstallUnit::Page,
     };
-    Manifest { vm, regions: vec![region], vm_config: Vec::new() }
+    Manifest { vm, regions: vec![region], vm_config: Vec::new(), sharing: None }
 }
 
 impl Vm {

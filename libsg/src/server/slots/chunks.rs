@@ -1,5 +1,6 @@
 //! Memory behind chunks: which chunk is leased next, which are touched ahead of need, and which go back.
 
+use super::sharing::Contents;
 use super::{CHUNK_SLOTS, Chunk, ChunkNumber, Entry, Slot, Slots};
 use crate::ids::{Generation, VolumeId};
 use crate::server::bits::Bits;
@@ -12,6 +13,10 @@ impl Slots {
             return false;
         };
         let lease = self.leases.entry(volume).or_default();
+        let contents = lease.domain.map(Contents::boxed);
+        if let Some(domain) = lease.domain.and_then(|domain| self.domains.get_mut(&domain)) {
+            domain.users += 1;
+        }
         self.entries[number as usize] = Entry::Leased(Box::new(Chunk {
             volume,
             condemned: false,
@@ -21,6 +26,8 @@ impl Slots {
             taken: 0,
             free: Bits::ALL,
             stored: Bits::NONE,
+            owned: Bits::NONE,
+            contents,
             limbo: Bits::NONE,
             slots: [Slot { page: 0, checksum: 0, round: 0, generation: spent }; CHUNK_SLOTS],
         }));

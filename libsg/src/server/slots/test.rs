@@ -15,7 +15,7 @@ fn owner(page: u32, round: u16) -> Owner {
 fn put(slots: &mut Slots, volume: VolumeId, page: u32, round: u16) -> (SlotIndex, Generation) {
     let mut runs = Vec::new();
     slots.allocate(volume, 1, &mut runs).expect("the volume is open");
-    (runs[0].first, slots.store(runs[0].first, owner(page, round)).expect("not dissolved"))
+    (runs[0].first, slots.store(runs[0].first, owner(page, round), None).expect("not dissolved"))
 }
 
 fn give_back(slots: &mut Slots) -> usize {
@@ -26,13 +26,13 @@ fn give_back(slots: &mut Slots) -> usize {
 fn a_batch_is_one_run_and_a_placement_is_exact() {
     let mut slots = Slots::new(4 * CHUNK);
     let (a, b) = (VolumeId(1), VolumeId(2));
-    slots.open(a);
-    slots.open(b);
+    slots.open(a, None);
+    slots.open(b, None);
     let mut runs = Vec::new();
     slots.allocate(a, 64, &mut runs).expect("the volume is open");
     assert_eq!(runs, [SlotRun { first: SlotIndex(0), slots: 64 }]);
     assert_eq!(slots.read(a, PageIndex(0), SlotIndex(0), Generation(1)), None, "not stored yet");
-    let generation = slots.store(SlotIndex(0), owner(9, 1)).expect("not dissolved");
+    let generation = slots.store(SlotIndex(0), owner(9, 1), None).expect("not dissolved");
     assert_eq!(slots.read(a, PageIndex(9), SlotIndex(0), generation), Some(owner(9, 1)));
     assert_eq!(slots.read(b, PageIndex(9), SlotIndex(0), generation), None, "another volume");
     assert_eq!(slots.read(a, PageIndex(8), SlotIndex(0), generation), None, "another page");
@@ -46,7 +46,7 @@ fn a_batch_is_one_run_and_a_placement_is_exact() {
 fn a_batch_is_one_run_where_there_is_one() {
     let mut slots = Slots::new(4 * CHUNK);
     let volume = VolumeId(1);
-    slots.open(volume);
+    slots.open(volume, None);
     let mut runs = Vec::new();
     assert_eq!(slots.allocate(volume, 1024, &mut runs), Ok(1024));
     let hole = |first: u32, count: u32| (first..first + count).map(SlotIndex);
@@ -69,7 +69,7 @@ fn the_limit_holds_and_a_stranger_gets_nothing() {
     let volume = VolumeId(1);
     let mut runs = Vec::new();
     assert_eq!(slots.allocate(volume, 1, &mut runs), Err(NoVolume));
-    slots.open(volume);
+    slots.open(volume, None);
     assert_eq!(slots.allocate(volume, 1025, &mut runs), Ok(1024));
     assert_eq!(slots.allocate(volume, 1, &mut Vec::new()), Ok(0));
     runs.iter().flat_map(|run| run.iter()).for_each(|slot| slots.free(slot));
@@ -81,7 +81,7 @@ fn the_limit_holds_and_a_stranger_gets_nothing() {
 fn what_is_pinned_is_not_used_again() {
     let mut slots = Slots::new(CHUNK);
     let volume = VolumeId(1);
-    slots.open(volume);
+    slots.open(volume, None);
     let (keeper, _) = put(&mut slots, volume, 1, 0);
     let (slot, generation) = put(&mut slots, volume, 2, 0);
     slots.pin(ChunkNumber(0));
@@ -97,7 +97,9 @@ fn what_is_pinned_is_not_used_again() {
     slots.pin(ChunkNumber::of(keeper));
     assert_eq!(slots.dissolve(volume), 2);
     assert!(slots.condemned(ChunkNumber(0)));
-    runs.iter().flat_map(|run| run.iter()).for_each(|slot| assert_eq!(slots.store(slot, owner(5, 0)), None));
+    runs.iter()
+        .flat_map(|run| run.iter())
+        .for_each(|slot| assert_eq!(slots.store(slot, owner(5, 0), None), None));
     assert_eq!(give_back(&mut slots), 0);
     slots.unpin(ChunkNumber(0));
     assert_eq!(give_back(&mut slots), 1);
@@ -110,14 +112,14 @@ fn generations_go_on_and_are_never_used_up_unnoticed() {
     let volume = VolumeId(1);
     let mut seen = BTreeSet::new();
     for round in 0..3 * u32::from(u16::MAX) {
-        slots.open(volume);
+        slots.open(volume, None);
         let (slot, generation) = put(&mut slots, volume, round, 0);
         assert_ne!(generation.0, 0);
         assert!(seen.insert((slot.0, generation.0)), "{slot:?} {generation:?} twice");
         if round % 2 == 0 {
             slots.dissolve(volume);
         } else {
-            slots.free(slot);
+            slots.release(volume, PageIndex(round), slot, generation);
         }
         give_back(&mut slots);
     }
@@ -128,7 +130,7 @@ fn generations_go_on_and_are_never_used_up_unnoticed() {
 fn ready_chunks_go_first_and_count() {
     let mut slots = Slots::new(2 * CHUNK);
     let volume = VolumeId(1);
-    slots.open(volume);
+    slots.open(volume, None);
     put(&mut slots, volume, 1, 0);
     let ahead = slots.prepare().expect("below the limit");
     assert_eq!(slots.prepare(), None, "the limit holds for them too");
@@ -205,13 +207,13 @@ impl Model {
     fn apply(&mut self, slots: &mut Slots, op: Op) {
         match op {
             Op::Open(v) => {
-                slots.open(VolumeId(v.into()));
+                slots.open(VolumeId(v.into()), None);
                 self.open.insert(v);
             }
             Op::Allocate(v, count) => self.allocate(slots, v, count),
             Op::Store(at, page, round) if !self.filling.is_empty() => {
                 let (v, slot) = self.filling.swap_remove(at.index(self.filling.len()));
-                match slots.store(slot, owner(page, round)) {
+                match slots.store(slot, owner(page, round), None) {
                     Some(generation) => {
                         assert!(self.open.contains(&v));
                         assert!(self.issued.insert((slot.0, generation.0)), "a generation twice");
@@ -306,7 +308,7 @@ proptest! {
             model.apply(&mut slots, Op::Dissolve(v));
         }
         for (_, slot) in std::mem::take(&mut model.filling) {
-            prop_assert_eq!(slots.store(slot, owner(0, 0)), None);
+            prop_assert_eq!(slots.store(slot, owner(0, 0), None), None);
         }
         std::mem::take(&mut model.pins).into_iter().for_each(|number| slots.unpin(number));
         give_back(&mut slots);

@@ -6,30 +6,31 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::peers::{Peers, control};
 use super::{meet, mismatch};
+use crate::content::ContentHasher;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, Epoch, MemberIndex, Placement, Round, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::memory::PageSlice;
 use crate::page::{PageIndex, PageRange};
-use crate::vmd::device::{Fetched, PagePut, PageReference, Volume};
+use crate::vmd::device::{Fetched, PagePut, PageReference, Shared, Volume};
 use crate::vmd::link::{Class, Link, Reply, Request};
 use crate::vmd::placement::{index_owners, index_range, owner_runs};
-use crate::wire::entry::CONTENT_HASH_BYTES;
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo};
-use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry};
+use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, ReferEntry, Referral};
 
 pub(super) struct ClientVolume {
     peers: Peers,
     manifest: Manifest,
+    hasher: Option<ContentHasher>,
     writer: bool,
     /// Whose turn it is to store.
     turn: AtomicUsize,
 }
 
 impl ClientVolume {
-    pub const fn new(peers: Peers, manifest: Manifest, writer: bool) -> Self {
-        Self { peers, manifest, writer, turn: AtomicUsize::new(0) }
+    pub const fn new(peers: Peers, manifest: Manifest, hasher: Option<ContentHasher>, writer: bool) -> Self {
+        Self { peers, manifest, hasher, writer, turn: AtomicUsize::new(0) }
     }
 
     fn check_writer(&self) -> Result<()> {
@@ -133,7 +134,7 @@ impl ClientVolume {
                     let (page, rest) =
                         bytes.split_at_checked(entry.encoded_bytes.into()).ok_or_else(mismatch)?;
                     bytes = rest;
-                    if entry.encoding == Encoding::Raw && Checksum::of(page) == *checksum {
+                    if entry.encoding == Encoding::Raw && self.matches(page, *checksum) {
                         out[*at] = Fetched::Bytes(page.into());
                     }
                 }
@@ -151,6 +152,50 @@ impl ClientVolume {
             }
         }
         Ok(())
+    }
+
+    /// Whether bytes are the page of this checksum, or were referred to by its seal.
+    fn matches(&self, bytes: &[u8], checksum: Checksum) -> bool {
+        match &self.hasher {
+            Some(hasher) => hasher.matches(bytes, checksum),
+            None => Checksum::of(bytes) == checksum,
+        }
+    }
+
+    /// Offers pages by their hashes to each member in turn, until one has them. What nobody has, and no other is about
+    /// to send, is to be put.
+    fn refer(&self, pages: &[PageReference]) -> Result<Vec<Referral>> {
+        let mut referred = vec![Referral::Send; pages.len()];
+        for member in self.peers.living() {
+            let open: Vec<usize> =
+                (0..pages.len()).filter(|at| !matches!(referred[*at], Referral::Have(_))).collect();
+            if open.is_empty() {
+                break;
+            }
+            let offer = |at: &usize| {
+                let PageReference { page, round, hash, .. } = pages[*at];
+                ReferEntry { page, round, hash }
+            };
+            let offers: Vec<ReferEntry> = open.iter().map(offer).collect();
+            let answers = self.peers.ask(member, Request::Refer(&offers), |reply| match reply {
+                Reply::Referred(referrals) => Ok(referrals.to_vec()),
+                _ => Err(mismatch()),
+            });
+            match answers {
+                Ok(answers) => {
+                    for (at, answer) in open.into_iter().zip(answers) {
+                        match answer {
+                            Referral::Have(place) if place.member != member => return Err(mismatch()),
+                            Referral::Send => {}
+                            answer => referred[at] = answer,
+                        }
+                    }
+                }
+                Err(error) if elsewhere(error.kind) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(referred)
     }
 
     /// The entry of `placements` for each page, which are then put into the index.
@@ -234,21 +279,24 @@ impl Volume for ClientVolume {
         Ok(stored)
     }
 
-    fn put_by_reference(&self, pages: &[PageReference]) -> Result<Vec<Option<IndexEntry>>> {
+    fn put_by_reference(&self, pages: &[PageReference]) -> Result<Vec<Shared>> {
         self.check_writer()?;
         let mut stored = Vec::with_capacity(pages.len());
         for batch in pages.chunks(limits::BATCH_PAGES) {
-            let reference = |put: &PageReference| PageEntry {
-                encoding: Encoding::Reference,
-                encoded_bytes: CONTENT_HASH_BYTES as u16,
-                ..PageEntry::raw(put.page, put.round, put.checksum)
+            let referred = self.refer(batch)?;
+            let place = |referral: &Referral| match referral {
+                Referral::Have(placement) => Some(*placement),
+                Referral::Send | Referral::Pending => None,
             };
-            let entries: Vec<PageEntry> = batch.iter().map(reference).collect();
-            let hashes: Vec<PageSlice> =
-                batch.iter().map(|put| PageSlice::owned(put.content_hash.as_slice().into())).collect();
-            let (placements, _) = self.store(&entries, &hashes, 1)?;
-            let about = batch.iter().map(|put| (put.page, put.round, put.checksum));
-            stored.extend(self.index_stored(about, placements)?);
+            let about = batch.iter().map(|put| (put.page, put.round, put.hash.seal(put.checksum)));
+            let indexed = self.index_stored(about, referred.iter().map(place).collect())?;
+            stored.extend(indexed.into_iter().zip(referred).map(|(entry, referral)| {
+                match (entry, referral) {
+                    (Some(entry), _) => Shared::Have(entry),
+                    (None, Referral::Pending) => Shared::Pending,
+                    (None, _) => Shared::Send,
+                }
+            }));
         }
         Ok(stored)
     }

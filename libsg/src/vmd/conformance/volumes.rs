@@ -8,7 +8,7 @@ use crate::ids::{Epoch, MemberIndex, Round, VolumeId};
 use crate::limits;
 use crate::page::{PageIndex, PageRange};
 use crate::vmd::Class;
-use crate::vmd::device::{Fetched, PagePut, PageReference, Role, Vmd, Volume};
+use crate::vmd::device::{Fetched, PagePut, Role, Vmd, Volume};
 use crate::wire::IndexEntry;
 use crate::wire::message::VolumeState;
 
@@ -170,9 +170,5 @@ pub(super) fn copies_are_refused(bench: &Bench<'_>) {
     let nodes = [bench.node(), bench.node()];
     let volume = bench.volume(&nodes.each_ref().map(|node| &**node));
     refused(volume.put(&puts(0..1, 0), 2), ErrorKind::Protocol);
-    let put = put_of(1, 0);
-    let content_hash = *blake3::hash(&content(1, 0)).as_bytes();
-    let reference = PageReference { page: put.page, round: put.round, checksum: put.checksum, content_hash };
-    assert_eq!(volume.put_by_reference(&[reference]).expect("an answer"), [None], "nobody holds it");
     assert_eq!(volume.locate(everything()).expect("an answer"), []);
 }

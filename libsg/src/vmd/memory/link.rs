@@ -19,7 +19,7 @@ use crate::vmd::tcp::{at_most, check_put};
 use crate::wire::entry::Entry;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
 use crate::wire::run::table_bytes;
-use crate::wire::{GetEntry, HEADER_BYTES, IndexEntry, PageEntry, Status};
+use crate::wire::{GetEntry, HEADER_BYTES, IndexEntry, PageEntry, ReferEntry, Referral, Status};
 
 /// A link to a [`super::MemoryNode`].
 #[derive(Debug)]
@@ -51,6 +51,7 @@ struct Queued {
 #[derive(Debug)]
 enum Owned {
     Put(Vec<PageEntry>, Vec<PageSlice>),
+    Refer(Vec<ReferEntry>),
     PutIndex(Vec<IndexEntry>),
     Get(Vec<GetEntry>),
     Locate(PageRange),
@@ -64,6 +65,7 @@ enum Owned {
 #[derive(Debug)]
 enum Answer {
     Stored(Vec<Option<Placement>>),
+    Referred(Vec<Referral>),
     Indexed,
     Pages(Vec<PageEntry>, Vec<u8>),
     Located(Vec<IndexEntry>),
@@ -110,6 +112,7 @@ impl MemoryLink {
                 }
                 state.put(asker, &entries, &bytes).map(Answer::Stored)
             }
+            Owned::Refer(offers) => state.refer(asker, &offers).map(Answer::Referred),
             Owned::PutIndex(entries) => state.put_index(asker, &entries).map(|()| Answer::Indexed),
             Owned::Get(entries) => {
                 state.get(asker, &entries).map(|(pages, bytes)| Answer::Pages(pages, bytes))
@@ -133,6 +136,10 @@ fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
             check_put(entries, slices, copies)?;
             let pages: usize = slices.iter().map(PageSlice::len).sum();
             (Owned::Put(entries.to_vec(), slices.to_vec()), table_bytes(entries) + pages)
+        }
+        Request::Refer(offers) => {
+            at_most(offers.len(), limits::BATCH_PAGES_MAX)?;
+            (Owned::Refer(offers.to_vec()), offers.len() * ReferEntry::BYTES)
         }
         Request::PutIndex(entries) => {
             at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;
@@ -205,6 +212,7 @@ impl Link for MemoryLink {
                 self.current = answer;
                 Ok(match &mut self.current {
                     Answer::Stored(placements) => Reply::Stored(placements),
+                    Answer::Referred(referrals) => Reply::Referred(referrals),
                     Answer::Indexed => Reply::Indexed,
                     Answer::Pages(entries, bytes) => Reply::Pages { entries, bytes },
                     Answer::Located(entries) => Reply::Located(entries),

@@ -7,9 +7,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, Placement};
 use crate::page::{PageIndex, PageRange};
 use crate::transport::{Frame, StateAssembler};
+use crate::wire::entry::decode_table;
 use crate::wire::message::{VmdReply, VmdRequest};
 use crate::wire::run::{decode_pages, decode_runs};
-use crate::wire::{Encoding, IndexEntry, Kind, PageEntry};
+use crate::wire::{Encoding, IndexEntry, Kind, PageEntry, Referral};
 
 /// A request whose answer has not come.
 #[derive(Debug)]
@@ -24,6 +25,8 @@ pub(super) struct Asked {
 pub(super) enum Expected {
     /// So many placements.
     Stored(usize),
+    /// So many answers to offered pages.
+    Referred(usize),
     Indexed,
     /// These pages, in this order.
     Pages(Vec<PageIndex>),
@@ -44,6 +47,7 @@ pub(super) enum Expected {
 #[derive(Debug)]
 pub(super) enum Answer {
     Stored,
+    Referred,
     Indexed,
     Pages {
         /// Where in the frame's body the page bytes begin.
@@ -56,8 +60,12 @@ pub(super) enum Answer {
 }
 
 /// Where answers' tables are decoded to.
-pub(super) type Tables<'t> =
-    (&'t mut Vec<PageEntry>, &'t mut Vec<IndexEntry>, &'t mut Vec<Option<Placement>>);
+pub(super) struct Tables<'t> {
+    pub entries: &'t mut Vec<PageEntry>,
+    pub located: &'t mut Vec<IndexEntry>,
+    pub stored: &'t mut Vec<Option<Placement>>,
+    pub referred: &'t mut Vec<Referral>,
+}
 
 impl Expected {
     /// What answers a control request; `None` for those that are no plain control requests.
@@ -78,6 +86,7 @@ impl Expected {
     pub fn check_kind(&self, kind: Kind) -> Result<()> {
         let wanted = match self {
             Self::Stored(_) => Kind::PutReply,
+            Self::Referred(_) => Kind::ReferReply,
             Self::Indexed => Kind::PutIndexReply,
             Self::Pages(_) => Kind::GetReply,
             Self::Located(_) => Kind::LocateReply,
@@ -102,13 +111,19 @@ impl Expected {
     }
 
     /// Checks the answer of a request that went well.
-    pub fn check(&mut self, frame: Frame<'_>, (entries, located, stored): Tables<'_>) -> Result<Answer> {
+    pub fn check(&mut self, frame: Frame<'_>, tables: Tables<'_>) -> Result<Answer> {
+        let Tables { entries, located, stored, referred } = tables;
         let count = usize::from(frame.header.count);
         match self {
             Self::Stored(asked) => {
                 decode_runs(frame.body, count, stored)?;
                 same(stored.len() == *asked, "another number of placements than of pages")?;
                 Ok(Answer::Stored)
+            }
+            Self::Referred(asked) => {
+                decode_table(frame.body, count, referred)?;
+                same(referred.len() == *asked, "another number of answers than of pages")?;
+                Ok(Answer::Referred)
             }
             Self::Indexed => Ok(Answer::Indexed),
             Self::Pages(pages) => {
@@ -267,7 +282,9 @@ mod test {
     fn checked(mut expected: Expected, kind: Kind, count: u16, body: &[u8]) -> Result<Answer> {
         let header = Header { count, ..Header::new(kind) };
         expected.check_kind(kind)?;
-        expected.check(Frame { header, body }, (&mut Vec::new(), &mut Vec::new(), &mut Vec::new()))
+        let (entries, located) = (&mut Vec::new(), &mut Vec::new());
+        let tables = Tables { entries, located, stored: &mut Vec::new(), referred: &mut Vec::new() };
+        expected.check(Frame { header, body }, tables)
     }
 
     #[test]
@@ -282,6 +299,8 @@ mod test {
         refused(checked(Expected::Stored(3), Kind::PutReply, 2, &placements));
         refused(checked(Expected::Stored(2), Kind::PutReply, 2, &placements[1..]));
         refused(checked(Expected::Stored(2), Kind::GetReply, 2, &placements));
+        refused(checked(Expected::Referred(1), Kind::ReferReply, 1, &[3, 0, 0, 0, 0, 0, 0, 0]));
+        refused(checked(Expected::Referred(2), Kind::ReferReply, 1, &[1, 0, 0, 0, 0, 0, 0, 0]));
 
         let pages = || Expected::Pages(vec![PageIndex(5), PageIndex(6)]);
         let reply = |entries: &[PageEntry]| {

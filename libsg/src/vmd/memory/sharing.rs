@@ -1,0 +1,43 @@
+//! Pages that are stored by what is in them.
+
+use std::time::Duration;
+
+use super::{Asker, Holder, Slot, State};
+use crate::ids::{Placement, SlotIndex};
+use crate::wire::{ReferEntry, Referral, Status};
+
+/// As long as the others wait for who was told to send a page.
+const GRANT_TIME: Duration = Duration::from_secs(1);
+
+impl State {
+    /// Pages that are offered by their hashes.
+    pub(super) fn refer(&mut self, asker: Asker, offers: &[ReferEntry]) -> Result<Vec<Referral>, Status> {
+        let node = self.node.clone();
+        let volume = self.writable(asker)?;
+        let pages = volume.manifest.pages();
+        if offers.iter().any(|offer| offer.page.0 >= pages) {
+            return Err(Status::Malformed);
+        }
+        let member = volume.member(&node).ok_or(Status::State)?;
+        let sharing = volume.manifest.sharing.clone();
+        let Some(sharing) = sharing else { return Ok(vec![Referral::Send; offers.len()]) };
+        let refer = |offer: &ReferEntry| {
+            let known = (sharing.clone(), offer.hash);
+            let of = |slot: &Slot| slot.content.as_ref().is_some_and(|c| c.known.as_ref() == Some(&known));
+            if let Some(at) = self.slots.iter().position(of) {
+                let slot = &mut self.slots[at];
+                let holder = Holder { volume: asker.volume, page: offer.page, round: offer.round };
+                slot.content.iter_mut().for_each(|content| content.holders.push(holder));
+                let (slot, generation) = (SlotIndex(at as u32), slot.generation);
+                return Referral::Have(Placement { member, slot, generation });
+            }
+            let now = crate::host::now();
+            if self.grants.get(&known).is_some_and(|until| now < *until) {
+                return Referral::Pending;
+            }
+            self.grants.insert(known, now + GRANT_TIME);
+            Referral::Send
+        };
+        Ok(offers.iter().map(refer).collect())
+    }
+}
