@@ -375,6 +375,14 @@ impl Vm {
         }
     }
 
+    /// A canary: KVM does not log what this VM writes, as where it refuses to. Nothing else changes where the vCPUs are
+    /// threads.
+    pub fn refuse_kvm_log(&self) {
+        if let Some(kvm) = &self.kvm {
+            kvm.refuse_log();
+        }
+    }
+
     /// The VM has moved: nothing runs it here again. It is paused already.
     pub fn retire(&self) {
         self.retired.store(true, Ordering::Release);

@@ -4,6 +4,7 @@
 //! nothing of what the VMM writes: [`Memory`](crate::memory::Memory) notes that itself, and it is added here.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -61,6 +62,9 @@ impl KvmDirtyLog {
                 .map_err(refused("a log of written pages that is cleared by hand"))?;
         }
         self.set(true)?;
+        if self.kvm.refuses_log.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Vm, "told to be refused"));
+        }
         // All pages count as written then, and none was protected yet: that is done here, piece by piece, instead
         // of by KVM in one step that holds all vCPUs up. Left to the first collection, that would name the whole VM.
         if options & KVM_DIRTY_LOG_INITIALLY_SET != 0 {

@@ -7,6 +7,7 @@ pub mod state;
 pub mod vcpu;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -19,6 +20,8 @@ pub struct KvmVm {
     vm: VmFd,
     cpuid: CpuId,
     msrs: Vec<u32>,
+    /// A canary: KVM's log is taken for refused.
+    refuses_log: AtomicBool,
     /// Held so that it outlives `vm`.
     memory: Arc<Memory>,
 }
@@ -43,7 +46,12 @@ impl KvmVm {
         raw::set_memory(&vm, &memory, false).map_err(refused("the guest's memory"))?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("CPU features"))?;
         let msrs = kvm.get_msr_index_list().map_err(refused("the list of MSRs"))?.as_slice().to_vec();
-        Ok(Self { vm, cpuid, msrs, memory })
+        Ok(Self { vm, cpuid, msrs, refuses_log: AtomicBool::new(false), memory })
+    }
+
+    /// A canary: from now on KVM's log of written pages is taken for refused, when it is started.
+    pub fn refuse_log(&self) {
+        self.refuses_log.store(true, Ordering::Relaxed);
     }
 
     /// Whether KVM can be used here, and if not, why.
