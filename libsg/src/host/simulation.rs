@@ -99,6 +99,10 @@ pub enum Bug {
     FinalSetUnnamed,
     /// What was written since the log was last collected is collected behind the pause, and not sent.
     WriteMissed,
+    /// What a page was while its round sent it counts, and a write to it meanwhile does not.
+    TornKept,
+    /// An intermediary that stored the beginning of an install unit is said to have stored all of it.
+    UnitHalfStored,
     /// An intermediary answers for one volume with the index and the pages of another.
     VolumesMixed,
     /// An intermediary takes more memory than it may.

@@ -60,7 +60,7 @@ impl Batch {
     }
 
     /// Its pages, ascending.
-    pub fn iter(&self) -> impl Iterator<Item = PageIndex> + use<> {
+    pub fn iter(&self) -> impl Iterator<Item = PageIndex> + Clone + use<> {
         let Self { first, mask } = *self;
         (0..WORDS).flat_map(move |word| {
             let mut bits = mask[word];

@@ -213,6 +213,10 @@ impl MemberSink {
             match (asked.what, completion.result) {
                 (What::Put(batch, mut pages), Ok(Reply::Stored(placements))) => {
                     self.window.acknowledged(pages.len() * PAGE_BYTES, now);
+                    #[cfg(feature = "simulation")]
+                    let counted_on = host::has_bug(host::Bug::UnitHalfStored).then(|| counted_on(placements));
+                    #[cfg(feature = "simulation")]
+                    let placements = counted_on.as_deref().unwrap_or(placements);
                     if placements.iter().any(Option::is_none) {
                         self.full_until = Some(now + FULL_PAUSE);
                     }
@@ -387,6 +391,22 @@ impl MemberSink {
 /// No room is no failure.
 fn only_full(error: Error) -> Result<()> {
     if error.kind == ErrorKind::Full { Ok(()) } else { Err(error) }
+}
+
+/// The bug that a simulation must find: the slots of an install unit are taken to follow one another.
+#[cfg(feature = "simulation")]
+fn counted_on(placements: &[Option<crate::ids::Placement>]) -> Vec<Option<crate::ids::Placement>> {
+    let mut last = None;
+    let next = |last: crate::ids::Placement| {
+        let slot = crate::ids::SlotIndex(last.slot.0 + 1);
+        crate::ids::Placement { slot, ..last }
+    };
+    let of_unit = placements.len() > BATCH_PAGES;
+    let count = |at: &Option<crate::ids::Placement>| {
+        last = at.or_else(|| last.filter(|_| of_unit).map(next));
+        last
+    };
+    placements.iter().map(count).collect()
 }
 
 #[cfg(test)]

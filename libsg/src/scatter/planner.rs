@@ -250,18 +250,22 @@ impl Planner {
 
     /// An intermediary answered a batch: which pages it stored, where. Appends the index entries
     /// that are to be put, and the placements that nobody needs: the page is safe otherwise, lies elsewhere
-    /// from now on, or the batch is of a round before.
+    /// from now on, the batch is of a round before, or of an install unit of several pages not all were stored:
+    /// a unit lies in one place, or in none.
     pub fn stored(
         &mut self,
         id: BatchId,
-        pages: impl IntoIterator<Item = (PageIndex, Checksum, Option<Placement>)>,
+        pages: impl IntoIterator<Item = (PageIndex, Checksum, Option<Placement>), IntoIter: Clone>,
         entries: &mut Vec<IndexEntry>,
         losers: &mut Vec<GetEntry>,
     ) {
-        let flight = self.land(id);
+        let (flight, pages) = (self.land(id), pages.into_iter());
+        let first = pages.clone().next().and_then(|(page, ..)| self.span(page));
+        let is_unit = first.is_some_and(|span| span.unit != InstallUnit::Page);
+        let in_parts = is_unit && pages.clone().any(|(.., placement)| placement.is_none());
         for (page, checksum, placement) in pages {
             let Some(placement) = placement else { continue };
-            if flight.is_some() && self.table.state(page) == PageState::Sending {
+            if flight.is_some() && !in_parts && self.table.state(page) == PageState::Sending {
                 self.table.set(page, PageState::Stored);
                 self.table.set_way(page, Way::Staged);
                 let before = self.table.place(page, placement, checksum);

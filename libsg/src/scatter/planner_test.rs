@@ -46,6 +46,27 @@ fn store(planner: &mut Planner, n: u16, id: BatchId, batch: Batch) -> usize {
 }
 
 #[test]
+fn a_unit_lies_in_one_place_or_in_none() {
+    let now = Instant::now();
+    let mut planner = Planner::new(&manifest(1, 1), true);
+    planner.available(PageRange::new(PageIndex(1), 512));
+    let pages = |work: Option<Work>| match work {
+        Some(Work::Pages(id, batch)) if batch.pages() == 512 => (id, batch),
+        other => panic!("{other:?}"),
+    };
+    let (full, batch) = pages(planner.next(member(0), now, HEDGE_AFTER));
+    let (roomy, hedged) = pages(planner.next(member(1), now + HEDGE_AFTER, HEDGE_AFTER));
+    let (mut entries, mut losers) = (Vec::new(), Vec::new());
+    let answer = batch.iter().map(|page| (page, Checksum(0), (page.0 < 400).then(|| place(0, page.0))));
+    planner.stored(full, answer.collect::<Vec<_>>(), &mut entries, &mut losers);
+    assert_eq!((entries.len(), losers.len()), (0, 399));
+    assert_eq!(store(&mut planner, 1, roomy, hedged), 0);
+    assert_eq!(planner.progress().0, 512);
+    let places = batch.iter().map(|page| planner.table.placement(page).map(|(at, _)| at.member));
+    assert!(places.into_iter().all(|at| at == Some(MemberIndex(1))));
+}
+
+#[test]
 fn sinks_pull_disjoint_batches_and_everything_becomes_safe() {
     let now = Instant::now();
     let mut planner = Planner::new(&manifest(200, 2), true);

@@ -2,7 +2,7 @@
 //!
 //! What the model of the VM sees by itself (a wrong page, one installed twice, two owners) it says itself.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,8 +10,9 @@ use libsg::migrate::Mode;
 use libsg::page::{PageIndex, PageRange};
 use libsg::scatter::Scatter;
 use libsg::server::ServerHandle;
+use libsg::wire::message::Member;
 
-use crate::guest::Content;
+use crate::content::Content;
 use crate::moving::{Move, all};
 use crate::net::NodeNumber;
 use crate::run::Run;
@@ -117,6 +118,7 @@ impl Contracts {
             all(&of.vm).iter().map(|page| planner.is_safe(page)).collect()
         };
         let contents = of.vm.contents();
+        let mut fresh_units = Vec::new();
         for (at, safe) in safe.into_iter().enumerate() {
             let page = PageIndex(at as u32);
             let fresh = safe && !self.safe[at];
@@ -127,7 +129,7 @@ impl Contracts {
             if !(fresh || (full && safe)) {
                 continue;
             }
-            match find(run, of, scatter, &servers, page, contents[at]) {
+            match find(run, of, scatter, &servers, page, contents[at], None) {
                 Found::AtDestination => self.homes[at] = None,
                 Found::At(index, content) => self.homes[at] = Some((index, content)),
                 Found::Nowhere if self.is_excused(run, of, scatter, page) => {}
@@ -135,6 +137,22 @@ impl Contracts {
                     "evicted means evicted: {page} is said to be safe, and cannot be had without the source"
                 )),
             }
+            fresh_units.extend((of.vm.unit(page).pages > 1).then(|| of.vm.unit(page)));
+        }
+        fresh_units.dedup();
+        fresh_units.retain(|unit| self.safe[unit.positions()].iter().all(|safe| *safe));
+        for unit in fresh_units {
+            self.check_unit(run, of, scatter, unit);
+        }
+    }
+
+    /// A unit is had from one intermediary, or not at all.
+    fn check_unit(&mut self, run: &Run, of: &Move, scatter: &Scatter, unit: PageRange) {
+        let homes: BTreeSet<_> =
+            self.homes[unit.positions()].iter().flatten().map(|(_, content)| content).collect();
+        let in_one_place = homes.len() <= 1 || can_be_had(run, of, scatter, &run.servers(), unit);
+        if !in_one_place && !unit.iter().any(|page| self.is_excused(run, of, scatter, page)) {
+            self.broken(format!("evicted means evicted: pages {unit} are safe, and in no place all of them"));
         }
     }
 
@@ -191,17 +209,15 @@ impl Contracts {
         let mut servers = run.servers();
         servers.retain(|(role, _)| calm(*role));
         let contents = of.vm.contents();
-        for page in fresh {
-            if !matches!(contents[page.as_usize()], Content::Version(_)) {
-                // Where nothing lies, nothing can be found.
-                continue;
-            }
-            let first_owner_calm =
-                scatter.members.iter().all(|member| run.server_of(&member.node).is_some_and(calm));
-            let found = find(run, of, &scatter, &servers, page, of.vm.content(page));
-            if first_owner_calm && !matches!(found, Found::Nowhere) && !run.damaged.contains(&(of.nth, page))
-            {
-                self.broken(format!("a death is an event: {page} is lost though it can be had"));
+        let mut units: Vec<_> = fresh.iter().map(|page| of.vm.unit(*page)).collect();
+        units.dedup();
+        // Where nothing lies, nothing can be found.
+        units.retain(|unit| contents[unit.positions()].iter().any(|content| !content.is_zero()));
+        let is_owner_calm = |member: &Member| run.server_of(&member.node).is_some_and(calm);
+        for unit in units.into_iter().filter(|_| scatter.members.iter().all(is_owner_calm)) {
+            let is_damaged = unit.iter().any(|page| run.damaged.contains(&(of.nth, page)));
+            if !is_damaged && can_be_had(run, of, &scatter, &servers, unit) {
+                self.broken(format!("a death is an event: pages {unit} are lost though they can be had"));
             }
         }
     }
@@ -215,12 +231,13 @@ impl Contracts {
         }
         let Some(incoming) = of.destination.incoming.lock().clone() else { return };
         let (pages, now) = (incoming.progress().pages, run.host.now());
+        let unit = of.unit_pages();
         let Direct { times, direct, staged, background } = &mut self.direct;
         let (near, far) = DIRECT_WINDOW;
         times.retain(|at| now - *at <= far);
         let busy = times.iter().any(|at| now - *at >= near);
-        // One page may be a fault's.
-        if pages.direct > *direct + 1 {
+        // One unit may be a fault's.
+        if pages.direct > *direct + unit {
             times.push_back(now);
         }
         if busy {
@@ -228,7 +245,7 @@ impl Contracts {
         }
         (*direct, *staged) = (pages.direct, pages.staged);
         // A fault is answered at any time.
-        if *background > pages.faults + 1 {
+        if *background > (pages.faults + 1) * unit {
             let what = format!("{background} read, {} faults, directly at {times:?}", pages.faults);
             self.broken(format!(
                 "direct first: pages were read in the background while direct was in use: {what}"
@@ -314,13 +331,34 @@ impl Contracts {
             let (dissolved, failed) = (ended.dissolved, &of.log.lock().failed);
             self.broken(format!("nothing happened: {gathered:?}, lost {lost:?}, {dissolved:?}, {failed:?}"));
         }
-        if quiet && run.servers().iter().any(|(_, server)| server.statistics().used_bytes > 0) {
+        let all_dissolved = run.moves.iter().all(|vm| vm.destination.ended.lock().dissolved.is_some());
+        let holds_pages = run.servers().iter().any(|(_, server)| server.statistics().used_bytes > 0);
+        if quiet && all_dissolved && holds_pages {
             self.broken("nothing happened: an intermediary still holds pages".into());
         }
     }
 }
 
-/// Looks for a page where a destination would, without the source.
+/// Whether a destination could have a unit without the source.
+fn can_be_had(
+    run: &Run,
+    of: &Move,
+    scatter: &Scatter,
+    servers: &[(Role, Arc<ServerHandle>)],
+    unit: PageRange,
+) -> bool {
+    let contents = of.vm.contents();
+    let has = |at: Option<Role>, page: PageIndex| {
+        let found = find(run, of, scatter, servers, page, contents[page.as_usize()], at);
+        !matches!(found, Found::Nowhere)
+    };
+    if unit.pages == 1 {
+        return has(None, unit.first);
+    }
+    servers.iter().any(|(role, _)| unit.iter().all(|page| has(Some(*role), page)))
+}
+
+/// Looks for a page where a destination would, without the source: at one intermediary, or at all.
 fn find(
     run: &Run,
     of: &Move,
@@ -328,9 +366,9 @@ fn find(
     servers: &[(Role, Arc<ServerHandle>)],
     page: PageIndex,
     content: Content,
+    at: Option<Role>,
 ) -> Found {
-    let is_zero = !matches!(content, Content::Version(_));
-    if of.destination.memory.has(page) || is_zero {
+    if of.destination.memory.has(page) || content.is_zero() {
         return Found::AtDestination;
     }
     let volume = (scatter.volume, scatter.epoch);
@@ -342,6 +380,9 @@ fn find(
             else {
                 continue;
             };
+            if at.is_some_and(|at| at != *role) {
+                continue;
+            }
             if server
                 .page_at(volume.0, volume.1, page, placement)
                 .is_some_and(|bytes| content.is(page, &bytes))

@@ -13,7 +13,8 @@ use libsg::vmd::TcpConnector;
 use parking_lot::Mutex;
 
 use crate::clock::Node;
-use crate::guest::{Memory, Vm, run_at_destination};
+use crate::guest::Vm;
+use crate::memory::{Memory, run_at_destination};
 use crate::random::Random;
 use crate::scenario::{Plan, Scenario, door, secret};
 

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use libsg::migrate::{Mode, RoundOptions};
+use libsg::page::InstallUnit;
 
-use crate::guest::Content;
+use crate::content::Content;
 use crate::net::Weather;
 use crate::run::Run;
 use crate::scenario::{After, Event, Plan, Role, SOURCE, Scenario, What};
@@ -15,6 +16,8 @@ fn holds(intermediaries: usize, events: Vec<Event>) {
         seed: 0,
         vms: vec![Plan {
             memory: vec![Content::Version(1); 200],
+            regions: vec![(200, InstallUnit::Page)],
+            logs_units: false,
             mode: Mode::ScatterGather,
             rounds: RoundOptions::default(),
         }],

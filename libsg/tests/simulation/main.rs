@@ -3,11 +3,13 @@
 
 mod canaries;
 mod clock;
+mod content;
 mod contracts;
 mod destination;
 mod found;
 mod guest;
 mod intermediary;
+mod memory;
 mod moving;
 mod net;
 mod random;

@@ -38,13 +38,18 @@ pub struct Move {
 impl Move {
     /// Starts its processes, on the hosts of source and destination.
     pub fn start(nth: usize, plan: &Plan, scenario: &Scenario, (from, to): (&Arc<Node>, &Arc<Node>)) -> Self {
-        let vm = Vm::new(nth, plan);
+        let vm = Vm::new(nth, plan, scenario.random(6 + 16 * nth as u64));
         let log = Arc::<Mutex<Log>>::default();
         let who = if scenario.vms.len() > 1 { format!("VM {nth}, ") } else { String::new() };
         let observe = |role, node| observer(role, who.clone(), node, &log);
         let destination = destination::start(to, (nth, plan), &vm, scenario, observe(DESTINATION, to));
         let source = source::start(from, (nth, plan), &vm, scenario, observe(SOURCE, from));
         Self { nth, plan: plan.clone(), vm, source, destination, log }
+    }
+
+    /// Pages of its largest install unit.
+    pub fn unit_pages(&self) -> u64 {
+        self.plan.regions.iter().map(|(_, unit)| u64::from(unit.pages())).max().unwrap_or(1)
     }
 
     pub fn outgoing(&self) -> Option<Arc<Outgoing>> {

@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use libsg::migrate::{Mode, RoundOptions, Via};
-use libsg::page::PAGE_BYTES_U64;
+use libsg::page::{InstallUnit, PAGE_BYTES_U64};
 use libsg::transport::PoolSecret;
 
-use crate::guest::Content;
+use crate::content::Content;
 use crate::net::Weather;
 use crate::random::Random;
 
@@ -105,6 +105,10 @@ impl fmt::Display for Event {
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub memory: Vec<Content>,
+    /// What the memory consists of: pages, and what of them is installed at once.
+    pub regions: Vec<(u64, InstallUnit)>,
+    /// Its log of writes names whole units.
+    pub logs_units: bool,
     pub mode: Mode,
     pub rounds: RoundOptions,
 }
@@ -134,6 +138,9 @@ const SEVERAL_IN: u64 = 8;
 /// Pages of a VM, and of those beside it.
 const SIZES: [u64; 6] = [64, 64, 128, 200, 300, 1024];
 const SIZES_BESIDE: [u64; 4] = [32, 64, 64, 128];
+
+/// One VM in so many has memory of 2 MiB units.
+const HUGE_IN: u64 = 8;
 
 /// Pages of what an intermediary gives to a volume at once.
 const CHUNK_PAGES: u64 = 512;
@@ -165,11 +172,19 @@ impl Scenario {
         let count = random.pick(&[0, 1, 1, 1, 2, 2, 3, 4, 6]);
         scenario.events = (0..count).map(|_| scenario.event(&mut random)).collect();
         scenario.vms.push(Plan::of(memory, &mut random));
-        // Drawn last: seeds with one VM are what they were before there were several.
+        // Drawn last: seeds with one VM of pages are what they were before there were others.
         if random.one_in(SEVERAL_IN) {
             for _ in 0..random.pick(&[1, 1, 2]) {
                 let memory = self::memory(&mut random, &SIZES_BESIDE);
                 scenario.vms.push(Plan::of(memory, &mut random));
+            }
+        }
+        for nth in 0..scenario.vms.len() {
+            if random.one_in(HUGE_IN) {
+                scenario.vms[nth].make_huge(&mut random);
+                let what = What::Damage(Role::Intermediary(random.below(3) as usize));
+                let event = Event { what, ..scenario.event(&mut random) };
+                scenario.events.extend(random.one_in(2).then_some(event));
             }
         }
         scenario
@@ -279,7 +294,38 @@ impl Plan {
         ]);
         let rounds_max = Some(random.pick(&[1, 2, 4]));
         let downtime_limit = Duration::from_millis(random.pick(&[0, 1, 20]));
-        Self { memory, mode, rounds: RoundOptions { rounds_max, downtime_limit, via } }
+        let regions = vec![(memory.len() as u64, InstallUnit::Page)];
+        let rounds = RoundOptions { rounds_max, downtime_limit, via };
+        Self { memory, regions, logs_units: false, mode, rounds }
+    }
+
+    /// Memory of 2 MiB units, mostly with some of 4 KiB before or behind it, which shifts them against everything
+    /// else that comes in powers of two.
+    fn make_huge(&mut self, random: &mut Random) {
+        let huge = InstallUnit::Huge2M;
+        let units = random.pick(&[1, 1, 2]);
+        self.regions = vec![(units * u64::from(huge.pages()), huge)];
+        if !random.one_in(3) {
+            self.regions.insert(random.below(2) as usize, (random.pick(&[8, 64]), InstallUnit::Page));
+        }
+        self.memory.clear();
+        for (pages, unit) in &self.regions {
+            let of_unit = unit.pages() as usize;
+            for _ in 0..pages / of_unit as u64 {
+                let end = self.memory.len() + of_unit;
+                match random.below(8) {
+                    0 => self.memory.resize(end, Content::Absent),
+                    1 => self.memory.resize(end, Content::Zero),
+                    // One page of it is not zero, and may become so.
+                    2..=3 => {
+                        self.memory.resize(end, Content::Zero);
+                        self.memory[end - 1 - random.below(of_unit as u64) as usize] = Content::Version(1);
+                    }
+                    _ => self.memory.resize(end, Content::Version(1)),
+                }
+            }
+        }
+        self.logs_units = random.one_in(2);
     }
 }
 

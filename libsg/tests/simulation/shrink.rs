@@ -65,8 +65,8 @@ impl Failure {
         let members = &scenario.intermediaries;
         let Scenario { weather, gather_limit, scatter_limit, grace, .. } = scenario;
         let _ = writeln!(text, "with intermediaries of {members:?} bytes, {weather:?},");
-        for Plan { memory, mode, rounds } in &scenario.vms {
-            let _ = writeln!(text, "a VM of {} pages, {mode:?}, {rounds:?},", memory.len());
+        for Plan { regions, mode, rounds, .. } in &scenario.vms {
+            let _ = writeln!(text, "a VM of {regions:?} pages, {mode:?}, {rounds:?},");
         }
         let _ =
             writeln!(text, "limits of {gather_limit} and {scatter_limit} bytes/s, grace {grace:?}. Again by");

@@ -8,13 +8,13 @@ use libsg::event::Observer;
 use libsg::memory::{PageSlice, PresenceMap};
 use libsg::migrate::OutgoingVm;
 use libsg::migrate::source::{self, Outgoing, SourceOptions};
-use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
+use libsg::page::{PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
 use libsg::vmd::TcpConnector;
 use parking_lot::Mutex;
 
 use crate::clock::Node;
-use crate::guest::{Content, Vm, run_at_source};
+use crate::guest::{Vm, run_at_source};
 use crate::scenario::{Plan, Scenario, address, door, secret};
 
 /// The VM as its VMM at the source sees it.
@@ -72,29 +72,18 @@ struct Pages {
     named: Mutex<bool>,
 }
 
-impl Pages {
-    fn presence(&self) -> PresenceMap {
-        let contents = self.vm.contents();
-        let mut presence = PresenceMap::new(contents.len() as u32);
-        for (page, _) in contents.iter().enumerate().filter(|(_, content)| **content != Content::Absent) {
-            presence.insert(PageRange::new(PageIndex(page as u32), 1));
-        }
-        presence
-    }
-}
-
 impl PageSource for Pages {
     fn repeat(&self) -> Repeat {
         Repeat::Any
     }
 
     fn presence(&self) -> libsg::Result<PresenceMap> {
-        Ok(self.presence())
+        Ok(self.vm.presence())
     }
 
     fn available(&self, out: &mut Vec<PageRange>) -> libsg::Result<Supply> {
         if !std::mem::replace(&mut *self.named.lock(), true) {
-            out.extend(self.presence().runs());
+            out.extend(self.vm.presence().runs());
         }
         Ok(Supply::Complete)
     }
@@ -107,9 +96,8 @@ impl PageSource for Pages {
         if self.vm.runs_at_source() && !self.vm.is_logged() {
             self.vm.breach("each page is right: memory is sent while the guest writes it".into());
         }
-        let mut bytes = Vec::with_capacity(range.pages as usize * PAGE_BYTES);
-        range.iter().for_each(|page| bytes.extend(self.vm.content(page).bytes(page)));
-        Ok(PageSlice::owned(bytes.into()))
+        let memory = self.vm.read(range);
+        PageSlice::guest(memory, memory.run(range.first, range.pages).unwrap_or(range))
     }
 
     fn outcome(&self, _: PageRange, _: Outcome) {}

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use libsg::ids::{Checksum, Epoch, Round, VolumeId};
 use libsg::memory::PageSlice;
-use libsg::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex};
+use libsg::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex};
 use libsg::transport::{PoolSecret, dial};
 use libsg::vmd::{PagePut, TcpConnector, Vmd, VmdClient};
 use libsg::wire::handshake::Purpose;
@@ -41,7 +41,7 @@ pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario) {
 pub fn fill(node: &Arc<Node>, role: Role, memory_bytes: u64) {
     node.spawn("neighbour", move || {
         let pages = memory_bytes / PAGE_BYTES_U64;
-        let neighbour = manifest("neighbour".into(), pages);
+        let neighbour = manifest("neighbour".into(), &[(pages, InstallUnit::Page)]);
         let vmd = VmdClient::new(Arc::new(TcpConnector::new(secret())), PATIENCE);
         let volume = VolumeId(1 + u128::from(pages));
         // Whoever is not there, or full, cannot be filled.
