@@ -4,6 +4,8 @@
 //! breaks them without a word. The handshake and the header are for ever; what follows
 //! them may change under a new version number, whose bytes are then added beside these.
 
+use std::num::NonZeroU32;
+
 use libsg::ErrorKind;
 use libsg::ids::{
     Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
@@ -46,10 +48,16 @@ fn header() {
         status: Status::Ok,
         count: 64,
         delay_us: Some(150),
+        answer_kib_s: None,
     };
     assert_eq!(
         hex(&header.encode()),
         "f55347310100100000000000000404007766554433221100efcdab8967452301090000000000000008070605040302010100400096000000000000008c1cfa18"
+    );
+    let paced = Header { answer_kib_s: NonZeroU32::new(0x0001_e848), kind: Kind::Get, ..header };
+    assert_eq!(
+        hex(&paced.encode()),
+        "f55347310100140000000000000404007766554433221100efcdab896745230109000000000000000807060504030201010040009600000048e8010015505be8"
     );
     let unknown = Header { version: 1, ..Header::new(Kind::Pong) };
     assert_eq!(

@@ -280,11 +280,12 @@ fn tell_credit(line: &mut Line) -> Result<()> {
 }
 
 fn report(shared: &Shared, line: &mut Line, now: Instant) {
-    let base_rtt = line.path.refresh(&line.channel, now).base_rtt().unwrap_or_default();
+    let info = line.path.refresh(&line.channel, now);
     let reading = LinkReading {
-        delivered: line.inbox.received_bytes(),
+        // As the kernel counts them: what this thread has read comes in lumps of a frame, 9 ms of a slow port.
+        delivered: info.bytes_received.max(line.inbox.received_bytes()),
         queue_delay: line.delay,
-        base_rtt,
+        base_rtt: info.base_rtt().unwrap_or_default(),
         backlogged: false,
     };
     shared.pacer.observe(line.link, reading, now);

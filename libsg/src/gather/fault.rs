@@ -24,6 +24,7 @@ use super::tracker::{Path, Read, Wanted, Word};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::MemberIndex;
+use crate::limits::MEMBERS_MAX;
 use crate::pace::{self, Class, LinkId, LinkReading};
 use crate::page::PageIndex;
 use crate::sink::SinkEvent;
@@ -77,6 +78,23 @@ struct Seat {
     pace_link: LinkId,
 }
 
+/// Who may have something to say.
+#[derive(Clone, Copy)]
+struct Ready {
+    events: bool,
+    source: bool,
+    /// A bit for each.
+    members: u64,
+}
+
+impl Ready {
+    const ALL: Self = Self { events: true, source: true, members: u64::MAX };
+
+    const fn has_member(self, member: usize) -> bool {
+        self.members >> member & 1 != 0
+    }
+}
+
 struct Worker<'a> {
     shared: &'a Shared,
     source: Option<Line>,
@@ -110,11 +128,11 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         table: Vec::new(),
         installer: Installer::default(),
     };
-    let mut has_events = true;
+    let mut ready = Ready::ALL;
     while !shared.is_stopping() {
         shared.wake_fault.drain();
-        worker.step(has_events)?;
-        has_events = worker.rest()?;
+        worker.step(ready)?;
+        ready = worker.rest()?;
     }
     if let Some(line) = &worker.source {
         line.channel.shut_down();
@@ -123,13 +141,15 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
 }
 
 impl Worker<'_> {
-    fn step(&mut self, has_events: bool) -> Result<()> {
+    fn step(&mut self, ready: Ready) -> Result<()> {
         self.adopt();
-        self.read_events(has_events)?;
+        self.read_events(ready.events)?;
         // Questions go out before anything else is done.
         self.flush_source();
-        self.hear_source()?;
-        for member in 0..self.seats.len() {
+        if ready.source {
+            self.hear_source()?;
+        }
+        for member in (0..self.seats.len()).filter(|member| ready.has_member(*member)) {
             self.hear_member(member)?;
         }
         self.take_wishes();
@@ -401,8 +421,8 @@ impl Worker<'_> {
         }
     }
 
-    /// Waits; returns whether the sink may have events.
-    fn rest(&self) -> Result<bool> {
+    /// Waits, and says who may have something to say.
+    fn rest(&self) -> Result<Ready> {
         let now = host::now();
         let write_at = self.source.as_ref().and_then(|line| line.write_at);
         let at = self.pending.iter().map(|pending| pending.try_at);
@@ -413,26 +433,36 @@ impl Worker<'_> {
         on[0] = (Some(self.shared.wake_fault.as_fd()), false);
         let mut count = 1;
         let event_fd = self.shared.sink.event_fd();
+        let events_at = event_fd.is_some().then_some(count);
         if event_fd.is_some() {
             on[count] = (event_fd, false);
             count += 1;
         }
+        let source_at = self.source.is_some().then_some(count);
         if let Some(line) = &self.source {
             let is_due = write_at.is_some_and(|at| at <= now);
             on[count] = (Some(line.channel.as_fd()), is_due);
             count += 1;
         }
-        for seat in self.seats.iter().filter(|seat| seat.out > 0) {
+        // Where each member is watched. One that could not be is heard each time.
+        let (mut places, mut members) = ([0_usize; MEMBERS_MAX], 0);
+        for (member, seat) in self.seats.iter().enumerate().filter(|(_, seat)| seat.out > 0) {
             let Some(link) = &seat.link else { continue };
             if count == WAIT_MAX {
                 timeout = timeout.min(SHORT_NAP);
+                members = u64::MAX << member;
                 break;
             }
+            places[member] = count;
             on[count] = (link.poll_fd(), link.queued_bytes() > 0);
             count += 1;
         }
         let ready = wait(&on[..count], timeout)?;
-        Ok(event_fd.is_none() || ready & 0b10 != 0)
+        let is_ready = |at: Option<usize>| at.is_none_or(|at| ready & (1 << at) != 0);
+        for (member, at) in places.iter().enumerate().filter(|(_, at)| **at > 0) {
+            members |= (ready >> at & 1) << member;
+        }
+        Ok(Ready { events: is_ready(events_at), source: is_ready(source_at), members })
     }
 }
 

@@ -16,7 +16,7 @@ use crate::event::Event;
 use crate::host;
 use crate::ids::MemberIndex;
 use crate::limits::BATCH_PAGES;
-use crate::pace::{self, Acquire, Class, LinkId, LinkReading};
+use crate::pace::{self, Acquire, Class, LinkId, LinkReading, bytes_in};
 use crate::page::PAGE_BYTES;
 use crate::transport::wait;
 use crate::vmd::link::ask;
@@ -24,15 +24,25 @@ use crate::vmd::{self, Link, Reply, Request, Ticket};
 use crate::wire::message::VmdRequest;
 use crate::wire::{GetEntry, PageEntry};
 
-/// Bytes asked for and not yet here, while the rate is not known.
+/// Bytes asked for and not yet here, while the rate is not known; and the most.
 const WINDOW_BYTES: u64 = 1 << 20;
 
 /// The same in time, where it is: a thread on a busy host wakes late by less.
-const WINDOW_TIME: Duration = Duration::from_millis(3);
+const WINDOW_TIME: Duration = Duration::from_millis(10);
 
-/// One request brings what the port carries in so much time: a page that the guest waits for may queue
-/// behind it.
-const REQUEST_TIME: Duration = Duration::from_micros(500);
+/// One request brings what this link may carry in so much time. Each costs both hosts some ten system calls; a page
+/// that the guest waits for does not queue behind it, since the intermediary's kernel spreads it over its time.
+const REQUEST_TIME: Duration = Duration::from_millis(4);
+
+/// Pages are asked for so long before their time. The direct path looks further ahead, and so goes first.
+const AHEAD: Duration = Duration::from_millis(8);
+
+/// Answers may come faster than this link's share by one in so many, to catch up with what was asked for late.
+const CATCH_UP_PARTS: u64 = 16;
+
+/// A pace that differs from the one told by less than one in so many is not told: at the intermediary it is a system
+/// call.
+const PACE_PARTS: u64 = 16;
 
 /// What one page costs on the wire: its bytes, its checksum, and its part of heads and headers.
 const PAGE_WIRE_BYTES: u64 = (PAGE_BYTES + 8) as u64;
@@ -70,13 +80,13 @@ pub(crate) fn run(shared: &Shared, member: MemberIndex) -> Result<()> {
         gets: Vec::new(),
         entries: Vec::new(),
         installer: Installer::default(),
-        budget: 0,
+        share: None,
+        told: None,
         last_sign: host::now(),
         counted: 0,
     };
     let ended = worker.work();
     shared.pacer.remove_link(worker.pace_link);
-    shared.pacer.give_back(pace::Class::Bulk, worker.budget);
     ended
 }
 
@@ -91,8 +101,10 @@ struct Worker<'a> {
     gets: Vec<GetEntry>,
     entries: Vec<PageEntry>,
     installer: Installer,
-    /// Bytes that the pacer gave and that were not asked for yet.
-    budget: u64,
+    /// What this link may carry of what the port does, in bytes/s.
+    share: Option<u64>,
+    /// The pace that the intermediary was told.
+    told: Option<u64>,
     /// When something last came, while something was asked for.
     last_sign: Instant,
     counted: u64,
@@ -124,7 +136,7 @@ impl Worker<'_> {
         while !self.shared.is_stopping() && !self.shared.is_dissolving() {
             match self.connect_once(vmd::Class::Bulk) {
                 Ok(link) => {
-                    self.link = Some(link);
+                    (self.link, self.told) = (Some(link), None);
                     (self.last_sign, self.counted) = (host::now(), 0);
                     self.set_lost(false, None);
                     return Ok(true);
@@ -227,62 +239,67 @@ impl Worker<'_> {
         let now = host::now();
         let nap = now + NAP;
         let direct_first = self.shared.direct_first(now);
+        let ahead = AHEAD;
         #[cfg(feature = "simulation")]
-        let direct_first = direct_first && !host::has_bug(host::Bug::DirectLast);
+        let (direct_first, ahead) =
+            if host::has_bug(host::Bug::DirectLast) { (false, 8 * AHEAD) } else { (direct_first, ahead) };
         if !self.shared.may_install() {
             return Ok(nap);
         }
         if direct_first {
             return Ok(nap.min(now + Duration::from_millis(2)));
         }
+        let pages = request_pages(self.share);
+        let wanted = pages as u64 * PAGE_WIRE_BYTES;
+        let window = self.share.map_or(WINDOW_BYTES, |share| {
+            bytes_in(share, WINDOW_TIME).clamp(2 * wanted, WINDOW_BYTES.max(2 * wanted))
+        });
         loop {
-            let rate = self.shared.pacer.rate();
-            let pages = request_pages(rate);
-            let window = rate.map_or(WINDOW_BYTES, |rate| {
-                let bytes = (rate as f64 * WINDOW_TIME.as_secs_f64()) as u64;
-                bytes.clamp(2 * pages as u64 * PAGE_WIRE_BYTES, WINDOW_BYTES)
-            });
             let asked: u64 = self.flights.iter().map(|(_, reads)| reads.len() as u64 * PAGE_WIRE_BYTES).sum();
             if asked >= window || self.shared.tracker.lock().left_at(self.member) == 0 {
                 return Ok(nap);
             }
-            let wanted = pages as u64 * PAGE_WIRE_BYTES;
-            if self.budget < wanted {
-                match self.shared.pacer.acquire(Class::Bulk, wanted - self.budget, now) {
-                    Acquire::Grant(bytes) => self.budget += bytes,
-                    Acquire::WaitUntil(at) => return Ok(at.min(nap)),
-                }
-                if self.budget < wanted {
-                    continue;
-                }
+            if let Acquire::WaitUntil(at) = self.shared.pacer.acquire_ahead(wanted, ahead, now) {
+                return Ok(at.min(nap));
             }
-            if !self.ask_for(pages)? {
+            let got = self.ask_for(pages)?;
+            // A whole unit may be more than was granted: the next request then waits for longer.
+            if got > wanted {
+                self.shared.pacer.charge(Class::Bulk, got - wanted, now);
+            } else {
+                self.shared.pacer.give_back(Class::Bulk, wanted - got);
+            }
+            if got == 0 {
                 return Ok(nap);
             }
         }
     }
 
-    /// Submits one request; `false` when there was nothing to ask for.
-    fn ask_for(&mut self, pages: usize) -> Result<bool> {
+    /// Submits one request for about so many pages; the bytes that it brings.
+    fn ask_for(&mut self, pages: usize) -> Result<u64> {
         let mut reads = self.spare.pop().unwrap_or_default();
         self.shared.tracker.lock().next_batch(self.member, pages, &mut reads);
         if reads.is_empty() {
             self.spare.push(reads);
-            return Ok(false);
+            return Ok(0);
         }
         let bytes = reads.len() as u64 * PAGE_WIRE_BYTES;
-        // A whole unit may be more than was granted: the next request then waits for longer.
-        if bytes > self.budget {
-            self.shared.pacer.charge(Class::Bulk, bytes - self.budget, host::now());
-        }
-        self.budget = self.budget.saturating_sub(bytes);
         self.gets.clear();
         self.gets.extend(reads.iter().map(|read| GetEntry { page: read.page, placement: read.placement }));
         if self.flights.is_empty() {
             self.last_sign = host::now();
         }
+        let pace = self.share.map(|share| share + share / CATCH_UP_PARTS);
+        let is_told = pace == self.told
+            || pace.zip(self.told).is_some_and(|(pace, told)| pace.abs_diff(told) <= told / PACE_PARTS);
         let submitted = match &mut self.link {
-            Some(link) => link.submit(Request::Get(&self.gets)),
+            Some(link) => {
+                if !is_told {
+                    link.pace_answers(pace);
+                    self.told = pace;
+                }
+                link.submit(Request::Get(&self.gets))
+            }
             None => Err(Error::new(ErrorKind::Unreachable, "no link")),
         };
         match submitted {
@@ -292,7 +309,7 @@ impl Worker<'_> {
                 return Err(error);
             }
         }
-        Ok(true)
+        Ok(bytes)
     }
 
     fn reap(&mut self) -> Result<()> {
@@ -338,7 +355,7 @@ impl Worker<'_> {
             base_rtt: Duration::ZERO,
             backlogged: false,
         };
-        self.shared.pacer.observe(self.pace_link, reading, host::now());
+        self.share = self.shared.pacer.report(self.pace_link, reading, host::now());
         let fresh = path.received_bytes.saturating_sub(self.counted);
         self.counted = path.received_bytes;
         self.shared.counters.wire.fetch_add(fresh, Ordering::Relaxed);
@@ -409,7 +426,7 @@ impl Worker<'_> {
 
 /// Pages of one request at a rate.
 fn request_pages(rate: Option<u64>) -> usize {
-    let pages = rate.map(|rate| (rate as f64 * REQUEST_TIME.as_secs_f64()) as u64 / PAGE_WIRE_BYTES);
+    let pages = rate.map(|rate| bytes_in(rate, REQUEST_TIME) / PAGE_WIRE_BYTES);
     pages.map_or(BATCH_PAGES, |pages| (pages as usize).clamp(1, BATCH_PAGES))
 }
 
@@ -441,8 +458,8 @@ mod test {
     fn requests_follow_the_rate() {
         assert_eq!(request_pages(None), BATCH_PAGES);
         assert_eq!(request_pages(Some(100_000)), 1);
-        assert_eq!(request_pages(Some(32_000_000)), 3);
-        assert_eq!(request_pages(Some(125_000_000)), 15);
+        assert_eq!(request_pages(Some(16_000_000)), 15);
+        assert_eq!(request_pages(Some(125_000_000)), BATCH_PAGES);
         assert_eq!(request_pages(Some(u64::MAX)), BATCH_PAGES);
     }
 }

@@ -23,6 +23,7 @@ mod tcp_info;
 #[cfg(test)]
 mod test;
 
+pub(crate) use bucket::bytes_in;
 pub use bucket::{TokenBucket, slice_bytes};
 pub use delay::{Aggregate, LinkReading, aggregate, own_delay};
 pub use rate::{RateFinder, Reading};

@@ -118,9 +118,8 @@ impl SharedPacer {
         self.inner.lock().acquire(class, bytes, now)
     }
 
-    /// Asks for `bytes` of credit to give to a direct sender elsewhere, up to `ahead` before their time: whoever
-    /// gives credit comes late, and the sender is to have enough until then. It is to pace itself, by
-    /// [`link_rate`](Self::link_rate).
+    /// Asks for all of `bytes`, to have them sent by somebody elsewhere who paces itself, up to `ahead` before their
+    /// time: whoever asks comes late, and the sender is to have enough until then. Who asks further ahead goes first.
     pub fn acquire_ahead(&self, bytes: u64, ahead: Duration, now: Instant) -> Acquire {
         let mut inner = self.inner.lock();
         inner.asked = true;
@@ -287,7 +286,12 @@ impl Inner {
 
     fn tick(&mut self, now: Instant) {
         self.shared = aggregate(self.links.iter().flatten().map(|link| (link.earlier, link.present)));
-        for link in self.links.iter_mut().flatten() {
+        for (link, flow) in self.links.iter_mut().zip(&mut self.flows) {
+            let Some(link) = link else { continue };
+            // A receiver tells of what came, and nothing where nothing does.
+            if link.reported_at.is_some_and(|at| now.saturating_duration_since(at) >= ACTIVE_TIME) {
+                flow.carried(0, now.saturating_duration_since(self.ticked_at));
+            }
             if link.present.delivered > link.earlier.delivered {
                 link.active_at = Some(now);
             } else if link.active_at.is_some_and(|at| now.saturating_duration_since(at) < ACTIVE_TIME)
@@ -403,6 +407,29 @@ mod test {
             assert_eq!(pacer.acquire(Class::Urgent, 4096, start), Acquire::Grant(4096));
         }
         assert_eq!(pacer.acquire(Class::Direct, 4096, start), Acquire::Grant(4096));
+    }
+
+    #[test]
+    fn whoever_has_nothing_to_tell_leaves_its_share() {
+        let start = Instant::now();
+        let pacer = SharedPacer::new(start, LIMIT);
+        let (direct, bulk) = (pacer.add_link(Class::Direct), pacer.add_link(Class::Bulk));
+        let (mut now, mut came, mut share) = (start, [0_u64; 2], None);
+        let mut step = |direct_comes: bool| {
+            now += Duration::from_millis(4);
+            let reading = |delivered| LinkReading { delivered, ..LinkReading::default() };
+            if direct_comes {
+                came[0] += LIMIT / 250;
+                pacer.observe(direct, reading(came[0]), now);
+            }
+            came[1] += share.unwrap_or(LIMIT).min(LIMIT) / 250;
+            share = pacer.report(bulk, reading(came[1]), now);
+            share.unwrap_or(u64::MAX)
+        };
+        let beside = (0..250).map(|_| step(true)).last();
+        assert!(beside.is_some_and(|share| share < LIMIT / 20), "{beside:?}");
+        let alone = (0..250).map(|_| step(false)).last();
+        assert!(alone.is_some_and(|share| share > LIMIT - LIMIT / 20), "{alone:?}");
     }
 
     #[test]

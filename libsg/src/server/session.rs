@@ -250,6 +250,8 @@ impl<'c> Session<'c> {
         self.read_body(header)?;
         let Self { store, channel, stream, path, buffers, .. } = self;
         path.refresh(*channel, host::now());
+        // Where the kernel does not keep a pace, the answer comes in a burst.
+        let _ = path.pace(*channel, header.answer_bytes_per_s());
         decode_runs(&buffers.body, header.count.into(), &mut buffers.wanted)?;
         let of = (header.volume, header.epoch);
         let pinned = match store.pin(of, &buffers.wanted, &mut buffers.pages, &mut buffers.runs) {

@@ -178,6 +178,12 @@ pub trait Link: Send {
         let _ = bytes_per_s;
         false
     }
+
+    /// Has what is asked for from now on come at no more than so many bytes/s; `None` is at once. A link that cannot
+    /// say so to its peer does not.
+    fn pace_answers(&mut self, bytes_per_s: Option<u64>) {
+        let _ = bytes_per_s;
+    }
 }
 
 /// Makes links to intermediaries: the entry point of a backend.

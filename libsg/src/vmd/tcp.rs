@@ -3,6 +3,7 @@
 mod answer;
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -70,6 +71,10 @@ pub struct TcpLink {
     outbox: Outbox,
     path: TcpPath,
     receive_delay: Option<Duration>,
+    /// How fast answers may come.
+    answers: Option<NonZeroU32>,
+    /// Carries single pages that somebody waits for: what its path is like is not asked.
+    urgent: bool,
     outstanding: Outstanding,
     /// Where requests' tables are encoded, used again and again.
     table: Vec<u8>,
@@ -89,13 +94,16 @@ impl TcpLink {
     #[must_use]
     pub fn new(channel: Channel) -> Self {
         let member = Member { node: channel.node().clone(), address: channel.peer_address() };
+        let urgent = channel.greeting().purpose.is_urgent();
         Self {
+            inbox: if urgent { Inbox::patient() } else { Inbox::new() },
             channel,
             member,
-            inbox: Inbox::new(),
             outbox: Outbox::new(),
             path: TcpPath::new(),
             receive_delay: None,
+            answers: None,
+            urgent,
             outstanding: Outstanding::default(),
             table: Vec::new(),
             entries: Vec::new(),
@@ -120,14 +128,20 @@ impl TcpLink {
         }
     }
 
+    fn look_at_path(&mut self) {
+        if !self.urgent {
+            self.path.refresh(&self.channel, host::now());
+        }
+    }
+
     /// Queues a frame whose table is in `self.table`.
     fn push(&mut self, kind: Kind, count: usize, slices: &[PageSlice]) -> Result<()> {
-        let now = host::now();
-        self.path.refresh(&self.channel, now);
+        self.look_at_path();
         let header = Header {
             sequence: Sequence(self.outstanding.next()),
             count: count as u16,
             delay_us: self.path.delay_us(),
+            answer_kib_s: self.answers.filter(|_| kind == Kind::Get),
             ..self.channel.header(kind)
         };
         self.outbox.push_frame(header, &self.table, slices.iter().cloned())?;
@@ -260,7 +274,7 @@ impl Link for TcpLink {
 
     fn progress(&mut self, write_bytes_max: usize) -> Result<usize> {
         self.check_alive()?;
-        self.path.refresh(&self.channel, host::now());
+        self.look_at_path();
         match self.outbox.flush(&self.channel, write_bytes_max) {
             Ok(written) => Ok(written),
             Err(error) => {
@@ -317,12 +331,17 @@ impl Link for TcpLink {
             base_rtt: info.base_rtt().unwrap_or_default(),
             unsent_bytes: info.notsent_bytes.into(),
             receive_delay: self.receive_delay,
-            received_bytes: self.inbox.received_bytes(),
+            // What lies in the socket has come, too.
+            received_bytes: info.bytes_received.max(self.inbox.received_bytes()),
         }
     }
 
     fn pace(&mut self, bytes_per_s: Option<u64>) -> bool {
         self.path.pace(&self.channel, bytes_per_s).is_ok()
+    }
+
+    fn pace_answers(&mut self, bytes_per_s: Option<u64>) {
+        self.answers = bytes_per_s.map(Header::kib_s_of);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The 64-byte header in front of every frame.
 
 use std::mem::{offset_of, size_of};
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use zerocopy::little_endian::{U16, U32, U64};
@@ -246,6 +247,9 @@ pub struct Header {
     /// minus its minimum), in microseconds. Whoever paces what it receives learns the state of
     /// the path by it.
     pub delay_us: Option<u32>,
+    /// In a request: how fast its answer may leave, in KiB/s. Whoever paces what it receives asks for long answers
+    /// by it, which would otherwise come in bursts. `None` is as fast as it can.
+    pub answer_kib_s: Option<NonZeroU32>,
 }
 
 /// The header as it lies in memory. `delay_us` is all ones where it is not known.
@@ -263,7 +267,7 @@ struct Raw {
     status: U16,
     count: U16,
     delay_us: U32,
-    reserved: U32,
+    answer_kib_s: U32,
     checksum: U32,
 }
 
@@ -293,19 +297,41 @@ impl Header {
             status: Status::Ok,
             count: 0,
             delay_us: None,
+            answer_kib_s: None,
         }
     }
 
     /// The header of the answer to this one: same volume, epoch and sequence.
     #[must_use]
     pub const fn answer(&self, kind: Kind) -> Self {
-        Self { kind, body_bytes: 0, status: Status::Ok, count: 0, delay_us: None, ..*self }
+        Self {
+            kind,
+            body_bytes: 0,
+            status: Status::Ok,
+            count: 0,
+            delay_us: None,
+            answer_kib_s: None,
+            ..*self
+        }
     }
 
     /// A delay as [`Self::delay_us`] tells it. All ones are "not known"; a delay of more than an hour is none of ours.
     #[must_use]
     pub fn delay_us_of(delay: Duration) -> u32 {
         delay.as_micros().min(u128::from(DELAY_UNKNOWN - 1)) as u32
+    }
+
+    /// A rate in bytes/s as [`Self::answer_kib_s`] tells it: at least one, and at most 4 TiB/s.
+    #[must_use]
+    pub fn kib_s_of(bytes_per_s: u64) -> NonZeroU32 {
+        let kib_s = u32::try_from(bytes_per_s >> 10).unwrap_or(u32::MAX);
+        NonZeroU32::new(kib_s).unwrap_or(NonZeroU32::MIN)
+    }
+
+    /// How fast the answer to this may leave, in bytes/s.
+    #[must_use]
+    pub fn answer_bytes_per_s(&self) -> Option<u64> {
+        self.answer_kib_s.map(|kib_s| u64::from(kib_s.get()) << 10)
     }
 
     /// The 64 bytes.
@@ -323,7 +349,7 @@ impl Header {
             status: (self.status as u16).into(),
             count: self.count.into(),
             delay_us: self.delay_us.unwrap_or(DELAY_UNKNOWN).into(),
-            reserved: 0.into(),
+            answer_kib_s: self.answer_kib_s.map_or(0, NonZeroU32::get).into(),
             checksum: 0.into(),
         };
         raw.checksum = Checksum::of(&raw.as_bytes()[..CHECKSUM_AT]).0.into();
@@ -352,7 +378,7 @@ impl Header {
         if kind != Kind::Hello && !(VERSION_OLDEST..=VERSION_NEWEST).contains(&version) {
             return Err(Malformed::Version(version));
         }
-        if raw.flags.get() != 0 || raw.reserved.get() != 0 {
+        if raw.flags.get() != 0 {
             return Err(Malformed::Reserved);
         }
         let body_bytes = raw.body_bytes.get();
@@ -370,6 +396,7 @@ impl Header {
             status: Status::decode(raw.status.get())?,
             count: raw.count.get(),
             delay_us: (delay_us != DELAY_UNKNOWN).then_some(delay_us),
+            answer_kib_s: NonZeroU32::new(raw.answer_kib_s.get()),
         })
     }
 }
@@ -417,6 +444,19 @@ mod test {
     }
 
     #[test]
+    fn an_answers_pace_is_told_in_kib() {
+        let told = |rate| Header { answer_kib_s: Some(Header::kib_s_of(rate)), ..header() };
+        for (rate, back) in
+            [(0, 1024), (1025, 1024), (125_000_000, 124_999_680), (u64::MAX, (u32::MAX as u64) << 10)]
+        {
+            let decoded = Header::decode(&told(rate).encode()).expect("good");
+            assert_eq!(decoded.answer_bytes_per_s(), Some(back));
+        }
+        assert_eq!(told(1).answer(Kind::GetReply).answer_kib_s, None);
+        assert_eq!(header().answer_bytes_per_s(), None);
+    }
+
+    #[test]
     fn every_flipped_bit_is_noticed() {
         let good = header().encode();
         for bit in 0..HEADER_BYTES * 8 {
@@ -437,7 +477,6 @@ mod test {
         assert_eq!(edit(48, 0), Malformed::Unknown("status", 0));
         assert_eq!(edit(4, 0xee), Malformed::Version(0xee));
         assert_eq!(edit(8, 1), Malformed::Reserved);
-        assert_eq!(edit(56, 1), Malformed::Reserved);
         assert_eq!(edit(15, 0xff), Malformed::Bounds("body length"));
     }
 }

@@ -22,13 +22,20 @@ impl Tracker {
         if let Some(near) = book.near {
             let next = self.collect(member, near as usize, NEAR_PAGES, pages_max, out, &mut unit_reads);
             self.members[member.as_usize()].near = (!out.is_empty()).then_some(next as u32);
+            self.fly(out);
         }
-        if out.is_empty() {
+        // What is near is few pages where a guest goes here and there: the batch is filled up.
+        let near = out.len();
+        if near < pages_max {
             let from = book.cursor as usize;
             let next = self.collect(member, from, SEARCH_PAGES_MAX, pages_max, out, &mut unit_reads);
             self.members[member.as_usize()].cursor = if next >= self.states.len() { 0 } else { next as u32 };
         }
-        for read in out.iter() {
+        self.fly(&out[near..]);
+    }
+
+    fn fly(&mut self, reads: &[Read]) {
+        for read in reads {
             self.change(PageRange::new(read.page, 1), State::fly);
         }
     }
