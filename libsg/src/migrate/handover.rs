@@ -10,6 +10,7 @@ use super::source::{Control, SourceOptions};
 use super::{Event, Mode, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
+use crate::limits;
 use crate::manifest::Manifest;
 use crate::scatter::session::{Destination, Session, serve_while};
 use crate::scatter::{DirectSink, Scatter, UrgentSink};
@@ -102,7 +103,11 @@ impl Handover<'_> {
         let unnamed = host::has_bug(host::Bug::FinalSetUnnamed);
         #[cfg(not(feature = "simulation"))]
         let unnamed = false;
-        let state = final_set::encode(self.scatter.planner.lock().rounds().filter(|_| !unnamed), &state);
+        let state = {
+            let planner = self.scatter.planner.lock();
+            let runs = planner.rounds().filter(|_| !unnamed);
+            final_set::encode_within(limits::STATE_BYTES_MAX, runs, &state).ok_or_else(too_scattered)?
+        };
         lines.control.send_state(&state, deadline)?;
         ask_all(
             members,
@@ -232,6 +237,15 @@ impl Handover<'_> {
         let anew = || Some(Conversation::new(self.destination.dial(Purpose::MigrationControl).ok()?));
         alive.and_then(say).or_else(|| say(anew()?))
     }
+}
+
+fn too_scattered() -> Error {
+    let message = format!(
+        "the VM's state and the list of the pages that were sent again take more than {} MiB: it writes to too many places \
+         for rounds; use scatter-gather, or hybrid with none",
+        limits::STATE_BYTES_MAX >> 20
+    );
+    Error::new(ErrorKind::Input, message)
 }
 
 /// The error that a word of the destination is where it does not belong.

@@ -24,6 +24,17 @@ const VERSION: u64 = 1;
 /// The final set, ascending runs without overlap, and the state behind it, as one blob.
 #[must_use]
 pub fn encode(runs: impl Iterator<Item = (PageRange, Round)>, state: &[u8]) -> Vec<u8> {
+    encode_within(usize::MAX, runs, state).unwrap_or_default()
+}
+
+/// The same, in at most so many bytes. `None`: it takes more, and no more memory than that was used to find out.
+#[must_use]
+pub fn encode_within(
+    bytes_max: usize,
+    runs: impl Iterator<Item = (PageRange, Round)>,
+    state: &[u8],
+) -> Option<Vec<u8>> {
+    let runs_max = bytes_max.checked_sub(state.len())?;
     let mut out = Vec::with_capacity(state.len() + 64);
     put(&mut out, VERSION);
     let (mut end, mut last) = (0, Round(0));
@@ -38,10 +49,13 @@ pub fn encode(runs: impl Iterator<Item = (PageRange, Round)>, state: &[u8]) -> V
             put(&mut out, round.0.into());
         }
         (end, last) = (run.first.0 + run.pages, round);
+        if out.len() >= runs_max {
+            return None;
+        }
     }
     put(&mut out, 0);
     out.extend_from_slice(state);
-    out
+    (out.len() <= bytes_max).then_some(out)
 }
 
 /// Gives the runs to `take`, one by one, and returns the VM's state. `pages` are those of the volume.
@@ -123,6 +137,23 @@ mod test {
     fn a_page_here_and_there_is_a_byte() {
         let runs = (0..100_000).map(|nth| (PageRange::new(PageIndex(nth * 20), 1), Round(2)));
         assert!(encode(runs, &[]).len() < 100_010);
+    }
+
+    #[test]
+    fn what_is_too_long_is_not_built() {
+        let runs =
+            || [(4, 2), (9, 1)].map(|(first, pages)| (PageRange::new(PageIndex(first), pages), Round(300)));
+        let whole = encode(runs().into_iter(), b"vcpu");
+        assert_eq!(encode_within(whole.len(), runs().into_iter(), b"vcpu"), Some(whole.clone()));
+        for less in 0..whole.len() {
+            assert_eq!(encode_within(less, runs().into_iter(), b"vcpu"), None, "{less}");
+        }
+        // It ends where it is clear, and not with the runs.
+        let mut taken = 0_u32;
+        let endless =
+            (0..).map(|nth| (PageRange::new(PageIndex(nth * 2), 1), Round(1))).inspect(|_| taken += 1);
+        assert_eq!(encode_within(1000, endless, &[0; 100]), None);
+        assert!(taken < 1000);
     }
 
     proptest! {
