@@ -31,6 +31,15 @@ pub const NAME_BYTES_MAX: usize = 255;
 /// Bytes of an intermediary's name.
 pub const NODE_NAME_BYTES_MAX: usize = 64;
 
+/// Bytes of a zone's name.
+pub const ZONE_BYTES_MAX: usize = 64;
+
+/// Bytes of an announcement's body, names included. A longer one is not sent, and not read.
+pub const ANNOUNCEMENT_BYTES_MAX: usize = 512;
+
+/// Hosts of a pool that are remembered, those that were heard of lately included. Further ones are not heard.
+pub const POOL_HOSTS_MAX: usize = 16_384;
+
 /// Regions in a manifest.
 pub const REGIONS_MAX: usize = 1024;
 

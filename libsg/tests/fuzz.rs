@@ -15,9 +15,11 @@ use libsg::ids::{
 };
 use libsg::manifest::{Manifest, Region};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
+use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
+use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::{Entry, encode_table};
 use libsg::wire::final_set;
-use libsg::wire::handshake::{Challenge, Hello, Purpose};
+use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose};
 use libsg::wire::message::{
     self, Member, NodeStatistics, Rounds, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
 };
@@ -26,7 +28,7 @@ use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry};
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
-const TARGETS: [Target; 7] = [
+const TARGETS: [Target; 8] = [
     ("header", targets::header, headers),
     ("tables", targets::tables, tables),
     ("pages", targets::pages, pages),
@@ -34,6 +36,7 @@ const TARGETS: [Target; 7] = [
     ("handshake", targets::handshake, handshakes),
     ("stream", targets::stream, streams),
     ("final_set", targets::final_set, final_sets),
+    ("datagram", targets::datagram, datagrams),
 ];
 
 #[test]
@@ -250,6 +253,33 @@ fn handshakes() -> Vec<Vec<u8>> {
     let hello = Hello { version_min: 1, version_max: 2, purpose: Purpose::VmdBulk, nonce: [5; 32] };
     let challenge = Challenge { version: 1, nonce: [6; 32], node: members()[0].node.clone() };
     vec![hello.encode().to_vec(), challenge.encode().expect("fits"), vec![9; 32]]
+}
+
+/// Without their seals: the target puts them on again.
+fn datagrams() -> Vec<Vec<u8>> {
+    let key = PoolKey::derive(b"of the fuzzed pool").announcement_key();
+    let here = |zone: Option<&str>, duty| Said::Here {
+        period_ms: 1000,
+        host: Announcement {
+            node: members()[0].node.clone(),
+            address: members()[0].address,
+            zone: zone.map(str::to_owned),
+            duty,
+            transports: Transports::TCP,
+            memory: MemoryRoom { host_bytes: 4, available_bytes: 3, limit_bytes: 2, used_bytes: 1 },
+            link: LinkRoom { bytes_per_s: 1 << 40, free_in_bytes_per_s: 1 << 20, ..LinkRoom::default() },
+            cpu_idle_permille: 1000,
+            connections_free: 1024,
+            volumes_free: 4096,
+        },
+    };
+    [here(Some("rack7"), Duty::Lends), here(None, Duty::Leaves), Said::WhoIsThere]
+        .map(|said| {
+            let mut bytes = Datagram { counter: 7, sent_ms: 1 << 40, said }.encode(&key).expect("in bounds");
+            bytes.truncate(bytes.len() - 32);
+            bytes
+        })
+        .to_vec()
 }
 
 fn final_sets() -> Vec<Vec<u8>> {

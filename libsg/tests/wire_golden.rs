@@ -11,6 +11,8 @@ use libsg::ids::{
     Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
 };
 use libsg::page::{PageIndex, PageRange};
+use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
+use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::Entry;
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose, Role};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
@@ -286,4 +288,45 @@ fn messages() {
     }
     assert_eq!(bytes(message::encode(&VmdReply::Done)), "00");
     assert_eq!(bytes(message::encode(&VmdReply::State { bytes: 1, checksum: 2 })), "020102");
+}
+
+/// What hosts say of themselves. Those of a pool need not be of one version.
+#[test]
+fn datagrams() {
+    let host = Announcement {
+        node: NodeId { name: "rack2".into(), incarnation: 300 },
+        address: ([10, 0, 0, 3], 7701).into(),
+        zone: Some("east".into()),
+        duty: Duty::Pressed,
+        transports: Transports::TCP,
+        memory: MemoryRoom { host_bytes: 4, available_bytes: 3, limit_bytes: 2, used_bytes: 1 },
+        link: LinkRoom {
+            bytes_per_s: 1000,
+            free_in_bytes_per_s: 9,
+            free_out_bytes_per_s: 8,
+            limit_in_bytes_per_s: 7,
+            limit_out_bytes_per_s: 6,
+        },
+        cpu_idle_permille: 500,
+        connections_free: 11,
+        volumes_free: 12,
+    };
+    let key = PoolKey::derive(b"a pool's secret").announcement_key();
+    let bytes = |said| {
+        let datagram = Datagram { counter: 5, sent_ms: 0x0102_0304_0506, said };
+        hex(&datagram.encode(&key).expect("in bounds"))
+    };
+    let duties = [Duty::Lends, Duty::Source, Duty::Pressed, Duty::Leaves];
+    for (number, duty) in duties.into_iter().enumerate() {
+        assert_eq!(hex(&message::encode(&duty).expect("fits")), format!("{number:02x}"));
+    }
+    assert_eq!(
+        bytes(Said::Here { period_ms: 1000, host }),
+        "f55347410100010005000000000000000605040302010000e803000000000000057261636b32ac02000a000003953c010465617374020104030201e807090807\
+         06f4030b0cb5237b482967fa8f0244279ee26eaca3b6b7bc9dbef0b18c327ac4eaf78aa332"
+    );
+    assert_eq!(
+        bytes(Said::WhoIsThere),
+        "f55347410100020005000000000000000605040302010000000000000000000018ae8afa494d9e518e2295ba8e89ef7ff8aa01748f33ae2bb7869e9198f69f13"
+    );
 }

@@ -6,12 +6,12 @@
 mod places;
 mod world;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::json;
 use world::proxy::Proxy;
-use world::{Vmm, World};
+use world::{PATIENCE, Vmm, World};
 
 /// Two intermediaries, a VM of 32 MiB, and a destination for it.
 fn usual() -> (World, Vmm, Vmm) {
@@ -27,6 +27,36 @@ fn ends_well(source: &Vmm, destination: &Vmm) {
     destination.arrived(32);
     source.quit(0);
     destination.quit(0);
+}
+
+#[test]
+fn intermediaries_are_chosen_from_the_pool_and_a_dead_one_is_gone_from_it() {
+    let [a, b, c, d] = libsg::ids::random_bytes().expect("random bytes");
+    let port = 40_000 + u16::from_le_bytes([c, d]) % 10_000;
+    let place = format!("239.255.{a}.{b}:{port}@127.0.0.1");
+    let world = World::new(2, &["--announce", &place, "--link", "1gbit"]);
+    let source = world.vm("source", &format!("--pool multicast:{place} --link 1gbit"));
+    let destination = world.incoming("destination", "--gather-limit 100mbit");
+    let start = |dry_run| {
+        let to = destination.address.to_string();
+        let answer = source.ask(&json!({"do": "start", "to": to, "pool": true, "dry_run": dry_run}));
+        assert_eq!(answer["ok"], true, "{answer}");
+        answer["selection"]["nodes"].as_array().cloned().unwrap_or_else(|| panic!("{answer}"))
+    };
+    let until_heard = |nodes: usize| {
+        let began = Instant::now();
+        while start(true).len() != nodes {
+            assert!(began.elapsed() < PATIENCE, "{:?}", start(true));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    until_heard(2);
+    world.intermediaries[0].process.kill();
+    until_heard(1);
+    // Whether it has anything to spare at this moment, this machine says.
+    let node = &start(false)[0];
+    assert_eq!(node["taken"], node["why"].as_str().is_some_and(|why| why.starts_with("taken for")));
+    ends_well(&source, &destination);
 }
 
 #[test]

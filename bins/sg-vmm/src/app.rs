@@ -16,6 +16,7 @@ use crate::control::{Controlled, Server};
 use crate::memory::Memory;
 use crate::migration::Berth;
 use crate::moves::Moves;
+use crate::pool::PoolView;
 use crate::serial::Serial;
 use crate::vm::{Verifier, Vm};
 
@@ -58,7 +59,10 @@ pub fn run(arguments: &RunArguments) -> Result<u8> {
     let serial = arguments.serial.as_deref().map_or_else(|| Ok(Serial::default()), Serial::open)?;
     let berth = Berth::default();
     let (end, ends) = bounded(1);
-    let moves = Moves::new(arguments.secret()?);
+    let secret = arguments.secret()?;
+    let pool = arguments.membership()?;
+    let pool = pool.map(|pool| PoolView::join(&pool, &secret, &arguments.name)).transpose()?;
+    let moves = Moves::new(secret, pool);
     let vmm = Arc::new(Vmm { berth, moves, end, ended: false.into() });
     end_on_lost_pages()?;
     let signals = watch_signals(vmm.end.clone())?;
@@ -177,8 +181,8 @@ impl Vmm {
             let example = r#"{"do":"start","mode":"scatter-gather","to":"10.0.0.2:7700","intermediaries":["10.0.0.3:7701"]}"#;
             Error::new(ErrorKind::Input, format!("\"start\" is to be like {example}")).because(e)
         })?;
-        self.moves.start(&self.vm()?, what)?;
-        Ok(Map::new())
+        let selection = self.moves.start(&self.vm()?, what)?;
+        Ok(selection.map(|selection| object(json!({ "selection": selection }))).unwrap_or_default())
     }
 
     /// Both at once: a VM that is told to pause gives its state, which is thrown away here.

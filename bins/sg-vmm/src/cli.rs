@@ -10,6 +10,7 @@ use libsg::{Error, ErrorKind, Result};
 
 use crate::config::{BackingKind, VcpuKind, VmConfig, Workload};
 use crate::kvm::KvmVm;
+use crate::pool::Membership;
 
 /// A small virtual machine whose guest checks every page of its own memory.
 ///
@@ -93,8 +94,19 @@ pub struct RunArguments {
     /// File with the pool's secret. Without one, anybody who reaches the port may send a VM here
     #[arg(long, value_name = "FILE")]
     pub secret: Option<PathBuf>,
+    /// Hear the pool: with {"pool":true}, start chooses intermediaries among the hosts that announce themselves
+    /// (multicast:GROUP:PORT@ADDR; the port 7702, and the interface that the routes say, need not be named), and while a VM leaves, others do not choose nodes of this host
+    #[arg(long, value_name = "WHERE")]
+    pub pool: Option<String>,
+    /// The zone (rack, power feed) this host is in
+    #[arg(long, value_name = "Z", requires = "pool")]
+    pub zone: Option<String>,
+    /// What the host's link carries [default: what its interface says, else 1gbit]
+    #[arg(long, value_name = "RATE", requires = "pool")]
+    pub link: Option<Rate>,
     /// Unix socket to listen on for commands, one JSON object a line: {"do":"start","to":"ADDR:PORT",
-    /// "mode":"scatter-gather","intermediaries":["ADDR:PORT"]}, where "mode" may also be post-copy, hybrid or pre-copy, the
+    /// "mode":"scatter-gather","intermediaries":["ADDR:PORT"]}, or instead of a list "pool":true, with "evacuate":true where
+    /// the whole zone is emptied, and "dry_run":true to be told of the choice and nothing else; where "mode" may also be post-copy, hybrid or pre-copy, the
     /// latter two with "rounds" (most while the VM runs), "downtime_limit_ms", "via" (direct or vmd); progress, limit ("gather", "scatter": RATE), cancel,
     /// report, stats, verify ("by": guest or vmm), pause, resume, quit, and as a canary spoil ("page": a page that is made
     /// wrong, which must be reported as exactly one mismatch)
@@ -119,6 +131,22 @@ impl RunArguments {
                 "without --secret only a loopback address can be listened on: anybody could send a VM here",
             )),
         }
+    }
+
+    /// The pool to hear, if one is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] for one that cannot be heard.
+    pub fn membership(&self) -> Result<Option<Membership>> {
+        let Some(pool) = &self.pool else { return Ok(None) };
+        let Some(place) = pool.strip_prefix("multicast:") else {
+            return Err(Error::new(
+                ErrorKind::Input,
+                format!("--pool {pool}: write multicast:GROUP[:PORT][@ADDR]"),
+            ));
+        };
+        let link_bytes_per_s = self.link.filter(|rate| !rate.is_unlimited()).map(Rate::bytes_per_s);
+        Ok(Some(Membership { place: place.parse()?, zone: self.zone.clone(), link_bytes_per_s }))
     }
 
     /// The VM that these arguments describe.

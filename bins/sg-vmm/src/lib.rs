@@ -19,6 +19,7 @@ pub mod saved;
 pub mod verify;
 pub mod vm;
 pub mod migration;
+pub mod pool;
 pub mod moves;
 pub mod control;
 pub mod cli;

@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::migration::{Arriving, Berth, Leaving};
+use crate::pool::{self, PoolView};
 use crate::serial::Serial;
 use crate::vm::Vm;
 
@@ -44,6 +45,15 @@ pub struct Start {
     /// Intermediaries that may take pages.
     #[serde(default)]
     pub intermediaries: Vec<SocketAddr>,
+    /// Intermediaries are chosen among those of the pool that the VMM hears.
+    #[serde(default)]
+    pub pool: bool,
+    /// The whole zone is emptied: nothing goes to its nodes.
+    #[serde(default)]
+    pub evacuate: bool,
+    /// With `pool`: only says whom it would choose.
+    #[serde(default)]
+    pub dry_run: bool,
     /// Most rounds while the VM runs; what is usual in the mode where it is not said.
     pub rounds: Option<u16>,
     /// Where the rounds of pre-copy go.
@@ -67,6 +77,7 @@ impl Start {
 /// Leaving and arriving.
 pub struct Moves {
     secret: PoolSecret,
+    pool: Option<PoolView>,
     began: Mutex<Option<Instant>>,
     outgoing: Mutex<Option<Arc<Outgoing>>>,
     incoming: Mutex<Option<Arc<Incoming>>>,
@@ -75,9 +86,10 @@ pub struct Moves {
 impl Moves {
     /// No migration yet.
     #[must_use]
-    pub fn new(secret: PoolSecret) -> Arc<Self> {
+    pub fn new(secret: PoolSecret, pool: Option<PoolView>) -> Arc<Self> {
         Arc::new(Self {
             secret,
+            pool,
             began: Mutex::new(None),
             outgoing: Mutex::new(None),
             incoming: Mutex::new(None),
@@ -110,11 +122,29 @@ impl Moves {
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
 
-    /// Starts the migration of a VM that runs here.
+    /// Starts the migration of a VM that runs here. Returns how intermediaries were chosen, if they were.
     ///
     /// # Errors
-    /// One is under way, or it cannot be started.
-    pub fn start(self: &Arc<Self>, vm: &Arc<Vm>, what: Start) -> Result<()> {
+    /// One is under way, or it cannot be started; a choice among a pool that this VMM is not in.
+    pub fn start(self: &Arc<Self>, vm: &Arc<Vm>, what: Start) -> Result<Option<Value>> {
+        let mut told = None;
+        let mut intermediaries = what.intermediaries.clone();
+        if what.pool {
+            let pool = self.pool.as_ref().ok_or_else(pool::none)?;
+            let choice = pool.choose(vm.config().memory_bytes, what.to, what.evacuate)?;
+            intermediaries.extend(choice.addresses);
+            told = Some(choice.told);
+        } else if what.dry_run || what.evacuate {
+            let message = "\"dry_run\" and \"evacuate\" are about a choice: say \"pool\":true";
+            return Err(Error::new(ErrorKind::Input, message));
+        }
+        if !what.dry_run {
+            self.go(vm, &what, intermediaries)?;
+        }
+        Ok(told)
+    }
+
+    fn go(self: &Arc<Self>, vm: &Arc<Vm>, what: &Start, intermediaries: Vec<SocketAddr>) -> Result<()> {
         let mut slot = self.outgoing.lock();
         if slot.as_ref().is_some_and(|outgoing| !outgoing.is_over()) {
             return Err(Error::new(ErrorKind::Input, "a migration of this VM is under way"));
@@ -130,7 +160,7 @@ impl Moves {
             to: what.to,
             mode: what.mode,
             rounds: what.rounds(),
-            intermediaries: what.intermediaries,
+            intermediaries,
             secret: self.secret.clone(),
             connector: self.connector(),
             scatter_limit_bytes_per_s: 0,
@@ -141,6 +171,7 @@ impl Moves {
         let leaving = Box::new(Leaving::new(Arc::clone(vm)));
         let outgoing = Arc::new(start(leaving, source, vm.config().manifest()?, options)?);
         *slot = Some(Arc::clone(&outgoing));
+        self.pool.iter().for_each(|pool| pool.set_leaving(true));
         let moves = Arc::clone(self);
         std::thread::Builder::new().name("sg-evicted".into()).spawn(move || {
             let event = match outgoing.wait_evicted(FOREVER) {
@@ -148,6 +179,7 @@ impl Moves {
                 Err(error) => Event::Failed { kind: error.kind, message: error.chain() },
             };
             moves.tell(&event, Some(&outgoing.report()));
+            moves.pool.iter().for_each(|pool| pool.set_leaving(false));
         })?;
         Ok(())
     }

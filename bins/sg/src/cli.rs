@@ -2,15 +2,21 @@
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use libsg::discovery::multicast::{MulticastPool, Place};
+use libsg::discovery::{Found, Pool, StaticPool};
 use libsg::ids::VolumeId;
 use libsg::transport::PoolSecret;
 use libsg::units::{Rate, Size};
 
 /// The port an intermediary listens on.
 const PORT: u16 = 7701;
+
+/// How long hosts of a pool have to announce themselves to who asks.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Arguments that cannot be used together, or name what there is not: exit code 2.
 #[derive(Debug)]
@@ -37,6 +43,7 @@ Examples:
   sg serve --memory 16G --secret pool.secret                  on each host with memory to spare
   sg status --intermediary 10.0.0.3 --intermediary 10.0.0.4 --secret pool.secret
   sg ls --pool static:/etc/sg/pool --secret pool.secret       whose pages lie there
+  sg plan --pool multicast:239.83.71.1 --secret pool.secret --memory 64G   who would take them
 
 Sizes are powers of two (512M, 1G), rates powers of ten (256mbit, 1gbit; 0 is unlimited).
 Exit codes: 0 done, 1 failed and nothing lost, 2 wrong arguments, 3 something was lost."
@@ -58,6 +65,8 @@ pub enum Command {
     Ls(PoolArgs),
     /// Give a volume's memory back at every intermediary; its pages are gone
     Dissolve(DissolveArgs),
+    /// Which intermediaries a VM would go to, and why; whether it fits, and how long it takes. Does nothing
+    Plan(PlanArgs),
 }
 
 /// How pages reach an intermediary.
@@ -84,6 +93,7 @@ pub enum LogFormat {
 Examples:
   sg serve --memory 16G --secret pool.secret
   sg serve --memory 16G --secret pool.secret --limit-in 4gbit --zone rack7
+  sg serve --memory 16G --secret pool.secret --announce 239.83.71.1@10.0.0.3
   sg serve --memory 512M --listen 127.0.0.1:7701              for a test, on this host alone
 
 Memory is taken as pages come, and given back when a migration is done. Once it listens, one line is
@@ -117,6 +127,14 @@ pub struct ServeArgs {
     /// Listen beyond loopback without a secret: whoever reaches the port reads every page
     #[arg(long, conflicts_with = "secret")]
     pub insecure: bool,
+    /// Announce it to a multicast group, so that others find it without a list: once a second, in a large pool less
+    /// often. The interface is the one with the address, else the one the routes say; the port 7702 where none is
+    /// named. Clocks of the pool's hosts may differ by 30 s
+    #[arg(long, value_name = "GROUP[:PORT][@ADDR]")]
+    pub announce: Option<Place>,
+    /// What the host's link carries, for the announcement [default: what its interface says, else 1gbit]
+    #[arg(long, value_name = "RATE", requires = "announce")]
+    pub link: Option<Rate>,
     /// How pages reach it
     #[arg(long, value_enum, default_value = "auto")]
     pub transport: Transport,
@@ -142,7 +160,8 @@ pub struct PoolArgs {
     /// An intermediary; may be given several times
     #[arg(long, value_name = "HOST:PORT")]
     pub intermediary: Vec<String>,
-    /// Where to find intermediaries: static:FILE has one HOST:PORT a line
+    /// Where to find intermediaries: static:FILE has one HOST:PORT a line; at multicast:GROUP:PORT@ADDR
+    /// they announce themselves (port and address of the interface need not be named)
     #[arg(long, value_name = "WHERE")]
     pub pool: Option<String>,
     /// File with the pool's secret
@@ -167,6 +186,56 @@ pub struct DissolveArgs {
     pub pool: PoolArgs,
 }
 
+/// Arguments of `sg plan`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sg plan --pool multicast:239.83.71.1 --secret pool.secret --memory 64G
+  sg plan --pool multicast:239.83.71.1 --secret pool.secret --memory 64G --link 10gbit --destination-rate 2gbit \\
+      --from 10.0.0.7 --to 10.0.1.9 --copies 2 --evacuate
+
+Zones are those that the hosts of --from and --to announce, where they are not named. Which of several equal nodes are
+taken is drawn by --seed; a migration draws by its own. Exit code 0: it fits; 1: it does not, or nobody answers.")]
+pub struct PlanArgs {
+    /// Memory of the VM that is not zero
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Size,
+    /// Copies of each page
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub copies: u8,
+    /// What the source's link sends [default: what --from announces, else 1gbit]
+    #[arg(long, value_name = "RATE")]
+    pub link: Option<Rate>,
+    /// What the destination takes in [default: what --to announces to be free, else as --link]
+    #[arg(long, value_name = "RATE")]
+    pub destination_rate: Option<Rate>,
+    /// The host that the VM leaves
+    #[arg(long, value_name = "IP")]
+    pub from: Option<IpAddr>,
+    /// The host that it goes to
+    #[arg(long, value_name = "IP")]
+    pub to: Option<IpAddr>,
+    /// The zone that it leaves
+    #[arg(long, value_name = "Z")]
+    pub from_zone: Option<String>,
+    /// The zone that it goes to: nodes there come first
+    #[arg(long, value_name = "Z")]
+    pub to_zone: Option<String>,
+    /// The whole zone that it leaves is emptied: nodes in the destination's zone only, with further copies anywhere but
+    /// in the zone that it leaves
+    #[arg(long)]
+    pub evacuate: bool,
+    /// What the choice among equals comes from
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Also those that were left, and why
+    #[arg(long)]
+    pub explain: bool,
+    /// Which intermediaries.
+    #[command(flatten)]
+    pub pool: PoolArgs,
+}
+
 /// The secret in the file, or none.
 pub fn secret(path: Option<&Path>) -> Result<PoolSecret> {
     Ok(match path {
@@ -176,24 +245,45 @@ pub fn secret(path: Option<&Path>) -> Result<PoolSecret> {
 }
 
 impl PoolArgs {
-    /// The intermediaries' addresses.
-    pub fn addresses(&self) -> Result<Vec<SocketAddr>> {
+    /// The intermediaries that are named or found.
+    pub fn find(&self, secret: &PoolSecret) -> Result<Vec<Found>> {
         let mut names = self.intermediary.clone();
-        if let Some(pool) = &self.pool {
-            let Some(path) = pool.strip_prefix("static:") else {
-                return Err(WrongArguments(format!("--pool {pool}: write static:FILE")).into());
-            };
-            let text = std::fs::read_to_string(path)
-                .map_err(|e| WrongArguments(format!("--pool: {path} cannot be read: {e}")))?;
-            let lines = text.lines().map(|line| line.split('#').next().unwrap_or_default().trim());
-            names.extend(lines.filter(|line| !line.is_empty()).map(str::to_owned));
+        let mut found = Vec::new();
+        match self.pool.as_deref().map(|pool| (pool, pool.split_once(':'))) {
+            None => {}
+            Some((_, Some(("static", path)))) => names.extend(listed(path)?),
+            Some((_, Some(("multicast", place)))) => {
+                let place: Place = place.parse().map_err(|e: libsg::Error| WrongArguments(e.chain()))?;
+                let looked = MulticastPool::open(place, secret).and_then(|mut pool| pool.find(PATIENCE));
+                found = looked.map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
+                found.retain(|found| found.address.port() != 0);
+                anyhow::ensure!(
+                    !found.is_empty() || !names.is_empty(),
+                    "nobody announces itself at {place}: `sg serve --announce {place}` does, with the same --secret"
+                );
+            }
+            Some((pool, _)) => {
+                let what = format!("--pool {pool}: write static:FILE or multicast:GROUP[:PORT][@ADDR]");
+                return Err(WrongArguments(what).into());
+            }
         }
-        if names.is_empty() {
-            let what = "name the intermediaries: --intermediary HOST:PORT, or --pool static:FILE";
+        if names.is_empty() && found.is_empty() {
+            let what =
+                "name the intermediaries: --intermediary HOST:PORT, or --pool static:FILE or multicast:GROUP";
             return Err(WrongArguments(what.into()).into());
         }
-        names.iter().map(|name| resolve(name)).collect()
+        let named = names.iter().map(|name| resolve(name)).collect::<Result<Vec<_>>>()?;
+        let named = StaticPool(named).find(PATIENCE).map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
+        Ok(named.into_iter().chain(found).collect())
     }
+}
+
+/// What a file of addresses names.
+fn listed(path: &str) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| WrongArguments(format!("--pool: {path} cannot be read: {e}")))?;
+    let lines = text.lines().map(|line| line.split('#').next().unwrap_or_default().trim());
+    Ok(lines.filter(|line| !line.is_empty()).map(str::to_owned).collect())
 }
 
 /// The address of `HOST`, `HOST:PORT`, or `[HOST]:PORT`.
@@ -234,13 +324,17 @@ mod test {
             secret: None,
             json: false,
         };
-        let found = pool.addresses().expect("good");
+        let secret = PoolSecret::open();
+        let found = pool.find(&secret).expect("good");
         std::fs::remove_file(&file).expect("removed");
-        let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+        let found: Vec<String> = found.iter().map(|found| found.address.to_string()).collect();
         assert_eq!(found, ["127.0.0.1:5", "[::1]:7701", "127.0.0.2:7701", "127.0.0.3:99"]);
-        pool.pool = Some("etcd://x".into());
-        assert!(pool.addresses().is_err());
+        for wrong in ["etcd://x", "static", "multicast:10.0.0.1"] {
+            pool.pool = Some(wrong.into());
+            let error = pool.find(&secret).expect_err("no pool");
+            assert!(error.downcast_ref::<WrongArguments>().is_some(), "{error}");
+        }
         pool = PoolArgs { intermediary: vec![], pool: None, secret: None, json: false };
-        assert!(pool.addresses().expect_err("nobody").downcast_ref::<WrongArguments>().is_some());
+        assert!(pool.find(&secret).expect_err("nobody").downcast_ref::<WrongArguments>().is_some());
     }
 }

@@ -1,8 +1,10 @@
 //! sg: libsg for operators. The intermediary daemon, and what one asks of a pool.
 
+mod announce;
 mod ask;
 mod cli;
 mod operate;
+mod plan;
 mod process;
 mod serve;
 mod table;
@@ -18,6 +20,7 @@ fn main() -> ExitCode {
         cli::Command::Status(args) => operate::status(args),
         cli::Command::Ls(args) => operate::list(args),
         cli::Command::Dissolve(args) => operate::dissolve(args),
+        cli::Command::Plan(args) => plan::run(args),
     };
     match done {
         Ok(code) => ExitCode::from(code),

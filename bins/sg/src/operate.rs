@@ -5,9 +5,11 @@ use std::io::{IsTerminal as _, Write as _};
 use std::net::SocketAddr;
 
 use anyhow::Result;
+use libsg::discovery::Found;
 use libsg::ids::{Epoch, VolumeId};
 use libsg::page::PAGE_BYTES_U64;
 use libsg::transport::PoolSecret;
+use libsg::wire::announcement::LinkRoom;
 use libsg::wire::message::{NodeStatistics, VmdReply, VmdRequest, VolumeInfo, VolumeSummary};
 use libsg::{Error, ErrorKind};
 use serde_json::json;
@@ -19,7 +21,10 @@ use crate::table;
 /// The version of what is written with `--json`.
 const SCHEMA: u32 = 1;
 
-type Answer<T> = (SocketAddr, libsg::Result<T>);
+/// Intermediaries that are asked at once, each by a thread.
+const ASKED_AT_ONCE: usize = 64;
+
+type Answer<T> = (Found, libsg::Result<T>);
 
 /// `sg status`.
 pub fn status(args: &PoolArgs) -> Result<u8> {
@@ -28,10 +33,22 @@ pub fn status(args: &PoolArgs) -> Result<u8> {
         let nodes: Vec<_> = answers.iter().map(node_json).collect();
         println!("{}", json!({ "schema": SCHEMA, "status": "ok", "nodes": nodes }));
     } else {
-        let known = answers.iter().filter_map(|(address, answer)| Some((address, answer.as_ref().ok()?)));
-        let rows: Vec<_> = known.map(|(address, node)| node_row(*address, node)).collect();
-        let heading =
-            ["NODE", "ADDRESS", "ZONE", "USED", "OF", "FULL", "TAKEN IN", "GIVEN OUT", "CONNS", "VMS"];
+        let known = answers.iter().filter_map(|(host, answer)| Some((host, answer.as_ref().ok()?)));
+        let rows: Vec<_> = known.map(|(host, node)| node_row(host, node)).collect();
+        let heading = [
+            "NODE",
+            "ADDRESS",
+            "ZONE",
+            "USED",
+            "OF",
+            "FULL",
+            "FREE IN",
+            "FREE OUT",
+            "TAKEN IN",
+            "GIVEN OUT",
+            "CONNS",
+            "VMS",
+        ];
         print!("{}", table::render(&heading, &rows));
         report_failures(&answers);
     }
@@ -63,7 +80,8 @@ pub fn dissolve(args: &DissolveArgs) -> Result<u8> {
     let secret = secret(args.pool.secret.as_deref())?;
     let mut found: Vec<(Node, VolumeInfo)> = Vec::new();
     let mut failed = false;
-    for address in args.pool.addresses()? {
+    for host in args.pool.find(&secret)? {
+        let address = host.address;
         match describe(address, &secret, args.volume) {
             Ok(Some(known)) => found.push(known),
             Ok(None) => {}
@@ -145,16 +163,18 @@ fn statistics(args: &PoolArgs) -> Result<Vec<Answer<NodeStatistics>>> {
         }
     };
     // All at once: one that does not answer shall not hold up the others.
-    let addresses = args.addresses()?;
-    Ok(std::thread::scope(|scope| {
-        let asked: Vec<_> =
-            addresses.iter().map(|address| (*address, scope.spawn(|| ask(*address)))).collect();
-        let answer = |(address, thread): (SocketAddr, std::thread::ScopedJoinHandle<'_, _>)| {
-            let panicked = |_| Err(Error::new(ErrorKind::Poisoned, "asking it failed"));
-            (address, thread.join().unwrap_or_else(panicked))
-        };
-        asked.into_iter().map(answer).collect()
-    }))
+    let hosts = args.find(&secret)?;
+    let mut answers = Vec::new();
+    for some in hosts.chunks(ASKED_AT_ONCE) {
+        std::thread::scope(|scope| {
+            let asked: Vec<_> = some.iter().map(|host| scope.spawn(|| ask(host.address))).collect();
+            for (host, thread) in some.iter().zip(asked) {
+                let panicked = |_| Err(Error::new(ErrorKind::Poisoned, "asking it failed"));
+                answers.push((host.clone(), thread.join().unwrap_or_else(panicked)));
+            }
+        });
+    }
+    Ok(answers)
 }
 
 fn code<T>(answers: &[Answer<T>]) -> u8 {
@@ -162,14 +182,15 @@ fn code<T>(answers: &[Answer<T>]) -> u8 {
 }
 
 fn report_failures<T>(answers: &[Answer<T>]) {
-    for (address, answer) in answers {
+    for (host, answer) in answers {
         if let Err(error) = answer {
-            eprintln!("sg: {address}: {}", error.chain());
+            eprintln!("sg: {}: {}", host.address, error.chain());
         }
     }
 }
 
-fn node_json((address, answer): &Answer<NodeStatistics>) -> serde_json::Value {
+fn node_json((host, answer): &Answer<NodeStatistics>) -> serde_json::Value {
+    let address = host.address;
     match answer {
         Ok(node) => json!({
             "address": address.to_string(),
@@ -183,6 +204,7 @@ fn node_json((address, answer): &Answer<NodeStatistics>) -> serde_json::Value {
             "bytes_out": node.bytes_out,
             "connections": node.connections,
             "volumes": node.volumes.iter().map(summary_json).collect::<Vec<_>>(),
+            "announced": host.announced,
             "error": null,
         }),
         Err(error) => json!({
@@ -203,19 +225,32 @@ fn summary_json(volume: &VolumeSummary) -> serde_json::Value {
     })
 }
 
-fn node_row(address: SocketAddr, node: &NodeStatistics) -> Vec<String> {
+fn node_row(host: &Found, node: &NodeStatistics) -> Vec<String> {
+    let rate = |of: fn(&LinkRoom) -> u64| {
+        host.announced.as_ref().map_or_else(|| "-".into(), |said| table::bits(of(&said.link)))
+    };
     vec![
         node.node.to_string(),
-        address.to_string(),
+        host.address.to_string(),
         node.zone.clone().unwrap_or_else(|| "-".into()),
         table::bytes(node.used_bytes),
         table::bytes(node.limit_bytes),
         format!("{:.0}%", 100.0 * node.used_bytes as f64 / node.limit_bytes.max(1) as f64),
+        rate(|link| link.free_in_bytes_per_s),
+        rate(|link| link.free_out_bytes_per_s),
         table::bytes(node.bytes_in),
         table::bytes(node.bytes_out),
         node.connections.to_string(),
-        node.volumes.len().to_string(),
+        vms(&node.volumes),
     ]
+}
+
+/// Whose pages are there: how many VMs', and the first names.
+fn vms(volumes: &[VolumeSummary]) -> String {
+    const NAMED: usize = 3;
+    let names: Vec<&str> = volumes.iter().take(NAMED).map(|volume| &*volume.vm).collect();
+    let more = if volumes.len() > NAMED { ", …" } else { "" };
+    if names.is_empty() { "0".into() } else { format!("{}: {}{more}", volumes.len(), names.join(", ")) }
 }
 
 fn volume_json(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> serde_json::Value {

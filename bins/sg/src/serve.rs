@@ -1,15 +1,19 @@
 //! `sg serve`: the intermediary.
 
 use std::io::{IsTerminal as _, Write as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
+use libsg::discovery::multicast::Announcer;
 use libsg::page::PAGE_BYTES_U64;
-use libsg::server::{Config, Holding, Server, ServerHandle};
+use libsg::server::{Config, Holding, Server};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
+use crate::announce;
 use crate::cli::{LogFormat, ServeArgs, WrongArguments, secret};
 use crate::process;
 
@@ -20,11 +24,17 @@ const LOST: u8 = 3;
 pub fn run(args: &ServeArgs) -> Result<u8> {
     start_logs(args.log_format);
     let config = config(args)?;
+    let announced = announce::Setup::of(args, &config);
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("signals cannot be caught")?;
     process::settle(args.oom_score_adj);
     process::check_memory(args.memory.0);
     let server = Server::bind(config).map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
-    let server = server.spawn().map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
+    let server = Arc::new(server.spawn().map_err(|e| anyhow::anyhow!("{}", e.chain()))?);
+    let leaves = Arc::new(AtomicBool::new(false));
+    let announcer = match announced {
+        Some(setup) => Some(setup.start(&server, Arc::clone(&leaves))?),
+        None => None,
+    };
     tracing::info!(
         address = %server.address(), node = %server.node(), memory_bytes = args.memory.0, "listening"
     );
@@ -41,13 +51,17 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         let held = server.holdings();
         if held.is_empty() {
             tracing::info!(signal, "nobody needs what is here: going");
-            server.shutdown();
+            // It says that it leaves.
+            drop(announcer);
             return Ok(0);
         }
         if args.force || refused {
-            return Ok(go_anyway(server, &held));
+            drop(announcer);
+            return Ok(go_anyway(&held));
         }
         refused = true;
+        leaves.store(true, Ordering::Relaxed);
+        announcer.iter().for_each(Announcer::announce);
         refuse(&held);
     }
     Ok(1)
@@ -109,7 +123,7 @@ fn refuse(held: &[Holding]) {
     );
 }
 
-fn go_anyway(server: ServerHandle, held: &[Holding]) -> u8 {
+fn go_anyway(held: &[Holding]) -> u8 {
     for holding in held {
         let volume = &holding.summary;
         tracing::error!(
@@ -135,6 +149,5 @@ fn go_anyway(server: ServerHandle, held: &[Holding]) -> u8 {
         })
         .collect();
     let _ = writeln!(std::io::stdout(), "{}", json!({ "event": "lost", "volumes": lost }));
-    server.shutdown();
     LOST
 }

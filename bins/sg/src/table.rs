@@ -29,6 +29,15 @@ pub fn bytes(bytes: u64) -> String {
     }
 }
 
+/// Bytes a second, as bits a second.
+pub fn bits(bytes_per_s: u64) -> String {
+    let bits = bytes_per_s as f64 * 8.0;
+    match bits {
+        bits if bits >= 1e9 => format!("{:.1}gbit", bits / 1e9),
+        bits => format!("{:.0}mbit", bits / 1e6),
+    }
+}
+
 /// Seconds, as days, hours, minutes.
 pub fn age(seconds: u64) -> String {
     match seconds {
@@ -48,6 +57,7 @@ mod test {
         let text = render(&["A", "LONG"], &[vec!["abc".into(), "x".into()], vec!["d".into(), "y".into()]]);
         assert_eq!(text, "A    LONG\nabc  x\nd    y\n");
         assert_eq!([0, 1023, 1536, 3 << 30].map(bytes), ["0", "1023", "1.5K", "3.0G"]);
+        assert_eq!([125_000_000, 12_500_000, 0].map(bits), ["1.0gbit", "100mbit", "0mbit"]);
         assert_eq!([5, 65, 3700, 90_000].map(age), ["5s", "1m5s", "1h1m", "1d1h"]);
     }
 }

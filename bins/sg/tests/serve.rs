@@ -177,7 +177,8 @@ fn operators_see_and_dissolve_volumes() {
     let node = &status["nodes"][0];
     assert_eq!((&status["status"], &node["zone"]), (&"ok".into(), &"rack7".into()));
     assert_eq!(node["used_bytes"], 20 * PAGE_BYTES as u64);
-    assert!(text(&daemon.sg(&["status"])).contains("rack7"));
+    let told = text(&daemon.sg(&["status"]));
+    assert!(told.contains("rack7") && told.contains("1: web-7"), "{told}");
     let volume = VOLUME.to_string();
     let listed = text(&daemon.sg(&["ls"]));
     assert!(listed.contains(&volume) && listed.contains("web-7") && listed.contains("open"), "{listed}");

@@ -9,9 +9,10 @@ use libsg::ids::{Checksum, Placement};
 use libsg::limits;
 use libsg::page::{PageIndex, PageRange};
 use libsg::transport::{Inbox, StateAssembler};
+use libsg::wire::datagram::Datagram;
 use libsg::wire::entry::{Entry, decode_table, encode_table, page_bytes};
 use libsg::wire::final_set;
-use libsg::wire::handshake::{Challenge, Hello, decode_mac};
+use libsg::wire::handshake::{Challenge, Hello, PoolKey, decode_mac};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
 use libsg::wire::run::{RunEntry, decode_pages, decode_runs, encode_runs, table_bytes};
 use libsg::wire::{DiscardEntry, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, PageEntry};
@@ -132,6 +133,17 @@ pub fn handshake(data: &[u8]) {
     }
     if let Ok(mac) = decode_mac(data) {
         assert_eq!(mac, data);
+    }
+}
+
+/// A datagram, as it is and as one of the pool would have sealed it.
+pub fn datagram(data: &[u8]) {
+    let key = PoolKey::derive(b"of the fuzzed pool").announcement_key();
+    for bytes in [data.to_vec(), key.seal(data.to_vec())] {
+        if let Ok(datagram) = Datagram::decode(&bytes, &key) {
+            let again = datagram.encode(&key).expect("what was decoded can be encoded");
+            assert_eq!(Datagram::decode(&again, &key), Ok(datagram));
+        }
     }
 }
 

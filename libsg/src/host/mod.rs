@@ -15,7 +15,7 @@ pub mod thread;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use condvar::Condvar;
 pub use listener::Listener;
@@ -40,6 +40,13 @@ pub fn now() -> Instant {
 #[must_use]
 pub fn elapsed(since: Instant) -> Duration {
     now().saturating_duration_since(since)
+}
+
+/// Milliseconds since 1970, by this host's clock: for what other hosts compare with theirs, never for how long
+/// something takes.
+pub(crate) fn wall_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Called before the kernel is asked to wait for descriptors; says how long the kernel is to wait: `timeout`, but

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::content::{ContentHasher, Sharing};
 use crate::error::{Error, ErrorKind, Result};
+use crate::wire::datagram::AnnouncementKey;
 use crate::wire::handshake::PoolKey;
 
 /// Bytes of the longest secret that is read from a file; a longer file is refused.
@@ -72,6 +73,12 @@ impl PoolSecret {
     #[must_use]
     pub fn hasher(&self, sharing: &Sharing) -> ContentHasher {
         self.key.hasher(sharing)
+    }
+
+    /// What this pool's announcements are sealed with.
+    #[must_use]
+    pub fn announcement_key(&self) -> AnnouncementKey {
+        self.key.announcement_key()
     }
 
     pub(super) const fn key(&self) -> &PoolKey {

@@ -15,6 +15,7 @@
 //! The layout of these frames may never change: it is what lets old and new versions refuse each
 //! other in words that both understand. `tests/wire_golden.rs` pins it.
 
+use super::datagram::AnnouncementKey;
 use super::{Malformed, VERSION_NEWEST, VERSION_OLDEST};
 use crate::content::{ContentHasher, Sharing};
 use crate::ids::{Epoch, NodeId, VolumeId};
@@ -241,6 +242,12 @@ impl PoolKey {
         let mut material = self.0.to_vec();
         material.extend_from_slice(sharing.domain.as_bytes());
         ContentHasher::new(sharing.hash, blake3::derive_key("libsg content hash v1", &material))
+    }
+
+    /// The key of datagrams: none of what it seals says anything about this one.
+    #[must_use]
+    pub fn announcement_key(&self) -> AnnouncementKey {
+        AnnouncementKey(blake3::derive_key("libsg announcement v1", &self.0))
     }
 
     /// The proof of `role` over everything that was said before: volume and epoch of the Hello's

@@ -271,7 +271,7 @@ pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, Malformed> {
     Ok(bytes)
 }
 
-fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, Malformed> {
+pub(super) fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, Malformed> {
     match postcard::take_from_bytes(bytes) {
         Ok((message, [])) => Ok(message),
         Ok(_) => Err(Malformed::Trailing),

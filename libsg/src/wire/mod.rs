@@ -10,6 +10,7 @@
 
 pub mod announcement;
 mod credit;
+pub mod datagram;
 pub mod entry;
 pub mod final_set;
 pub mod handshake;
@@ -59,6 +60,9 @@ pub enum Malformed {
     /// A number outside its bounds.
     #[error("{0} is out of bounds")]
     Bounds(&'static str),
+    /// A datagram that nobody of this pool has sealed.
+    #[error("it was not sealed with this pool's secret")]
+    Sealed,
     /// A control message that does not decode.
     #[error("a control message does not decode")]
     Message,
