@@ -44,6 +44,7 @@ impl FromStr for HashKind {
 
 /// With whom a volume shares pages: all volumes of the same value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Sharing {
     /// How their pages are hashed.
     pub hash: HashKind,

@@ -8,12 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use gather_common::*;
 use libsg::Result;
-use libsg::memory::{Backing, GuestMemory};
+use libsg::content::Sharing;
+use libsg::ids::{Checksum, Epoch, Round, VolumeId};
+use libsg::manifest::Manifest;
+use libsg::memory::{Backing, GuestMemory, PageSlice};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
 use libsg::migrate::{Event, Mode, OutgoingVm, RoundOptions};
 use libsg::page::{InstallUnit, PageIndex, PageRange};
 use libsg::report::Status;
 use libsg::source::MemorySource;
+use libsg::vmd::{PagePut, Vmd, VmdClient};
 use parking_lot::Mutex;
 
 type Events = Arc<Mutex<Vec<Event>>>;
@@ -42,6 +46,15 @@ fn is_zero(page: u32) -> bool {
 }
 
 fn leave(scene: &Scene, backing: Backing, mode: Mode) -> (Outgoing, Arc<AtomicBool>, Events) {
+    leave_as(scene, backing, mode, scene.manifest.clone())
+}
+
+fn leave_as(
+    scene: &Scene,
+    backing: Backing,
+    mode: Mode,
+    manifest: Manifest,
+) -> (Outgoing, Arc<AtomicBool>, Events) {
     let memory = GuestMemory::allocate(&scene.manifest, backing).unwrap();
     for page in (0..scene.manifest.pages()).filter(|page| !is_zero(*page)) {
         memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
@@ -62,7 +75,7 @@ fn leave(scene: &Scene, backing: Backing, mode: Mode) -> (Outgoing, Arc<AtomicBo
     };
     let vm = Box::new(Leaving { runs: Arc::clone(&runs) });
     let source = Arc::new(MemorySource::new(memory));
-    (start(vm, source, scene.manifest.clone(), options).unwrap(), runs, events)
+    (start(vm, source, manifest, options).unwrap(), runs, events)
 }
 
 fn migrate(plan: Plan, mode: Mode) {
@@ -112,6 +125,34 @@ fn scatter_gather_over_both_kinds_of_memory() {
 fn a_source_leaves_before_a_slow_destination_has_its_pages() {
     let plan = Plan { pages: 6000, nodes: 3, gather_limit: 2_000_000, ..Plan::default() };
     migrate(plan, Mode::ScatterGather);
+}
+
+#[test]
+fn what_intermediaries_hold_is_not_sent_and_stays_when_its_sender_goes() {
+    let scene = Scene::new(Plan { pages: 4000, nodes: 2, gather_limit: 1_000_000, ..Plan::default() });
+    let manifest = Manifest { sharing: Some(Sharing::default()), ..scene.manifest.clone() };
+    let vmd = VmdClient::new(Arc::new(scene.connector.clone()), LONG);
+    let members: Vec<_> = scene.members().iter().map(|member| member.address).collect();
+    let neighbour = vmd.create(VolumeId::random().unwrap(), Epoch::FIRST, &manifest, &members).unwrap();
+    let put = |page| {
+        let bytes = content(page);
+        let (page, checksum) = (PageIndex(page), Checksum::of(&bytes));
+        PagePut { page, round: Round(0), checksum, bytes: PageSlice::owned(bytes.into()) }
+    };
+    let puts: Vec<_> = (0..4000).filter(|page| !is_zero(*page)).map(put).collect();
+    neighbour.put(&puts, 1).unwrap();
+    let (outgoing, _, _) = leave_as(&scene, Backing::Anon, Mode::ScatterGather, manifest);
+    outgoing.wait_evicted(LONG).unwrap();
+    let report = outgoing.report();
+    // Each page is asked for at one of two members; whoever put it left no hint for the other.
+    assert!(report.pages.referenced > Some(500), "{report:?}");
+    assert_eq!(report.bytes.dedup_saved, report.pages.referenced.map(|pages| pages * 4096));
+    neighbour.dissolve().unwrap();
+    scene.incoming.set_gather_limit(0);
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    scene.check(is_zero, |_| false);
+    scene.incoming.wait_dissolved(LONG).unwrap();
+    scene.nothing_staged();
 }
 
 #[test]

@@ -234,6 +234,9 @@ pub struct MigrateArgs {
     /// pre-copy, hybrid: the VM is paused once what it has written can be sent in so many milliseconds
     #[arg(long, value_name = "MS", default_value_t = 300)]
     pub downtime_limit: u64,
+    /// on = pages that intermediaries hold already are not sent there again (those sent direct are)
+    #[arg(long, value_name = "on|off", default_value = "off", action = clap::ArgAction::Set, value_parser = on_off)]
+    pub dedup: bool,
     /// Limits what enters the destination in the background, the direct path included; 0 = unlimited
     #[arg(long, value_name = "RATE", default_value = "0")]
     pub gather_limit: Rate,

@@ -8,7 +8,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use libsg::content::Sharing;
 use libsg::event::{Event, Observer};
+use libsg::manifest::Manifest;
 use libsg::migrate::destination::{ArrivalPhase, Destination, DestinationOptions, Incoming};
 use libsg::migrate::source::{Outgoing, SourceOptions, start};
 use libsg::migrate::{Mode, PoolSecret, RoundOptions, Via};
@@ -61,6 +63,8 @@ pub struct Start {
     pub via: Via,
     /// The VM is paused once what it has written can be sent in this time.
     pub downtime_limit_ms: Option<u64>,
+    /// With whom its pages are shared at intermediaries; nobody where it is not said.
+    pub dedup: Option<Sharing>,
 }
 
 impl Start {
@@ -169,7 +173,8 @@ impl Moves {
         };
         let source = Arc::new(MemorySource::new(vm.memory().guest().clone()));
         let leaving = Box::new(Leaving::new(Arc::clone(vm)));
-        let outgoing = Arc::new(start(leaving, source, vm.config().manifest()?, options)?);
+        let manifest = Manifest { sharing: what.dedup.clone(), ..vm.config().manifest()? };
+        let outgoing = Arc::new(start(leaving, source, manifest, options)?);
         *slot = Some(Arc::clone(&outgoing));
         self.pool.iter().for_each(|pool| pool.set_leaving(true));
         let moves = Arc::clone(self);

@@ -21,7 +21,7 @@ use crate::pace::{Acquire, Class, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::wait;
 use crate::vmd::{Link, Reply, Request, Ticket};
-use crate::wire::{GetEntry, IndexEntry};
+use crate::wire::{GetEntry, IndexEntry, ReferEntry};
 
 /// How long a full intermediary is left alone.
 const FULL_PAUSE: Duration = Duration::from_millis(500);
@@ -32,6 +32,9 @@ const INDEX_EVERY: Duration = Duration::from_millis(5);
 enum What {
     Put(BatchId, Vec<(PageIndex, Checksum)>),
     Index(Vec<IndexEntry>, Rerouted),
+    Refer(Vec<ReferEntry>),
+    /// Whether a hint arrives matters to nobody.
+    Hint,
 }
 
 /// Whether entries that are not acknowledged in time went another way already.
@@ -138,6 +141,7 @@ impl MemberSink {
         let had_nothing = self.link.queued_bytes() == 0;
         let mut again = self.move_bytes(now)?;
         self.reap(now)?;
+        self.offer(now)?;
         self.put_index(now)?;
         self.pull(now)?;
         if self.link_paces && (had_nothing || again.is_some()) {
@@ -233,6 +237,7 @@ impl MemberSink {
                         planner.indexed(&self.entries);
                     }
                     drop(planner);
+                    self.scatter.note_stored(self.entries.iter().map(|entry| entry.page), self.member);
                     self.scatter.route(&self.entries);
                     self.scatter.announce(&self.entries);
                     pages.clear();
@@ -245,6 +250,15 @@ impl MemberSink {
                     // One that has the volume no more has lost what it had of it.
                     refused.map(|_| ()).or_else(only_full)?;
                 }
+                (What::Refer(offers), answered) => {
+                    let answers = match &answered {
+                        Ok(Reply::Referred(answers)) => Some(*answers),
+                        _ => None,
+                    };
+                    self.scatter.referred(self.member, &offers, answers);
+                    answered.map(|_| ()).or_else(only_full)?;
+                }
+                (What::Hint, _) => {}
                 (What::Index(mut entries, _), Ok(_)) => {
                     self.scatter.planner.lock().indexed(&entries);
                     self.scatter.index.answered(self.member);
@@ -281,6 +295,23 @@ impl MemberSink {
                 self.losers.clear();
             }
         }
+    }
+
+    /// Offers go in front of the pages that are taken after them.
+    fn offer(&mut self, now: Instant) -> Result<()> {
+        let Some(desk) = self.scatter.offers.get() else { return Ok(()) };
+        let (mut offers, mut hints) = (Vec::new(), Vec::new());
+        desk.take(self.member, BATCH_PAGES_MAX, &mut offers);
+        desk.take_hints(self.member, BATCH_PAGES_MAX, &mut hints);
+        if !offers.is_empty() {
+            let ticket = self.link.submit(Request::Refer(&offers))?;
+            self.asked.push_back(Asked { ticket, what: What::Refer(offers), at: now });
+        }
+        if !hints.is_empty() {
+            let ticket = self.link.submit(Request::Hint(&hints))?;
+            self.asked.push_back(Asked { ticket, what: What::Hint, at: now });
+        }
+        Ok(())
     }
 
     fn put_index(&mut self, now: Instant) -> Result<()> {

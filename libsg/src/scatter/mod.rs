@@ -14,6 +14,7 @@ mod direct;
 mod index_router;
 mod load;
 mod member;
+pub mod offers;
 pub mod planner;
 pub mod session;
 pub mod shared;

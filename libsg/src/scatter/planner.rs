@@ -9,10 +9,12 @@
 //! No socket, thread, clock or lock in here: events and time come in, work comes out.
 
 mod losses;
+mod offers;
 mod rounds;
 
 use std::time::{Duration, Instant};
 
+use self::offers::Offers;
 use super::batch::Batch;
 use super::spans::{Span, group, unit_of};
 use super::table::{PageState, PageTable, Way};
@@ -69,6 +71,8 @@ pub struct Tally {
     pub direct: u64,
     /// Stored at intermediaries.
     pub staged: u64,
+    /// Held by intermediaries already, and not sent.
+    pub referenced: u64,
     /// Present and zero.
     pub zero: u64,
     /// Sent a second way because the first was late.
@@ -115,6 +119,8 @@ pub struct Planner {
     resent: u64,
     absent_pages: u32,
     round: Round,
+    /// While pages are offered before they are sent.
+    offers: Option<Offers>,
 }
 
 impl Planner {
@@ -136,6 +142,7 @@ impl Planner {
             resent: 0,
             absent_pages: 0,
             round: Round(0),
+            offers: None,
         }
     }
 
@@ -162,6 +169,14 @@ impl Planner {
     /// The next work for a sink that has room. `hedge_after` is how long a batch may be in flight
     /// before it is given to another sink too, once there is nothing else to do.
     pub fn next(&mut self, sink: Sink, now: Instant, hedge_after: Duration) -> Option<Work> {
+        if matches!(sink, Sink::Member(_)) && self.offers.is_some() {
+            if let Some(work) = self.sweep_ready(sink, now) {
+                return Some(work);
+            }
+            if self.waits_for_offers(now) {
+                return None;
+            }
+        }
         if sink == Sink::Direct
             && let Some(near) = self.near_fault.take()
             && let Some(work) = self.sweep_group(sink, near, now)
@@ -424,6 +439,7 @@ impl Planner {
         Tally {
             direct: left(Way::Direct),
             staged: left(Way::Staged),
+            referenced: left(Way::Referenced),
             zero: left(Way::Zero),
             hedged: self.hedged,
             resent: self.resent,

@@ -1,12 +1,13 @@
 //! What all threads of a scatter share.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::index_router::IndexRouter;
+use super::offers::OfferDesk;
 use super::planner::{Planner, Sink};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
@@ -77,6 +78,8 @@ pub struct Scatter {
     pub counters: Counters,
     /// Told of everything that happens.
     pub observer: Observer,
+    /// Where pages are offered before they are sent.
+    pub offers: OnceLock<OfferDesk>,
     wakers: Vec<Arc<Waker>>,
     announcements: Mutex<Vec<IndexEntry>>,
     /// Slots that each member shall have back.
@@ -118,6 +121,7 @@ impl Scatter {
             index: IndexRouter::new(wakers.iter().cloned()),
             counters: Counters { members: per_member, ..Counters::default() },
             observer,
+            offers: OnceLock::new(),
             members,
             wakers,
             announcements: Mutex::new(Vec::new()),
@@ -322,6 +326,7 @@ impl Scatter {
     pub fn member_lost(&self, member: MemberIndex, error: &Error) {
         let node = &self.members[member.as_usize()].node;
         (self.observer)(&Event::NodeLost { message: format!("intermediary {node}: {}", error.chain()) });
+        self.offers_lost(member);
         let pending = self.index.dead(member);
         let mut moved = Vec::new();
         #[cfg(feature = "simulation")]

@@ -27,6 +27,8 @@ pub enum PageState {
     Installed = 8,
     /// It did not arrive as it was read, as pages do that are written meanwhile: sent again in the next round.
     Torn = 9,
+    /// Its hash was sent to whoever may have its bytes.
+    Offered = 10,
 }
 
 impl PageState {
@@ -47,6 +49,7 @@ impl PageState {
             7 => Self::Zero,
             8 => Self::Installed,
             9 => Self::Torn,
+            10 => Self::Offered,
             _ => Self::Waiting,
         }
     }
@@ -64,11 +67,15 @@ pub enum Way {
     Staged = 2,
     /// As a zero page.
     Zero = 3,
+    /// Not at all: an intermediary held its bytes.
+    Referenced = 4,
 }
 
-/// Of a page's byte, the state; the bits above it are the way.
+/// Of a page's byte, the state; the bits above it are the way, and whether it was offered.
 const STATE: u8 = 0x0f;
+const WAY: u8 = 0x70;
 const WAY_SHIFT: u32 = 4;
+const OFFERED: u8 = 0x80;
 
 /// State, placement and checksum of every page. Placements are kept so that index entries can be
 /// given to another index server when theirs dies, and slots back when a page is sent again.
@@ -81,7 +88,7 @@ pub struct PageTable {
     round: Vec<u16>,
     safe: u32,
     torn: u32,
-    ways: [u32; 4],
+    ways: [u32; 5],
 }
 
 impl PageTable {
@@ -96,7 +103,7 @@ impl PageTable {
             round: Vec::new(),
             safe: 0,
             torn: 0,
-            ways: [pages, 0, 0, 0],
+            ways: [pages, 0, 0, 0, 0],
         }
     }
 
@@ -176,10 +183,11 @@ impl PageTable {
     /// How a page left.
     #[must_use]
     pub fn way(&self, page: PageIndex) -> Way {
-        match self.state.get(page.as_usize()).map_or(0, |byte| byte >> WAY_SHIFT) {
+        match self.state.get(page.as_usize()).map_or(0, |byte| (byte & WAY) >> WAY_SHIFT) {
             1 => Way::Direct,
             2 => Way::Staged,
             3 => Way::Zero,
+            4 => Way::Referenced,
             _ => Way::None,
         }
     }
@@ -187,9 +195,22 @@ impl PageTable {
     /// A page left this way. Nothing happens for one that there is not.
     pub fn set_way(&mut self, page: PageIndex, to: Way) {
         if let Some(byte) = self.state.get_mut(page.as_usize()) {
-            self.ways[usize::from(*byte >> WAY_SHIFT)] -= 1;
+            self.ways[usize::from((*byte & WAY) >> WAY_SHIFT)] -= 1;
             self.ways[to as usize] += 1;
-            *byte = *byte & STATE | (to as u8) << WAY_SHIFT;
+            *byte = *byte & !WAY | (to as u8) << WAY_SHIFT;
+        }
+    }
+
+    /// Whether a page was offered, and nobody had it.
+    #[must_use]
+    pub fn was_offered(&self, page: PageIndex) -> bool {
+        self.state.get(page.as_usize()).is_some_and(|byte| byte & OFFERED != 0)
+    }
+
+    /// Notes that a page was offered, and nobody has it.
+    pub fn set_offered(&mut self, page: PageIndex) {
+        if let Some(byte) = self.state.get_mut(page.as_usize()) {
+            *byte |= OFFERED;
         }
     }
 

@@ -24,8 +24,8 @@ use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, VmdReply, VmdRequest};
 use crate::wire::run::{self, RunEntry, decode_runs, encode_runs};
 use crate::wire::{
-    DiscardEntry, Encoding, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, Malformed, PageEntry,
-    ReferEntry, Referral, Status,
+    DiscardEntry, Encoding, GetEntry, HEADER_BYTES, Header, HintEntry, IndexEntry, Kind, Malformed,
+    PageEntry, ReferEntry, Referral, Status,
 };
 
 /// A client's connection.
@@ -51,6 +51,7 @@ struct Buffers {
     placements: Vec<Option<Placement>>,
     offers: Vec<ReferEntry>,
     referrals: Vec<Referral>,
+    hints: Vec<HintEntry>,
     hashes: Vec<ContentHash>,
     runs: Vec<SlotRun>,
 }
@@ -113,6 +114,7 @@ impl<'c> Session<'c> {
                 Kind::Put => self.put(&header)?,
                 Kind::Get => self.get(&header)?,
                 Kind::Refer => self.refer(&header)?,
+                Kind::Hint => self.hint(&header)?,
                 Kind::PutIndex => self.put_index(&header)?,
                 Kind::Locate => self.locate(&header)?,
                 Kind::Discard => self.discard(&header)?,
@@ -244,6 +246,13 @@ impl<'c> Session<'c> {
             }
             Err(status) => self.reply(header, Kind::ReferReply, status, 0, &[]),
         }
+    }
+
+    fn hint(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        decode_table(&self.buffers.body, header.count.into(), &mut self.buffers.hints)?;
+        let status = done(self.store.hint((header.volume, header.epoch), &self.buffers.hints));
+        self.reply(header, Kind::HintReply, status, 0, &[])
     }
 
     fn get(&mut self, header: &Header) -> Result<()> {

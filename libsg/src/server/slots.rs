@@ -14,7 +14,7 @@ mod sharing;
 
 use std::collections::{HashMap, VecDeque};
 
-pub use sharing::{GRANT_TIME, Referred};
+pub use sharing::{GRANT_TIME, Holder, Referred};
 
 use self::sharing::{Contents, Domain, DomainId, Refs};
 use super::bits::Bits;

@@ -69,6 +69,8 @@ pub(super) struct Store {
     closing: AtomicBool,
     volumes: Mutex<Volumes<Arc<Books>>>,
     budget: Arc<Budget>,
+    /// Other intermediaries that have pages which this one is asked about. Locked last.
+    holders: Mutex<Vec<NodeId>>,
     stored_ever: AtomicU64,
     canary_flip: Option<u64>,
     pub(super) bytes_in: AtomicU64,
@@ -90,6 +92,7 @@ impl Store {
             closing: AtomicBool::new(false),
             volumes: Mutex::new(Volumes::new(config.volumes_max)),
             budget: Arc::new(Budget::new(limit_bytes / BOOKS_SHARE + BOOKS_BYTES_MIN)),
+            holders: Mutex::default(),
             stored_ever: AtomicU64::new(0),
             canary_flip: config.canary_flip_slot,
             bytes_in: AtomicU64::new(0),

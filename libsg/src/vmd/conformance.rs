@@ -85,6 +85,7 @@ const RULES: &[(&str, Rule)] = &[
     ("pages of volumes that share are stored once", sharing::stored_once),
     ("nothing is shared with another domain", sharing::domains_are_apart),
     ("one is told to send what others wait for", sharing::one_sends),
+    ("who is asked about a hash says who has its bytes", sharing::hints),
     ("pages of one SHA-1 are told apart", sharing::collisions),
     ("a shared page is each one's own", sharing::own_until_given_back),
 ];

@@ -15,7 +15,7 @@ use crate::ids::{Epoch, Placement, Round, VolumeId};
 use crate::memory::PageSlice;
 use crate::page::PageRange;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
-use crate::wire::{GetEntry, IndexEntry, PageEntry, ReferEntry, Referral};
+use crate::wire::{GetEntry, HintEntry, IndexEntry, PageEntry, ReferEntry, Referral};
 
 /// What a link is for, which decides its priority on the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +47,9 @@ pub enum Request<'a> {
     /// Store pages by the hashes of their bytes, where these are (at most [`crate::limits::BATCH_PAGES_MAX`] at a
     /// time). Answered by [`Reply::Referred`].
     Refer(&'a [ReferEntry]),
+    /// Tell who has the bytes of hashes that this intermediary is asked about (at most
+    /// [`crate::limits::BATCH_PAGES_MAX`] at a time). A hint, which may be forgotten; [`Referral::At`] answers by it.
+    Hint(&'a [HintEntry]),
     /// Put entries into the index here. An entry replaces one of an older round or the same
     /// (a page that was lost with an intermediary is put again elsewhere), never of a newer one.
     PutIndex(&'a [IndexEntry]),
@@ -96,7 +99,7 @@ pub enum Reply<'a> {
     },
     /// To `Locate`.
     Located(&'a [IndexEntry]),
-    /// To `Discard`, `Drop`, `PutState`.
+    /// To `Discard`, `Drop`, `PutState`, `Hint`.
     Done,
     /// To `Control`.
     Control(VmdReply),

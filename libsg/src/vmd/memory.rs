@@ -44,6 +44,8 @@ struct State {
     free: Vec<SlotIndex>,
     /// Until when others wait for who sends a page.
     grants: HashMap<Known, Instant>,
+    /// Who else has bytes, as was said here.
+    hints: HashMap<Known, NodeId>,
     bytes_in: u64,
     bytes_out: u64,
 }
@@ -195,6 +197,7 @@ impl State {
             slots: Vec::new(),
             free: Vec::new(),
             grants: HashMap::new(),
+            hints: HashMap::new(),
             bytes_in: 0,
             bytes_out: 0,
         }

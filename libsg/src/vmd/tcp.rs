@@ -171,6 +171,12 @@ impl TcpLink {
                 self.push(Kind::Refer, offers.len(), &[])?;
                 Ok((Expected::Referred(offers.len()), self.table.len()))
             }
+            Request::Hint(hints) => {
+                at_most(hints.len(), limits::BATCH_PAGES_MAX)?;
+                encode_table(hints.iter().copied(), &mut self.table);
+                self.push(Kind::Hint, hints.len(), &[])?;
+                Ok((Expected::Hinted, self.table.len()))
+            }
             Request::PutIndex(entries) => {
                 at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;
                 let runs = encode_runs(entries.iter().copied(), &mut self.table);

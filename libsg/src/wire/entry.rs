@@ -11,7 +11,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::Malformed;
 use crate::content::{CONTENT_HASH_BYTES, ContentHash};
-use crate::ids::{Checksum, Placement, Round};
+use crate::ids::{Checksum, MemberIndex, Placement, Round};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 
 /// How a page's bytes travel. Zero is invalid; numbers above these are kept for compressed and
@@ -246,6 +246,36 @@ pub enum Referral {
     Send,
     /// Another is sending them: come back.
     Pending,
+    /// This member of the volume may have them: it is to be asked.
+    At(MemberIndex),
+}
+
+/// That bytes lie at a member, for the one who is asked about their hash: the body of `Hint` consists of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HintEntry {
+    /// Of the bytes.
+    pub hash: ContentHash,
+    /// Who has them.
+    pub member: MemberIndex,
+}
+
+impl Entry for HintEntry {
+    const BYTES: usize = 2 + CONTENT_HASH_BYTES;
+
+    fn encode(&self, out: &mut [u8]) {
+        out[..2].copy_from_slice(&self.member.0.to_le_bytes());
+        out[2..Self::BYTES].copy_from_slice(&self.hash.0);
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let (member, hash) = bytes.split_first_chunk().ok_or(Malformed::Truncated)?;
+        let hash = hash.try_into().map_err(|_| Malformed::Truncated)?;
+        let member = u16::from_le_bytes(*member);
+        if usize::from(member) >= crate::limits::MEMBERS_MAX {
+            return Err(Malformed::Bounds("member"));
+        }
+        Ok(Self { hash: ContentHash(hash), member: MemberIndex(member) })
+    }
 }
 
 impl Entry for Referral {
@@ -256,6 +286,7 @@ impl Entry for Referral {
             Self::Have(placement) => placement.to_bits(),
             Self::Send => 1,
             Self::Pending => 2,
+            Self::At(member) => 3 | u64::from(member.0) << 48,
         };
         out[..Self::BYTES].copy_from_slice(&bits.to_le_bytes());
     }
@@ -266,6 +297,7 @@ impl Entry for Referral {
             (Some(placement), _) => Ok(Self::Have(placement)),
             (None, 1) => Ok(Self::Send),
             (None, 2) => Ok(Self::Pending),
+            (None, bits) if bits & (u64::MAX >> 16) == 3 => Ok(Self::At(MemberIndex((bits >> 48) as u16))),
             (None, _) => Err(Malformed::Bounds("answer to an offered page")),
         }
     }
@@ -342,7 +374,7 @@ mod test {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ids::{Generation, MemberIndex, SlotIndex};
+    use crate::ids::{Generation, SlotIndex};
 
     fn round_trip<E: Entry + PartialEq + std::fmt::Debug>(entry: E) {
         let mut table = Vec::new();
@@ -363,8 +395,9 @@ mod test {
             round_trip(page);
             let hash = ContentHash([page.0 as u8; CONTENT_HASH_BYTES]);
             round_trip(ReferEntry { page, round: Round(round), hash });
+            round_trip(HintEntry { hash, member: MemberIndex(run % 64) });
             let at = Placement { member: MemberIndex(run), slot: SlotIndex(page.0), generation: Generation(run) };
-            for referral in [Referral::Have(at), Referral::Send, Referral::Pending] {
+            for referral in [Referral::Have(at), Referral::Send, Referral::Pending, Referral::At(at.member)] {
                 round_trip(referral);
             }
         }
@@ -375,6 +408,7 @@ mod test {
             let _ = decode_table::<PageRange>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<DiscardEntry>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<ReferEntry>(&bytes, count, &mut Vec::new());
+            let _ = decode_table::<HintEntry>(&bytes, count, &mut Vec::new());
             let _ = decode_table::<Referral>(&bytes, count, &mut Vec::new());
         }
     }

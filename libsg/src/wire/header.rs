@@ -7,7 +7,7 @@ use std::time::Duration;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::entry::{Entry, ReferEntry, Referral};
+use super::entry::{Entry, HintEntry, ReferEntry, Referral};
 use super::{Malformed, VERSION_NEWEST, VERSION_OLDEST};
 use crate::ids::{Checksum, Epoch, Sequence, VolumeId};
 use crate::limits;
@@ -89,10 +89,14 @@ pub enum Kind {
     Refer = 43,
     /// Answer: what became of each, a [`super::Referral`].
     ReferReply = 44,
+    /// Client to intermediary: who has bytes that this one is asked about, each a [`super::HintEntry`].
+    Hint = 45,
+    /// Answer: noted.
+    HintReply = 46,
 }
 
 impl Kind {
-    const ALL: [Self; 31] = [
+    const ALL: [Self; 33] = [
         Self::Hello,
         Self::Challenge,
         Self::Auth,
@@ -124,6 +128,8 @@ impl Kind {
         Self::DropReply,
         Self::Refer,
         Self::ReferReply,
+        Self::Hint,
+        Self::HintReply,
     ];
 
     fn decode(value: u16) -> Result<Self, Malformed> {
@@ -146,10 +152,16 @@ impl Kind {
             Self::Locate | Self::Holdings => limits::INDEX_ENTRIES_MAX * 8,
             Self::Refer => limits::BATCH_PAGES_MAX * ReferEntry::BYTES,
             Self::ReferReply => limits::BATCH_PAGES_MAX * Referral::BYTES,
+            Self::Hint => limits::BATCH_PAGES_MAX * HintEntry::BYTES,
             Self::Discard => 16,
             Self::Vmd | Self::VmdReply | Self::Talk | Self::State => limits::CONTROL_BYTES_MAX,
             Self::Credit => super::Credit::BYTES,
-            Self::PutIndexReply | Self::DiscardReply | Self::DropReply | Self::Ping | Self::Pong => 0,
+            Self::PutIndexReply
+            | Self::DiscardReply
+            | Self::DropReply
+            | Self::HintReply
+            | Self::Ping
+            | Self::Pong => 0,
         }
     }
 }

@@ -20,7 +20,7 @@ pub mod message;
 pub mod run;
 
 pub use credit::Credit;
-pub use entry::{DiscardEntry, Encoding, GetEntry, IndexEntry, PageEntry, ReferEntry, Referral};
+pub use entry::{DiscardEntry, Encoding, GetEntry, HintEntry, IndexEntry, PageEntry, ReferEntry, Referral};
 pub use header::{HEADER_BYTES, Header, Kind, Status};
 
 /// Versions of the wire protocol, newest first.

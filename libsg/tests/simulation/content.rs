@@ -4,6 +4,9 @@ use libsg::page::{PAGE_BYTES, PageIndex};
 
 use crate::random::Random;
 
+/// Versions from here on are the same in each page of each VM.
+pub const COMMON: u32 = u32::MAX - 255;
+
 /// What is in a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
@@ -29,7 +32,7 @@ impl Content {
     /// The same with later versions.
     pub fn later(self, versions: u32) -> Self {
         match self {
-            Self::Version(version) => Self::Version(version + versions),
+            Self::Version(version) if version < COMMON => Self::Version(version + versions),
             other => other,
         }
     }
@@ -60,6 +63,7 @@ impl Content {
     pub fn mark(self, page: PageIndex) -> Mark {
         self.halves().map(|version| match version {
             0 => 0,
+            version if version >= COMMON => Random::new(u64::from(version)).next() | 1,
             version => Random::new(u64::from(page.0) << 32 | u64::from(version)).next() | 1,
         })
     }

@@ -28,6 +28,7 @@ fn holds(intermediaries: usize, events: Vec<Event>) {
         grace: Duration::from_secs(1),
         think: Duration::from_millis(1),
         events,
+        sharing: false,
     };
     let outcome = Run::new(&scenario, None).run();
     assert_eq!(outcome.breach, None, "{:#?}", outcome.lines);

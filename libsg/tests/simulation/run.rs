@@ -301,6 +301,14 @@ impl Run {
             if let Some((page, at)) = placed.nth(random.below(20) as usize)
                 && server.damage(scatter.volume, scatter.epoch, page, at, random.below(4096) as usize)
             {
+                // Others may have what was damaged as theirs.
+                let content = vm.vm.contents()[page.as_usize()];
+                for other in &self.moves {
+                    let contents = other.vm.contents();
+                    let same = |page: &PageIndex| contents[page.as_usize()] == content;
+                    let pages = all(&other.vm).iter().filter(same).map(|page| (other.nth, page));
+                    self.damaged.extend(pages.filter(|_| self.scenario.sharing));
+                }
                 self.damaged.push((vm.nth, page));
                 return;
             }

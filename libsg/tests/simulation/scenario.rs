@@ -4,11 +4,12 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use libsg::content::Sharing;
 use libsg::migrate::{Mode, RoundOptions, Via};
 use libsg::page::{InstallUnit, PAGE_BYTES_U64};
 use libsg::transport::PoolSecret;
 
-use crate::content::Content;
+use crate::content::{COMMON, Content};
 use crate::net::Weather;
 use crate::random::Random;
 
@@ -127,6 +128,8 @@ pub struct Scenario {
     pub grace: Duration,
     pub think: Duration,
     pub events: Vec<Event>,
+    /// Whether VMs share pages at the intermediaries, and have some in common.
+    pub sharing: bool,
 }
 
 /// Longer than anybody waits for a host.
@@ -134,6 +137,9 @@ const LONG: Duration = Duration::from_secs(60);
 
 /// One seed in so many has several VMs.
 const SEVERAL_IN: u64 = 8;
+
+/// In one seed in so many VMs share pages.
+const SHARING_IN: u64 = 3;
 
 /// Pages of a VM, and of those beside it.
 const SIZES: [u64; 6] = [64, 64, 128, 200, 300, 1024];
@@ -168,6 +174,7 @@ impl Scenario {
             grace: Duration::from_millis(random.pick(&[500, 1000, 2000])),
             think: Duration::from_micros(random.pick(&[100, 1000, 5000])),
             events: Vec::new(),
+            sharing: false,
         };
         let count = random.pick(&[0, 1, 1, 1, 2, 2, 3, 4, 6]);
         scenario.events = (0..count).map(|_| scenario.event(&mut random)).collect();
@@ -187,7 +194,20 @@ impl Scenario {
                 scenario.events.extend(random.one_in(2).then_some(event));
             }
         }
+        scenario.sharing = random.one_in(SHARING_IN);
+        if scenario.sharing {
+            for content in scenario.vms.iter_mut().flat_map(|vm| &mut vm.memory) {
+                if *content == Content::Version(1) && random.one_in(2) {
+                    *content = Content::Version(COMMON + random.below(40) as u32);
+                }
+            }
+        }
         scenario
+    }
+
+    /// With whom VMs share pages.
+    pub fn shares(&self) -> Option<Sharing> {
+        self.sharing.then(Sharing::default)
     }
 
     pub fn members(&self) -> impl Iterator<Item = Role> + use<> {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use libsg::dirty::DirtyLog;
 use libsg::event::Observer;
+use libsg::manifest::Manifest;
 use libsg::memory::{PageSlice, PresenceMap};
 use libsg::migrate::OutgoingVm;
 use libsg::migrate::source::{self, Outgoing, SourceOptions};
@@ -116,6 +117,7 @@ pub fn start(
 ) -> Handle {
     let handle = Handle::default();
     let (given, node_of_vm, vm_there) = (Arc::clone(&handle), Arc::clone(node), Arc::clone(vm));
+    let sharing = scenario.shares();
     let options = SourceOptions {
         to: door(nth),
         intermediaries: scenario.members().map(address).collect(),
@@ -130,7 +132,7 @@ pub fn start(
     node.spawn("vmm-source", move || {
         let pages = Arc::new(Pages { vm: Arc::clone(&vm_there), named: Mutex::new(false) });
         let leaving = Leaving { vm: Arc::clone(&vm_there), node: node_of_vm };
-        let manifest = vm_there.manifest.clone();
+        let manifest = Manifest { sharing, ..vm_there.manifest.clone() };
         let outgoing = source::start(Box::new(leaving), pages, manifest, options).expect("started");
         *given.lock() = Some(Arc::new(outgoing));
     });

@@ -14,7 +14,9 @@ use crate::migrate::handover::Handover;
 use crate::migrate::live::Rounds;
 use crate::migrate::members::{self, Members, Seat};
 use crate::migrate::{Event, Mode, OutgoingVm, Via};
+use crate::page::PAGE_BYTES_U64;
 use crate::report::{Intermediary, SourceReport};
+use crate::scatter::offers::{self, OfferDesk};
 use crate::scatter::session::{self, Destination, Session};
 use crate::scatter::shared::{PoisonsOnPanic, Stage, panicked};
 use crate::scatter::{Planner, Scatter};
@@ -53,6 +55,10 @@ impl Manager {
             self.options.scatter_limit_bytes_per_s,
             self.options.observer.clone(),
         )?);
+        if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| !members.is_empty()) {
+            let desk = OfferDesk::new(self.options.connector.hasher(sharing), &scatter.members)?;
+            let _ = scatter.offers.set(desk);
+        }
         {
             let mut state = self.control.state.lock();
             let limit = self.control.limit_bytes_per_s.load(Ordering::Relaxed);
@@ -127,6 +133,11 @@ impl Manager {
                 let thread = host::thread::Builder::new().name(name.clone());
                 threads.push((name, thread.spawn_scoped(scope, move || sink(scatter, member, seat))?));
             }
+            if scatter.offers.get().is_some() {
+                let name = "sg-scatter-offers";
+                let thread = host::thread::Builder::new().name(name.into());
+                threads.push((name.into(), thread.spawn_scoped(scope, move || offer(scatter))?));
+            }
             let control = &*self.control;
             let name = "sg-scatter-control";
             let keeper = host::thread::Builder::new()
@@ -189,6 +200,14 @@ impl Manager {
     }
 }
 
+/// The thread that offers pages. When the source of pages fails, that is noted there.
+fn offer(scatter: &Arc<Scatter>) {
+    let _poisons = PoisonsOnPanic(scatter.clone());
+    if let Err(error) = offers::run(scatter, || scatter.stopping() || scatter.done_at().is_some()) {
+        tracing::warn!(error = error.chain(), "pages are offered no more");
+    }
+}
+
 /// The thread of a member: no page goes there before state and COMMIT are there.
 fn sink(scatter: &Arc<Scatter>, member: MemberIndex, seat: Seat) {
     let _poisons = PoisonsOnPanic(scatter.clone());
@@ -236,13 +255,13 @@ fn report(
     report.pages.zero = Some(tally.zero);
     report.pages.direct = Some(tally.direct);
     report.pages.staged = Some(tally.staged);
-    report.pages.referenced = Some(0);
+    report.pages.referenced = Some(tally.referenced);
     report.pages.hedged = Some(tally.hedged);
     report.pages.resent = Some(tally.resent);
     report.bytes.direct = Some(direct);
     report.bytes.staged = Some(staged);
     report.bytes.replicated = Some(0);
-    report.bytes.dedup_saved = Some(0);
+    report.bytes.dedup_saved = Some(tally.referenced * PAGE_BYTES_U64);
     report.bytes.overhead = Some(wire.saturating_sub(direct + staged));
     report.bytes.wire_total = Some(wire);
     report.intermediaries = scatter

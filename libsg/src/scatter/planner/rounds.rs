@@ -34,6 +34,7 @@ impl Planner {
             self.take_back(&flight);
         }
         self.near_fault = None;
+        self.end_offers();
         let before = self.round;
         self.round = Round(before.0.saturating_add(1));
         for page in dirty.iter().flat_map(|run| run.iter()) {

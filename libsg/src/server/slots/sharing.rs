@@ -22,6 +22,9 @@ pub const GRANT_TIME: Duration = Duration::from_secs(1);
 /// Grants of a domain that are remembered: 4 MB. Of more pages at once, some are sent twice.
 const GRANTS_MAX: usize = 64 << 10;
 
+/// Hints of a domain: 9 MB. They are forgotten when there are more; pages are then sent that need not be.
+const HINTS_MAX: usize = 256 << 10;
+
 /// Those who share with each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct DomainId(u32);
@@ -35,6 +38,30 @@ pub(super) struct Domain {
     table: HashTable<u32>,
     /// Until when others wait for the one who sends it.
     grants: HashMap<ContentHash, Instant>,
+    /// Of hashes that this one is asked about: who may have the bytes.
+    hints: HashMap<u64, Holder>,
+}
+
+/// Another intermediary, by a number that its user gives it.
+pub type Holder = u16;
+
+impl Domain {
+    /// Who asks is to send it, unless another was told so.
+    fn grant(&mut self, hash: &ContentHash, now: Instant) -> Referred {
+        match self.grants.get_mut(hash) {
+            Some(until) if now < *until => return Referred::Pending,
+            Some(until) => *until = now + GRANT_TIME,
+            None => {
+                if self.grants.len() >= GRANTS_MAX {
+                    self.grants.retain(|_, until| now < *until);
+                }
+                if self.grants.len() < GRANTS_MAX {
+                    self.grants.insert(*hash, now + GRANT_TIME);
+                }
+            }
+        }
+        Referred::Send
+    }
 }
 
 /// What lies in the slots of a chunk.
@@ -67,6 +94,8 @@ pub enum Referred {
     Send,
     /// Another was told to send it: come back.
     Pending,
+    /// This one may have it.
+    At(Holder),
 }
 
 impl Contents {
@@ -151,8 +180,8 @@ impl Slots {
         }
         let id = DomainId(self.domains_ever);
         self.domains_ever = self.domains_ever.wrapping_add(1);
-        let (table, grants) = (HashTable::new(), HashMap::new());
-        self.domains.insert(id, Domain { sharing: sharing.clone(), users: 1, table, grants });
+        let (table, grants, hints) = (HashTable::new(), HashMap::new(), HashMap::new());
+        self.domains.insert(id, Domain { sharing: sharing.clone(), users: 1, table, grants, hints });
         id
     }
 
@@ -216,19 +245,29 @@ impl Slots {
             return Ok(held);
         }
         let Some(domain) = self.domains.get_mut(&id) else { return Ok(Referred::Send) };
-        match domain.grants.get_mut(hash) {
-            Some(until) if now < *until => return Ok(Referred::Pending),
-            Some(until) => *until = now + GRANT_TIME,
-            None => {
-                if domain.grants.len() >= GRANTS_MAX {
-                    domain.grants.retain(|_, until| now < *until);
-                }
-                if domain.grants.len() < GRANTS_MAX {
-                    domain.grants.insert(*hash, now + GRANT_TIME);
-                }
-            }
+        if let Some(holder) = domain.hints.get(&hash.word()) {
+            return Ok(Referred::At(*holder));
         }
-        Ok(Referred::Send)
+        Ok(domain.grant(hash, now))
+    }
+
+    /// As [`Self::refer`], for one who has learned nothing from who is said to have it.
+    pub fn grant(&mut self, volume: VolumeId, hash: &ContentHash, now: Instant) -> Referred {
+        let id = self.leases.get(&volume).and_then(|lease| lease.domain);
+        let domain = id.and_then(|id| self.domains.get_mut(&id));
+        domain.map_or(Referred::Send, |domain| domain.grant(hash, now))
+    }
+
+    /// Bytes of this hash lie at another intermediary, as somebody says who shares them.
+    pub fn hint(&mut self, volume: VolumeId, hash: &ContentHash, holder: Holder) {
+        let id = self.leases.get(&volume).and_then(|lease| lease.domain);
+        if let Some(domain) = id.and_then(|id| self.domains.get_mut(&id)) {
+            domain.grants.remove(hash);
+            if domain.hints.len() >= HINTS_MAX {
+                domain.hints.clear();
+            }
+            domain.hints.insert(hash.word(), holder);
+        }
     }
 
     /// Holds a stored slot for one more page. `None` when too many hold it.

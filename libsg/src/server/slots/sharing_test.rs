@@ -72,6 +72,22 @@ fn one_sends_the_others_wait_and_then_have() {
 }
 
 #[test]
+fn a_hint_is_told_to_those_of_the_domain_and_bytes_go_before_it() {
+    let (mut slots, now) = (Slots::new(4 * CHUNK), Instant::now());
+    (0..VOLUMES).for_each(|v| open(&mut slots, v));
+    assert_eq!(refer(&mut slots, 0, 1, 7, now), Referred::Send);
+    slots.hint(volume(0), &hash(7), 5);
+    slots.hint(volume(4), &hash(7), 6);
+    assert_eq!(refer(&mut slots, 2, 1, 7, now), Referred::At(5));
+    assert_eq!(refer(&mut slots, 1, 1, 7, now), Referred::Send);
+    assert_eq!(refer(&mut slots, 4, 1, 7, now), Referred::Send);
+    assert_eq!(slots.grant(volume(2), &hash(7), now), Referred::Send, "who cannot ask there");
+    assert_eq!(slots.grant(volume(0), &hash(7), now), Referred::Pending);
+    let (slot, generation) = put(&mut slots, 2, 1, 0, 7).expect("there is room");
+    assert_eq!(refer(&mut slots, 0, 1, 7, now), Referred::Have(slot, generation));
+}
+
+#[test]
 fn a_page_that_holds_its_slot_twice_gives_it_back_twice() {
     let (mut slots, now) = (Slots::new(CHUNK), Instant::now());
     open(&mut slots, 0);
@@ -162,6 +178,7 @@ impl Model {
                 self.grants.insert((d, content), self.now + GRANT_TIME);
             }
             Referred::Pending => assert!(self.grants[&(d, content)] > self.now),
+            Referred::At(_) => panic!("nobody gave a hint"),
         }
         assert!(there.len() != 1 || matches!(referred, Referred::Have(..)) || self.was_doubled(content));
     }

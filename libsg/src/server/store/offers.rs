@@ -3,11 +3,15 @@
 use super::Store;
 use crate::content::{ContentHash, ContentHasher};
 use crate::host;
-use crate::ids::{Epoch, Placement, VolumeId};
+use crate::ids::{Epoch, MemberIndex, Placement, VolumeId};
 use crate::page::PAGE_BYTES;
-use crate::server::slots::{Referred, SlotRun};
+use crate::server::slots::{Holder, Referred, SlotRun};
 use crate::server::volumes::Access;
-use crate::wire::{ReferEntry, Referral, Status};
+use crate::wire::message::Member;
+use crate::wire::{HintEntry, ReferEntry, Referral, Status};
+
+/// Intermediaries that hints may name, since this one started: restarted ones count anew. Of others none is kept.
+const HOLDERS_MAX: usize = 4096;
 
 impl Store {
     /// What the bytes of slots that were filled hash to, in order.
@@ -37,7 +41,7 @@ impl Store {
         let now = host::now();
         let volumes = self.volumes.lock();
         let known = volumes.admit(volume, epoch, Access::Write)?;
-        let pages = known.manifest.pages();
+        let (pages, members) = (known.manifest.pages(), known.members.clone());
         if offers.iter().any(|offer| offer.page.0 >= pages) {
             return Err(Status::Malformed);
         }
@@ -50,8 +54,52 @@ impl Store {
                 Referred::Have(slot, generation) => Referral::Have(Placement { member, slot, generation }),
                 Referred::Send => Referral::Send,
                 Referred::Pending => Referral::Pending,
+                Referred::At(holder) => match self.holder(holder, &members) {
+                    Some(member) => Referral::At(member),
+                    // Whoever cannot be asked sends it.
+                    None => match slots.grant(volume, hash, now) {
+                        Referred::Pending => Referral::Pending,
+                        _ => Referral::Send,
+                    },
+                },
             });
         }
         Ok(())
+    }
+
+    /// Somebody says who has the bytes of hashes that this one is asked about.
+    pub(in crate::server) fn hint(
+        &self,
+        (volume, epoch): (VolumeId, Epoch),
+        hints: &[HintEntry],
+    ) -> Result<(), Status> {
+        let members = self.volumes.lock().admit(volume, epoch, Access::Write)?.members.clone();
+        for HintEntry { hash, member } in hints {
+            let node = &members.get(member.as_usize()).ok_or(Status::Malformed)?.node;
+            if *node == self.node {
+                continue;
+            }
+            let number = {
+                let mut holders = self.holders.lock();
+                match holders.iter().position(|known| known == node) {
+                    Some(at) => at,
+                    None if holders.len() < HOLDERS_MAX => {
+                        holders.push(node.clone());
+                        holders.len() - 1
+                    }
+                    None => continue,
+                }
+            };
+            self.slots.lock().hint(volume, hash, number as Holder);
+        }
+        Ok(())
+    }
+
+    /// Which of the volume's members a holder is.
+    fn holder(&self, holder: Holder, members: &[Member]) -> Option<MemberIndex> {
+        let holders = self.holders.lock();
+        let node = holders.get(usize::from(holder))?;
+        let at = members.iter().position(|member| member.node == *node)?;
+        Some(MemberIndex(at as u16))
     }
 }

@@ -186,7 +186,8 @@ impl ClientVolume {
                     for (at, answer) in open.into_iter().zip(answers) {
                         match answer {
                             Referral::Have(place) if place.member != member => return Err(mismatch()),
-                            Referral::Send => {}
+                            // All are asked.
+                            Referral::Send | Referral::At(_) => {}
                             answer => referred[at] = answer,
                         }
                     }
@@ -286,7 +287,7 @@ impl Volume for ClientVolume {
             let referred = self.refer(batch)?;
             let place = |referral: &Referral| match referral {
                 Referral::Have(placement) => Some(*placement),
-                Referral::Send | Referral::Pending => None,
+                Referral::Send | Referral::Pending | Referral::At(_) => None,
             };
             let about = batch.iter().map(|put| (put.page, put.round, put.hash.seal(put.checksum)));
             let indexed = self.index_stored(about, referred.iter().map(place).collect())?;

@@ -2,13 +2,13 @@
 
 use super::{Bench, FixtureNode, PATIENCE, PLENTY_BYTES, asked, content, manifest, put_of};
 use crate::content::{ContentHasher, HashKind, Sharing, colliding_pages};
-use crate::ids::{Checksum, Epoch, Round, VolumeId};
+use crate::ids::{Checksum, Epoch, MemberIndex, Round, VolumeId};
 use crate::memory::PageSlice;
 use crate::page::{PAGE_BYTES_U64, PageIndex, PageRange};
 use crate::vmd::device::{Fetched, PagePut, PageReference, Shared, Vmd, Volume};
 use crate::vmd::link::{Class, Reply, Request};
 use crate::wire::message::VmdRequest;
-use crate::wire::{ReferEntry, Referral};
+use crate::wire::{HintEntry, ReferEntry, Referral};
 
 fn sharing(hash: HashKind, domain: &str) -> Sharing {
     Sharing { hash, domain: domain.into() }
@@ -105,6 +105,36 @@ pub(super) fn one_sends(bench: &Bench<'_>) {
     let entry = a.put(&[put_of(1, 0)], 1).expect("stored")[0];
     let Shared::Have(other) = offer(&*b, &hasher, 2, &content(1, 0)) else { panic!("it is there") };
     assert_eq!(other.placement, entry.placement);
+}
+
+pub(super) fn hints(bench: &Bench<'_>) {
+    let nodes = [bench.node(), bench.node()];
+    let (a, b) = (
+        volume(bench, &[&*nodes[0], &*nodes[1]], &tenant()),
+        // Another order of the same.
+        volume(bench, &[&*nodes[1], &*nodes[0]], &tenant()),
+    );
+    let alone = volume(bench, &[&*nodes[0]], &tenant());
+    let hash = bench.fixture.connector().hasher(&tenant()).hash(&content(1, 0));
+    let refer = |volume: &dyn Volume| {
+        let mut link = bench.link(&*nodes[0], volume.id(), 1);
+        let offers = [ReferEntry { page: PageIndex(1), round: Round(0), hash }];
+        let answers = asked(&mut *link, Request::Refer(&offers), |reply| match reply {
+            Reply::Referred(referrals) => Some(referrals[0]),
+            _ => None,
+        });
+        answers.expect("an answer")
+    };
+    let mut link = bench.link(&*nodes[0], a.id(), 1);
+    let hint = |member| HintEntry { hash, member: MemberIndex(member) };
+    let done = |reply: Reply<'_>| matches!(reply, Reply::Done).then_some(());
+    asked(&mut *link, Request::Hint(&[hint(0)]), done).expect("noted");
+    assert_eq!(refer(&*a), Referral::Send, "of oneself one needs no hint");
+    asked(&mut *link, Request::Hint(&[hint(1)]), done).expect("noted");
+    assert_eq!(refer(&*a), Referral::At(MemberIndex(1)));
+    assert_eq!(refer(&*b), Referral::At(MemberIndex(0)), "each in his own numbers");
+    assert_eq!(refer(&*alone), Referral::Send, "it is none of his members");
+    super::refused(asked(&mut *link, Request::Hint(&[hint(2)]), done), crate::error::ErrorKind::Protocol);
 }
 
 pub(super) fn collisions(bench: &Bench<'_>) {

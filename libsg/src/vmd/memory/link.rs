@@ -19,7 +19,7 @@ use crate::vmd::tcp::{at_most, check_put};
 use crate::wire::entry::Entry;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
 use crate::wire::run::table_bytes;
-use crate::wire::{GetEntry, HEADER_BYTES, IndexEntry, PageEntry, ReferEntry, Referral, Status};
+use crate::wire::{GetEntry, HEADER_BYTES, HintEntry, IndexEntry, PageEntry, ReferEntry, Referral, Status};
 
 /// A link to a [`super::MemoryNode`].
 #[derive(Debug)]
@@ -52,6 +52,7 @@ struct Queued {
 enum Owned {
     Put(Vec<PageEntry>, Vec<PageSlice>),
     Refer(Vec<ReferEntry>),
+    Hint(Vec<HintEntry>),
     PutIndex(Vec<IndexEntry>),
     Get(Vec<GetEntry>),
     Locate(PageRange),
@@ -113,6 +114,7 @@ impl MemoryLink {
                 state.put(asker, &entries, &bytes).map(Answer::Stored)
             }
             Owned::Refer(offers) => state.refer(asker, &offers).map(Answer::Referred),
+            Owned::Hint(hints) => state.hint(asker, &hints).map(|()| Answer::Done),
             Owned::PutIndex(entries) => state.put_index(asker, &entries).map(|()| Answer::Indexed),
             Owned::Get(entries) => {
                 state.get(asker, &entries).map(|(pages, bytes)| Answer::Pages(pages, bytes))
@@ -140,6 +142,10 @@ fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
         Request::Refer(offers) => {
             at_most(offers.len(), limits::BATCH_PAGES_MAX)?;
             (Owned::Refer(offers.to_vec()), offers.len() * ReferEntry::BYTES)
+        }
+        Request::Hint(hints) => {
+            at_most(hints.len(), limits::BATCH_PAGES_MAX)?;
+            (Owned::Hint(hints.to_vec()), hints.len() * HintEntry::BYTES)
         }
         Request::PutIndex(entries) => {
             at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{Asker, Holder, Slot, State};
-use crate::ids::{Placement, SlotIndex};
-use crate::wire::{ReferEntry, Referral, Status};
+use crate::ids::{MemberIndex, Placement, SlotIndex};
+use crate::wire::{HintEntry, ReferEntry, Referral, Status};
 
 /// As long as the others wait for who was told to send a page.
 const GRANT_TIME: Duration = Duration::from_secs(1);
@@ -19,7 +19,7 @@ impl State {
             return Err(Status::Malformed);
         }
         let member = volume.member(&node).ok_or(Status::State)?;
-        let sharing = volume.manifest.sharing.clone();
+        let (sharing, members) = (volume.manifest.sharing.clone(), volume.members().to_vec());
         let Some(sharing) = sharing else { return Ok(vec![Referral::Send; offers.len()]) };
         let refer = |offer: &ReferEntry| {
             let known = (sharing.clone(), offer.hash);
@@ -31,6 +31,11 @@ impl State {
                 let (slot, generation) = (SlotIndex(at as u32), slot.generation);
                 return Referral::Have(Placement { member, slot, generation });
             }
+            if let Some(at) =
+                self.hints.get(&known).and_then(|node| members.iter().position(|m| m.node == *node))
+            {
+                return Referral::At(MemberIndex(at as u16));
+            }
             let now = crate::host::now();
             if self.grants.get(&known).is_some_and(|until| now < *until) {
                 return Referral::Pending;
@@ -39,5 +44,21 @@ impl State {
             Referral::Send
         };
         Ok(offers.iter().map(refer).collect())
+    }
+
+    /// Who else has bytes, as somebody says.
+    pub(super) fn hint(&mut self, asker: Asker, hints: &[HintEntry]) -> Result<(), Status> {
+        let node = self.node.clone();
+        let volume = self.writable(asker)?;
+        let (sharing, members) = (volume.manifest.sharing.clone(), volume.members().to_vec());
+        for hint in hints {
+            let holder = &members.get(hint.member.as_usize()).ok_or(Status::Malformed)?.node;
+            if let Some(sharing) = sharing.as_ref().filter(|_| *holder != node) {
+                let known = (sharing.clone(), hint.hash);
+                self.grants.remove(&known);
+                self.hints.insert(known, holder.clone());
+            }
+        }
+        Ok(())
     }
 }

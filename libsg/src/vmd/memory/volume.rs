@@ -51,6 +51,10 @@ impl Volume {
         self.members.iter().position(|member| member.node == *node).map(|at| MemberIndex(at as u16))
     }
 
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
     pub fn age_s(&self) -> u64 {
         self.created.elapsed().as_secs()
     }

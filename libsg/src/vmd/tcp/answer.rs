@@ -27,6 +27,7 @@ pub(super) enum Expected {
     Stored(usize),
     /// So many answers to offered pages.
     Referred(usize),
+    Hinted,
     Indexed,
     /// These pages, in this order.
     Pages(Vec<PageIndex>),
@@ -87,6 +88,7 @@ impl Expected {
         let wanted = match self {
             Self::Stored(_) => Kind::PutReply,
             Self::Referred(_) => Kind::ReferReply,
+            Self::Hinted => Kind::HintReply,
             Self::Indexed => Kind::PutIndexReply,
             Self::Pages(_) => Kind::GetReply,
             Self::Located(_) => Kind::LocateReply,
@@ -140,7 +142,7 @@ impl Expected {
                 check_located(located, *range)?;
                 Ok(Answer::Located)
             }
-            Self::Discarded | Self::Dropped => Ok(Answer::Done),
+            Self::Discarded | Self::Dropped | Self::Hinted => Ok(Answer::Done),
             Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
                 self.check_control(VmdReply::decode(frame.body)?)
             }
@@ -299,7 +301,7 @@ mod test {
         refused(checked(Expected::Stored(3), Kind::PutReply, 2, &placements));
         refused(checked(Expected::Stored(2), Kind::PutReply, 2, &placements[1..]));
         refused(checked(Expected::Stored(2), Kind::GetReply, 2, &placements));
-        refused(checked(Expected::Referred(1), Kind::ReferReply, 1, &[3, 0, 0, 0, 0, 0, 0, 0]));
+        refused(checked(Expected::Referred(1), Kind::ReferReply, 1, &[4, 0, 0, 0, 0, 0, 0, 0]));
         refused(checked(Expected::Referred(2), Kind::ReferReply, 1, &[1, 0, 0, 0, 0, 0, 0, 0]));
 
         let pages = || Expected::Pages(vec![PageIndex(5), PageIndex(6)]);
