@@ -1,5 +1,6 @@
 //! What the daemon asks of the system for itself: it holds the memory of other hosts' VMs.
 
+use libsg::discovery::meter::available_bytes;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 /// No core dumps, no other user's debugger, more descriptors, and a place in the queue of the
@@ -34,12 +35,6 @@ pub fn check_memory(offered_bytes: u64) {
         Some(_) => {}
         None => tracing::warn!("/proc/meminfo does not say how much memory is free"),
     }
-}
-
-fn available_bytes(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 #[cfg(test)]

@@ -123,12 +123,19 @@ fn permille(part: u64, whole: u64) -> u16 {
 
 /// All memory, and what of it is available.
 fn memory(meminfo: &str) -> (u64, u64) {
-    let of = |name: &str| {
-        let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-    };
-    let all = of("MemTotal").unwrap_or(0);
-    (all, of("MemAvailable").unwrap_or(0).min(all))
+    let all = bytes_of("MemTotal", meminfo).unwrap_or(0);
+    (all, available_bytes(meminfo).unwrap_or(0).min(all))
+}
+
+/// What `/proc/meminfo` says could be handed out without swapping. `None` where it does not say.
+#[must_use]
+pub fn available_bytes(meminfo: &str) -> Option<u64> {
+    bytes_of("MemAvailable", meminfo)
+}
+
+fn bytes_of(name: &str, meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// In how many hundredths of the last ten seconds everything stood still for memory.

@@ -40,7 +40,8 @@ const WINDOW_TIME: Duration = Duration::from_millis(24);
 /// rate leaves as much of the port free.
 const CATCH_UP_PARTS: u64 = 64;
 
-/// A pace that differs from the one told by less than one in so many is not told.
+/// A pace that differs from the one told by less than one in so many is not told: a frame for less would change nothing
+/// at the source, whose kernel is told of no smaller change.
 const PACE_PARTS: u64 = 256;
 
 /// Credit of a connection that was just opened, granted at once.
@@ -220,7 +221,7 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
     };
     // Told at once: a source with credit for a while yet must not fill the queue that is to be drained.
     let pace = pace(shared);
-    if !near(pace, line.pace) {
+    if !pace::is_near(pace, line.pace, PACE_PARTS) {
         line.pace = pace;
         tell_credit(line)?;
     }
@@ -256,12 +257,6 @@ fn window_bytes(rate: Option<u64>, base_rtt: Option<Duration>, unit_pages: u32) 
 /// The pace at which the source is to use its credit.
 fn pace(shared: &Shared) -> Option<u64> {
     shared.pacer.link_rate().map(|rate| rate + rate / CATCH_UP_PARTS)
-}
-
-/// Whether one pace is as good as the other: a frame for less would change nothing at the source, whose kernel is told
-/// of no smaller change.
-fn near(pace: Option<u64>, told: Option<u64>) -> bool {
-    pace == told || pace.zip(told).is_some_and(|(pace, told)| pace.abs_diff(told) <= told / PACE_PARTS)
 }
 
 /// Tells what was taken.

@@ -290,11 +290,9 @@ impl Worker<'_> {
             self.last_sign = host::now();
         }
         let pace = self.share.map(|share| share + share / CATCH_UP_PARTS);
-        let is_told = pace == self.told
-            || pace.zip(self.told).is_some_and(|(pace, told)| pace.abs_diff(told) <= told / PACE_PARTS);
         let submitted = match &mut self.link {
             Some(link) => {
-                if !is_told {
+                if !pace::is_near(pace, self.told, PACE_PARTS) {
                     link.pace_answers(pace);
                     self.told = pace;
                 }

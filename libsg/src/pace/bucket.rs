@@ -30,6 +30,11 @@ pub(crate) fn bytes_in(rate: u64, time: Duration) -> u64 {
     (rate as f64 * time.as_secs_f64()) as u64
 }
 
+/// Whether one pace is as good as the other, `None` being none: less than one in so many `parts` apart.
+pub(crate) fn is_near(pace: Option<u64>, told: Option<u64>, parts: u64) -> bool {
+    pace == told || pace.zip(told).is_some_and(|(pace, told)| pace.abs_diff(told) <= told / parts)
+}
+
 /// The time that `bytes` take at `rate` bytes/s; an hour at most.
 pub(crate) fn time_of(bytes: f64, rate: u64) -> Duration {
     Duration::from_secs_f64((bytes / rate.max(1) as f64).clamp(0.0, 3600.0))

@@ -23,8 +23,8 @@ mod tcp_info;
 #[cfg(test)]
 mod test;
 
-pub(crate) use bucket::bytes_in;
 pub use bucket::{TokenBucket, slice_bytes};
+pub(crate) use bucket::{bytes_in, is_near};
 pub use delay::{Aggregate, LinkReading, aggregate, own_delay};
 pub use rate::{RateFinder, Reading};
 pub use shared::{Acquire, Class, LinkId, SharedPacer};

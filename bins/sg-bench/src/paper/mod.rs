@@ -18,6 +18,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use libsg::discovery::meter::available_bytes;
 use serde_json::json;
 
 use crate::cli::{MigrateArgs, PaperArgs};
@@ -246,9 +247,7 @@ fn gib(bytes: u64) -> f64 {
 /// Bytes that can be had without taking them from somebody.
 fn memory_available() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(u64::MAX, |kib| kib << 10)
+    available_bytes(&meminfo).unwrap_or(u64::MAX)
 }
 
 /// Processors, kernel, memory.
