@@ -151,7 +151,7 @@ impl Checksum {
     pub fn of(bytes: &[u8]) -> Self {
         let words: Option<&[[u8; 8]; PAGE_BYTES / 8]> = bytes.as_chunks().0.try_into().ok();
         match words.filter(|_| bytes.len() == PAGE_BYTES) {
-            Some(words) => Self(crc::of_page(|at| u64::from_ne_bytes(words[at]))),
+            Some(words) => Self(crc::of_page(|at| u64::from_ne_bytes(words[at]), |_| ())),
             None => Self(crc_fast::crc32_iscsi(bytes)),
         }
     }

@@ -19,7 +19,7 @@ use crate::ids::{Checksum, MemberIndex, Round};
 use crate::limits::{BATCH_PAGES, BATCH_PAGES_MAX, INDEX_ENTRIES_MAX};
 use crate::pace::{Acquire, Class, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
-use crate::transport::wait;
+use crate::transport::{wait, wait_writable};
 use crate::vmd::{Link, Reply, Request, Ticket};
 use crate::wire::{GetEntry, IndexEntry, ReferEntry};
 
@@ -167,9 +167,19 @@ impl MemberSink {
         // While the pacer says no, room in the socket is no news.
         let writing = again.is_none() && self.link.queued_bytes() > 0;
         let waker = self.scatter.member_waker(self.member);
-        wait(&[(self.link.poll_fd(), writing), (Some(waker.as_fd()), false)], left)?;
+        match self.link.poll_fd() {
+            // Answers, and entries to be put, may wait until it is awake anyway: each would cost a wake of its own.
+            Some(fd) if writing && self.link_paces && self.has_window() => wait_writable(fd, left)?,
+            fd => wait(&[(fd, writing), (Some(waker.as_fd()), false)], left).map(|_| ())?,
+        }
         waker.drain();
         Ok(())
+    }
+
+    /// Whether another batch may be outstanding.
+    fn has_window(&self) -> bool {
+        let batch_bytes = BATCH_PAGES * PAGE_BYTES;
+        self.link.outstanding_bytes() + batch_bytes <= self.window.bytes().max(2 * batch_bytes)
     }
 
     /// Writes what the pacer grants, and reads. Returns when the pacer wants to be asked again.
@@ -365,9 +375,7 @@ impl MemberSink {
             return Ok(());
         }
         let batch_bytes = BATCH_PAGES * PAGE_BYTES;
-        while self.link.queued_bytes() < batch_bytes / 2
-            && self.link.outstanding_bytes() + batch_bytes <= self.window.bytes().max(2 * batch_bytes)
-        {
+        while self.link.queued_bytes() < batch_bytes / 2 && self.has_window() {
             let late = self.ack_time.late();
             let (work, round) = {
                 let mut planner = self.scatter.planner.lock();
