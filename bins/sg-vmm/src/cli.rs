@@ -95,7 +95,8 @@ pub struct RunArguments {
     #[arg(long, value_name = "FILE")]
     pub secret: Option<PathBuf>,
     /// Hear the pool: with {"pool":true}, start chooses intermediaries among the hosts that announce themselves
-    /// (multicast:GROUP:PORT@ADDR; the port 7702, and the interface that the routes say, need not be named), and while a VM leaves, others do not choose nodes of this host
+    /// (multicast:GROUP:PORT@ADDR, where the port 7702, and the interface that the routes say, need not be named, or
+    /// etcd://HOST:PORT,HOST:PORT/PREFIX), and while a VM leaves, others do not choose nodes of this host
     #[arg(long, value_name = "WHERE")]
     pub pool: Option<String>,
     /// The zone (rack, power feed) this host is in
@@ -141,14 +142,8 @@ impl RunArguments {
     /// [`ErrorKind::Input`] for one that cannot be heard.
     pub fn membership(&self) -> Result<Option<Membership>> {
         let Some(pool) = &self.pool else { return Ok(None) };
-        let Some(place) = pool.strip_prefix("multicast:") else {
-            return Err(Error::new(
-                ErrorKind::Input,
-                format!("--pool {pool}: write multicast:GROUP[:PORT][@ADDR]"),
-            ));
-        };
         let link_bytes_per_s = self.link.filter(|rate| !rate.is_unlimited()).map(Rate::bytes_per_s);
-        Ok(Some(Membership { place: place.parse()?, zone: self.zone.clone(), link_bytes_per_s }))
+        Ok(Some(Membership { meeting: pool.parse()?, zone: self.zone.clone(), link_bytes_per_s }))
     }
 
     /// The VM that these arguments describe.

@@ -4,20 +4,21 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use libsg::discovery::Hears;
 use libsg::discovery::meter::Meter;
-use libsg::discovery::multicast::{Announcer, Place};
 use libsg::discovery::select::{Need, Selection, Verdict, ZoneRule, select};
 use libsg::ids::{NodeId, random_bytes};
 use libsg::migrate::PoolSecret;
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
 use libsg::{Error, ErrorKind, Result};
+use pools::Meeting;
 use serde_json::{Value, json};
 
 /// How this VMM takes part in a pool.
 #[derive(Clone, Debug)]
 pub struct Membership {
-    /// The group.
-    pub place: Place,
+    /// Where the hosts of the pool announce themselves.
+    pub meeting: Meeting,
     /// The zone of this host.
     pub zone: Option<String>,
     /// What its link carries, in bytes a second; what the interface says where it is not said.
@@ -26,7 +27,7 @@ pub struct Membership {
 
 /// Hears who is there, and says that VMs leave this host while one does.
 pub struct PoolView {
-    announcer: Announcer,
+    announcer: Box<dyn Hears>,
     leaving: Arc<AtomicBool>,
     own: IpAddr,
     zone: Option<String>,
@@ -45,9 +46,9 @@ impl PoolView {
     /// Joins the pool, under the VM's name.
     ///
     /// # Errors
-    /// [`ErrorKind::System`] when the group cannot be joined.
+    /// [`ErrorKind::System`] when the pool cannot be joined.
     pub fn join(membership: &Membership, secret: &PoolSecret, vm: &str) -> Result<Self> {
-        let own = membership.place.own_address()?;
+        let own = membership.meeting.own_address()?;
         let interface = match own {
             IpAddr::V4(own) => own,
             IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
@@ -74,7 +75,7 @@ impl PoolView {
             connections_free: 0,
             volumes_free: 0,
         };
-        let announcer = Announcer::start(membership.place, secret, Box::new(describe))?;
+        let announcer = membership.meeting.join(secret, Box::new(describe))?;
         Ok(Self { announcer, leaving, own, zone: membership.zone.clone(), link_bytes_per_s })
     }
 
@@ -131,5 +132,8 @@ fn told(hosts: &[Announcement], selection: &Selection) -> Value {
 /// No pool was joined.
 #[must_use]
 pub fn none() -> Error {
-    Error::new(ErrorKind::Input, "\"pool\" needs a VMM that was started with --pool multicast:GROUP")
+    Error::new(
+        ErrorKind::Input,
+        "\"pool\" needs a VMM that was started with --pool multicast:GROUP or etcd://HOST/PREFIX",
+    )
 }

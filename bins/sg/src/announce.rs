@@ -5,18 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
+use libsg::discovery::Announces;
 use libsg::discovery::meter::Meter;
-use libsg::discovery::multicast::{Announcer, Place};
 use libsg::limits::ZONE_BYTES_MAX;
 use libsg::server::{Config, ServerHandle};
 use libsg::transport::PoolSecret;
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
+use pools::Meeting;
 
 use crate::cli::{ServeArgs, WrongArguments};
 
 /// What of the daemon's set-up is announced.
 pub struct Setup {
-    place: Place,
+    meeting: Meeting,
     secret: PoolSecret,
     zone: Option<String>,
     link_bytes_per_s: Option<u64>,
@@ -29,7 +30,7 @@ impl Setup {
     /// Nothing where nothing is to be announced.
     pub fn of(args: &ServeArgs, config: &Config) -> Option<Self> {
         Some(Self {
-            place: args.announce?,
+            meeting: args.announce.clone()?,
             secret: config.secret.clone(),
             zone: config.zone.clone(),
             link_bytes_per_s: args.link.filter(|rate| !rate.is_unlimited()).map(|rate| rate.bytes_per_s()),
@@ -40,11 +41,11 @@ impl Setup {
     }
 
     /// Announces the server from now on, until the announcer is dropped: as one that leaves, once that is set.
-    pub fn start(self, server: &Arc<ServerHandle>, leaves: Arc<AtomicBool>) -> Result<Announcer> {
+    pub fn start(self, server: &Arc<ServerHandle>, leaves: Arc<AtomicBool>) -> Result<Box<dyn Announces>> {
         if self.zone.as_ref().is_some_and(|zone| zone.is_empty() || zone.len() > ZONE_BYTES_MAX) {
             return Err(WrongArguments(format!("--zone: a zone has 1 to {ZONE_BYTES_MAX} bytes")).into());
         }
-        let own = self.place.own_address().map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
+        let own = self.meeting.own_address().map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
         let address = match server.address() {
             listens if listens.ip().is_unspecified() => SocketAddr::new(own, listens.port()),
             listens => listens,
@@ -54,9 +55,9 @@ impl Setup {
             IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
         };
         let mut meter = Meter::new(interface, self.link_bytes_per_s);
-        let (place, secret, server) = (self.place, self.secret.clone(), Arc::clone(server));
+        let (meeting, secret, server) = (self.meeting.clone(), self.secret.clone(), Arc::clone(server));
         let describe = move || self.describe(&server, address, &mut meter, &leaves);
-        Announcer::start(place, &secret, Box::new(describe)).map_err(|e| anyhow::anyhow!("{}", e.chain()))
+        meeting.announce(&secret, Box::new(describe)).map_err(|e| anyhow::anyhow!("{}", e.chain()))
     }
 
     fn describe(

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use libsg::discovery::multicast::{MulticastPool, Place};
-use libsg::discovery::{Found, Pool, StaticPool};
+use libsg::discovery::{Found, Pool as _, StaticPool};
 use libsg::ids::VolumeId;
 use libsg::transport::PoolSecret;
 use libsg::units::{Rate, Size};
+use pools::Meeting;
 
 /// The port an intermediary listens on.
 const PORT: u16 = 7701;
@@ -94,6 +94,7 @@ Examples:
   sg serve --memory 16G --secret pool.secret
   sg serve --memory 16G --secret pool.secret --limit-in 4gbit --zone rack7
   sg serve --memory 16G --secret pool.secret --announce 239.83.71.1@10.0.0.3
+  sg serve --memory 16G --secret pool.secret --announce etcd://10.0.0.1,10.0.0.2,10.0.0.5/sg
   sg serve --memory 512M --listen 127.0.0.1:7701              for a test, on this host alone
 
 Memory is taken as pages come, and given back when a migration is done. Once it listens, one line is
@@ -127,11 +128,12 @@ pub struct ServeArgs {
     /// Listen beyond loopback without a secret: whoever reaches the port reads every page
     #[arg(long, conflicts_with = "secret")]
     pub insecure: bool,
-    /// Announce it to a multicast group, so that others find it without a list: once a second, in a large pool less
-    /// often. The interface is the one with the address, else the one the routes say; the port 7702 where none is
-    /// named. Clocks of the pool's hosts may differ by 30 s
-    #[arg(long, value_name = "GROUP[:PORT][@ADDR]")]
-    pub announce: Option<Place>,
+    /// Announce it, so that others find it without a list. To a multicast group, GROUP[:PORT][@ADDR]: once a second, in
+    /// a large pool less often; the interface is the one with the address, else the one the routes say; the port 7702
+    /// where none is named. Or by etcd, etcd://HOST[:PORT][,HOST…]/PREFIX: each 5 s, and when much has changed; when it
+    /// dies, it is gone after 15 s. Clocks of the pool's hosts may differ by 30 s
+    #[arg(long, value_name = "WHERE")]
+    pub announce: Option<Meeting>,
     /// What the host's link carries, for the announcement [default: what its interface says, else 1gbit]
     #[arg(long, value_name = "RATE", requires = "announce")]
     pub link: Option<Rate>,
@@ -161,7 +163,8 @@ pub struct PoolArgs {
     #[arg(long, value_name = "HOST:PORT")]
     pub intermediary: Vec<String>,
     /// Where to find intermediaries: static:FILE has one HOST:PORT a line; at multicast:GROUP:PORT@ADDR
-    /// they announce themselves (port and address of the interface need not be named)
+    /// they announce themselves (port and address of the interface need not be named), and by
+    /// etcd://HOST:PORT,HOST:PORT/PREFIX (members of one etcd; the port 2379 need not be named)
     #[arg(long, value_name = "WHERE")]
     pub pool: Option<String>,
     /// File with the pool's secret
@@ -191,6 +194,7 @@ pub struct DissolveArgs {
 #[command(after_help = "\
 Examples:
   sg plan --pool multicast:239.83.71.1 --secret pool.secret --memory 64G
+  sg plan --pool etcd://10.0.0.1,10.0.0.2/sg --secret pool.secret --memory 64G
   sg plan --pool multicast:239.83.71.1 --secret pool.secret --memory 64G --link 10gbit --destination-rate 2gbit \\
       --from 10.0.0.7 --to 10.0.1.9 --copies 2 --evacuate
 
@@ -249,27 +253,24 @@ impl PoolArgs {
     pub fn find(&self, secret: &PoolSecret) -> Result<Vec<Found>> {
         let mut names = self.intermediary.clone();
         let mut found = Vec::new();
-        match self.pool.as_deref().map(|pool| (pool, pool.split_once(':'))) {
+        match self.pool.as_deref().map(|pool| (pool, pool.strip_prefix("static:"))) {
             None => {}
-            Some((_, Some(("static", path)))) => names.extend(listed(path)?),
-            Some((_, Some(("multicast", place)))) => {
-                let place: Place = place.parse().map_err(|e: libsg::Error| WrongArguments(e.chain()))?;
-                let looked = MulticastPool::open(place, secret).and_then(|mut pool| pool.find(PATIENCE));
+            Some((_, Some(path))) => names.extend(listed(path)?),
+            Some((pool, None)) => {
+                let wrong =
+                    |e: libsg::Error| WrongArguments(format!("--pool: {}; or static:FILE", e.chain()));
+                let meeting: Meeting = pool.parse().map_err(wrong)?;
+                let looked = meeting.open(secret).and_then(|mut pool| pool.find(PATIENCE));
                 found = looked.map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
                 found.retain(|found| found.address.port() != 0);
                 anyhow::ensure!(
                     !found.is_empty() || !names.is_empty(),
-                    "nobody announces itself at {place}: `sg serve --announce {place}` does, with the same --secret"
+                    "nobody announces itself at {meeting}: `sg serve --announce {meeting}` does, with the same --secret"
                 );
-            }
-            Some((pool, _)) => {
-                let what = format!("--pool {pool}: write static:FILE or multicast:GROUP[:PORT][@ADDR]");
-                return Err(WrongArguments(what).into());
             }
         }
         if names.is_empty() && found.is_empty() {
-            let what =
-                "name the intermediaries: --intermediary HOST:PORT, or --pool static:FILE or multicast:GROUP";
+            let what = "name the intermediaries: --intermediary HOST:PORT, or --pool static:FILE, multicast:GROUP or etcd://HOST/PREFIX";
             return Err(WrongArguments(what.into()).into());
         }
         let named = names.iter().map(|name| resolve(name)).collect::<Result<Vec<_>>>()?;
@@ -329,7 +330,7 @@ mod test {
         std::fs::remove_file(&file).expect("removed");
         let found: Vec<String> = found.iter().map(|found| found.address.to_string()).collect();
         assert_eq!(found, ["127.0.0.1:5", "[::1]:7701", "127.0.0.2:7701", "127.0.0.3:99"]);
-        for wrong in ["etcd://x", "static", "multicast:10.0.0.1"] {
+        for wrong in ["etcd://x", "static", "multicast:10.0.0.1", "http://x/y"] {
             pool.pool = Some(wrong.into());
             let error = pool.find(&secret).expect_err("no pool");
             assert!(error.downcast_ref::<WrongArguments>().is_some(), "{error}");

@@ -22,7 +22,7 @@ pub fn run(args: &PlanArgs) -> Result<u8> {
     if nodes.is_empty() {
         let what = format!(
             "a list says nothing of its {all} intermediaries: a migration takes them all. --pool multicast:GROUP \
-             finds those that announce what they have"
+             or etcd://HOST/PREFIX finds those that announce what they have"
         );
         return Err(WrongArguments(what).into());
     }

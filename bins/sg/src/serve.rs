@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
-use libsg::discovery::multicast::Announcer;
 use libsg::page::PAGE_BYTES_U64;
 use libsg::server::{Config, Holding, Server};
 use serde_json::json;
@@ -61,7 +60,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         }
         refused = true;
         leaves.store(true, Ordering::Relaxed);
-        announcer.iter().for_each(Announcer::announce);
+        announcer.iter().for_each(|announcer| announcer.announce());
         refuse(&held);
     }
     Ok(1)

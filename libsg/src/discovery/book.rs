@@ -136,6 +136,13 @@ impl Book {
         self.entries.values().filter(|entry| entry.until > now).count()
     }
 
+    /// All others are gone, whatever their periods say: whoever keeps their announcements for them has them no more.
+    pub fn gone_unless(&mut self, now: Instant, is_there: impl Fn(&NodeId) -> bool) {
+        for (_, entry) in self.entries.iter_mut().filter(|(node, _)| !is_there(node)) {
+            entry.until = entry.until.min(now);
+        }
+    }
+
     /// Forgets who is gone, and of whom nothing could be replayed.
     pub fn forget(&mut self, now: Instant, wall_ms: u64) {
         self.entries
@@ -207,6 +214,18 @@ mod test {
         let back = now + Duration::from_secs(5);
         assert_eq!(book.hear(datagram(1, 2, WALL_MS + 5000), back, WALL_MS + 5000), Ok(true));
         assert_eq!(book.hosts(back).len(), 1);
+    }
+
+    #[test]
+    fn one_that_was_taken_away_is_gone_and_cannot_be_played_back() {
+        let (mut book, now) = (Book::new(), Instant::now());
+        book.hear(datagram(1, 5, WALL_MS), now, WALL_MS).expect("new");
+        book.gone_unless(now, |node| node.incarnation == 1);
+        assert_eq!(book.count(now), 1);
+        book.gone_unless(now, |node| node.incarnation != 1);
+        assert_eq!(book.count(now), 0);
+        assert_eq!(book.hear(datagram(1, 5, WALL_MS), now, WALL_MS), Err(Refusal::Replayed));
+        assert_eq!(book.hear(datagram(1, 6, WALL_MS + 10), now, WALL_MS), Ok(true), "it is there again");
     }
 
     #[test]

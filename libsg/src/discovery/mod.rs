@@ -7,7 +7,9 @@
 //! ```
 //!
 //! [`Pool`] is the seam for ways to find hosts: a [`StaticPool`] is a list that somebody wrote, a
-//! [`multicast::MulticastPool`] hears what hosts announce. Others implement it from outside.
+//! [`multicast::MulticastPool`] hears what hosts announce. Others implement it from outside, and [`Announces`] and
+//! [`Hears`] for hosts that stay in a pool. What they carry is a [`Datagram`](crate::wire::datagram::Datagram) whatever
+//! carries it: sealed by the pool's secret, and kept in a [`book::Book`], which lets nothing count twice.
 
 pub mod book;
 pub mod meter;
@@ -38,6 +40,21 @@ pub trait Pool: Send {
     /// # Errors
     /// What keeps it from looking. A pool without hosts is none.
     fn find(&mut self, patience: Duration) -> Result<Vec<Found>>;
+}
+
+/// Says what a host is now.
+pub type Describe = Box<dyn FnMut() -> Announcement + Send>;
+
+/// Announces a host to a pool until it is dropped, and then that it leaves.
+pub trait Announces: Send + Sync {
+    /// Announces the host at once: what it does has changed.
+    fn announce(&self);
+}
+
+/// Announces a host, and hears all others of the pool meanwhile.
+pub trait Hears: Announces {
+    /// Who is there, as far as was heard; we as well.
+    fn hosts(&self) -> Vec<Announcement>;
 }
 
 /// A list of addresses: everybody on it is there, and nothing is known of them.

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::book::{Book, Refusal, WINDOW, jittered, period};
-use super::{Found, Pool};
+use super::{Announces, Describe, Found, Hears, Pool};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, wall_ms};
 use crate::ids::random_bytes;
@@ -201,9 +201,6 @@ fn random() -> u64 {
     random_bytes().map_or(0, u64::from_le_bytes)
 }
 
-/// Says what a host is now.
-pub type Describe = Box<dyn FnMut() -> Announcement + Send>;
-
 /// Announces a host until it is dropped, and then that it leaves.
 #[derive(Debug)]
 pub struct Announcer {
@@ -238,17 +235,18 @@ impl Announcer {
         let thread = Some(host::thread::Builder::new().name("sg-announce".into()).spawn(run)?);
         Ok(Self { shared, thread })
     }
+}
 
-    /// Who is there, as far as was heard; we as well.
-    #[must_use]
-    pub fn hosts(&self) -> Vec<Announcement> {
-        self.shared.book.lock().hosts(host::now())
-    }
-
-    /// Announces the host at once: what it does has changed.
-    pub fn announce(&self) {
+impl Announces for Announcer {
+    fn announce(&self) {
         self.shared.now.store(true, Ordering::Release);
         self.shared.waker.wake();
+    }
+}
+
+impl Hears for Announcer {
+    fn hosts(&self) -> Vec<Announcement> {
+        self.shared.book.lock().hosts(host::now())
     }
 }
 

@@ -44,7 +44,8 @@ pub fn elapsed(since: Instant) -> Duration {
 
 /// Milliseconds since 1970, by this host's clock: for what other hosts compare with theirs, never for how long
 /// something takes.
-pub(crate) fn wall_ms() -> u64 {
+#[must_use]
+pub fn wall_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
