@@ -5,12 +5,12 @@ use std::fmt;
 use anyhow::Result;
 use libsg::discovery::select::CHOICES;
 
-use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family};
+use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGED};
 use super::figures::{
     destination_cotenant, destination_used, eviction, eviction_over_bound, eviction_spread,
     fault_p50_over_idle, fault_p99_us, faults, intermediary_cotenant, intermediary_cpu_over_stream,
-    link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, source_cpu_over_stream, total,
-    total_over_qemu,
+    link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, server_rss_slope, source_cpu_over_stream,
+    total, total_over_qemu,
 };
 use super::runs::{Results, Run};
 use crate::select;
@@ -82,7 +82,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(guest_rows());
     rows.extend(cost_rows());
     rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
-    rows.push(Row { issue: 4, ..select_row() });
+    rows.extend([server_memory_row(), select_row()].map(|row| Row { issue: 4, ..row }));
     rows
 }
 
@@ -247,6 +247,21 @@ fn shared_rows() -> Vec<Row> {
     ]
 }
 
+/// What intermediaries keep beside the pages.
+fn server_memory_row() -> Row {
+    row(
+        "server-memory",
+        "bytes a page at intermediaries: slope of peak RSS beyond the pages, with deduplication, 512 MiB to 2 GiB",
+        &[Family::Staged],
+        vec![Part {
+            name: String::new(),
+            experiments: STAGED.map(|(name, _)| name).into(),
+            want: AtMost(64.0),
+            values: Box::new(server_rss_slope),
+        }],
+    )
+}
+
 /// Choosing intermediaries: no hosts are built for it.
 fn select_row() -> Row {
     let part = |name: &str, want, of: fn(&select::Outcome) -> f64| Part {
@@ -321,7 +336,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 19, "{names:?}");
+        assert_eq!(names.len(), 20, "{names:?}");
     }
 
     #[test]
