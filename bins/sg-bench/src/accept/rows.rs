@@ -9,8 +9,8 @@ use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGE
 use super::figures::{
     destination_cotenant, destination_used, eviction, eviction_over_bound, eviction_spread,
     fault_p50_over_idle, fault_p99_us, faults, intermediary_cotenant, intermediary_cpu_over_stream,
-    link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, server_rss_slope, source_cpu_over_stream,
-    total, total_over_qemu,
+    link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, server_rss_slope,
+    source_cpu_over_stream, total, total_over_qemu,
 };
 use super::runs::{Results, Run};
 use crate::select;
