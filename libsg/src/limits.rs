@@ -1,5 +1,7 @@
 //! Every limit of every role, with its reason and what happens when it is crossed.
 
+use std::time::Duration;
+
 use crate::page::PAGE_BYTES;
 
 /// Pages in one batch: one frame on the wire, one acknowledgement. 64 pages are what a single
@@ -30,6 +32,13 @@ pub const NAME_BYTES_MAX: usize = 255;
 
 /// Bytes of an intermediary's name.
 pub const NODE_NAME_BYTES_MAX: usize = 64;
+
+/// Bytes of the name under which a volume is parked.
+pub const PARKING_NAME_BYTES_MAX: usize = 64;
+
+/// How long whoever claimed a parked volume has until it runs the VM, or says that it is still at it. Then another
+/// may claim it. Nothing that is safe rests on it: whoever was replaced is refused when it wants to run the VM.
+pub const CLAIM_LEASE: Duration = Duration::from_secs(10);
 
 /// Bytes of a zone's name.
 pub const ZONE_BYTES_MAX: usize = 64;

@@ -23,6 +23,7 @@ use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose};
 use libsg::wire::message::{
     self, Member, NodeStatistics, Rounds, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
 };
+use libsg::wire::parking::{Claim, Parking, Verdict};
 use libsg::wire::run::{RunEntry, encode_runs};
 use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry};
 
@@ -210,10 +211,14 @@ fn messages() -> Vec<Vec<u8>> {
         Talk::Lost(vec![PageRange::new(PageIndex(1), 2)]),
         Talk::Members(members()),
     ];
+    let node = || members()[0].node.clone();
+    let parking = Parking { name: "web".into(), keeper: node() };
     let requests = [
         VmdRequest::Create { manifest: manifest(), members: members() },
         VmdRequest::PutState { bytes: 5, checksum: 6 },
         VmdRequest::Claim { epoch: Epoch(9) },
+        VmdRequest::Park(parking.clone()),
+        VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }),
     ];
     let (volume, state) = (VolumeId(u128::MAX), VolumeState::Sealed);
     let info = VolumeInfo {
@@ -227,9 +232,19 @@ fn messages() -> Vec<Vec<u8>> {
         stored_pages: 9,
         indexed_pages: 10,
         age_s: 11,
+        parking: Some(parking),
+        owner: Some(node()),
     };
-    let summary =
-        VolumeSummary { volume, vm: "web-7".into(), state, committed: false, stored_pages: 1, age_s: 2 };
+    let summary = VolumeSummary {
+        volume,
+        vm: "web-7".into(),
+        state,
+        committed: false,
+        stored_pages: 1,
+        age_s: 2,
+        parked_as: Some("web".into()),
+        owner: Some(node()),
+    };
     let statistics = NodeStatistics {
         node: members()[0].node.clone(),
         zone: Some("z".into()),
@@ -241,8 +256,12 @@ fn messages() -> Vec<Vec<u8>> {
         connections: 6,
         volumes: vec![summary; 2],
     };
-    let replies =
-        [VmdReply::Volume(info), VmdReply::Statistics(statistics), VmdReply::State { bytes: 1, checksum: 2 }];
+    let replies = [
+        VmdReply::Volume(info),
+        VmdReply::Statistics(statistics),
+        VmdReply::State { bytes: 1, checksum: 2 },
+        VmdReply::Verdict(Verdict::Claimed { by: node(), for_ms: 5 }),
+    ];
     let talks = talks.iter().map(message::encode);
     let requests = requests.iter().map(message::encode);
     let replies = replies.iter().map(message::encode);

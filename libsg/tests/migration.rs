@@ -63,7 +63,7 @@ fn leave_as(
     let events = Events::default();
     let watch = Arc::clone(&events);
     let options = SourceOptions {
-        to: scene.address,
+        to: scene.address.into(),
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
         mode,
         rounds: RoundOptions::default(),

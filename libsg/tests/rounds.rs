@@ -141,7 +141,7 @@ impl DirtyLog for Log {
 
 fn options(scene: &Scene, mode: Mode, rounds: RoundOptions, limit: u64, observer: Observer) -> SourceOptions {
     SourceOptions {
-        to: scene.address,
+        to: scene.address.into(),
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
         mode,
         rounds,

@@ -16,6 +16,7 @@ use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::Entry;
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose, Role};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
+use libsg::wire::parking::{Claim, Parking, Verdict};
 use libsg::wire::run::{RunEntry, encode_runs};
 use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry, Status};
 
@@ -272,6 +273,7 @@ fn messages() {
         let expected = format!("0c{number:02x}00");
         assert_eq!(bytes(message::encode(&Talk::Abort { kind, reason: String::new() })), expected);
     }
+    let node = || NodeId { name: "i1".into(), incarnation: 300 };
     let requests = [
         (VmdRequest::Members(vec![]), "0100"),
         (VmdRequest::Describe, "02"),
@@ -282,12 +284,25 @@ fn messages() {
         (VmdRequest::Claim { epoch: Epoch(9) }, "0709"),
         (VmdRequest::Dissolve, "08"),
         (VmdRequest::Statistics, "09"),
+        (VmdRequest::Park(Parking { name: "web".into(), keeper: node() }), "0a03776562026931ac02"),
+        (VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }), "0b09026931ac0201"),
+        (VmdRequest::Run, "0c"),
     ];
     for (request, expected) in requests {
         assert_eq!(bytes(message::encode(&request)), expected, "{request:?}");
     }
     assert_eq!(bytes(message::encode(&VmdReply::Done)), "00");
     assert_eq!(bytes(message::encode(&VmdReply::State { bytes: 1, checksum: 2 })), "020102");
+    let verdicts = [
+        (Verdict::Granted, "0400"),
+        (Verdict::Claimed { by: node(), for_ms: 5 }, "0401026931ac0205"),
+        (Verdict::Runs { by: node() }, "0402026931ac02"),
+        (Verdict::Newer(Epoch(9)), "040309"),
+        (Verdict::NotParked, "0404"),
+    ];
+    for (verdict, expected) in verdicts {
+        assert_eq!(bytes(message::encode(&VmdReply::Verdict(verdict.clone()))), expected, "{verdict:?}");
+    }
 }
 
 /// What hosts say of themselves. Those of a pool need not be of one version.

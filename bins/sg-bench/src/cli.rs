@@ -237,6 +237,10 @@ pub struct MigrateArgs {
     /// on = pages that intermediaries hold already are not sent there again (those sent direct are)
     #[arg(long, value_name = "on|off", default_value = "off", action = clap::ArgAction::Set, value_parser = on_off)]
     pub dedup: bool,
+    /// No destination until every VM has evicted: they are parked at the intermediaries, and then each is claimed by a
+    /// process that gathers it (scatter-gather, hybrid)
+    #[arg(long)]
+    pub park: bool,
     /// Limits what enters the destination in the background, the direct path included; 0 = unlimited
     #[arg(long, value_name = "RATE", default_value = "0")]
     pub gather_limit: Rate,

@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use libsg::discovery::{Found, Pool as _, StaticPool};
-use libsg::ids::VolumeId;
 use libsg::transport::PoolSecret;
 use libsg::units::{Rate, Size};
 use pools::Meeting;
@@ -61,7 +60,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Who the intermediaries are, how full, and with whose pages
     Status(PoolArgs),
-    /// Volumes that the intermediaries hold: one line for each VM
+    /// Volumes that the intermediaries hold: one line for each VM, with the name of those that are parked, and who has
+    /// claimed them since. A parked VM stays until it is claimed (`sg-vmm run --claim NAME`) or dissolved
     Ls(PoolArgs),
     /// Give a volume's memory back at every intermediary; its pages are gone
     Dissolve(DissolveArgs),
@@ -178,9 +178,9 @@ pub struct PoolArgs {
 /// Arguments of `sg dissolve`.
 #[derive(Debug, Args)]
 pub struct DissolveArgs {
-    /// The volume, as `sg ls` shows it
-    #[arg(value_name = "VOLUME")]
-    pub volume: VolumeId,
+    /// The volume, as `sg ls` shows it, or the name under which a VM is parked
+    #[arg(value_name = "NAME|VOLUME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub volume: String,
     /// Do not ask
     #[arg(long)]
     pub yes: bool,

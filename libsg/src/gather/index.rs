@@ -194,7 +194,7 @@ fn locate(
                 Ok(link) if link.member().node == desk.member.node => link,
                 Ok(_) => return Err(unreachable()),
                 Err(error) => {
-                    seat.not_before = Some(host::now() + LEAVE_ALONE);
+                    seat.not_before = Some(host::now() + leave_alone(shared));
                     return Err(error);
                 }
             }
@@ -208,9 +208,14 @@ fn locate(
         Ok(_) => seat.link = Some(link),
         // It does not know the volume: then it knows none of its pages.
         Err(error) if error.kind == ErrorKind::Volume => return Ok(Vec::new()),
-        Err(_) => seat.not_before = Some(host::now() + LEAVE_ALONE),
+        Err(_) => seat.not_before = Some(host::now() + leave_alone(shared)),
     }
     located
+}
+
+/// Within its grace it is asked some times.
+fn leave_alone(shared: &Shared) -> Duration {
+    LEAVE_ALONE.min(shared.member_grace / 4)
 }
 
 /// What of a range is unknown still is in no index.

@@ -109,6 +109,12 @@ pub enum Bug {
     LimitIgnored,
     /// Whoever does not know the pool secret is let in.
     SecretIgnored,
+    /// COMMIT is given, and the volume parked, before every page is safe.
+    ParkedUnsafe,
+    /// Every claim of a parked volume is granted.
+    ClaimedTwice,
+    /// Whoever claimed a parked volume runs the VM without having that written down.
+    RunsUnasked,
 }
 
 thread_local! {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::load::Loaded;
-use super::shared::Scatter;
+use super::shared::{PoisonsOnPanic, Scatter};
 use super::spans::zero_entries;
 use crate::content::{ContentHash, ContentHasher};
 use crate::error::Result;
@@ -131,6 +131,12 @@ impl OfferDesk {
         let mut offers = self.seats[member.as_usize()].offers.lock();
         let n = offers.len().min(max);
         out.extend(offers.drain(..n));
+    }
+
+    /// Whether hints wait for any member's link.
+    #[must_use]
+    pub fn has_hints(&self) -> bool {
+        self.seats.iter().any(|seat| !seat.hints.lock().is_empty())
     }
 
     /// Takes up to `max` hints that wait for a member's link.
@@ -274,7 +280,15 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// The thread `sg-scatter-offers`: until `ended` says so, or all pages were offered and answered for.
+/// The body of the thread `sg-scatter-offers`. When the source of pages fails, that is noted there.
+pub fn keep(scatter: &Arc<Scatter>, ended: impl Fn() -> bool) {
+    let _poisons = PoisonsOnPanic(scatter.clone());
+    if let Err(error) = run(scatter, ended) {
+        tracing::warn!(error = error.chain(), "pages are offered no more");
+    }
+}
+
+/// Offers pages: until `ended` says so, or all pages were offered and answered for.
 ///
 /// # Errors
 /// The source's of pages.

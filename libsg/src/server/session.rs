@@ -335,6 +335,7 @@ impl<'c> Session<'c> {
             VmdRequest::GetState => return self.send_state(header),
             VmdRequest::Describe => self.store.describe(volume).map(VmdReply::Volume),
             VmdRequest::Statistics => Ok((self.statistics)()),
+            VmdRequest::ClaimParked(claim) => self.store.claim_parked(volume, &claim).map(VmdReply::Verdict),
             request => self.change(request, volume, epoch).map(|()| VmdReply::Done),
         };
         let (status, reply) = match answer {
@@ -353,7 +354,12 @@ impl<'c> Session<'c> {
             VmdRequest::Seal => self.store.seal(volume, epoch),
             VmdRequest::Claim { epoch } => self.store.claim(volume, epoch),
             VmdRequest::Dissolve => self.store.dissolve(volume, epoch),
-            VmdRequest::Describe | VmdRequest::GetState | VmdRequest::Statistics => Ok(()),
+            VmdRequest::Park(parking) => self.store.park(volume, epoch, parking),
+            VmdRequest::Run => self.store.run(volume, epoch),
+            VmdRequest::Describe
+            | VmdRequest::GetState
+            | VmdRequest::Statistics
+            | VmdRequest::ClaimParked(_) => Ok(()),
         }
     }
 

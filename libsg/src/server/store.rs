@@ -4,6 +4,7 @@
 //! the replaced writer had under way is either done before it or refused after it.
 
 mod offers;
+mod parked;
 mod report;
 
 use std::sync::Arc;

@@ -2,6 +2,7 @@
 //! up. It panics at the first rule that is broken, with the rule's name.
 
 mod links;
+mod parking;
 mod sharing;
 mod volumes;
 
@@ -81,6 +82,7 @@ const RULES: &[(&str, Rule)] = &[
     ("the whole volume is scanned in order", volumes::scan),
     ("members can be added", volumes::grows),
     ("commit, seal, claim and dissolve reach every member", volumes::states_everywhere),
+    ("a parked volume has one owner", parking::has_one_owner),
     ("no copies beyond the first are promised", volumes::copies_are_refused),
     ("pages of volumes that share are stored once", sharing::stored_once),
     ("nothing is shared with another domain", sharing::domains_are_apart),

@@ -222,7 +222,8 @@ impl State {
     /// The volume, for its writer: under its own epoch, while it is open.
     fn writable(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
         let volume = self.volume(asker)?;
-        if volume.state == VolumeState::Open && volume.epoch == asker.epoch {
+        let open = matches!(volume.state, VolumeState::Open | VolumeState::Parked);
+        if open && volume.epoch == asker.epoch {
             return Ok(volume);
         }
         Err(Status::State)
@@ -231,7 +232,11 @@ impl State {
     /// The volume, for somebody who drops pages of it.
     fn droppable(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
         let volume = self.volume(asker)?;
-        if volume.state == VolumeState::Sealed { Err(Status::State) } else { Ok(volume) }
+        match volume.state {
+            VolumeState::Sealed => Err(Status::State),
+            VolumeState::Parked if volume.epoch != asker.epoch => Err(Status::State),
+            _ => Ok(volume),
+        }
     }
 
     /// The volume, for its owner, whatever state it is in.
@@ -406,6 +411,12 @@ impl State {
             VmdRequest::Claim { epoch } => {
                 self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.claim(*epoch)?
             }
+            VmdRequest::Park(parking) => self.writable(asker)?.park(parking)?,
+            VmdRequest::ClaimParked(claim) => {
+                let volume = self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?;
+                return Ok(VmdReply::Verdict(volume.claim_parked(claim)));
+            }
+            VmdRequest::Run => self.owned(asker)?.run()?,
             VmdRequest::Dissolve => self.dissolve(asker)?,
             VmdRequest::Statistics => return Ok(VmdReply::Statistics(self.statistics())),
             VmdRequest::PutState { .. } | VmdRequest::GetState => return Err(Status::Malformed),
@@ -457,6 +468,8 @@ impl State {
             committed: volume.committed,
             stored_pages: self.stored_pages(*id),
             age_s: volume.age_s(),
+            parked_as: volume.parking.as_ref().map(|parking| parking.name.clone()),
+            owner: volume.owner(),
         };
         let live = self.volumes.iter().filter(|(_, volume)| volume.state != VolumeState::Dissolved);
         NodeStatistics {

@@ -17,6 +17,7 @@ pub mod handshake;
 pub mod header;
 mod heads;
 pub mod message;
+pub mod parking;
 pub mod run;
 
 pub use credit::Credit;

@@ -132,6 +132,11 @@ impl IncomingVm for Vm {
     }
 }
 
+/// A VM that arrives in memory of this kind, whose state touches these pages.
+pub fn arriving(seen: &Arc<Seen>, backing: Backing, touch: Vec<u32>) -> Box<dyn IncomingVm> {
+    Box::new(Vm { seen: Arc::clone(seen), backing, touch })
+}
+
 /// The state as it is sent of a VM that was paused before anything was.
 pub fn blob(state: &[u8]) -> Vec<u8> {
     final_set::encode(std::iter::empty(), state)

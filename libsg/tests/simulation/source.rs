@@ -8,7 +8,7 @@ use libsg::event::Observer;
 use libsg::manifest::Manifest;
 use libsg::memory::{PageSlice, PresenceMap};
 use libsg::migrate::OutgoingVm;
-use libsg::migrate::source::{self, Outgoing, SourceOptions};
+use libsg::migrate::source::{self, Outgoing, SourceOptions, To};
 use libsg::page::{PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
 use libsg::vmd::TcpConnector;
@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use crate::clock::Node;
 use crate::guest::{Vm, run_at_source};
-use crate::scenario::{Plan, Scenario, address, door, secret};
+use crate::scenario::{Plan, Scenario, address, secret};
 
 /// The VM as its VMM at the source sees it.
 struct Leaving {
@@ -113,13 +113,13 @@ pub fn start(
     (nth, plan): (usize, &Plan),
     vm: &Arc<Vm>,
     scenario: &Scenario,
-    observer: Observer,
+    (to, observer): (To, Observer),
 ) -> Handle {
     let handle = Handle::default();
     let (given, node_of_vm, vm_there) = (Arc::clone(&handle), Arc::clone(node), Arc::clone(vm));
     let sharing = scenario.shares();
     let options = SourceOptions {
-        to: door(nth),
+        to,
         intermediaries: scenario.members().map(address).collect(),
         mode: plan.mode,
         rounds: plan.rounds,

@@ -3,14 +3,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::{Control, Phase, SourceOptions};
+use super::{Control, Phase, SourceOptions, To};
 use crate::error::Result;
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
-use crate::migrate::handover::Handover;
+use crate::migrate::handover::{Handover, Lead};
 use crate::migrate::live::Rounds;
 use crate::migrate::members::{self, Members, Seat};
 use crate::migrate::{Event, Mode, OutgoingVm, Via};
@@ -43,8 +43,6 @@ impl Manager {
             }
         };
         self.control.check_cancelled()?;
-        let destination =
-            Destination { address: self.options.to, secret: self.options.secret.clone(), volume, epoch };
         let planner = Planner::new(&self.manifest, !members.is_empty());
         let has_rounds = self.options.rounds.most(self.options.mode) > 0;
         let scatter = Arc::new(Scatter::new(
@@ -65,12 +63,15 @@ impl Manager {
             scatter.pacer.set_limit(limit, host::now());
             state.scatter = Some(scatter.clone());
         }
+        let address = match &self.options.to {
+            To::Destination(address) => *address,
+            To::Parked(_) => return self.park(&scatter, members),
+        };
+        let destination = Destination { address, secret: self.options.secret.clone(), volume, epoch };
         let handover = Handover {
-            control: &self.control,
-            options: &self.options,
+            lead: Lead { control: &self.control, options: &self.options, scatter: &scatter },
             manifest: &self.manifest,
             destination: &destination,
-            scatter: &scatter,
             started: self.control.started,
         };
         // Before COMMIT nothing may leave the VM paused, not even a source of pages that panics.
@@ -102,7 +103,7 @@ impl Manager {
     }
 
     /// The point of no return: after it, a cancel is refused.
-    fn decide(&self, scatter: &Scatter) -> Result<()> {
+    pub(super) fn decide(&self, scatter: &Scatter) -> Result<()> {
         let mut state = self.control.state.lock();
         self.control.check_cancelled()?;
         if scatter.is_poisoned() {
@@ -136,7 +137,8 @@ impl Manager {
             if scatter.offers.get().is_some() {
                 let name = "sg-scatter-offers";
                 let thread = host::thread::Builder::new().name(name.into());
-                threads.push((name.into(), thread.spawn_scoped(scope, move || offer(scatter))?));
+                let over = || scatter.stopping() || scatter.done_at().is_some();
+                threads.push((name.into(), thread.spawn_scoped(scope, move || offers::keep(scatter, over))?));
             }
             let control = &*self.control;
             let name = "sg-scatter-control";
@@ -153,8 +155,8 @@ impl Manager {
                     break;
                 }
             }
-            if scatter.done_at().is_some() {
-                self.evicted(scatter, before);
+            if let Some(at) = scatter.done_at() {
+                self.evicted(scatter, at, before);
                 self.linger(scatter, &keeper);
             }
             scatter.stop();
@@ -170,10 +172,15 @@ impl Manager {
         scatter.take_supply(&mut Vec::new())
     }
 
-    /// Nothing is left here: tells it, first of all.
-    fn evicted(&self, scatter: &Scatter, (rounds, downtime): (Option<&Rounds>, Option<Duration>)) {
-        let eviction_s = scatter.done_at().map(|at| at.duration_since(self.control.started).as_secs_f64());
-        let mut report = report(scatter, self.options.mode, eviction_s, downtime);
+    /// Nothing is left here since then: tells it, first of all.
+    pub(super) fn evicted(
+        &self,
+        scatter: &Scatter,
+        at: Instant,
+        (rounds, downtime): (Option<&Rounds>, Option<Duration>),
+    ) {
+        let eviction_s = at.duration_since(self.control.started).as_secs_f64();
+        let mut report = report(scatter, self.options.mode, Some(eviction_s), downtime);
         report.rounds = rounds.map(|rounds| rounds.told.clone()).unwrap_or_default();
         report.rounds_ended = rounds.and_then(|rounds| rounds.ended);
         let used = Cpu::now().since(self.control.used);
@@ -197,14 +204,6 @@ impl Manager {
         {
             self.control.changed.wait_for(&mut state, Duration::from_millis(100));
         }
-    }
-}
-
-/// The thread that offers pages. When the source of pages fails, that is noted there.
-fn offer(scatter: &Arc<Scatter>) {
-    let _poisons = PoisonsOnPanic(scatter.clone());
-    if let Err(error) = offers::run(scatter, || scatter.stopping() || scatter.done_at().is_some()) {
-        tracing::warn!(error = error.chain(), "pages are offered no more");
     }
 }
 

@@ -58,6 +58,8 @@ impl Store {
                     committed: volume.committed,
                     stored_pages,
                     age_s: host::elapsed(volume.created).as_secs(),
+                    parked_as: volume.parking.as_ref().map(|parking| parking.name.clone()),
+                    owner: volume.claim.as_ref().map(|claim| claim.by.clone()),
                 };
                 (summary, volume.blob.is_some(), Arc::clone(&volume.payload))
             })
@@ -100,5 +102,7 @@ fn info<P>(id: VolumeId, volume: &Volume<P>, stored_pages: u64, indexed_pages: u
         stored_pages,
         indexed_pages,
         age_s: host::elapsed(volume.created).as_secs(),
+        parking: volume.parking.clone(),
+        owner: volume.claim.as_ref().map(|claim| claim.by.clone()),
     }
 }

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use crate::ids::{Checksum, Epoch, MemberIndex, NodeId, Placement, Round, VolumeId};
-use crate::limits;
+use crate::limits::{self, CLAIM_LEASE};
 use crate::manifest::Manifest;
 use crate::page::{PageIndex, PageRange};
 use crate::wire::message::{Member, VolumeInfo, VolumeState};
+use crate::wire::parking::{Claim, Parking, Verdict};
 use crate::wire::{Encoding, IndexEntry, Status};
 
 /// A volume at one intermediary.
@@ -22,6 +23,9 @@ pub(super) struct Volume {
     /// Page by page; a zero page has no placement.
     index: BTreeMap<u32, Known>,
     created: Instant,
+    pub parking: Option<Parking>,
+    /// Who claimed it where it was parked, and when that was last said.
+    claim: Option<(NodeId, Instant)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +47,8 @@ impl Volume {
             members,
             index: BTreeMap::new(),
             created: Instant::now(),
+            parking: None,
+            claim: None,
         }
     }
 
@@ -83,11 +89,58 @@ impl Volume {
                 self.state = VolumeState::Sealed;
                 Ok(())
             }
-            VolumeState::Claimed | VolumeState::Dissolved => Err(Status::State),
+            _ => Err(Status::State),
         }
     }
 
+    pub fn park(&mut self, parking: &Parking) -> Result<(), Status> {
+        let other = self.parking.as_ref().is_some_and(|known| known != parking);
+        if other || self.blob.is_none() {
+            return Err(Status::State);
+        }
+        (self.committed, self.state, self.parking) = (true, VolumeState::Parked, Some(parking.clone()));
+        Ok(())
+    }
+
+    /// Who owns it.
+    pub fn owner(&self) -> Option<NodeId> {
+        self.claim.as_ref().map(|(by, _)| by.clone())
+    }
+
+    pub fn claim_parked(&mut self, claim: &Claim) -> Verdict {
+        let now = Instant::now();
+        let by = claim.by.clone();
+        match (&self.parking, &self.claim, self.state) {
+            (None, ..) => Verdict::NotParked,
+            (_, Some((owner, _)), VolumeState::Running) => Verdict::Runs { by: owner.clone() },
+            (_, Some((owner, _)), _) if *owner == by && self.epoch == claim.epoch => {
+                self.claim = Some((by, now));
+                Verdict::Granted
+            }
+            (_, Some((owner, at)), _) if *owner != by && !claim.force && now < *at + CLAIM_LEASE => {
+                let left = (*at + CLAIM_LEASE).saturating_duration_since(now);
+                Verdict::Claimed { by: owner.clone(), for_ms: left.as_millis() as u64 + 1 }
+            }
+            _ if claim.epoch <= self.epoch => Verdict::Newer(self.epoch),
+            _ => {
+                (self.epoch, self.state, self.claim) = (claim.epoch, VolumeState::Claimed, Some((by, now)));
+                Verdict::Granted
+            }
+        }
+    }
+
+    pub fn run(&mut self) -> Result<(), Status> {
+        if self.claim.is_none() || !matches!(self.state, VolumeState::Claimed | VolumeState::Running) {
+            return Err(Status::State);
+        }
+        self.state = VolumeState::Running;
+        Ok(())
+    }
+
     pub fn claim(&mut self, epoch: Epoch) -> Result<(), Status> {
+        if self.parking.is_some() {
+            return Err(Status::State);
+        }
         if epoch <= self.epoch {
             return Err(Status::Fenced);
         }
@@ -156,6 +209,8 @@ impl Volume {
             stored_pages,
             indexed_pages: self.index.len() as u64,
             age_s: self.age_s(),
+            parking: self.parking.clone(),
+            owner: self.owner(),
         }
     }
 }

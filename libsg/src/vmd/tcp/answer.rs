@@ -41,6 +41,7 @@ pub(super) enum Expected {
     Done,
     Volume,
     Statistics,
+    Verdict,
     State(StateAssembler),
 }
 
@@ -77,7 +78,10 @@ impl Expected {
             | VmdRequest::Commit
             | VmdRequest::Seal
             | VmdRequest::Claim { .. }
+            | VmdRequest::Park(_)
+            | VmdRequest::Run
             | VmdRequest::Dissolve => Some(Self::Done),
+            VmdRequest::ClaimParked(_) => Some(Self::Verdict),
             VmdRequest::Describe => Some(Self::Volume),
             VmdRequest::Statistics => Some(Self::Statistics),
             VmdRequest::PutState { .. } | VmdRequest::GetState => None,
@@ -94,9 +98,12 @@ impl Expected {
             Self::Located(_) => Kind::LocateReply,
             Self::Discarded => Kind::DiscardReply,
             Self::Dropped => Kind::DropReply,
-            Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
-                Kind::VmdReply
-            }
+            Self::StateStored
+            | Self::Done
+            | Self::Volume
+            | Self::Statistics
+            | Self::Verdict
+            | Self::State(_) => Kind::VmdReply,
         };
         if kind != wanted {
             return Err(Error::new(ErrorKind::Protocol, format!("a {kind:?} where a {wanted:?} belongs")));
@@ -143,9 +150,12 @@ impl Expected {
                 Ok(Answer::Located)
             }
             Self::Discarded | Self::Dropped | Self::Hinted => Ok(Answer::Done),
-            Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
-                self.check_control(VmdReply::decode(frame.body)?)
-            }
+            Self::StateStored
+            | Self::Done
+            | Self::Volume
+            | Self::Statistics
+            | Self::Verdict
+            | Self::State(_) => self.check_control(VmdReply::decode(frame.body)?),
         }
     }
 
@@ -154,7 +164,8 @@ impl Expected {
             (Self::StateStored, VmdReply::Done) => Ok(Answer::Done),
             (Self::Done, VmdReply::Done) => Ok(Answer::Control(VmdReply::Done)),
             (Self::Volume, reply @ VmdReply::Volume(_))
-            | (Self::Statistics, reply @ VmdReply::Statistics(_)) => Ok(Answer::Control(reply)),
+            | (Self::Statistics, reply @ VmdReply::Statistics(_))
+            | (Self::Verdict, reply @ VmdReply::Verdict(_)) => Ok(Answer::Control(reply)),
             (Self::State(assembler), VmdReply::State { bytes, checksum }) => {
                 Ok(Answer::State(assembler.finish(bytes, Checksum(checksum))?))
             }
