@@ -214,6 +214,7 @@ fn messages() -> Vec<Vec<u8>> {
         VmdRequest::Create { manifest: manifest(), members: members() },
         VmdRequest::PutState { bytes: 5, checksum: 6 },
         VmdRequest::Claim { epoch: Epoch(9) },
+        VmdRequest::Succeed { epoch: Epoch(9) },
     ];
     let (volume, state) = (VolumeId(u128::MAX), VolumeState::Sealed);
     let info = VolumeInfo {

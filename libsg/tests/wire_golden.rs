@@ -282,6 +282,7 @@ fn messages() {
         (VmdRequest::Claim { epoch: Epoch(9) }, "0709"),
         (VmdRequest::Dissolve, "08"),
         (VmdRequest::Statistics, "09"),
+        (VmdRequest::Succeed { epoch: Epoch(9) }, "0a09"),
     ];
     for (request, expected) in requests {
         assert_eq!(bytes(message::encode(&request)), expected, "{request:?}");

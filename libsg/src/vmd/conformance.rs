@@ -81,6 +81,7 @@ const RULES: &[(&str, Rule)] = &[
     ("the whole volume is scanned in order", volumes::scan),
     ("members can be added", volumes::grows),
     ("commit, seal, claim and dissolve reach every member", volumes::states_everywhere),
+    ("a writer of an open volume is succeeded by another", volumes::writers_succeed),
     ("no copies beyond the first are promised", volumes::copies_are_refused),
     ("pages of volumes that share are stored once", sharing::stored_once),
     ("nothing is shared with another domain", sharing::domains_are_apart),

@@ -406,6 +406,9 @@ impl State {
             VmdRequest::Claim { epoch } => {
                 self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.claim(*epoch)?
             }
+            VmdRequest::Succeed { epoch } => {
+                self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.succeed(*epoch)?
+            }
             VmdRequest::Dissolve => self.dissolve(asker)?,
             VmdRequest::Statistics => return Ok(VmdReply::Statistics(self.statistics())),
             VmdRequest::PutState { .. } | VmdRequest::GetState => return Err(Status::Malformed),

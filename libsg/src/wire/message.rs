@@ -61,6 +61,12 @@ pub enum VmdRequest {
     Dissolve,
     /// What the intermediary has and holds. Needs neither volume nor epoch.
     Statistics,
+    /// A new writer of an open volume, which stays open: raises the writer's epoch to this; an epoch not above the
+    /// present is refused.
+    Succeed {
+        /// The new epoch.
+        epoch: Epoch,
+    },
 }
 
 /// What an intermediary answers. The status is in the header; where that is not `Ok` the body is `Done`.

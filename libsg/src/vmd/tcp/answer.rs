@@ -77,6 +77,7 @@ impl Expected {
             | VmdRequest::Commit
             | VmdRequest::Seal
             | VmdRequest::Claim { .. }
+            | VmdRequest::Succeed { .. }
             | VmdRequest::Dissolve => Some(Self::Done),
             VmdRequest::Describe => Some(Self::Volume),
             VmdRequest::Statistics => Some(Self::Statistics),
