@@ -219,6 +219,7 @@ fn messages() -> Vec<Vec<u8>> {
         VmdRequest::Claim { epoch: Epoch(9) },
         VmdRequest::Park(parking.clone()),
         VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }),
+        VmdRequest::Succeed { epoch: Epoch(9) },
     ];
     let (volume, state) = (VolumeId(u128::MAX), VolumeState::Sealed);
     let info = VolumeInfo {

@@ -287,6 +287,7 @@ fn messages() {
         (VmdRequest::Park(Parking { name: "web".into(), keeper: node() }), "0a03776562026931ac02"),
         (VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }), "0b09026931ac0201"),
         (VmdRequest::Run, "0c"),
+        (VmdRequest::Succeed { epoch: Epoch(9) }, "0d09"),
     ];
     for (request, expected) in requests {
         assert_eq!(bytes(message::encode(&request)), expected, "{request:?}");

@@ -43,6 +43,7 @@ Examples:
   sg status --intermediary 10.0.0.3 --intermediary 10.0.0.4 --secret pool.secret
   sg ls --pool static:/etc/sg/pool --secret pool.secret       whose pages lie there
   sg plan --pool multicast:239.83.71.1 --secret pool.secret --memory 64G   who would take them
+  sg nbd --create scratch --size 1G --pool static:/etc/sg/pool --secret pool.secret    a disk in their memory
 
 Sizes are powers of two (512M, 1G), rates powers of ten (256mbit, 1gbit; 0 is unlimited).
 Exit codes: 0 done, 1 failed and nothing lost, 2 wrong arguments, 3 something was lost."
@@ -67,6 +68,8 @@ pub enum Command {
     Dissolve(DissolveArgs),
     /// Which intermediaries a VM would go to, and why; whether it fits, and how long it takes. Does nothing
     Plan(PlanArgs),
+    /// Serve a volume as a block device, to whatever speaks NBD
+    Nbd(crate::nbd::NbdArgs),
 }
 
 /// How pages reach an intermediary.

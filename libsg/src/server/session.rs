@@ -10,7 +10,7 @@ use super::budget::Budget;
 use super::slots::SlotRun;
 use super::store::Store;
 use super::stream::{Limit, Stream};
-use super::volumes::StateBlob;
+use super::volumes::{StateBlob, Volumes};
 use crate::content::ContentHash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
@@ -352,7 +352,8 @@ impl<'c> Session<'c> {
             VmdRequest::PutState { bytes, checksum } => self.keep_state(volume, epoch, bytes, checksum),
             VmdRequest::Commit => self.store.commit(volume, epoch),
             VmdRequest::Seal => self.store.seal(volume, epoch),
-            VmdRequest::Claim { epoch } => self.store.claim(volume, epoch),
+            VmdRequest::Claim { epoch } => self.store.hand_over(volume, epoch, Volumes::claim),
+            VmdRequest::Succeed { epoch } => self.store.hand_over(volume, epoch, Volumes::succeed),
             VmdRequest::Dissolve => self.store.dissolve(volume, epoch),
             VmdRequest::Park(parking) => self.store.park(volume, epoch, parking),
             VmdRequest::Run => self.store.run(volume, epoch),

@@ -41,6 +41,9 @@ const AHEAD_FOR: Duration = Duration::from_secs(1);
 const BOOKS_SHARE: u64 = 8;
 const BOOKS_BYTES_MIN: u64 = 128 << 20;
 
+/// How a volume gets another owner.
+pub(super) type HandOver = fn(&mut Volumes<Arc<Books>>, VolumeId, Epoch) -> Result<(), Status>;
+
 /// What a volume has beside its pages.
 #[derive(Debug)]
 pub(super) struct Books {
@@ -290,12 +293,13 @@ impl Store {
         Ok(())
     }
 
-    pub(super) fn claim(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
+    /// A new owner, or writer. Under the index's lock: what the older one has begun is over before.
+    pub(super) fn hand_over(&self, volume: VolumeId, epoch: Epoch, to: HandOver) -> Result<(), Status> {
         let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
         let index = books.index.lock();
-        self.volumes.lock().claim(volume, epoch)?;
+        to(&mut self.volumes.lock(), volume, epoch)?;
         drop(index);
-        tracing::info!(%volume, epoch = epoch.0, "claimed");
+        tracing::info!(%volume, epoch = epoch.0, "a new owner");
         Ok(())
     }
 

@@ -153,7 +153,7 @@ mod test {
     fn what_was_claimed_meanwhile_is_not_stored() {
         let store = store();
         let filling = store.fill(VOLUME, EPOCH, &entries(5), Vec::new()).unwrap();
-        store.claim(VOLUME, Epoch(2)).unwrap();
+        store.hand_over(VOLUME, Epoch(2), crate::server::volumes::Volumes::claim).unwrap();
         assert_eq!(
             filling.finish(EPOCH, &entries(5), &mut Vec::new(), &mut Vec::new()).err(),
             Some(Status::Fenced)

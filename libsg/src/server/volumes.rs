@@ -255,6 +255,24 @@ impl<P> Volumes<P> {
         Ok(())
     }
 
+    /// A new writer of an open volume: whoever comes with an older epoch is refused from now on.
+    ///
+    /// # Errors
+    /// As [`Self::get`]; [`Status::State`] unless the volume is open; [`Status::Fenced`] unless the epoch is above
+    /// the present one.
+    pub fn succeed(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        let missing = self.missing(id);
+        let volume = self.live.get_mut(&id).ok_or(missing)?;
+        if epoch <= volume.epoch {
+            return Err(Status::Fenced);
+        }
+        if volume.state != VolumeState::Open {
+            return Err(Status::State);
+        }
+        volume.epoch = epoch;
+        Ok(())
+    }
+
     /// Forgets the volume, which is returned. `None`: that was done before.
     ///
     /// # Errors
@@ -385,6 +403,25 @@ mod test {
     }
 
     #[test]
+    fn a_writer_succeeds_another_while_the_volume_is_open() {
+        let mut volumes = Volumes::new(2);
+        let (id, old, new) = (VolumeId(1), Epoch(1), Epoch(2));
+        assert_eq!(volumes.succeed(id, new), Err(Status::NoVolume));
+        create(&mut volumes, 1, 1).unwrap();
+        assert_eq!(volumes.succeed(id, old), Err(Status::Fenced));
+        volumes.succeed(id, new).unwrap();
+        assert_eq!(volumes.succeed(id, new), Err(Status::Fenced), "once");
+        let admit = |volumes: &Volumes<()>, epoch, access| volumes.admit(id, epoch, access).map(|_| ());
+        assert_eq!(admit(&volumes, new, Access::Write), Ok(()));
+        assert_eq!(admit(&volumes, old, Access::Write), Err(Status::Fenced));
+        assert_eq!(admit(&volumes, old, Access::Read), Err(Status::Fenced));
+        volumes.seal(id, new).unwrap();
+        assert_eq!(volumes.succeed(id, Epoch(3)), Err(Status::State), "nothing is written any more");
+        volumes.claim(id, Epoch(3)).unwrap();
+        assert_eq!(volumes.succeed(id, Epoch(4)), Err(Status::State));
+    }
+
+    #[test]
     fn members_only_grow() {
         let mut volumes = Volumes::new(2);
         let (id, epoch) = (VolumeId(1), Epoch(1));
@@ -397,7 +434,7 @@ mod test {
 
     proptest! {
         #[test]
-        fn epochs_and_states_only_go_forward(ops in prop::collection::vec((0..6_u8, 1..3_u128, 1..5_u64), 1..60)) {
+        fn epochs_and_states_only_go_forward(ops in prop::collection::vec((0..7_u8, 1..3_u128, 1..5_u64), 1..60)) {
             let mut volumes = Volumes::new(2);
             let rank = |state| match state {
                 VolumeState::Open => 0,
@@ -415,6 +452,7 @@ mod test {
                     2 => volumes.seal(volume, at),
                     3 => volumes.claim(volume, at),
                     4 => volumes.dissolve(volume, at).map(|_| ()),
+                    5 => volumes.succeed(volume, at),
                     _ => volumes.set_members(volume, at, vec![member(1)]),
                 };
                 let now = match volumes.get(volume) {

@@ -83,6 +83,7 @@ const RULES: &[(&str, Rule)] = &[
     ("members can be added", volumes::grows),
     ("commit, seal, claim and dissolve reach every member", volumes::states_everywhere),
     ("a parked volume has one owner", parking::has_one_owner),
+    ("a writer of an open volume is succeeded by another", volumes::writers_succeed),
     ("no copies beyond the first are promised", volumes::copies_are_refused),
     ("pages of volumes that share are stored once", sharing::stored_once),
     ("nothing is shared with another domain", sharing::domains_are_apart),

@@ -242,6 +242,14 @@ pub trait Volume: Send + Sync {
     /// [`crate::ErrorKind::Fenced`] unless the epoch is above the volume's; else as [`Self::commit`].
     fn claim(&self, epoch: Epoch) -> Result<usize>;
 
+    /// Makes this value the writer of a volume that is open and stays so, under a newer epoch, at every living member
+    /// in their order. Connections under the old epoch are of no further use.
+    ///
+    /// # Errors
+    /// As [`Self::claim`]; [`crate::ErrorKind::Volume`] for one that is not open; [`crate::ErrorKind::Input`] unless it
+    /// was opened as [`Role::Writer`].
+    fn succeed(&self, epoch: Epoch) -> Result<usize>;
+
     /// Gives its memory back, everywhere. Done again, it changes nothing.
     ///
     /// # Errors

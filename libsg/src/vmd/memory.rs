@@ -417,6 +417,9 @@ impl State {
                 return Ok(VmdReply::Verdict(volume.claim_parked(claim)));
             }
             VmdRequest::Run => self.owned(asker)?.run()?,
+            VmdRequest::Succeed { epoch } => {
+                self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.succeed(*epoch)?
+            }
             VmdRequest::Dissolve => self.dissolve(asker)?,
             VmdRequest::Statistics => return Ok(VmdReply::Statistics(self.statistics())),
             VmdRequest::PutState { .. } | VmdRequest::GetState => return Err(Status::Malformed),

@@ -70,6 +70,12 @@ pub enum VmdRequest {
     /// The VM runs at whoever claimed the volume under the header's epoch: nobody else ever gets it. Done again it
     /// changes nothing.
     Run,
+    /// A new writer of an open volume, which stays open: raises the writer's epoch to this; an epoch not above the
+    /// present is refused.
+    Succeed {
+        /// The new epoch.
+        epoch: Epoch,
+    },
 }
 
 /// What an intermediary answers. The status is in the header; where that is not `Ok` the body is `Done`.

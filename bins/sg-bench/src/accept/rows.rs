@@ -1,8 +1,10 @@
 //! The rows: which experiments they need, what is computed from them, what is wanted.
 
+use std::cell::OnceCell;
 use std::fmt;
+use std::rc::Rc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use libsg::discovery::select::CHOICES;
 
 use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGED};
@@ -13,7 +15,7 @@ use super::figures::{
     source_cpu_over_stream, total, total_over_qemu,
 };
 use super::runs::{Results, Run};
-use crate::select;
+use crate::{disk, select};
 
 /// One row of the table.
 pub struct Row {
@@ -82,7 +84,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(guest_rows());
     rows.extend(cost_rows());
     rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
-    rows.extend([server_memory_row(), select_row()].map(|row| Row { issue: 4, ..row }));
+    rows.extend([server_memory_row(), select_row(), nbd_row()].map(|row| Row { issue: 4, ..row }));
     rows
 }
 
@@ -283,6 +285,33 @@ fn select_row() -> Row {
     )
 }
 
+/// Rounds of a comparison, or why there are none.
+type Compared = std::result::Result<Vec<disk::Round>, String>;
+
+/// A volume as a block device: no hosts are built for it either.
+fn nbd_row() -> Row {
+    // Both parts are of the same rounds.
+    let rounds: Rc<OnceCell<Compared>> = Rc::default();
+    let part = |name: &str, of: fn(&disk::Round) -> f64| {
+        let rounds = Rc::clone(&rounds);
+        let compared = || disk::compare(1 << 30, 3).map_err(|error| format!("{error:#}"));
+        let values = move |_: &Results| match rounds.get_or_init(compared) {
+            Ok(rounds) => Ok(rounds.iter().map(of).collect()),
+            Err(error) => bail!("{error}"),
+        };
+        Part { name: name.to_owned(), experiments: Vec::new(), want: AtLeast(0.8), values: Box::new(values) }
+    };
+    row(
+        "nbd",
+        "1 GiB by nbdcopy through sg nbd / through nbdkit nbd in front of nbdkit memory, fresh memory: throughput",
+        &[],
+        vec![
+            part("in", |round| round.theirs.in_s / round.ours.in_s),
+            part("out", |round| round.theirs.out_s / round.ours.out_s),
+        ],
+    )
+}
+
 /// A figure of one experiment.
 fn figure(name: &str, experiment: &'static str, want: Want, of: Figure) -> Part {
     Part {
@@ -336,7 +365,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 20, "{names:?}");
+        assert_eq!(names.len(), 21, "{names:?}");
     }
 
     #[test]

@@ -429,6 +429,13 @@ impl Volume for ClientVolume {
         Ok(claimed)
     }
 
+    fn succeed(&self, epoch: Epoch) -> Result<usize> {
+        self.check_writer()?;
+        let succeeded = self.peers.control_all(&VmdRequest::Succeed { epoch })?;
+        self.peers.set_epoch(epoch);
+        Ok(succeeded)
+    }
+
     fn dissolve(&self) -> Result<usize> {
         self.peers.control_all(&VmdRequest::Dissolve)
     }

@@ -149,6 +149,17 @@ impl Volume {
         Ok(())
     }
 
+    pub fn succeed(&mut self, epoch: Epoch) -> Result<(), Status> {
+        if epoch <= self.epoch {
+            return Err(Status::Fenced);
+        }
+        if self.state != VolumeState::Open {
+            return Err(Status::State);
+        }
+        self.epoch = epoch;
+        Ok(())
+    }
+
     pub fn dissolve(&mut self) {
         self.state = VolumeState::Dissolved;
         self.blob = None;

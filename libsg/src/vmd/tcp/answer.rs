@@ -80,6 +80,7 @@ impl Expected {
             | VmdRequest::Claim { .. }
             | VmdRequest::Park(_)
             | VmdRequest::Run
+            | VmdRequest::Succeed { .. }
             | VmdRequest::Dissolve => Some(Self::Done),
             VmdRequest::ClaimParked(_) => Some(Self::Verdict),
             VmdRequest::Describe => Some(Self::Volume),
