@@ -84,11 +84,11 @@ impl PoolView {
         self.announcer.announce();
     }
 
-    /// Chooses for a VM of so many bytes that goes to that host.
+    /// Chooses for a VM of so many bytes, in so many copies, that goes to that host.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel gives no random bytes.
-    pub fn choose(&self, bytes: u64, to: SocketAddr, evacuate: bool) -> Result<Choice> {
+    pub fn choose(&self, (bytes, copies): (u64, u8), to: SocketAddr, evacuate: bool) -> Result<Choice> {
         let hosts = self.announcer.hosts();
         let there = || hosts.iter().filter(|host| host.address.ip() == to.ip());
         // A VMM that waits there says in which zone, one that lends memory also what the link has free.
@@ -99,6 +99,7 @@ impl PoolView {
             destination_zone: there().find_map(|host| host.zone.clone()),
             zones: if evacuate { ZoneRule::Evacuate } else { ZoneRule::Prefer },
             never: vec![self.own, to.ip()],
+            copies,
             ..Need::new(bytes, self.link_bytes_per_s, takes, u64::from_le_bytes(random_bytes()?))
         };
         let selection = select(&hosts, &need);

@@ -69,7 +69,10 @@ pub fn list(args: &PoolArgs) -> Result<u8> {
         println!("{}", json!({ "schema": SCHEMA, "status": "ok", "volumes": volumes }));
     } else {
         let rows: Vec<_> = volumes.iter().map(|(id, parts)| volume_row(*id, parts)).collect();
-        print!("{}", table::render(&["VOLUME", "VM", "STATE", "COMMITTED", "PAGES", "AGE", "AT"], &rows));
+        print!(
+            "{}",
+            table::render(&["VOLUME", "VM", "STATE", "COMMITTED", "PAGES", "COPIES", "AGE", "AT"], &rows)
+        );
         report_failures(&answers);
     }
     Ok(code(&answers))
@@ -221,6 +224,7 @@ fn summary_json(volume: &VolumeSummary) -> serde_json::Value {
         "state": volume.state,
         "committed": volume.committed,
         "stored_pages": volume.stored_pages,
+        "copied_pages": volume.copied_pages,
         "age_s": volume.age_s,
     })
 }
@@ -263,6 +267,7 @@ fn volume_json(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> ser
         "volume": id.to_string(),
         "vm": parts.first().map(|(_, volume)| &volume.vm),
         "stored_pages": parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>(),
+        "copied_pages": parts.iter().map(|(_, volume)| volume.copied_pages).sum::<u64>(),
         "at": parts.iter().map(at).collect::<Vec<_>>(),
     })
 }
@@ -279,6 +284,7 @@ fn volume_row(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> Vec<
         states.join(","),
         if committed { "yes" } else { "no" }.into(),
         parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>().to_string(),
+        parts.iter().map(|(_, volume)| volume.copied_pages).sum::<u64>().to_string(),
         table::age(parts.iter().map(|(_, volume)| volume.age_s).max().unwrap_or(0)),
         nodes.join(","),
     ]

@@ -32,6 +32,8 @@ pub enum Word {
     Source,
     /// An index server: may be behind what the source said.
     Index,
+    /// One of those that were asked because this member does not answer.
+    Instead(MemberIndex),
 }
 
 /// How a page came.
@@ -236,7 +238,15 @@ impl Tracker {
             std::cmp::Ordering::Equal => {
                 let same = entry.placement.is_some_and(|p| p.to_bits() == self.placements[page]);
                 let there = entry.placement.is_none_or(|p| !self.is_lost(p.member));
-                self.kind(page) == Kind::Suspect && !same && there
+                let silent = |member| {
+                    let other = entry.placement.is_some_and(|p| p.member != member);
+                    self.kind(page) == Kind::Announced && self.member_of(page) == Some(member) && other
+                };
+                let wanted = match word {
+                    Word::Instead(member) => silent(member),
+                    Word::Source | Word::Index => false,
+                };
+                (self.kind(page) == Kind::Suspect || wanted) && !same && there
             }
         }
     }
@@ -365,14 +375,19 @@ impl Tracker {
         }
     }
 
-    /// What lies at a placement is not the page: that copy is lost. Returns whether it was the one known.
+    /// What lies at a placement is not the page: that copy is lost. Returns whether it was the one known. A unit is read
+    /// from one place: all of its pages are looked for elsewhere.
     pub fn copy_lost(&mut self, page: PageIndex, placement: Placement) -> bool {
         let at = page.as_usize();
         let known = self.placements.get(at) == Some(&placement.to_bits())
             && self.states[at].kind() == Kind::Announced
             && !self.states[at].is_installing();
-        if known {
-            self.change(PageRange::new(page, 1), |state| state.learn(Kind::Suspect));
+        if known && let Some(unit) = self.unit(page) {
+            self.change(unit, |state| {
+                if state.kind() == Kind::Announced {
+                    state.learn(Kind::Suspect);
+                }
+            });
         }
         known
     }

@@ -441,6 +441,45 @@ fn the_books_close_when_nobody_is_at_any_page() {
 }
 
 #[test]
+fn a_unit_with_one_bad_copy_is_looked_for_elsewhere_as_a_whole() {
+    let mut tracker = tracker(vec![region(512, InstallUnit::Huge2M)]);
+    let unit = PageRange::new(PageIndex(0), 512);
+    let announce = |tracker: &mut Tracker, member, word| {
+        for page in unit.iter() {
+            tracker.announce(&at(page.0, 0, member), word).expect("inside");
+        }
+    };
+    let mut reads = Vec::new();
+    announce(&mut tracker, 0, Word::Source);
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Read(MemberIndex(0)));
+    assert!(tracker.copy_lost(PageIndex(7), place(0, 7)));
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Unknown);
+    announce(&mut tracker, 0, Word::Index);
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Unknown, "it is not to be had there");
+    announce(&mut tracker, 1, Word::Index);
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Read(MemberIndex(1)));
+    assert_eq!(reads.len(), 512);
+}
+
+#[test]
+fn a_copy_elsewhere_is_taken_instead_of_one_that_does_not_come() {
+    let mut tracker = tracker(vec![region(4, InstallUnit::Page)]);
+    let mut reads = Vec::new();
+    let mut says = |tracker: &mut Tracker, entry: IndexEntry, word| {
+        tracker.announce(&entry, word).expect("inside");
+        tracker.look(one(entry.page.0), &mut reads)
+    };
+    let (first, second) = (Wanted::Read(MemberIndex(0)), Wanted::Read(MemberIndex(1)));
+    assert_eq!(says(&mut tracker, at(0, 1, 0), Word::Source), first);
+    assert_eq!(says(&mut tracker, at(0, 1, 1), Word::Index), first);
+    assert_eq!(says(&mut tracker, at(0, 1, 1), Word::Instead(MemberIndex(2))), first, "another is silent");
+    assert_eq!(says(&mut tracker, at(0, 0, 1), Word::Instead(MemberIndex(0))), first, "older");
+    assert_eq!(says(&mut tracker, at(0, 1, 1), Word::Instead(MemberIndex(0))), second);
+    tracker.set_member_lost(MemberIndex(0), true);
+    assert_eq!(says(&mut tracker, at(0, 1, 0), Word::Instead(MemberIndex(1))), second, "it is lost");
+}
+
+#[test]
 fn a_unit_over_two_members_is_unknown() {
     let mut tracker = tracker(vec![region(512, InstallUnit::Huge2M)]);
     for page in 0..512 {

@@ -47,6 +47,8 @@ pub enum Family {
     Held,
     /// Beside a co-tenant at the destination and at an intermediary.
     Cotenant,
+    /// Four intermediaries, with two copies of each page and with one.
+    Replicas,
 }
 
 /// A destination's slow link, and the gather limit.
@@ -135,6 +137,15 @@ pub fn of(family: Family) -> Vec<Experiment> {
                 a.vm.workload = "idle".to_owned();
                 (a.gather_limit, a.lift_at_evicted) = (HELD, true);
             })]
+        }
+        Family::Replicas => {
+            let copies = |name, replicas| {
+                plain(name, |a| {
+                    (a.lab.intermediaries, a.replicas) = (4, replicas);
+                    (a.gather_limit, a.lift_at_evicted) = (SLOW, true);
+                })
+            };
+            vec![copies("two copies", 2), copies("one copy", 1)]
         }
         Family::Cotenant => {
             vec![plain("cotenant", |a| (a.gather_limit, a.cotenant) = (SLOW, Some(Vec::new())))]

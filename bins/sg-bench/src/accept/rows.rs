@@ -82,7 +82,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(guest_rows());
     rows.extend(cost_rows());
     rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
-    rows.push(Row { issue: 4, ..select_row() });
+    rows.extend([replicas_row(), select_row()].map(|row| Row { issue: 4, ..row }));
     rows
 }
 
@@ -247,6 +247,16 @@ fn shared_rows() -> Vec<Row> {
     ]
 }
 
+/// What copies cost.
+fn replicas_row() -> Row {
+    row(
+        "replicas",
+        "eviction with 2 copies of each page / with 1, 4 intermediaries, gather limited to 256 Mb/s",
+        &[Family::Replicas],
+        vec![ratio("", ("two copies", "one copy"), AtMost(1.05), eviction)],
+    )
+}
+
 /// Choosing intermediaries: no hosts are built for it.
 fn select_row() -> Row {
     let part = |name: &str, want, of: fn(&select::Outcome) -> f64| Part {
@@ -321,7 +331,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 19, "{names:?}");
+        assert_eq!(names.len(), 20, "{names:?}");
     }
 
     #[test]

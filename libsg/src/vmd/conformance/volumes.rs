@@ -165,10 +165,3 @@ pub(super) fn states_everywhere(bench: &Bench<'_>) {
         assert_eq!((statistics.used_bytes, statistics.volumes.len()), (0, 0));
     }
 }
-
-pub(super) fn copies_are_refused(bench: &Bench<'_>) {
-    let nodes = [bench.node(), bench.node()];
-    let volume = bench.volume(&nodes.each_ref().map(|node| &**node));
-    refused(volume.put(&puts(0..1, 0), 2), ErrorKind::Protocol);
-    assert_eq!(volume.locate(everything()).expect("an answer"), []);
-}
