@@ -166,6 +166,22 @@ fn what_intermediaries_hold_is_not_sent_and_stays_when_its_sender_goes() {
 }
 
 #[test]
+fn copies_that_went_bad_when_the_source_has_left_are_read_from_another_holder() {
+    let scene = Scene::new(Plan { pages: 1000, nodes: 2, gather_limit: 500_000, ..Plan::default() });
+    let twice = (Mode::ScatterGather, 2);
+    let (outgoing, ..) = leave_in_copies(&scene, Backing::Anon, twice, scene.manifest.clone()).unwrap();
+    let report = outgoing.wait_evicted(LONG).unwrap();
+    // What was sent two ways may not have been answered yet.
+    let (staged, replicated) = (report.bytes.staged.unwrap(), report.bytes.replicated.unwrap());
+    assert!(replicated > 0 && replicated <= staged, "{report:?}");
+    drop(outgoing);
+    scene.nodes[0].corrupt();
+    scene.incoming.set_gather_limit(0);
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    scene.check(is_zero, |_| false);
+}
+
+#[test]
 fn a_number_of_replicas_out_of_bounds_is_refused_before_anything_happens() {
     let scene = Scene::new(Plan { pages: 10, nodes: 1, ..Plan::default() });
     for replicas in [0, 9] {

@@ -105,6 +105,7 @@ struct Page {
 struct Model {
     pages: Vec<Page>,
     lost: [bool; MEMBERS as usize],
+    bad: Vec<(usize, Placement)>,
 }
 
 impl Model {
@@ -120,10 +121,11 @@ impl Model {
         let know = self.know(page);
         let settled = matches!(know, Know::Installed | Know::Removed | Know::Lost);
         let other = place.is_none() || place != old.last;
+        let bad = place.is_some_and(|place| self.bad.contains(&(page, place)));
         let alive = place.is_none_or(|place| !self.lost[place.member.as_usize()]);
         let takes = know == Know::Missing
             || round > old.round
-            || round == old.round && (source || know == Know::Suspect && other && alive);
+            || round == old.round && (source || know == Know::Suspect && other && alive && !bad);
         if !settled && !old.installing && takes {
             self.pages[page] = Page {
                 know: place.map_or(Know::Zero, Know::At),
@@ -293,6 +295,8 @@ impl Play {
         let known = p.know == Know::At(at) && !p.installing;
         assert_eq!(self.tracker.copy_lost(PageIndex(page), at), known);
         if known {
+            self.model.bad.push((page as usize, at));
+            let p = &mut self.model.pages[page as usize];
             *p = Page { know: Know::Suspect, flying: false, no_index: false, no_source: false, ..*p };
         }
     }
@@ -459,6 +463,11 @@ fn a_unit_with_one_bad_copy_is_looked_for_elsewhere_as_a_whole() {
     announce(&mut tracker, 1, Word::Index);
     assert_eq!(tracker.look(unit, &mut reads), Wanted::Read(MemberIndex(1)));
     assert_eq!(reads.len(), 512);
+    // One that is bad is not taken for another that is: it has an end.
+    assert!(tracker.copy_lost(PageIndex(9), place(1, 9)));
+    announce(&mut tracker, 0, Word::Index);
+    announce(&mut tracker, 1, Word::Index);
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Unknown);
 }
 
 #[test]

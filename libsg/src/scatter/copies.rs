@@ -2,7 +2,7 @@
 //! their own pace. A pure core, [`choose`], and the books that it reads.
 //!
 //! A copy that a member did not take is a matter between the two: the batch goes elsewhere, and the first holder tries
-//! that member again after a while. As long as it takes none, it counts as one that is not there.
+//! that member again after a while. When that has failed a few times, it counts as one that is not there.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -15,6 +15,10 @@ use crate::wire::Missing;
 /// After the first copy that failed, a member is tried again after so long, then after twice as long, and so on.
 const REST_FIRST: Duration = Duration::from_millis(250);
 const REST_MAX: Duration = Duration::from_secs(8);
+
+/// Who is to rest for so long counts as one that is not there: it failed for the third time, each time for as long as
+/// a first holder waits. Before that, batches wait for it.
+const OUT_FROM: Duration = Duration::from_secs(1);
 
 /// A member without room is asked again after so long.
 const FULL_REST: Duration = Duration::from_millis(500);
@@ -49,9 +53,10 @@ impl Candidate {
         self.standing.rests_until.is_some_and(|until| now < until)
     }
 
-    /// Whether copies failed there, and it rests, or is just tried again.
+    /// Whether copies failed there again and again, and it rests, or is just tried again.
     fn is_out(&self, now: Instant) -> bool {
-        self.standing.rest.is_some() && (self.rests(now) || self.standing.batches > 0)
+        let failed = self.standing.rest.is_some_and(|rest| rest >= OUT_FROM);
+        failed && (self.rests(now) || self.standing.batches > 0)
     }
 }
 
@@ -154,10 +159,10 @@ impl CopyDesk {
         }
     }
 
-    /// Whether a batch with so few holders is the first that has fewer than are wanted: it is told once.
+    /// Whether it was not told yet that pages have fewer holders than are wanted. It is now.
     #[must_use]
-    pub fn is_news(&self, holders: MemberSet) -> bool {
-        holders.len() < self.holders && self.holders > 1 && !self.told.swap(true, Ordering::Relaxed)
+    pub fn is_news(&self) -> bool {
+        self.holders > 1 && !self.told.swap(true, Ordering::Relaxed)
     }
 
     /// A batch of so many bytes goes to these holders.
@@ -258,18 +263,23 @@ mod test {
         assert_eq!(all(&desk, 2, now), None, "two live, and one has room");
         assert_eq!(all(&desk, 2, now + FULL_REST), Some(both));
         let lost = Missing { lost: MemberSet(0b10), ..Missing::NONE };
-        desk.answered(A, both, lost, now + FULL_REST);
         let mut at = now + FULL_REST;
-        for rest in [REST_FIRST, 2 * REST_FIRST, 4 * REST_FIRST] {
+        for rest in [REST_FIRST, 2 * REST_FIRST] {
+            desk.answered(A, both, lost, at);
+            assert_eq!(all(&desk, 2, at), None, "once or twice is waited for");
+            at += rest;
+            assert_eq!(all(&desk, 2, at), Some(both), "tried again");
+        }
+        for rest in [OUT_FROM, 2 * OUT_FROM] {
+            desk.answered(A, both, lost, at);
             let alone = all(&desk, 2, at).expect("the other counts as dead");
             assert_eq!(alone, MemberSet(0b01));
-            assert_eq!(desk.is_news(alone), rest == REST_FIRST, "it is told once");
+            assert_eq!(desk.is_news(), rest == OUT_FROM, "it is told once");
             at += rest;
             assert_eq!(all(&desk, 2, at), Some(both), "tried again");
             desk.sent(A, both, 1);
             assert_eq!(all(&desk, 2, at), Some(MemberSet(0b01)), "by one batch");
             desk.landed(A, both, 1);
-            desk.answered(A, both, lost, at);
         }
         desk.answered(A, both, Missing::NONE, at);
         assert_eq!(all(&desk, 2, at), Some(both));

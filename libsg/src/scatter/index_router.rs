@@ -63,6 +63,8 @@ pub struct IndexRouter {
     /// How many shall have an entry of zero pages.
     copies: usize,
     rerouted: AtomicBool,
+    /// Some entries are at fewer than they were to be: no more answer.
+    fewer: AtomicBool,
 }
 
 impl IndexRouter {
@@ -71,7 +73,7 @@ impl IndexRouter {
     pub fn new(wakers: impl IntoIterator<Item = Arc<Waker>>, copies: usize) -> Self {
         let post = |waker| Post { state: AtomicU8::new(ALIVE), pending: Mutex::new(Vec::new()), waker };
         let posts = wakers.into_iter().map(post).collect();
-        Self { posts, copies, rerouted: AtomicBool::new(false) }
+        Self { posts, copies, rerouted: AtomicBool::new(false), fewer: AtomicBool::new(false) }
     }
 
     /// Hands entries to those who are to have them next. Those that need go nowhere else are appended to `finished`.
@@ -87,6 +89,9 @@ impl IndexRouter {
             let Some(owner) = next else {
                 if first.done.is_empty() {
                     return false;
+                }
+                if self.goes_on(first) {
+                    self.fewer.store(true, Ordering::Relaxed);
                 }
                 finished.extend(run.iter().map(|pending| pending.entry));
                 continue;
@@ -166,6 +171,12 @@ impl IndexRouter {
     pub fn may_be_with(&self, page: PageIndex, member: MemberIndex) -> bool {
         let turn = |step| index_turn(page, step, self.posts.len()) == Some(member);
         self.rerouted.load(Ordering::Relaxed) || (0..self.copies).any(turn)
+    }
+
+    /// Whether entries are at fewer members than they were to be.
+    #[must_use]
+    pub fn has_fewer(&self) -> bool {
+        self.fewer.load(Ordering::Relaxed)
     }
 
     /// Members that are not dead.
@@ -292,10 +303,12 @@ mod test {
         // Who is silent is not waited for, as long as somebody has it.
         assert!(route(&router, &entries(&[1])));
         assert_eq!(acknowledge(&router, 1), (1, 0));
+        assert!(!router.has_fewer());
         let mut finished = Vec::new();
         let waited = router.suspect(MemberIndex(2));
         assert!(router.route(&waited, &mut finished));
         assert_eq!((waited.len(), finished.len()), (1, 1));
+        assert!(router.has_fewer());
         // The last one is enough.
         router.dead(MemberIndex(2));
         assert!(route(&router, &entries(&[2])));

@@ -449,7 +449,7 @@ impl MemberSink {
         self.scatter.counters.staged.fetch_add(bytes, Ordering::Relaxed);
         self.scatter.counters.members[self.member.as_usize()].fetch_add(bytes, Ordering::Relaxed);
         self.scatter.copies.sent(self.member, holders, bytes);
-        if self.scatter.copies.is_news(holders) {
+        if holders.len() < self.scatter.copies.holders() && !holders.is_empty() {
             self.scatter.tell_fewer(holders);
         }
         self.asked.push_back(Asked { ticket, what: What::Put(id, pages, holders), at: now });

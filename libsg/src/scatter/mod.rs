@@ -12,6 +12,7 @@
 pub mod batch;
 pub mod copies;
 mod direct;
+mod entries;
 mod index_router;
 mod load;
 mod member;

@@ -14,7 +14,7 @@ use super::table::Loser;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
 use crate::host::{self, Condvar};
-use crate::ids::{Epoch, MemberIndex, MemberSet, VolumeId};
+use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::pace::SharedPacer;
 use crate::page::{PageIndex, PageRange};
 use crate::source::{PageSource, Supply};
@@ -259,68 +259,6 @@ impl Scatter {
     #[must_use]
     pub fn stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
-    }
-
-    /// Pages lie at fewer members than they were to.
-    pub(super) fn tell_fewer(&self, holders: MemberSet) {
-        let message = format!(
-            "pages lie at {} intermediaries from now on, not at {}: no more take copies. If {} dies, they are lost",
-            holders.len().max(1),
-            self.copies.holders(),
-            if holders.len() > 1 { "each of them" } else { "it" },
-        );
-        (self.observer)(&Event::Warning { message });
-    }
-
-    /// Routes entries to their index servers; with none left, the destination gets the pages.
-    pub fn route(&self, entries: &[IndexEntry]) {
-        let entries: Vec<Pending> = entries.iter().copied().map(Pending::from).collect();
-        self.route_on(&entries);
-    }
-
-    /// As [`Self::route`], for entries that some have already.
-    fn route_on(&self, entries: &[Pending]) {
-        if entries.is_empty() {
-            return;
-        }
-        // Whether some are finished is looked at under the planner's lock; those that nobody has yet are not.
-        let planner = entries.iter().any(Pending::is_known).then(|| self.planner.lock());
-        let mut finished = Vec::new();
-        let routed = self.index.route(entries, &mut finished);
-        if routed && finished.is_empty() {
-            return;
-        }
-        let mut planner = planner.unwrap_or_else(|| self.planner.lock());
-        planner.indexed(&finished);
-        if !routed {
-            planner.members_gone();
-            drop(planner);
-            self.direct_waker.wake();
-        }
-    }
-
-    /// An index server acknowledged entries.
-    pub fn indexed(&self, member: MemberIndex, entries: &mut [Pending], finished: &mut Vec<IndexEntry>) {
-        finished.clear();
-        let mut planner = self.planner.lock();
-        if !self.index.acknowledged(member, entries, finished) {
-            planner.members_gone();
-        }
-        planner.indexed(finished);
-        drop(planner);
-        self.index.answered(member);
-    }
-
-    /// Entries that an index server did not take go to another; where nobody answers, their pages go
-    /// another way. They are never passed around: that would have no end, and no bound.
-    pub fn reroute(&self, entries: &[Pending]) {
-        if self.index.anyone_answers() {
-            self.route_on(entries);
-        } else {
-            let entries: Vec<IndexEntry> = entries.iter().map(|pending| pending.entry).collect();
-            self.planner.lock().not_indexed(&entries);
-            self.wake_all();
-        }
     }
 
     /// Queues entries to be announced to the destination.

@@ -114,6 +114,7 @@ impl Loser {
 
 /// Above a placement's bits, of which members need six, is the number of a set: who has copies.
 const SET_SHIFT: u32 = 54;
+const FIRST: u64 = (1 << SET_SHIFT) - 1;
 
 /// The sets that have a number. Those beyond share the last one, which stands for everybody: who has no copy is asked in
 /// vain to give it back, and a page counts as one that lost a copy whoever dies.
@@ -267,11 +268,20 @@ impl PageTable {
 
     /// Notes where a page's bytes lie. Returns where they lay before.
     pub fn place(&mut self, page: PageIndex, place: Place, checksum: Checksum) -> Option<Place> {
-        let before = self.placed(page).map(|(before, _)| before);
         let set = self.set_number(place.copies);
-        *self.placement.get_mut(page.as_usize())? = place.first.to_bits() | set << SET_SHIFT;
+        let at = self.placement.get_mut(page.as_usize())?;
+        let before = std::mem::replace(at, place.first.to_bits() | set << SET_SHIFT);
         *self.checksum.get_mut(page.as_usize())? = checksum.0;
-        before.filter(|before| before.first != place.first)
+        if before == 0 {
+            return None;
+        }
+        self.decode(before).filter(|before| before.first != place.first)
+    }
+
+    fn decode(&self, bits: u64) -> Option<Place> {
+        let first = Placement::from_bits(bits & FIRST)?;
+        let copies = self.sets.get((bits >> SET_SHIFT) as usize).copied().unwrap_or(MemberSet::ALL);
+        Some(Place { first, copies: copies.without(first.member) })
     }
 
     fn set_number(&mut self, set: MemberSet) -> u64 {
@@ -295,17 +305,15 @@ impl PageTable {
     /// Where a page's bytes lie, or lay before it was written again, and their checksum.
     #[must_use]
     pub fn placed(&self, page: PageIndex) -> Option<(Place, Checksum)> {
-        let bits = *self.placement.get(page.as_usize())?;
-        let first = Placement::from_bits(bits & ((1 << SET_SHIFT) - 1))?;
-        let copies = self.sets.get((bits >> SET_SHIFT) as usize).copied().unwrap_or(MemberSet::ALL);
-        let copies = copies.without(first.member);
-        Some((Place { first, copies }, Checksum(*self.checksum.get(page.as_usize())?)))
+        let place = self.decode(*self.placement.get(page.as_usize())?)?;
+        Some((place, Checksum(*self.checksum.get(page.as_usize())?)))
     }
 
     /// Where a page's first holder has it, and its checksum.
     #[must_use]
     pub fn placement(&self, page: PageIndex) -> Option<(Placement, Checksum)> {
-        self.placed(page).map(|(place, checksum)| (place.first, checksum))
+        let placement = Placement::from_bits(*self.placement.get(page.as_usize())? & FIRST)?;
+        Some((placement, Checksum(*self.checksum.get(page.as_usize())?)))
     }
 
     /// The first page from `from` on that is `Unsent` or `Absent`.
