@@ -180,7 +180,8 @@ impl Cluster {
             let request = json!({
                 "do": "start", "mode": args.mode.name(), "to": pair.to.to_string(),
                 "intermediaries": intermediaries, "rounds": args.rounds, "via": args.via.name(),
-                "downtime_limit_ms": args.downtime_limit, "replicas": args.replicas, "dedup": args.dedup.then(|| json!({})),
+                "downtime_limit_ms": args.downtime_limit, "replicas": args.replicas,
+                "dedup": args.dedup.then(|| json!({})),
             });
             pair.source.control.request(&request, START_LIMIT)?;
         }

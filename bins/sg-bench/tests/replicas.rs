@@ -81,21 +81,6 @@ fn what_is_sent_once_lies_at_two() {
     world.holds_nothing();
 }
 
-/// Before it is copied, or where it was copied to: either way it is found out while the source has it.
-#[test]
-fn a_byte_that_is_flipped_on_the_way_is_in_no_copy() {
-    let mut world = World::new(1, &["--limit-in", "400mbit", "--canary-flip-slot", "100"]);
-    world.serve("i2", &["--limit-in", "400mbit"]);
-    let source = world.vm("source", "--memory 16M --workload idle");
-    let destination = world.incoming("destination", "--gather-limit 50mbit");
-    leave(&source, 2, &destination, &world);
-    source.process.wait("evicted");
-    source.process.kill();
-    destination.arrived(16);
-    assert!(!destination.process.has_told("warning", "lost copies"), "{}", destination.process.log());
-    destination.quit(0);
-}
-
 #[test]
 fn an_intermediary_is_stopped_and_the_others_have_the_copies() {
     let (world, source, destination) = usual(11);

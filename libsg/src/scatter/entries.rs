@@ -13,8 +13,8 @@ impl Scatter {
             return;
         }
         let message = format!(
-            "pages lie at fewer intermediaries than the {} that were asked for, some at {}: no more take copies. What they \
-             alone have is lost with them",
+            "pages lie at fewer intermediaries than the {} that were asked for, some at {}: no more take copies. \
+             What they alone have is lost with them",
             self.copies.holders(),
             holders.len().max(1),
         );

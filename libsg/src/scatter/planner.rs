@@ -263,8 +263,8 @@ impl Planner {
         FaultAnswer::Send(self.launch(Sink::Urgent, Cargo::Pages(batch), now), unit)
     }
 
-    /// An intermediary answered a batch: which pages it stored, where, and who has copies of them. Appends the index entries
-    /// that are to be put, and the placements that nobody needs: the page is safe otherwise, lies elsewhere
+    /// An intermediary answered a batch: which pages it stored, where, and who has copies of them. Appends the index
+    /// entries that are to be put, and the placements that nobody needs: the page is safe otherwise, lies elsewhere
     /// from now on, the batch is of a round before, or of an install unit of several pages not all were stored:
     /// a unit lies in one place, or in none.
     pub fn stored(

@@ -71,8 +71,8 @@ impl Session<'_> {
         }
     }
 
-    /// Stores copies that another member sends: all of a batch, or none. A page that went bad on its way, or there, is
-    /// found out while the source still has it.
+    /// Stores copies that another member sends: all of a batch, or none. Checksums are not compared: pages that a guest
+    /// writes while they are sent do not match theirs, and are sent again.
     pub(super) fn take_copies(&mut self, header: &Header) -> Result<()> {
         let Self { stream, buffers, .. } = self;
         let body_bytes = header.body_bytes as usize;
@@ -84,32 +84,15 @@ impl Session<'_> {
         buffers.pages.clear();
         buffers.pages.extend(of.iter().map(|entry| PageEntry::raw(entry.page, entry.round, entry.checksum)));
         let status = match self.store_pages(header, page_bytes, Noted::CopiesOf(&of))? {
+            Ok(_) if self.buffers.placements.iter().all(Option::is_some) => Status::Ok,
             Ok(_) => {
-                let status = self.look_at_copies(&of)?;
-                if status != Status::Ok {
-                    self.store.unkeep(header.volume, &of, &self.buffers.placements);
-                }
-                status
+                self.store.unkeep(header.volume, &of, &self.buffers.placements);
+                Status::Full
             }
             Err(status) => status,
         };
         self.buffers.index = of;
         self.reply(header, Kind::CopyReply, status, 0, &[])
-    }
-}
-
-impl Session<'_> {
-    /// Whether all of the copies were stored, and are what they are to be.
-    fn look_at_copies(&self, of: &[IndexEntry]) -> Result<Status> {
-        for (entry, at) in of.iter().zip(&self.buffers.placements) {
-            let Some(at) = at else { return Ok(Status::Full) };
-            let slot = self.store.arena().slots(SlotRun { first: at.slot, slots: 1 })?;
-            if slot.readable().checksum() != entry.checksum {
-                tracing::error!(page = %entry.page, "a copy came that does not match its checksum");
-                return Ok(Status::Internal);
-            }
-        }
-        Ok(Status::Ok)
     }
 }
 

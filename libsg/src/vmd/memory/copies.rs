@@ -2,9 +2,9 @@
 
 use super::volume::Own;
 use super::{Asker, Nodes, State};
-use crate::ids::{Checksum, MemberIndex, MemberSet, Placement, VolumeId};
+use crate::ids::{MemberIndex, MemberSet, Placement, VolumeId};
 use crate::limits;
-use crate::page::{PAGE_BYTES, PageRange};
+use crate::page::PageRange;
 use crate::wire::message::Member;
 use crate::wire::{GetEntry, IndexEntry, Missing, PageEntry, Status};
 
@@ -47,10 +47,6 @@ impl State {
     ) -> Result<(), Status> {
         let raw = |entry: &IndexEntry| PageEntry::raw(entry.page, entry.round, entry.checksum);
         let entries: Vec<PageEntry> = of.iter().map(raw).collect();
-        let pages = of.iter().zip(bytes.chunks_exact(PAGE_BYTES));
-        if pages.into_iter().any(|(entry, bytes)| Checksum::of(bytes) != entry.checksum) {
-            return Err(Status::Internal);
-        }
         let placements = self.put(asker, &entries, bytes)?;
         let stored = of.iter().zip(placements).filter_map(|(entry, here)| Some((entry, here?)));
         let own: Vec<Own> = stored
