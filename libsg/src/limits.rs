@@ -58,11 +58,17 @@ pub const VOLUME_PAGES_MAX: u64 = u32::MAX as u64;
 /// Intermediaries of one volume. More are refused when the migration starts.
 pub const MEMBERS_MAX: usize = 64;
 
+/// Intermediaries that hold the same page. More are refused when the migration starts, and by intermediaries: a
+/// session waits for all of them.
+pub const COPIES_MAX: usize = 8;
+
 /// Consecutive pages that one index server owns, in turn: long enough that a batch has one owner,
 /// short enough that the index spreads over all members.
 pub const INDEX_RANGE_PAGES: u32 = 1024;
 
 const _: () = assert!(BATCH_PAGES <= BATCH_PAGES_MAX);
+// A set of members is one word.
+const _: () = assert!(MEMBERS_MAX <= u64::BITS as usize);
 const _: () = assert!(INDEX_RANGE_PAGES as usize >= BATCH_PAGES_MAX);
 const _: () = assert!(CONTROL_BYTES_MAX <= BODY_BYTES_MAX);
 const _: () = assert!(VM_CONFIG_BYTES_MAX + REGIONS_MAX * (NAME_BYTES_MAX + 32) <= CONTROL_BYTES_MAX);

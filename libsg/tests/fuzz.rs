@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use libsg::ErrorKind;
 use libsg::ids::{
-    Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
+    Checksum, Epoch, Generation, MemberIndex, MemberSet, NodeId, Placement, Round, Sequence, SlotIndex,
+    VolumeId,
 };
 use libsg::manifest::{Manifest, Region};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
@@ -25,7 +26,7 @@ use libsg::wire::message::{
 };
 use libsg::wire::parking::{Claim, Parking, Verdict};
 use libsg::wire::run::{RunEntry, encode_runs};
-use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry};
+use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, Missing, PageEntry};
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
@@ -115,7 +116,7 @@ fn placement() -> Placement {
 }
 
 fn headers() -> Vec<Vec<u8>> {
-    [Kind::Hello, Kind::Put, Kind::GetReply, Kind::Talk, Kind::State, Kind::Ping, Kind::Drop]
+    [Kind::Hello, Kind::Put, Kind::GetReply, Kind::Talk, Kind::State, Kind::Ping, Kind::Drop, Kind::Copy]
         .map(|kind| {
             let header = Header {
                 volume: VolumeId(7),
@@ -165,6 +166,8 @@ fn tables() -> Vec<Vec<u8>> {
         counted(&[DiscardEntry { range, below: Round(2) }]),
         counted(&[range; 3]),
         counted(&[PageIndex(1), PageIndex(2)]),
+        counted(&[MemberSet(5), MemberSet::ALL]),
+        counted(&[Missing { full: MemberSet(1), lost: MemberSet(6) }]),
         runs(&[Some(placement()), Some(next), None]),
         runs(&[(5, placement()), (9, next)].map(|(n, placement)| GetEntry { page: PageIndex(n), placement })),
         runs(&[
@@ -231,6 +234,7 @@ fn messages() -> Vec<Vec<u8>> {
         committed: true,
         has_state: false,
         stored_pages: 9,
+        copied_pages: 4,
         indexed_pages: 10,
         age_s: 11,
         parking: Some(parking),
@@ -242,6 +246,7 @@ fn messages() -> Vec<Vec<u8>> {
         state,
         committed: false,
         stored_pages: 1,
+        copied_pages: 1,
         age_s: 2,
         parked_as: Some("web".into()),
         owner: Some(node()),

@@ -8,7 +8,8 @@ use std::num::NonZeroU32;
 
 use libsg::ErrorKind;
 use libsg::ids::{
-    Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
+    Checksum, Epoch, Generation, MemberIndex, MemberSet, NodeId, Placement, Round, Sequence, SlotIndex,
+    VolumeId,
 };
 use libsg::page::{PageIndex, PageRange};
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
@@ -18,7 +19,7 @@ use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose, Role};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
 use libsg::wire::parking::{Claim, Parking, Verdict};
 use libsg::wire::run::{RunEntry, encode_runs};
-use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry, Status};
+use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, Missing, PageEntry, Status};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -117,6 +118,10 @@ fn entries() {
     assert_eq!(entry(DiscardEntry { range, below: round }), "0d0c0b0a030200000201000000000000");
     assert_eq!(entry(range), "0d0c0b0a03020000");
     assert_eq!(entry(page), "0d0c0b0a");
+    let members = |bits| MemberSet(bits);
+    assert_eq!(entry(members(0x8000_0000_0000_0005)), "0500000000000080");
+    let missing = Missing { full: members(2), lost: members(5) };
+    assert_eq!(entry(missing), "02000000000000000500000000000000");
 }
 
 fn table<E: RunEntry>(entries: &[E], runs: usize) -> String {
@@ -218,6 +223,10 @@ fn numbers() {
         (Kind::Pong, 40),
         (Kind::Drop, 41),
         (Kind::DropReply, 42),
+        (Kind::PutCopies, 47),
+        (Kind::PutCopiesReply, 48),
+        (Kind::Copy, 49),
+        (Kind::CopyReply, 50),
     ];
     for (kind, number) in kinds {
         assert_eq!(kind as u16, number, "{kind:?}");

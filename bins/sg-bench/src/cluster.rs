@@ -186,7 +186,8 @@ impl Cluster {
             let request = json!({
                 "do": "start", "mode": args.mode.name(), "to": to, "park": args.park.then(|| parked_as(vm)),
                 "intermediaries": intermediaries, "rounds": args.rounds, "via": args.via.name(),
-                "downtime_limit_ms": args.downtime_limit, "dedup": args.dedup.then(|| json!({})),
+                "downtime_limit_ms": args.downtime_limit, "replicas": args.replicas,
+                "dedup": args.dedup.then(|| json!({})),
             });
             pair.source.control.request(&request, START_LIMIT)?;
         }

@@ -67,6 +67,8 @@ pub struct Start {
     pub via: Via,
     /// The VM is paused once what it has written can be sent in this time.
     pub downtime_limit_ms: Option<u64>,
+    /// How many intermediaries hold each page; one where it is not said.
+    pub replicas: Option<u8>,
     /// With whom its pages are shared at intermediaries; nobody where it is not said.
     pub dedup: Option<Sharing>,
 }
@@ -94,6 +96,10 @@ impl Start {
                  intermediaries",
             )),
         }
+    }
+
+    fn replicas(&self) -> u8 {
+        self.replicas.unwrap_or(1)
     }
 
     fn rounds(&self) -> RoundOptions {
@@ -164,7 +170,7 @@ impl Moves {
         let mut intermediaries = what.intermediaries.clone();
         if what.pool {
             let pool = self.pool.as_ref().ok_or_else(pool::none)?;
-            let choice = pool.choose(vm.config().memory_bytes, what.to, what.evacuate)?;
+            let choice = pool.choose((vm.config().memory_bytes, what.replicas()), what.to, what.evacuate)?;
             intermediaries.extend(choice.addresses);
             told = Some(choice.told);
         } else if what.dry_run || what.evacuate {
@@ -197,6 +203,7 @@ impl Moves {
         *self.began.lock() = Some(Instant::now());
         let options = SourceOptions {
             to,
+            replicas: what.replicas(),
             mode: what.mode,
             rounds: what.rounds(),
             intermediaries,

@@ -85,11 +85,16 @@ impl PoolView {
         self.announcer.announce();
     }
 
-    /// Chooses for a VM of so many bytes that goes to that host, or to none yet.
+    /// Chooses for a VM of so many bytes, in so many copies, that goes to that host, or to none yet.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel gives no random bytes.
-    pub fn choose(&self, bytes: u64, to: Option<SocketAddr>, evacuate: bool) -> Result<Choice> {
+    pub fn choose(
+        &self,
+        (bytes, copies): (u64, u8),
+        to: Option<SocketAddr>,
+        evacuate: bool,
+    ) -> Result<Choice> {
         let hosts = self.announcer.hosts();
         let there = || hosts.iter().filter(|host| to.is_some_and(|to| host.address.ip() == to.ip()));
         // A VMM that waits there says in which zone, one that lends memory also what the link has free.
@@ -100,6 +105,7 @@ impl PoolView {
             destination_zone: there().find_map(|host| host.zone.clone()),
             zones: if evacuate { ZoneRule::Evacuate } else { ZoneRule::Prefer },
             never: to.iter().map(SocketAddr::ip).chain([self.own]).collect(),
+            copies,
             ..Need::new(bytes, self.link_bytes_per_s, takes, u64::from_le_bytes(random_bytes()?))
         };
         let selection = select(&hosts, &need);

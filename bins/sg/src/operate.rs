@@ -69,7 +69,7 @@ pub fn list(args: &PoolArgs) -> Result<u8> {
         println!("{}", json!({ "schema": SCHEMA, "status": "ok", "volumes": volumes }));
     } else {
         let rows: Vec<_> = volumes.iter().map(|(id, parts)| volume_row(*id, parts)).collect();
-        let heading = ["VOLUME", "VM", "NAME", "STATE", "COMMITTED", "OWNER", "PAGES", "AGE", "AT"];
+        let heading = ["VOLUME", "VM", "NAME", "STATE", "COMMITTED", "OWNER", "PAGES", "COPIES", "AGE", "AT"];
         print!("{}", table::render(&heading, &rows));
         report_failures(&answers);
     }
@@ -249,6 +249,7 @@ fn summary_json(volume: &VolumeSummary) -> serde_json::Value {
         "state": volume.state,
         "committed": volume.committed,
         "stored_pages": volume.stored_pages,
+        "copied_pages": volume.copied_pages,
         "age_s": volume.age_s,
         "parked_as": volume.parked_as,
         "owner": volume.owner.as_ref().map(ToString::to_string),
@@ -295,6 +296,7 @@ fn volume_json(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> ser
         "parked_as": parked_as(parts),
         "owner": owner(parts),
         "stored_pages": parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>(),
+        "copied_pages": parts.iter().map(|(_, volume)| volume.copied_pages).sum::<u64>(),
         "at": parts.iter().map(at).collect::<Vec<_>>(),
     })
 }
@@ -323,6 +325,7 @@ fn volume_row(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> Vec<
         if committed { "yes" } else { "no" }.into(),
         owner(parts).unwrap_or_else(|| "-".into()),
         parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>().to_string(),
+        parts.iter().map(|(_, volume)| volume.copied_pages).sum::<u64>().to_string(),
         table::age(parts.iter().map(|(_, volume)| volume.age_s).max().unwrap_or(0)),
         nodes.join(","),
     ]

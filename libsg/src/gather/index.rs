@@ -18,7 +18,7 @@ use crate::limits::INDEX_RANGE_PAGES;
 use crate::page::{PageIndex, PageRange};
 use crate::transport::wait;
 use crate::vmd::link::ask;
-use crate::vmd::placement::index_owners;
+use crate::vmd::placement::index_turn;
 use crate::vmd::{Class, Link, Reply, Request};
 use crate::wire::IndexEntry;
 
@@ -59,6 +59,8 @@ struct Search {
     fewer_at: Instant,
     /// When everything was last asked for anew.
     anew_at: Instant,
+    /// Each search begins at another member: an index may name copies that are gone, and whoever has one names his own.
+    turn: usize,
 }
 
 /// The thread `sg-gather-index`.
@@ -73,13 +75,15 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         let searches = (waits || shared.is_running() && silent) && shared.counts().unknown > 0;
         if searches {
             let now = host::now();
-            let state = state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now });
+            let state =
+                state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now, turn: 0 });
             if host::elapsed(state.anew_at) >= ASK_ANEW {
                 state.anew_at = now;
                 shared.tracker.lock().ask_again(false);
             }
             seats.resize_with(shared.members().len(), Seat::default);
-            let complete = search(shared, &mut seats)?;
+            let complete = search(shared, &mut seats, state.turn)?;
+            state.turn += 1;
             let unknown = shared.counts().unknown;
             if unknown < state.unknown {
                 state.fewer_at = host::now();
@@ -97,7 +101,7 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
 
 /// Asks for every page that is not known. `false` when some index server could not be asked that may
 /// still answer.
-fn search(shared: &Shared, seats: &mut [Seat]) -> Result<bool> {
+fn search(shared: &Shared, seats: &mut [Seat], turn: usize) -> Result<bool> {
     let mut complete = true;
     let mut from = PageIndex(0);
     loop {
@@ -117,7 +121,7 @@ fn search(shared: &Shared, seats: &mut [Seat]) -> Result<bool> {
                 continue;
             }
         };
-        if ask_around(shared, seats, range)? {
+        if ask_around(shared, seats, range, turn)? {
             not_indexed(shared, range);
         } else {
             complete = false;
@@ -135,11 +139,13 @@ fn within_border(range: PageRange) -> PageRange {
     PageRange::new(range.first, range.pages.min(to_border))
 }
 
-/// Asks the owner of a range, and as long as pages of it are unknown the others in turn. Whether
-/// everyone was asked who may still answer.
-fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange) -> Result<bool> {
+/// Asks the owner of a range, or who comes so many turns behind it, and as long as pages of it are unknown the others in
+/// turn. Whether everyone was asked who may still answer.
+fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange, turn: usize) -> Result<bool> {
     let mut everyone = true;
-    for member in index_owners(range.first, seats.len(), |_| true) {
+    let members = seats.len();
+    for step in 0..members {
+        let Some(member) = index_turn(range.first, step + turn % members, members) else { break };
         match locate(shared, &mut seats[member.as_usize()], member, range) {
             Ok(entries) => {
                 seats[member.as_usize()].silent_since = None;

@@ -105,6 +105,8 @@ pub enum Bug {
     UnitHalfStored,
     /// An intermediary answers for one volume with the index and the pages of another.
     VolumesMixed,
+    /// The first holder of pages says that the others have copies, and sends them none.
+    CopyNotAwaited,
     /// An intermediary takes more memory than it may.
     LimitIgnored,
     /// Whoever does not know the pool secret is let in.

@@ -75,6 +75,10 @@ pub struct SourceOptions {
     pub to: To,
     /// Intermediaries that may take pages. Those that cannot be reached are left out, with a warning.
     pub intermediaries: Vec<SocketAddr>,
+    /// How many intermediaries hold each page that goes to any: all of them but one may die. From 1 to
+    /// [`limits::COPIES_MAX`]. The source sends each page once; they send it on. With fewer intermediaries alive than
+    /// that, as many as there are, with a warning. With more than one, pages are not deduplicated.
+    pub replicas: u8,
     /// How the memory leaves.
     pub mode: Mode,
     /// How rounds go, in the modes that have them.
@@ -187,6 +191,10 @@ pub fn start(
     if options.intermediaries.len() > limits::MEMBERS_MAX {
         let message =
             format!("{} intermediaries, more than {}", options.intermediaries.len(), limits::MEMBERS_MAX);
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    if !(1..=limits::COPIES_MAX).contains(&usize::from(options.replicas)) {
+        let message = format!("{} replicas of a page, not 1 to {}", options.replicas, limits::COPIES_MAX);
         return Err(Error::new(ErrorKind::Input, message));
     }
     let control = Arc::new(Control {

@@ -8,14 +8,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
+use super::index_router::Pending;
 use super::load::Loaded;
 use super::planner::{BatchId, Sink, Work};
 use super::shared::{Counters, Scatter};
 use super::spans::zero_entries;
+use super::table::Loser;
 use super::window::{AckTime, Window, nap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
-use crate::ids::{Checksum, MemberIndex, Round};
+use crate::ids::{Checksum, MemberIndex, MemberSet, Round};
 use crate::limits::{BATCH_PAGES, BATCH_PAGES_MAX, INDEX_ENTRIES_MAX};
 use crate::pace::{Acquire, Class, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
@@ -30,8 +32,8 @@ const FULL_PAUSE: Duration = Duration::from_millis(500);
 const INDEX_EVERY: Duration = Duration::from_millis(5);
 
 enum What {
-    Put(BatchId, Vec<(PageIndex, Checksum)>),
-    Index(Vec<IndexEntry>, Rerouted),
+    Put(BatchId, Vec<(PageIndex, Checksum)>, MemberSet),
+    Index(Vec<Pending>, Rerouted),
     Refer(Vec<ReferEntry>),
     /// Whether a hint arrives matters to nobody.
     Hint,
@@ -59,9 +61,10 @@ pub struct MemberSink {
     full_until: Option<Instant>,
     index_sent: Instant,
     entries: Vec<IndexEntry>,
-    losers: Vec<GetEntry>,
+    losers: Vec<Loser>,
+    drops: Vec<GetEntry>,
     spare_pages: Vec<Vec<(PageIndex, Checksum)>>,
-    spare_entries: Vec<Vec<IndexEntry>>,
+    spare_entries: Vec<Vec<Pending>>,
     /// Requests of whoever leads the migration that were not answered.
     owes: Vec<Ticket>,
 }
@@ -84,6 +87,7 @@ impl MemberSink {
             index_sent: now,
             entries: Vec::new(),
             losers: Vec::new(),
+            drops: Vec::new(),
             spare_pages: Vec::new(),
             spare_entries: Vec::new(),
             owes: Vec::new(),
@@ -128,6 +132,11 @@ impl MemberSink {
     pub fn run(&mut self, ended: impl Fn() -> bool) -> Result<()> {
         let _ = crate::pace::precise_timers();
         let pacer_link = self.scatter.pacer.add_link(Class::Bulk);
+        self.scatter.copies.open(self.member);
+        if self.scatter.copies.holders() > 1 {
+            self.scatter.wake_all();
+            self.scatter.check_progress();
+        }
         let mut ran = Ok(());
         while ran.is_ok() && !ended() {
             ran = self.step(pacer_link);
@@ -225,7 +234,7 @@ impl MemberSink {
             any = true;
             self.ack_time.took(now.saturating_duration_since(asked.at));
             match (asked.what, completion.result) {
-                (What::Put(batch, mut pages), Ok(Reply::Stored(placements))) => {
+                (What::Put(batch, mut pages, holders), Ok(Reply::Stored { placements, missing })) => {
                     self.window.acknowledged(pages.len() * PAGE_BYTES, now);
                     #[cfg(feature = "simulation")]
                     let counted_on = host::has_bug(host::Bug::UnitHalfStored).then(|| counted_on(placements));
@@ -240,8 +249,21 @@ impl MemberSink {
                         (*page, *sum, at)
                     });
                     self.entries.clear();
+                    let copies = holders.without(self.member);
+                    let bytes = (pages.len() * PAGE_BYTES) as u64;
+                    self.scatter.copies.landed(self.member, holders, bytes);
+                    self.scatter.copies.answered(self.member, holders, missing, now);
                     let mut planner = self.scatter.planner.lock();
-                    planner.stored(batch, placed, &mut self.entries, &mut self.losers);
+                    // Whoever died since is known to be dead here, or is told to the planner behind this.
+                    let has_died = holders.and(MemberSet(!self.scatter.index.living().0));
+                    if missing.is_none() && has_died.is_empty() {
+                        planner.stored((batch, copies), placed, &mut self.entries, &mut self.losers);
+                        let copied = bytes * copies.len() as u64;
+                        self.scatter.counters.replicated.fetch_add(copied, Ordering::Relaxed);
+                    } else {
+                        // It lies at fewer than it is to: others get it, and what there is of it is given back.
+                        planner.not_stored((batch, copies), placed, &mut self.losers);
+                    }
                     #[cfg(feature = "simulation")]
                     if host::has_bug(host::Bug::IndexNotAwaited) {
                         planner.indexed(&self.entries);
@@ -253,8 +275,9 @@ impl MemberSink {
                     pages.clear();
                     self.spare_pages.push(pages);
                 }
-                (What::Put(batch, pages), refused) => {
+                (What::Put(batch, pages, holders), refused) => {
                     self.full_until = Some(now + FULL_PAUSE);
+                    self.scatter.copies.landed(self.member, holders, (pages.len() * PAGE_BYTES) as u64);
                     self.scatter.planner.lock().failed(batch);
                     self.spare_pages.push(pages);
                     // One that has the volume no more has lost what it had of it.
@@ -270,8 +293,7 @@ impl MemberSink {
                 }
                 (What::Hint, _) => {}
                 (What::Index(mut entries, _), Ok(_)) => {
-                    self.scatter.planner.lock().indexed(&entries);
-                    self.scatter.index.answered(self.member);
+                    self.scatter.indexed(self.member, &mut entries, &mut self.entries);
                     entries.clear();
                     self.spare_entries.push(entries);
                 }
@@ -299,10 +321,10 @@ impl MemberSink {
             self.scatter.give_up(loser);
         }
         if self.link.queued_bytes() < BATCH_PAGES * PAGE_BYTES {
-            self.scatter.take_given_up(self.member, BATCH_PAGES_MAX, &mut self.losers);
-            if !self.losers.is_empty() {
-                let _ = self.link.submit(Request::Drop(&self.losers));
-                self.losers.clear();
+            self.scatter.take_given_up(self.member, BATCH_PAGES_MAX, &mut self.drops);
+            if !self.drops.is_empty() {
+                let _ = self.link.submit(Request::Drop(&self.drops));
+                self.drops.clear();
             }
         }
     }
@@ -336,7 +358,9 @@ impl MemberSink {
             return Ok(());
         }
         self.index_sent = now;
-        let ticket = self.link.submit(Request::PutIndex(&entries))?;
+        self.entries.clear();
+        self.entries.extend(entries.iter().map(|pending| pending.entry));
+        let ticket = self.link.submit(Request::PutIndex(&self.entries))?;
         self.asked.push_back(Asked { ticket, what: What::Index(entries, false), at: now });
         Ok(())
     }
@@ -376,6 +400,10 @@ impl MemberSink {
         }
         let batch_bytes = BATCH_PAGES * PAGE_BYTES;
         while self.link.queued_bytes() < batch_bytes / 2 && self.has_window() {
+            let Some(holders) = self.scatter.copies.choose(self.member, self.scatter.index.living(), now)
+            else {
+                break;
+            };
             let late = self.ack_time.late();
             let (work, round) = {
                 let mut planner = self.scatter.planner.lock();
@@ -392,13 +420,19 @@ impl MemberSink {
                     self.scatter.announce(&self.entries);
                     self.scatter.route(&self.entries);
                 }
-                Some(Work::Pages(id, batch)) => self.put(id, &batch, round, now)?,
+                Some(Work::Pages(id, batch)) => self.put((id, holders), &batch, round, now)?,
             }
         }
         Ok(())
     }
 
-    fn put(&mut self, id: BatchId, batch: &Batch, round: Round, now: Instant) -> Result<()> {
+    fn put(
+        &mut self,
+        (id, holders): (BatchId, MemberSet),
+        batch: &Batch,
+        round: Round,
+        now: Instant,
+    ) -> Result<()> {
         self.scatter.given(self.loaded.load(&*self.scatter.source, batch, round))?;
         // A round that began meanwhile leaves nobody who waits for this.
         if !self.scatter.planner.lock().found_zero(id, self.loaded.zeros.iter().copied()) {
@@ -416,14 +450,30 @@ impl MemberSink {
             return Ok(());
         }
         let Loaded { entries, slices, .. } = &self.loaded;
-        let ticket = self.link.submit(Request::Put { entries, slices, copies: 1 })?;
+        let ticket = self.link.submit(Request::Put { entries, slices, copies: holders })?;
         let mut pages = self.spare_pages.pop().unwrap_or_default();
         pages.extend(entries.iter().map(|entry| (entry.page, entry.checksum)));
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         self.scatter.counters.staged.fetch_add(bytes, Ordering::Relaxed);
         self.scatter.counters.members[self.member.as_usize()].fetch_add(bytes, Ordering::Relaxed);
-        self.asked.push_back(Asked { ticket, what: What::Put(id, pages), at: now });
+        self.scatter.copies.sent(self.member, holders, bytes);
+        if holders.len() < self.scatter.copies.holders() && !holders.is_empty() {
+            self.scatter.tell_fewer(holders);
+        }
+        self.asked.push_back(Asked { ticket, what: What::Put(id, pages, holders), at: now });
         Ok(())
+    }
+}
+
+impl Drop for MemberSink {
+    /// What is under way is so no more.
+    fn drop(&mut self) {
+        for asked in &self.asked {
+            if let What::Put(_, pages, holders) = &asked.what {
+                let bytes = (pages.len() * PAGE_BYTES) as u64;
+                self.scatter.copies.landed(self.member, *holders, bytes);
+            }
+        }
     }
 }
 
@@ -512,7 +562,7 @@ mod test {
             Arc::new(MemorySource::new(memory)),
             vec![member.clone()],
             Planner::new(&manifest, true),
-            0,
+            (1, 0),
             Arc::new(|_| {}),
         );
         let scatter = Arc::new(scatter.expect("a scatter"));

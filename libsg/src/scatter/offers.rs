@@ -16,10 +16,11 @@ use parking_lot::Mutex;
 use super::load::Loaded;
 use super::shared::{PoisonsOnPanic, Scatter};
 use super::spans::zero_entries;
+use super::table::{Loser, Place};
 use crate::content::{ContentHash, ContentHasher};
 use crate::error::Result;
 use crate::host;
-use crate::ids::{Checksum, MemberIndex, Placement};
+use crate::ids::{Checksum, MemberIndex, MemberSet, Placement};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Waker, wait};
 use crate::wire::message::Member;
@@ -208,7 +209,10 @@ impl Scatter {
                                 planner.have(page, placement, &mut entries, &mut losers);
                                 books.forget(entry.page);
                             }
-                            None => losers.push(crate::wire::GetEntry { page: entry.page, placement }),
+                            None => {
+                                let place = Place { first: placement, copies: MemberSet::NONE };
+                                losers.push(Loser { page: entry.page, place });
+                            }
                         }
                     }
                     (Referral::At(holder), Some(offer))

@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::index_router::IndexRouter;
+use super::copies::CopyDesk;
+use super::index_router::{IndexRouter, Pending};
 use super::offers::OfferDesk;
 use super::planner::{Planner, Sink};
+use super::table::Loser;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
 use crate::host::{self, Condvar};
@@ -34,6 +36,8 @@ pub struct Counters {
     pub direct: AtomicU64,
     /// Page bytes to intermediaries.
     pub staged: AtomicU64,
+    /// Page bytes that intermediaries sent on to others.
+    pub replicated: AtomicU64,
     /// Everything written to sockets.
     pub wire: AtomicU64,
     /// Page bytes to each member.
@@ -74,6 +78,8 @@ pub struct Scatter {
     pub pacer: SharedPacer,
     /// Who gets which index entries.
     pub index: IndexRouter,
+    /// Who gets copies of what another gets.
+    pub copies: CopyDesk,
     /// Bytes sent.
     pub counters: Counters,
     /// Told of everything that happens.
@@ -97,7 +103,8 @@ pub struct Scatter {
 }
 
 impl Scatter {
-    /// Everything but the threads.
+    /// Everything but the threads. So many members shall hold each page, and so many bytes a second may leave, 0 being
+    /// any number.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel gives no event descriptors.
@@ -106,7 +113,7 @@ impl Scatter {
         source: Arc<dyn PageSource>,
         members: Vec<Member>,
         planner: Planner,
-        limit_bytes_per_s: u64,
+        (holders, limit_bytes_per_s): (usize, u64),
         observer: Observer,
     ) -> Result<Self> {
         let wakers = members.iter().map(|_| Ok(Arc::new(Waker::new()?))).collect::<Result<Vec<_>>>()?;
@@ -118,7 +125,8 @@ impl Scatter {
             source,
             planner: Mutex::new(planner),
             pacer: SharedPacer::new(host::now(), limit_bytes_per_s),
-            index: IndexRouter::new(wakers.iter().cloned()),
+            index: IndexRouter::new(wakers.iter().cloned(), holders),
+            copies: CopyDesk::new(holders, members.len()),
             counters: Counters { members: per_member, ..Counters::default() },
             observer,
             offers: OnceLock::new(),
@@ -253,25 +261,6 @@ impl Scatter {
         self.stop.load(Ordering::Acquire)
     }
 
-    /// Routes entries to their index servers; with none left, the destination gets the pages.
-    pub fn route(&self, entries: &[IndexEntry]) {
-        if !entries.is_empty() && !self.index.route(entries) {
-            self.planner.lock().members_gone();
-            self.direct_waker.wake();
-        }
-    }
-
-    /// Entries that an index server did not take go to another; where nobody answers, their pages go
-    /// another way. They are never passed around: that would have no end, and no bound.
-    pub fn reroute(&self, entries: &[IndexEntry]) {
-        if self.index.anyone_answers() {
-            self.route(entries);
-        } else {
-            self.planner.lock().not_indexed(entries);
-            self.wake_all();
-        }
-    }
-
     /// Queues entries to be announced to the destination.
     pub fn announce(&self, entries: &[IndexEntry]) {
         let mut waiting = self.announcements.lock();
@@ -287,13 +276,15 @@ impl Scatter {
         out.extend(waiting.drain(..n));
     }
 
-    /// A slot is of no use any more: its member shall have it back. `false` where too many wait for that.
-    pub fn give_up(&self, entry: GetEntry) -> bool {
-        let Some(slots) = self.given_up.get(entry.placement.member.as_usize()) else { return true };
-        let mut slots = slots.lock();
-        let fits = slots.len() < GIVEN_UP_MAX;
+    /// A page's slots are of no use any more: those who live shall have them back. `false` where too many wait for that.
+    pub fn give_up(&self, loser: Loser) -> bool {
+        let living = |at: &usize| !self.index.is_dead(MemberIndex(*at as u16));
+        let has_it = |at: &usize| loser.place.holders().contains(MemberIndex(*at as u16));
+        let holders = (0..self.given_up.len()).filter(has_it).filter(living);
+        let mut lists: Vec<_> = holders.map(|at| self.given_up[at].lock()).collect();
+        let fits = lists.iter().all(|slots| slots.len() < GIVEN_UP_MAX);
         if fits {
-            slots.push(entry);
+            lists.iter_mut().for_each(|slots| slots.push(loser.entry()));
         }
         fits
     }
@@ -335,7 +326,13 @@ impl Scatter {
         }
         {
             let mut planner = self.planner.lock();
-            planner.member_lost(member, |page| self.index.may_be_with(page, member), |e| moved.push(e));
+            let others = (self.index.living(), self.copies.holders());
+            planner.member_lost(
+                member,
+                others,
+                |page| self.index.may_be_with(page, member),
+                |e| moved.push(e),
+            );
         }
         if self.index.alive() == 0 && !self.stopping() {
             let message = "no intermediary is left: pages go to the destination only".into();
@@ -343,11 +340,12 @@ impl Scatter {
             self.planner.lock().members_gone();
         } else {
             // What lay at the dead member is sent again and indexed anew.
-            let of_others = |e: &IndexEntry| e.placement.is_none_or(|at| at.member != member);
-            self.route(&pending.into_iter().filter(of_others).collect::<Vec<_>>());
+            let of_others = |e: &Pending| e.entry.placement.is_none_or(|at| at.member != member);
+            self.route_on(&pending.into_iter().filter(of_others).collect::<Vec<_>>());
             self.route(&moved);
         }
         self.wake_all();
+        self.check_progress();
     }
 
     /// A connection of the destination is lost: what was in flight there is sent again.
@@ -390,7 +388,7 @@ impl Scatter {
         }
         #[cfg(feature = "simulation")]
         let total = if host::has_bug(host::Bug::EvictedEarly) { safe.max(total / 20 * 19) } else { total };
-        if safe == total {
+        if safe == total && self.copies.are_open(self.index.living()) {
             let mut done = self.done.lock();
             if done.is_none() {
                 *done = Some(host::now());

@@ -1,6 +1,7 @@
 //! The VMD client: what is common to all backends, written once above [`Link`]. Stateless: any client
 //! that knows one intermediary of a volume finds every page of it.
 
+mod pages;
 mod peers;
 mod volume;
 

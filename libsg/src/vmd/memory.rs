@@ -2,6 +2,7 @@
 //! intermediary does, written to be obviously right; every other backend is compared with it by
 //! the conformance suite.
 
+mod copies;
 mod link;
 mod sharing;
 mod volume;
@@ -126,8 +127,11 @@ impl MemoryNode {
 /// Makes links to nodes of this process, by their addresses.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryConnector {
-    nodes: Arc<Mutex<HashMap<SocketAddr, MemoryNode>>>,
+    nodes: Nodes,
 }
+
+/// Nodes of this process, by their addresses.
+type Nodes = Arc<Mutex<HashMap<SocketAddr, MemoryNode>>>;
 
 impl MemoryConnector {
     /// Without any nodes.
@@ -169,14 +173,15 @@ impl Connector for MemoryConnector {
         _class: Class,
         _timeout: Duration,
     ) -> Result<Box<dyn Link>> {
-        let node = self.nodes.lock().get(&address).cloned();
+        let nodes = Arc::clone(&self.nodes);
+        let node = nodes.lock().get(&address).cloned();
         let unreachable =
             || Error::new(ErrorKind::Unreachable, format!("connecting to {address}: nobody is there"));
         let node = node.ok_or_else(unreachable)?;
         if !node.state.lock().alive {
             return Err(unreachable());
         }
-        Ok(Box::new(MemoryLink::new(node.member(), node.state, volume, epoch)))
+        Ok(Box::new(MemoryLink::new(node.member(), (node.state, nodes), volume, epoch)))
     }
 }
 
@@ -348,18 +353,23 @@ impl State {
         let node = self.node.clone();
         let member = self.droppable(asker)?.member(&node);
         for entry in entries {
-            let Some((holder, _)) = self.content(asker.volume, member, entry) else { continue };
-            let slot = &mut self.slots[entry.placement.slot.0 as usize];
-            let Some(content) = &mut slot.content else { continue };
-            if let Some(at) = content.holders.iter().position(|held| *held == holder) {
-                content.holders.swap_remove(at);
-            }
-            if content.holders.is_empty() {
-                slot.content = None;
-                self.free.push(entry.placement.slot);
-            }
+            let copy = self.forget_copy(asker.volume, entry);
+            self.give_back_one(asker.volume, member, &copy.unwrap_or(*entry));
         }
         Ok(())
+    }
+
+    fn give_back_one(&mut self, volume: VolumeId, member: Option<MemberIndex>, entry: &GetEntry) {
+        let Some((holder, _)) = self.content(volume, member, entry) else { return };
+        let slot = &mut self.slots[entry.placement.slot.0 as usize];
+        let Some(content) = &mut slot.content else { return };
+        if let Some(at) = content.holders.iter().position(|held| *held == holder) {
+            content.holders.swap_remove(at);
+        }
+        if content.holders.is_empty() {
+            slot.content = None;
+            self.free.push(entry.placement.slot);
+        }
     }
 
     fn put_index(&mut self, asker: Asker, entries: &[IndexEntry]) -> Result<(), Status> {
@@ -373,7 +383,9 @@ impl State {
     }
 
     fn locate(&mut self, asker: Asker, range: PageRange) -> Result<Vec<IndexEntry>, Status> {
-        Ok(self.volume(asker)?.locate(range))
+        self.volume(asker)?;
+        let own = self.own(asker.volume, range);
+        Ok(self.volume(asker)?.locate(range, &own))
     }
 
     fn discard(&mut self, asker: Asker, range: PageRange, below: Round) -> Result<(), Status> {
@@ -402,9 +414,9 @@ impl State {
             VmdRequest::Create { manifest, members } => self.create(asker, manifest, members)?,
             VmdRequest::Members(members) => self.volume(asker)?.set_members(members)?,
             VmdRequest::Describe => {
-                let stored = self.stored_pages(asker.volume);
+                let pages = (self.stored_pages(asker.volume), self.copied_pages(asker.volume));
                 let volume = self.volumes.get(&asker.volume).ok_or(Status::NoVolume)?;
-                return Ok(VmdReply::Volume(volume.describe(asker.volume, stored)));
+                return Ok(VmdReply::Volume(volume.describe(asker.volume, pages)));
             }
             VmdRequest::Commit => self.owned(asker)?.committed = true,
             VmdRequest::Seal => self.owned(asker)?.seal()?,
@@ -470,6 +482,7 @@ impl State {
             state: volume.state,
             committed: volume.committed,
             stored_pages: self.stored_pages(*id),
+            copied_pages: self.copied_pages(*id),
             age_s: volume.age_s(),
             parked_as: volume.parking.as_ref().map(|parking| parking.name.clone()),
             owner: volume.owner(),

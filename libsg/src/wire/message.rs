@@ -135,6 +135,8 @@ pub struct VolumeInfo {
     pub has_state: bool,
     /// Pages whose bytes are here.
     pub stored_pages: u64,
+    /// Those of them that are copies of what lies at another.
+    pub copied_pages: u64,
     /// Pages that this index knows.
     pub indexed_pages: u64,
     /// Seconds since it was created here.
@@ -181,6 +183,8 @@ pub struct VolumeSummary {
     pub committed: bool,
     /// Pages whose bytes are here.
     pub stored_pages: u64,
+    /// Those of them that are copies of what lies at another.
+    pub copied_pages: u64,
     /// Seconds since it was created here.
     pub age_s: u64,
     /// What it is called, where it was parked.

@@ -29,6 +29,7 @@ fn holds(intermediaries: usize, events: Vec<Event>) {
         think: Duration::from_millis(1),
         events,
         sharing: false,
+        replicas: 1,
     };
     let outcome = Run::new(&scenario, None).run();
     assert_eq!(outcome.breach, None, "{:#?}", outcome.lines);

@@ -130,6 +130,8 @@ pub struct Scenario {
     pub events: Vec<Event>,
     /// Whether VMs share pages at the intermediaries, and have some in common.
     pub sharing: bool,
+    /// How many intermediaries hold each page.
+    pub replicas: u8,
 }
 
 /// Longer than anybody waits for a host.
@@ -175,6 +177,7 @@ impl Scenario {
             think: Duration::from_micros(random.pick(&[100, 1000, 5000])),
             events: Vec::new(),
             sharing: false,
+            replicas: 1,
         };
         let count = random.pick(&[0, 1, 1, 1, 2, 2, 3, 4, 6]);
         scenario.events = (0..count).map(|_| scenario.event(&mut random)).collect();
@@ -202,7 +205,22 @@ impl Scenario {
                 }
             }
         }
+        scenario.replicas = random.pick(&[1, 1, 1, 2, 2, 3]);
         scenario
+    }
+
+    /// Whether pages lie at several intermediaries, and how many of these may die.
+    pub fn spare(&self) -> Option<usize> {
+        let holders = usize::from(self.replicas).min(self.intermediaries.len());
+        holders.checked_sub(1).filter(|spare| *spare > 0)
+    }
+
+    /// Whether some intermediary may be short of memory: where pages lie at several, they then lie nowhere.
+    pub fn is_short(&self) -> bool {
+        let fills = |event: &Event| matches!(event.what, What::Fill(_));
+        self.spare().is_some()
+            && (self.events.iter().any(fills)
+                || self.intermediaries.iter().any(|memory| *memory < self.room_for_all()))
     }
 
     /// With whom VMs share pages.

@@ -121,6 +121,7 @@ pub fn start(
     let options = SourceOptions {
         to,
         intermediaries: scenario.members().map(address).collect(),
+        replicas: scenario.replicas,
         mode: plan.mode,
         rounds: plan.rounds,
         secret: secret(),

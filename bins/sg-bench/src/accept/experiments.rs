@@ -49,6 +49,8 @@ pub enum Family {
     Cotenant,
     /// Loopback, VMs of several sizes that go through intermediaries, their pages known there by what is in them.
     Staged,
+    /// Four intermediaries, with two copies of each page and with one.
+    Replicas,
 }
 
 /// A destination's slow link, and the gather limit.
@@ -150,6 +152,15 @@ pub fn of(family: Family) -> Vec<Experiment> {
                 })
             };
             STAGED.into_iter().map(sized).collect()
+        }
+        Family::Replicas => {
+            let copies = |name, replicas| {
+                plain(name, |a| {
+                    (a.lab.intermediaries, a.replicas) = (4, replicas);
+                    (a.gather_limit, a.lift_at_evicted) = (SLOW, true);
+                })
+            };
+            vec![copies("two copies", 2), copies("one copy", 1)]
         }
         Family::Cotenant => {
             vec![plain("cotenant", |a| (a.gather_limit, a.cotenant) = (SLOW, Some(Vec::new())))]

@@ -84,7 +84,8 @@ pub fn all() -> Vec<Row> {
     rows.extend(guest_rows());
     rows.extend(cost_rows());
     rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
-    rows.extend([server_memory_row(), select_row(), nbd_row()].map(|row| Row { issue: 4, ..row }));
+    let whole = [replicas_row(), server_memory_row(), select_row(), nbd_row()];
+    rows.extend(whole.map(|row| Row { issue: 4, ..row }));
     rows
 }
 
@@ -264,6 +265,16 @@ fn server_memory_row() -> Row {
     )
 }
 
+/// What copies cost.
+fn replicas_row() -> Row {
+    row(
+        "replicas",
+        "eviction with 2 copies of each page / with 1, 4 intermediaries, gather limited to 256 Mb/s",
+        &[Family::Replicas],
+        vec![ratio("", ("two copies", "one copy"), AtMost(1.05), eviction)],
+    )
+}
+
 /// Choosing intermediaries: no hosts are built for it.
 fn select_row() -> Row {
     let part = |name: &str, want, of: fn(&select::Outcome) -> f64| Part {
@@ -365,7 +376,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 21, "{names:?}");
+        assert_eq!(names.len(), 22, "{names:?}");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use libsg::ids::{Checksum, MemberIndex};
+use libsg::ids::{Checksum, MemberIndex, MemberSet};
 use libsg::memory::PageSlice;
 use libsg::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use libsg::vmd::{Reply, Request as LinkRequest};
@@ -174,7 +174,7 @@ impl Engine {
         let entry = |putting: &Putting| PageEntry::raw(putting.page, round, putting.checksum);
         let entries: Vec<PageEntry> = putting.iter().map(entry).collect();
         let slices: Vec<PageSlice> = putting.iter().map(|putting| putting.bytes.clone()).collect();
-        let request = LinkRequest::Put { entries: &entries, slices: &slices, copies: 1 };
+        let request = LinkRequest::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
         let part = Part::Put { job: id, putting, not_at };
         if let Err((_, part)) = self.links.submit(member, request, part) {
             let parts = self.links.close(member);
@@ -203,7 +203,9 @@ impl Engine {
         result: Result<Reply<'_>>,
     ) {
         let placements = match result {
-            Ok(Reply::Stored(placements)) if placements.iter().flatten().all(|at| at.member == member) => {
+            Ok(Reply::Stored { placements, .. })
+                if placements.iter().flatten().all(|at| at.member == member) =>
+            {
                 placements
             }
             Ok(_) => {

@@ -50,10 +50,11 @@ impl Manager {
             self.source.clone(),
             members::list(&members),
             if has_rounds { planner.with_rounds() } else { planner },
-            self.options.scatter_limit_bytes_per_s,
+            (self.options.replicas.into(), self.options.scatter_limit_bytes_per_s),
             self.options.observer.clone(),
         )?);
-        if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| !members.is_empty()) {
+        let offers = !members.is_empty() && self.options.replicas == 1;
+        if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| offers) {
             let desk = OfferDesk::new(self.options.connector.hasher(sharing), &scatter.members)?;
             let _ = scatter.offers.set(desk);
         }
@@ -122,6 +123,7 @@ impl Manager {
         before: (Option<&Rounds>, Option<Duration>),
     ) -> Result<()> {
         // What was sent before COMMIT may have been all.
+        scatter.copies.close_all();
         scatter.set_stage(Stage::Last);
         scatter.check_progress();
         std::thread::scope(|scope| {
@@ -259,7 +261,7 @@ fn report(
     report.pages.resent = Some(tally.resent);
     report.bytes.direct = Some(direct);
     report.bytes.staged = Some(staged);
-    report.bytes.replicated = Some(0);
+    report.bytes.replicated = Some(counters.replicated.load(Ordering::Relaxed));
     report.bytes.dedup_saved = Some(tally.referenced * PAGE_BYTES_U64);
     report.bytes.overhead = Some(wire.saturating_sub(direct + staged));
     report.bytes.wire_total = Some(wire);

@@ -2,7 +2,7 @@
 
 use super::{Bench, asked, batch, refused};
 use crate::error::ErrorKind;
-use crate::ids::{Epoch, NodeId};
+use crate::ids::{Epoch, MemberSet, NodeId};
 use crate::vmd::link::{Link, Reply, Request};
 use crate::wire::message::{VmdReply, VmdRequest, VolumeInfo, VolumeState};
 use crate::wire::parking::{Claim, Parking, Verdict};
@@ -53,7 +53,7 @@ pub(super) fn has_one_owner(bench: &Bench<'_>) {
     assert_eq!(info.parking, Some(parking));
     // Its writer may mend it, nobody gets around the claim.
     let (entries, slices) = batch([5], 0);
-    let put = Request::Put { entries: &entries, slices: &slices, copies: 1 };
+    let put = Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
     asked(&mut *writer, put, |_| Some(())).expect("stored");
     refused(said(&mut *early, &VmdRequest::Claim { epoch: Epoch(5) }), ErrorKind::Volume);
     refused(said(&mut *writer, &VmdRequest::Seal), ErrorKind::Volume);

@@ -189,10 +189,3 @@ pub(super) fn writers_succeed(bench: &Bench<'_>) {
     let late = bench.client().open(old.id(), Role::Writer(Epoch(3)), &addresses).expect("found");
     refused(late.succeed(Epoch(3)), ErrorKind::Volume);
 }
-
-pub(super) fn copies_are_refused(bench: &Bench<'_>) {
-    let nodes = [bench.node(), bench.node()];
-    let volume = bench.volume(&nodes.each_ref().map(|node| &**node));
-    refused(volume.put(&puts(0..1, 0), 2), ErrorKind::Protocol);
-    assert_eq!(volume.locate(everything()).expect("an answer"), []);
-}

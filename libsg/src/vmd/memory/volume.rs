@@ -22,10 +22,20 @@ pub(super) struct Volume {
     members: Vec<Member>,
     /// Page by page; a zero page has no placement.
     index: BTreeMap<u32, Known>,
+    /// What lies here itself, where there are copies.
+    pub own: Vec<Own>,
     created: Instant,
     pub parking: Option<Parking>,
     /// Who claimed it where it was parked, and when that was last said.
     claim: Option<(NodeId, Instant)>,
+}
+
+/// A page that lies here, and the placement that it was made for: the same at the page's first holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Own {
+    pub page: PageIndex,
+    pub here: Placement,
+    pub of: Placement,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +56,7 @@ impl Volume {
             blob: None,
             members,
             index: BTreeMap::new(),
+            own: Vec::new(),
             created: Instant::now(),
             parking: None,
             claim: None,
@@ -164,6 +175,7 @@ impl Volume {
         self.state = VolumeState::Dissolved;
         self.blob = None;
         self.index = BTreeMap::new();
+        self.own = Vec::new();
     }
 
     /// Takes what the entry says of its pages, unless that is older than what is known. Of the same
@@ -183,11 +195,21 @@ impl Volume {
         self.index.retain(|page, known| !positions.contains(&(*page as usize)) || known.round >= below);
     }
 
-    /// What is known of the range, neighbouring zero pages of one round as one entry.
-    pub fn locate(&self, range: PageRange) -> Vec<IndexEntry> {
+    /// What is known of the range, neighbouring zero pages of one round as one entry. What lies here itself is
+    /// `own`: of a page the newest round counts, of one round what lies here.
+    pub fn locate(&self, range: PageRange, own: &[IndexEntry]) -> Vec<IndexEntry> {
         let mut out: Vec<IndexEntry> = Vec::new();
         let end = range.first.0.saturating_add(range.pages);
-        for (page, known) in self.index.range(range.first.0..end) {
+        let mut all: BTreeMap<u32, Known> =
+            self.index.range(range.first.0..end).map(|(p, k)| (*p, *k)).collect();
+        for IndexEntry { page, round, placement, checksum, .. } in own.iter().copied() {
+            let mine = Known { round, placement, checksum };
+            let known = all.entry(page.0).or_insert(mine);
+            if known.round < round || (known.round == round && known.placement.is_some()) {
+                *known = mine;
+            }
+        }
+        for (page, known) in &all {
             let entry = match known.placement {
                 Some(placement) => IndexEntry::at(PageIndex(*page), known.round, placement, known.checksum),
                 None => IndexEntry::zero(PageIndex(*page), 1, known.round),
@@ -208,7 +230,7 @@ impl Volume {
         out
     }
 
-    pub fn describe(&self, volume: VolumeId, stored_pages: u64) -> VolumeInfo {
+    pub fn describe(&self, volume: VolumeId, (stored_pages, copied_pages): (u64, u64)) -> VolumeInfo {
         VolumeInfo {
             volume,
             manifest: self.manifest.clone(),
@@ -218,6 +240,7 @@ impl Volume {
             committed: self.committed,
             has_state: self.blob.is_some(),
             stored_pages,
+            copied_pages,
             indexed_pages: self.index.len() as u64,
             age_s: self.age_s(),
             parking: self.parking.clone(),

@@ -109,6 +109,7 @@ impl Parking {
             think: Duration::from_micros(random.pick(&[100, 2000])),
             events: Vec::new(),
             sharing: random.one_in(3),
+            replicas: 1,
         };
         let mut parking = Self { base, claims: Vec::new(), events: Vec::new() };
         for nth in 0..random.pick(&[1, 2, 2, 3]) {
