@@ -263,7 +263,7 @@ fn messages() -> Vec<Vec<u8>> {
         volumes: vec![summary; 2],
     };
     let replies = [
-        VmdReply::Volume(info),
+        VmdReply::Volume(Box::new(info)),
         VmdReply::Statistics(statistics),
         VmdReply::State { bytes: 1, checksum: 2 },
         VmdReply::Verdict(Verdict::Claimed { by: node(), for_ms: 5 }),

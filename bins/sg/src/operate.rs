@@ -162,7 +162,7 @@ fn describe(
     match node.ask(volume, Epoch(0), &VmdRequest::Describe) {
         Ok(VmdReply::Volume(info)) => {
             let gone = info.state == libsg::wire::message::VolumeState::Dissolved;
-            Ok((!gone).then_some((node, info)))
+            Ok((!gone).then_some((node, *info)))
         }
         Ok(_) => Err(Error::new(ErrorKind::Protocol, "an answer to something else")),
         Err(error) if error.kind == ErrorKind::Volume => Ok(None),

@@ -323,7 +323,7 @@ impl<'c> Session<'c> {
         let (volume, epoch) = (header.volume, header.epoch);
         let answer = match VmdRequest::decode(&self.buffers.body)? {
             VmdRequest::GetState => return self.send_state(header),
-            VmdRequest::Describe => self.store.describe(volume).map(VmdReply::Volume),
+            VmdRequest::Describe => self.store.describe(volume).map(Box::new).map(VmdReply::Volume),
             VmdRequest::Statistics => Ok((self.statistics)()),
             VmdRequest::ClaimParked(claim) => self.store.claim_parked(volume, &claim).map(VmdReply::Verdict),
             request => self.change(request, volume, epoch).map(|()| VmdReply::Done),

@@ -61,7 +61,7 @@ impl VmdClient {
             let newest = Epoch(u64::MAX);
             let answer =
                 self.ask_once(*address, (volume, newest), &VmdRequest::Describe, |reply| match reply {
-                    VmdReply::Volume(info) => Some(info),
+                    VmdReply::Volume(info) => Some(*info),
                     _ => None,
                 });
             match answer {

@@ -416,7 +416,7 @@ impl State {
             VmdRequest::Describe => {
                 let pages = (self.stored_pages(asker.volume), self.copied_pages(asker.volume));
                 let volume = self.volumes.get(&asker.volume).ok_or(Status::NoVolume)?;
-                return Ok(VmdReply::Volume(volume.describe(asker.volume, pages)));
+                return Ok(VmdReply::Volume(Box::new(volume.describe(asker.volume, pages))));
             }
             VmdRequest::Commit => self.owned(asker)?.committed = true,
             VmdRequest::Seal => self.owned(asker)?.seal()?,

@@ -84,7 +84,7 @@ pub enum VmdReply {
     /// Nothing to say beyond the status.
     Done,
     /// To `Describe`.
-    Volume(VolumeInfo),
+    Volume(Box<VolumeInfo>),
     /// To `GetState`, behind the pieces.
     State {
         /// Bytes in all.

@@ -254,23 +254,22 @@ impl Claimant {
         }
     }
 
-    /// Has it written down that the VM runs here: `Some` when it is, `None` when that is not known, with what an
-    /// operator is to be told, once.
+    /// Has it written down that the VM runs here. Whether it is; where that is not known, `warn` is told once why.
     ///
     /// # Errors
     /// The volume is somebody else's.
-    pub fn run(&mut self, warn: impl Fn(String)) -> Result<Option<()>> {
+    pub fn run(&mut self, warn: impl Fn(String)) -> Result<bool> {
         #[cfg(feature = "simulation")]
         if host::has_bug(host::Bug::RunsUnasked) {
-            return Ok(Some(()));
+            return Ok(true);
         }
         if self.asked_to_run.is_some_and(|at| host::elapsed(at) < RUN_AGAIN) {
-            return Ok(None);
+            return Ok(false);
         }
         let ran = self.arbiter.run(&self.parked, &self.claim);
         self.asked_to_run = Some(host::now());
         match ran {
-            Ok(()) => Ok(Some(())),
+            Ok(()) => Ok(true),
             Err(error) if matches!(error.kind, ErrorKind::Fenced | ErrorKind::Volume) => {
                 let message = format!(
                     "the parked VM {:?} is not this host's any more: another claimed it, as this one took too long",
@@ -285,7 +284,7 @@ impl Claimant {
                         error.chain()
                     ));
                 }
-                Ok(None)
+                Ok(false)
             }
         }
     }
@@ -354,7 +353,7 @@ fn describe(connector: &Arc<dyn Connector>, volume: VolumeId, at: &[SocketAddr])
         let newest = Epoch(u64::MAX);
         let mut link = connector.connect(*address, volume, newest, Class::Bulk, ANSWER_MAX)?;
         ask(&mut *link, Request::Control(&VmdRequest::Describe), ANSWER_MAX, |reply| match reply {
-            Reply::Control(VmdReply::Volume(info)) => Ok(info),
+            Reply::Control(VmdReply::Volume(info)) => Ok(*info),
             _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
         })
     };

@@ -365,7 +365,7 @@ impl Volume for ClientVolume {
     fn describe(&self) -> Vec<Result<VolumeInfo>> {
         let describe = |at| {
             control(&self.peers, MemberIndex(at as u16), &VmdRequest::Describe, |reply| match reply {
-                VmdReply::Volume(info) => Some(info),
+                VmdReply::Volume(info) => Some(*info),
                 _ => None,
             })
         };

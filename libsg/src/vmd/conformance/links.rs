@@ -81,7 +81,7 @@ fn control(link: &mut dyn Link, request: &VmdRequest) -> Result<()> {
 
 fn describe(link: &mut dyn Link) -> Result<VolumeInfo> {
     asked(link, Request::Control(&VmdRequest::Describe), |reply| match reply {
-        Reply::Control(VmdReply::Volume(info)) => Some(info),
+        Reply::Control(VmdReply::Volume(info)) => Some(*info),
         _ => None,
     })
 }

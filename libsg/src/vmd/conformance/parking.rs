@@ -31,7 +31,7 @@ fn verdict(link: &mut dyn Link, claim: Claim) -> Verdict {
 
 fn stands(link: &mut dyn Link) -> VolumeInfo {
     match said(link, &VmdRequest::Describe).expect("an answer") {
-        VmdReply::Volume(info) => info,
+        VmdReply::Volume(info) => *info,
         other => panic!("no volume: {other:?}"),
     }
 }

@@ -42,7 +42,6 @@ const AFTERMATH: Duration = Duration::from_millis(300);
 struct Log {
     reached: BTreeMap<After, Duration>,
     lines: Vec<(Duration, String)>,
-    failed: bool,
 }
 
 /// Somebody who claims.
@@ -71,7 +70,6 @@ pub struct Run {
     intermediaries: Vec<(Arc<Node>, intermediary::Handle)>,
     claims: Vec<Option<Claiming>>,
     log: Arc<Mutex<Log>>,
-    happened: usize,
     todo: Vec<At<What>>,
     later: Vec<(Duration, Later)>,
     next_node: usize,
@@ -119,7 +117,6 @@ impl Run {
             claims: parking.claims.iter().map(|_| None).collect(),
             intermediaries,
             log,
-            happened: 0,
             todo: parking.events.clone(),
             later: Vec::new(),
             next_node: number,
@@ -213,7 +210,6 @@ impl Run {
         let is_due = |after: &After, delay: Duration| reached.get(after).is_some_and(|at| *at + delay <= now);
         for event in self.todo.extract_if(.., |event| is_due(&event.after, event.delay)).collect::<Vec<_>>() {
             self.log.lock().lines.push((now, format!("{:?}", event.what)));
-            self.happened += 1;
             self.event(event.what, now);
         }
         for (_, later) in self.later.extract_if(.., |(at, _)| *at <= now).collect::<Vec<_>>() {
@@ -482,7 +478,6 @@ fn observer(claim: Option<usize>, node: &Arc<Node>, log: &Arc<Mutex<Log>>) -> Ob
         if let Some(after) = after {
             log.reached.entry(after).or_insert(now);
         }
-        log.failed |= matches!(told, Event::Failed { .. });
         let who = claim.map_or_else(|| "source".to_owned(), |nth| format!("claimant {nth}"));
         log.lines.push((now, format!("{who}: {told:?}")));
     })

@@ -72,9 +72,9 @@ impl Conductor {
         let warn = |message| observer(&Event::Warning { message });
         let runs = match self.phase {
             ArrivalPhase::Ready => claimant.run(warn)?,
-            _ => claimant.renew().map(|()| None)?,
+            _ => claimant.renew().map(|()| false)?,
         };
-        if runs.is_some() {
+        if runs {
             self.run_vm()?;
             claimant.spread();
         }
