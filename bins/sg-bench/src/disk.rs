@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, BufWriter, Write as _};
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -147,7 +147,7 @@ fn through_nbdkit(directory: &TempDir, image: &Path, bytes: u64) -> Result<Copie
 }
 
 /// Waits for a file: nbdkit writes its pid when it listens.
-fn appears(path: &PathBuf) -> Result<()> {
+fn appears(path: &Path) -> Result<()> {
     let until = Instant::now() + PATIENCE;
     while !path.exists() {
         ensure!(Instant::now() < until, "nbdkit does not begin to listen");

@@ -111,10 +111,11 @@ impl Engine {
         let losses = shared.own().map_or(0, |own| own.books().losses());
         let found = shared.view().map_or(0, View::found);
         let links = Links::new(shared.timeout);
+        let buffers = Buffers::new(Arc::clone(&shared.spare));
         Self {
             shared,
             jobs: Jobs::default(),
-            buffers: Buffers::default(),
+            buffers,
             links,
             todo: Vec::new(),
             lookups: HashMap::new(),

@@ -16,7 +16,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
 use super::connection;
 use super::shared::Shared;
 
-/// Connections at once; further ones are closed at once. Each may hold the bytes of its requests, 32 MiB.
+/// Connections at once; further ones are closed at once. Each may hold the bytes of one long request, 32 MiB.
 const CONNECTIONS_MAX: usize = 16;
 
 /// How long it is waited where nothing happens; stopping wakes.

@@ -140,6 +140,9 @@ fn catch_signals(ending: Sender<Ending>) -> Result<()> {
     Ok(())
 }
 
+/// What a thread does.
+type Body = Box<dyn FnOnce(&Arc<Shared>) + Send>;
+
 /// The threads that run beside the connections'.
 struct Threads {
     listen: JoinHandle<()>,
@@ -155,7 +158,7 @@ fn start(
     looks: Receiver<()>,
     args: &NbdArgs,
 ) -> Result<Threads> {
-    let spawn = |name: &str, body: Box<dyn FnOnce(&Arc<Shared>) + Send>| {
+    let spawn = |name: &str, body: Body| {
         let shared = Arc::clone(shared);
         let body = move || {
             // One that panics shall not leave the others waiting.

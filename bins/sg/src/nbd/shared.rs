@@ -15,6 +15,7 @@ use libsg::{Error, ErrorKind, Result};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 
 use super::books::Books;
+use super::buffers::Spare;
 use super::handshake::Export;
 
 /// Why the process ends.
@@ -82,6 +83,8 @@ pub struct Shared {
     failed: AtomicBool,
     ending: Sender<Ending>,
     wakers: Mutex<Vec<(u64, Waker)>>,
+    /// Buffers that nobody uses.
+    pub spare: Arc<Spare>,
     /// Wakes who takes new clients, at the end.
     pub last: Waker,
 }
@@ -97,7 +100,19 @@ impl Shared {
         let (stopping, failed) = (AtomicBool::new(false), AtomicBool::new(false));
         let wakers = Mutex::default();
         let last = Waker::new()?;
-        Ok(Self { export, kind, hasher, timeout, unwritten, stopping, failed, ending, wakers, last })
+        Ok(Self {
+            export,
+            kind,
+            hasher,
+            timeout,
+            unwritten,
+            stopping,
+            failed,
+            ending,
+            wakers,
+            spare: Arc::default(),
+            last,
+        })
     }
 
     /// The volume, if it is one's own.

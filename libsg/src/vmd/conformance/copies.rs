@@ -61,7 +61,7 @@ fn drop_slots(link: &mut dyn Link, page: u32, placement: Placement) {
 
 fn info(link: &mut dyn Link) -> VolumeInfo {
     asked(link, Request::Control(&VmdRequest::Describe), |reply| match reply {
-        Reply::Control(VmdReply::Volume(info)) => Some(info),
+        Reply::Control(VmdReply::Volume(info)) => Some(*info),
         _ => None,
     })
     .expect("known")
