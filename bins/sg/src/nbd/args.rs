@@ -88,7 +88,7 @@ pub struct NbdArgs {
     /// An intermediary; may be given several times. For --volume, any one of its intermediaries is enough
     #[arg(long, value_name = "HOST:PORT")]
     pub intermediary: Vec<String>,
-    /// Where to find intermediaries: static:FILE, or multicast:GROUP[:PORT][@ADDR]
+    /// Where to find intermediaries: static:FILE, or multicast:GROUP:PORT@ADDR (port and address need not be named)
     #[arg(long, value_name = "WHERE")]
     pub pool: Option<String>,
     /// File with the pool's secret
