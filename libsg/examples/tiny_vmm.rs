@@ -163,6 +163,7 @@ fn migrate(memory_bytes: u64) -> Result<Report, Box<dyn Error>> {
     let options = SourceOptions {
         to,
         intermediaries: vec![server.address()],
+        replacements: None,
         mode: Mode::ScatterGather,
         rounds: RoundOptions::default(),
         secret,

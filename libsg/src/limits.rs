@@ -49,6 +49,10 @@ pub const VOLUME_PAGES_MAX: u64 = u32::MAX as u64;
 /// Intermediaries of one volume. More are refused when the migration starts.
 pub const MEMBERS_MAX: usize = 64;
 
+/// Intermediaries that are looked for in the place of those that died, in one migration: a pool in which more die is no place
+/// for the VM's pages. Further ones are not replaced.
+pub const REPLACEMENTS_MAX: usize = 8;
+
 /// Consecutive pages that one index server owns, in turn: long enough that a batch has one owner,
 /// short enough that the index spreads over all members.
 pub const INDEX_RANGE_PAGES: u32 = 1024;

@@ -65,6 +65,7 @@ fn leave_as(
     let options = SourceOptions {
         to: scene.address,
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
+        replacements: None,
         mode,
         rounds: RoundOptions::default(),
         secret: secret(),

@@ -143,6 +143,7 @@ fn options(scene: &Scene, mode: Mode, rounds: RoundOptions, limit: u64, observer
     SourceOptions {
         to: scene.address,
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
+        replacements: None,
         mode,
         rounds,
         secret: secret(),

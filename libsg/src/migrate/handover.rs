@@ -4,8 +4,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use super::live::Rounds;
 use super::members::{Members, Patience, ask_all, dissolve};
+use super::recruit::Recruiter;
 use super::source::{Control, SourceOptions};
 use super::{Event, Mode, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
@@ -37,6 +40,7 @@ pub(super) struct Handover<'a> {
     pub(super) manifest: &'a Manifest,
     pub(super) destination: &'a Destination,
     pub(super) scatter: &'a Arc<Scatter>,
+    pub(super) recruiter: &'a Mutex<Recruiter>,
     pub(super) started: Instant,
 }
 
@@ -55,7 +59,7 @@ impl Handover<'_> {
         let control = open.insert(Conversation::new(self.destination.dial(Purpose::MigrationControl)?));
         let offer = Talk::Offer {
             manifest: self.manifest.clone(),
-            members: self.scatter.members.clone(),
+            members: self.scatter.members.list(),
             elapsed_us: host::elapsed(self.started).as_micros() as u64,
             rounds: Rounds::kind(rounds.as_ref(), self.options.mode),
         };
@@ -117,6 +121,7 @@ impl Handover<'_> {
                 self.scatter.member_lost(member, &error);
             },
         );
+        self.recruiter.lock().keep_state(state);
         if live && self.options.mode == Mode::PreCopy {
             Rounds::finish(self, lines, members)?;
             return Ok(paused_at);
@@ -212,7 +217,8 @@ impl Handover<'_> {
             rounds.stop();
         }
         let open = self.say_abort(open, &error);
-        dissolve(self.options, self.destination, &self.scatter.members, members);
+        self.recruiter.lock().end();
+        dissolve(self.options, self.destination, &self.scatter.members.list(), members);
         drop(open);
         match resumed {
             Ok(()) => error,

@@ -1,6 +1,7 @@
 //! Rounds at the source, while the VM runs: what it writes while it is sent is sent again, until little is left, or
 //! as often as was asked for. Nothing is decided in here: before COMMIT any failure leaves the VM running.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -234,7 +235,7 @@ impl<'a> Leg<'a> {
     /// paused VM would wait for that.
     fn lags(&self, held: u64, now: Instant) -> bool {
         let options = self.handover.options;
-        if options.mode != Mode::PreCopy || self.handover.scatter.members.is_empty() {
+        if options.mode != Mode::PreCopy || self.handover.scatter.members.books().is_empty() {
             return false;
         }
         let total = u64::from(self.handover.scatter.planner.lock().progress().1);
@@ -282,7 +283,7 @@ fn with_sinks(
         ready: false.into(),
     };
     let over_now = AtomicBool::new(false);
-    let mut lost = Vec::new();
+    let (mut lost, mut joined) = (Vec::new(), Vec::new());
     let ran = std::thread::scope(|scope| {
         let ends = Ends(&over_now, scatter);
         let ended = || over_now.load(Ordering::Acquire) || scatter.stopping();
@@ -318,8 +319,12 @@ fn with_sinks(
             })?);
         }
         let mut stepped = Ok(());
+        let mut recruits = Vec::new();
         let talked = converse(scatter, lines.control, ears, &mut || {
             let heard = ears.check();
+            if what.members && heard.is_ok() {
+                recruits.extend(start_recruit(handover, scope, ended));
+            }
             match heard.and_then(|ready| Ok(over()? || ready)) {
                 Ok(over) => over,
                 Err(error) => {
@@ -336,10 +341,53 @@ fn with_sinks(
                 lost.push(at);
             }
         }
+        let seat = |thread: Recruited<'_>| thread.join().unwrap_or(None);
+        joined.extend(recruits.into_iter().map(|thread| thread.and_then(seat)));
         ears.why(stepped.and(talked))
     });
     lost.into_iter().for_each(|at| members[at] = None);
+    members.extend(joined);
     if scatter.is_poisoned() { Err(scatter.failure()) } else { ran }
+}
+
+/// Starts the thread of one who has become a member, if somebody has: one who could not be is a member all the same.
+fn start_recruit<'scope>(
+    handover: &Handover<'scope>,
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    ended: impl Fn() -> bool + Send + 'scope,
+) -> Option<Option<Recruited<'scope>>> {
+    let scatter = handover.scatter;
+    let (member, seat) = handover.recruiter.lock().look(scatter, false)?;
+    let thread = host::thread::Builder::new().name(format!("sg-scatter-{member}"));
+    let started = thread.spawn_scoped(scope, move || run_recruit(scatter, member, seat, ended));
+    Some(started.map_err(|error| scatter.member_lost(member, &error.into())).ok())
+}
+
+/// A thread that gives its seat back.
+type Recruited<'scope> = host::thread::ScopedJoinHandle<'scope, Option<Seat>>;
+
+/// The thread of one who became a member meanwhile: its seat, unless it was lost.
+fn run_recruit(
+    scatter: &Arc<Scatter>,
+    member: MemberIndex,
+    mut seat: Seat,
+    ended: impl Fn() -> bool,
+) -> Option<Seat> {
+    let _poisons = PoisonsOnPanic(scatter.clone());
+    let ready = seat.wait_until_ready(scatter, member, &ended);
+    if matches!(ready, Ok(true)) {
+        seat = seat.seat(scatter, member);
+    }
+    let ran = ready.and_then(|_| seat.sink().map_or(Ok(()), |sink| sink.run(ended)));
+    match ran {
+        Ok(()) => Some(seat),
+        Err(error) => {
+            if !scatter.is_poisoned() {
+                scatter.member_lost(member, &error);
+            }
+            None
+        }
+    }
 }
 
 /// Lets the sinks end, whatever way they are left.

@@ -40,6 +40,7 @@ pub mod destination;
 mod handover;
 mod live;
 mod members;
+mod recruit;
 mod rounds;
 pub mod source;
 
@@ -48,6 +49,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::recruit::{Replacements, Vacancy};
 pub use crate::event::{Event, Observer};
 pub use crate::transport::PoolSecret;
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use self::manager::Manager;
-use super::{Event, Mode, Observer, OutgoingVm, RoundOptions};
+use super::{Event, Mode, Observer, OutgoingVm, Replacements, RoundOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, Condvar};
 use crate::limits;
@@ -35,6 +35,8 @@ pub struct SourceOptions {
     pub to: SocketAddr,
     /// Intermediaries that may take pages. Those that cannot be reached are left out, with a warning.
     pub intermediaries: Vec<SocketAddr>,
+    /// Names others in the place of those that die on the way; where there is none, nobody is replaced.
+    pub replacements: Option<Arc<dyn Replacements>>,
     /// How the memory leaves.
     pub mode: Mode,
     /// How rounds go, in the modes that have them.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use parking_lot::Mutex;
 
+use super::roster::Roster;
 use crate::ids::MemberIndex;
 use crate::page::PageIndex;
 use crate::transport::Waker;
@@ -32,16 +33,28 @@ struct Post {
 /// Routes index entries to members.
 #[derive(Debug)]
 pub struct IndexRouter {
-    posts: Vec<Post>,
+    posts: Roster<Post>,
     rerouted: AtomicBool,
+}
+
+impl Post {
+    fn new(state: u8, waker: Arc<Waker>) -> Self {
+        Self { state: AtomicU8::new(state), pending: Mutex::new(Vec::new()), waker }
+    }
 }
 
 impl IndexRouter {
     /// A router over members that all live, each with the waker of its sink.
     #[must_use]
     pub fn new(wakers: impl IntoIterator<Item = Arc<Waker>>) -> Self {
-        let post = |waker| Post { state: AtomicU8::new(ALIVE), pending: Mutex::new(Vec::new()), waker };
-        Self { posts: wakers.into_iter().map(post).collect(), rerouted: AtomicBool::new(false) }
+        let posts = Roster::new(wakers.into_iter().map(|waker| Post::new(ALIVE, waker)));
+        Self { posts, rerouted: AtomicBool::new(false) }
+    }
+
+    /// One more member, which is relied on once it has answered. Owners change with it: where entries are is no longer sure.
+    pub fn add(&self, waker: Arc<Waker>) {
+        self.rerouted.store(true, Ordering::Relaxed);
+        let _ = self.posts.add(Post::new(SUSPECT, waker));
     }
 
     /// Hands entries to their owners. `false` when there is no member left to take them.
@@ -49,7 +62,7 @@ impl IndexRouter {
     pub fn route(&self, entries: &[IndexEntry]) -> bool {
         for run in entries.chunk_by(|a, b| index_range(a.page) == index_range(b.page)) {
             let Some(owner) = run.first().and_then(|entry| self.owner(entry.page)) else { return false };
-            let post = &self.posts[owner.as_usize()];
+            let post = &self.posts[owner];
             let mut pending = post.pending.lock();
             // Who was woken for some looks again by itself: entries are held back for a while, to travel together.
             let first = pending.is_empty();
@@ -65,7 +78,7 @@ impl IndexRouter {
     /// Takes up to `max` entries that wait for a member.
     pub fn take(&self, member: MemberIndex, max: usize, out: &mut Vec<IndexEntry>) {
         out.clear();
-        let mut pending = self.posts[member.as_usize()].pending.lock();
+        let mut pending = self.posts[member].pending.lock();
         let keep = pending.len().saturating_sub(max);
         out.extend(pending.drain(keep..));
     }
@@ -84,7 +97,7 @@ impl IndexRouter {
 
     /// A suspected member answered.
     pub fn answered(&self, member: MemberIndex) {
-        let state = &self.posts[member.as_usize()].state;
+        let state = &self.posts[member].state;
         let _ = state.compare_exchange(SUSPECT, ALIVE, Ordering::Relaxed, Ordering::Relaxed);
     }
 
@@ -94,7 +107,7 @@ impl IndexRouter {
     }
 
     fn leave(&self, member: MemberIndex, state: u8) -> Vec<IndexEntry> {
-        let post = &self.posts[member.as_usize()];
+        let post = &self.posts[member];
         post.state.fetch_max(state, Ordering::Relaxed);
         self.rerouted.store(true, Ordering::Relaxed);
         std::mem::take(&mut *post.pending.lock())
@@ -121,12 +134,12 @@ impl IndexRouter {
     /// Whether the member is dead.
     #[must_use]
     pub fn is_dead(&self, member: MemberIndex) -> bool {
-        self.posts.get(member.as_usize()).is_none_or(|post| post.state.load(Ordering::Relaxed) == DEAD)
+        self.posts.get(member).is_none_or(|post| post.state.load(Ordering::Relaxed) == DEAD)
     }
 
     fn owner(&self, page: PageIndex) -> Option<MemberIndex> {
         let at_most = |worst: u8| {
-            let answers = |m: MemberIndex| self.posts[m.as_usize()].state.load(Ordering::Relaxed) <= worst;
+            let answers = |m: MemberIndex| self.posts[m].state.load(Ordering::Relaxed) <= worst;
             index_owners(page, self.posts.len(), answers).next()
         };
         at_most(ALIVE).or_else(|| at_most(SUSPECT))
@@ -174,5 +187,18 @@ mod test {
         router.answered(MemberIndex(1));
         assert!(!router.route(&entries(&[1])));
         assert_eq!(router.alive(), 0);
+    }
+
+    #[test]
+    fn one_more_is_relied_on_once_it_answers() {
+        let router = router(2);
+        router.add(Arc::new(Waker::new().expect("eventfd")));
+        assert!(router.may_be_with(PageIndex(0), MemberIndex(1)), "owners have changed");
+        assert!(router.route(&entries(&[2])));
+        assert_eq!((taken(&router, 2), taken(&router, 0)), (vec![], vec![2]));
+        router.answered(MemberIndex(2));
+        assert!(router.route(&entries(&[2])));
+        assert_eq!(taken(&router, 2), [2]);
+        assert_eq!(router.alive(), 3);
     }
 }

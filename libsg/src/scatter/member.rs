@@ -21,6 +21,7 @@ use crate::pace::{Acquire, Class, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::wait;
 use crate::vmd::{Link, Reply, Request, Ticket};
+use crate::wire::message::VmdRequest;
 use crate::wire::{GetEntry, IndexEntry, ReferEntry};
 
 /// How long a full intermediary is left alone.
@@ -33,6 +34,8 @@ enum What {
     Put(BatchId, Vec<(PageIndex, Checksum)>),
     Index(Vec<IndexEntry>, Rerouted),
     Refer(Vec<ReferEntry>),
+    /// So many members.
+    Members(usize),
     /// Whether a hint arrives matters to nobody.
     Hint,
 }
@@ -64,6 +67,8 @@ pub struct MemberSink {
     spare_entries: Vec<Vec<IndexEntry>>,
     /// Requests of whoever leads the migration that were not answered.
     owes: Vec<Ticket>,
+    /// Of how many members it was told.
+    told_members: usize,
 }
 
 impl MemberSink {
@@ -71,6 +76,7 @@ impl MemberSink {
     #[must_use]
     pub fn new(scatter: Arc<Scatter>, member: MemberIndex, link: Box<dyn Link>) -> Self {
         let now = host::now();
+        let told_members = scatter.members.books()[member].knows.load(Ordering::Acquire);
         Self {
             scatter,
             member,
@@ -87,6 +93,7 @@ impl MemberSink {
             spare_pages: Vec::new(),
             spare_entries: Vec::new(),
             owes: Vec::new(),
+            told_members,
         }
     }
 
@@ -141,6 +148,7 @@ impl MemberSink {
         let had_nothing = self.link.queued_bytes() == 0;
         let mut again = self.move_bytes(now)?;
         self.reap(now)?;
+        self.tell_members(now)?;
         self.offer(now)?;
         self.put_index(now)?;
         self.pull(now)?;
@@ -259,6 +267,10 @@ impl MemberSink {
                     answered.map(|_| ()).or_else(only_full)?;
                 }
                 (What::Hint, _) => {}
+                (What::Members(members), answered) => {
+                    answered?;
+                    self.scatter.members.member_knows(self.member, members);
+                }
                 (What::Index(mut entries, _), Ok(_)) => {
                     self.scatter.planner.lock().indexed(&entries);
                     self.scatter.index.answered(self.member);
@@ -295,6 +307,18 @@ impl MemberSink {
                 self.losers.clear();
             }
         }
+    }
+
+    /// Members that were added are told before anything speaks of them.
+    fn tell_members(&mut self, now: Instant) -> Result<()> {
+        let members = self.scatter.members.books().len();
+        if members > self.told_members {
+            self.told_members = members;
+            let request = VmdRequest::Members(self.scatter.members.list());
+            let ticket = self.link.submit(Request::Control(&request))?;
+            self.asked.push_back(Asked { ticket, what: What::Members(members), at: now });
+        }
+        Ok(())
     }
 
     /// Offers go in front of the pages that are taken after them.
@@ -413,7 +437,7 @@ impl MemberSink {
         pages.extend(entries.iter().map(|entry| (entry.page, entry.checksum)));
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         self.scatter.counters.staged.fetch_add(bytes, Ordering::Relaxed);
-        self.scatter.counters.members[self.member.as_usize()].fetch_add(bytes, Ordering::Relaxed);
+        self.scatter.members.books()[self.member].staged.fetch_add(bytes, Ordering::Relaxed);
         self.asked.push_back(Asked { ticket, what: What::Put(id, pages), at: now });
         Ok(())
     }

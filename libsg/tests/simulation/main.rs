@@ -13,6 +13,7 @@ mod memory;
 mod moving;
 mod net;
 mod random;
+mod replaced;
 mod run;
 mod scenario;
 mod seeds;
