@@ -200,7 +200,7 @@ impl Scatter {
     }
 
     /// One more member, in the place of one that died: the volume was created there. No index entry goes there before it
-    /// runs ([`IndexRouter::answered`]). `None` where there is no room for it.
+    /// runs. `None` where there is no room for it.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel gives no event descriptor.
