@@ -128,9 +128,9 @@ pub struct ServeArgs {
     /// Listen beyond loopback without a secret: whoever reaches the port reads every page
     #[arg(long, conflicts_with = "secret")]
     pub insecure: bool,
-    /// Announce it, so that others find it without a list. To a multicast group, GROUP[:PORT][@ADDR]: once a second, in
+    /// Announce it, so that others find it without a list. To a multicast group, GROUP:PORT@ADDR: once a second, in
     /// a large pool less often; the interface is the one with the address, else the one the routes say; the port 7702
-    /// where none is named. Or by etcd, etcd://HOST[:PORT][,HOST…]/PREFIX: each 5 s, and when much has changed; when it
+    /// where none is named. Or by etcd, etcd://HOST:PORT,HOST:PORT/PREFIX: each 5 s, and when much has changed; when it
     /// dies, it is gone after 15 s. Clocks of the pool's hosts may differ by 30 s
     #[arg(long, value_name = "WHERE")]
     pub announce: Option<Meeting>,

@@ -322,7 +322,7 @@ impl Contracts {
 
     /// Every page arrives, or is known to be lost.
     fn check_arrival(&mut self, run: &Run, of: &Move) {
-        if run.is_dead(DESTINATION) || !of.vm.runs_at_destination() {
+        if run.is_dead(DESTINATION) || run.is_stopped(DESTINATION) || !of.vm.runs_at_destination() {
             return;
         }
         let ended = of.destination.ended.lock().clone();

@@ -183,6 +183,11 @@ impl Run {
         self.nodes[&role].is_dead()
     }
 
+    /// Whether a host is stopped now, and goes on later.
+    pub fn is_stopped(&self, role: Role) -> bool {
+        self.later.iter().any(|(_, later)| matches!(later, Later::Thaw(other, _) if *other == role))
+    }
+
     /// Whether both ends of a VM have nothing left to do, or are gone.
     fn is_over(&self, vm: &Move) -> bool {
         let ended = vm.destination.ended.lock().dissolved.is_some() || self.is_dead(DESTINATION);
