@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use libsg::gather::{Claim, Path, Read, Tracker, Word};
-use libsg::ids::{Checksum, Generation, MemberIndex, Placement, Round, SlotIndex, VolumeId};
+use libsg::ids::{Checksum, Generation, MemberIndex, MemberSet, Placement, Round, SlotIndex, VolumeId};
 use libsg::latency::LatencyHistogram;
 use libsg::limits::BATCH_PAGES;
 use libsg::pace::{RateFinder, Reading};
@@ -45,7 +45,7 @@ pub fn plan(planner: &mut Planner) {
     while let Some(Work::Pages(id, batch)) = planner.next(Sink::Member(MemberIndex(0)), now, LATE) {
         entries.clear();
         let stored = batch.iter().map(|page| (page, Checksum(page.0), Some(placement(page))));
-        planner.stored(id, stored, &mut entries, &mut losers);
+        planner.stored((id, MemberSet::NONE), stored, &mut entries, &mut losers);
         planner.indexed(&entries);
     }
     assert!(planner.is_done());

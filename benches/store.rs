@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use libsg::ids::{Epoch, Placement, Round, VolumeId};
+use libsg::ids::{Epoch, MemberSet, Placement, Round, VolumeId};
 use libsg::memory::{GuestMemory, PageSlice};
 use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use libsg::server::{Config, Server, ServerHandle};
@@ -89,11 +89,11 @@ impl Store {
             &mut |link, range| {
                 let entries: Vec<PageEntry> = range.iter().map(entry).collect::<Result<_>>()?;
                 let slices = [PageSlice::guest(memory, range)?];
-                link.submit(Request::Put { entries: &entries, slices: &slices, copies: 1 })?;
+                link.submit(Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE })?;
                 Ok(())
             },
             &mut |reply| match reply {
-                Reply::Stored(at) => {
+                Reply::Stored { placements: at, .. } => {
                     for at in at {
                         placed.push(at.ok_or_else(|| Error::new(ErrorKind::Full, "a page found no room"))?);
                     }

@@ -161,9 +161,10 @@ fn migrate(memory_bytes: u64) -> Result<Report, Box<dyn Error>> {
     vm.run();
     std::thread::sleep(Duration::from_millis(200));
     let options = SourceOptions {
-        to,
+        to: to.into(),
         intermediaries: vec![server.address()],
         replacements: None,
+        replicas: 1,
         mode: Mode::ScatterGather,
         rounds: RoundOptions::default(),
         secret,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ErrorKind;
+use crate::ids::Epoch;
 use crate::page::PageRange;
 
 /// What happens in a migration, as it happens. Written as lines of JSON by the tools.
@@ -62,6 +63,24 @@ pub enum Event {
     Lost {
         /// Which.
         pages: Vec<PageRange>,
+    },
+    /// Source: the volume is complete and nobody's: it can be claimed.
+    Parked {
+        /// Which one, as operators name it.
+        volume: String,
+        /// What it is called.
+        name: String,
+        /// The intermediary that grants claims.
+        keeper: String,
+    },
+    /// Destination: the parked volume is this host's, unless it takes too long to run the VM.
+    Claimed {
+        /// Which one, as operators name it.
+        volume: String,
+        /// What it is called.
+        name: String,
+        /// Under which epoch.
+        epoch: Epoch,
     },
     /// It ended without success.
     Failed {

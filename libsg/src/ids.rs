@@ -90,6 +90,77 @@ impl fmt::Display for MemberIndex {
     }
 }
 
+/// Some of a volume's intermediaries, a bit for each: there are at most [`crate::limits::MEMBERS_MAX`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct MemberSet(pub u64);
+
+impl MemberSet {
+    /// None.
+    pub const NONE: Self = Self(0);
+
+    /// Every one that there may be.
+    pub const ALL: Self = Self(u64::MAX);
+
+    /// Just this one. None for a number that no member has.
+    #[must_use]
+    pub fn of(member: MemberIndex) -> Self {
+        Self(1_u64.checked_shl(member.0.into()).unwrap_or(0))
+    }
+
+    /// These and one more.
+    #[must_use]
+    pub fn with(self, member: MemberIndex) -> Self {
+        Self(self.0 | Self::of(member).0)
+    }
+
+    /// These but one.
+    #[must_use]
+    pub fn without(self, member: MemberIndex) -> Self {
+        Self(self.0 & !Self::of(member).0)
+    }
+
+    /// Those that are in both.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Whether a member is among them.
+    #[must_use]
+    pub fn contains(self, member: MemberIndex) -> bool {
+        self.0 & Self::of(member).0 != 0
+    }
+
+    /// How many.
+    #[must_use]
+    pub const fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Each of them, ascending.
+    pub fn iter(self) -> impl Iterator<Item = MemberIndex> {
+        (0..u64::BITS as u16).map(MemberIndex).filter(move |member| self.contains(*member))
+    }
+}
+
+impl FromIterator<MemberIndex> for MemberSet {
+    fn from_iter<I: IntoIterator<Item = MemberIndex>>(members: I) -> Self {
+        members.into_iter().fold(Self::NONE, Self::with)
+    }
+}
+
+impl fmt::Debug for MemberSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
+    }
+}
+
 /// A slot of an intermediary's arena: room for one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SlotIndex(pub u32);
@@ -151,7 +222,7 @@ impl Checksum {
     pub fn of(bytes: &[u8]) -> Self {
         let words: Option<&[[u8; 8]; PAGE_BYTES / 8]> = bytes.as_chunks().0.try_into().ok();
         match words.filter(|_| bytes.len() == PAGE_BYTES) {
-            Some(words) => Self(crc::of_page(|at| u64::from_ne_bytes(words[at]))),
+            Some(words) => Self(crc::of_page(|at| u64::from_ne_bytes(words[at]), |_| ())),
             None => Self(crc_fast::crc32_iscsi(bytes)),
         }
     }

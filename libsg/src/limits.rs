@@ -1,5 +1,7 @@
 //! Every limit of every role, with its reason and what happens when it is crossed.
 
+use std::time::Duration;
+
 use crate::page::PAGE_BYTES;
 
 /// Pages in one batch: one frame on the wire, one acknowledgement. 64 pages are what a single
@@ -31,6 +33,13 @@ pub const NAME_BYTES_MAX: usize = 255;
 /// Bytes of an intermediary's name.
 pub const NODE_NAME_BYTES_MAX: usize = 64;
 
+/// Bytes of the name under which a volume is parked.
+pub const PARKING_NAME_BYTES_MAX: usize = 64;
+
+/// How long whoever claimed a parked volume has until it runs the VM, or says that it is still at it. Then another
+/// may claim it. Nothing that is safe rests on it: whoever was replaced is refused when it wants to run the VM.
+pub const CLAIM_LEASE: Duration = Duration::from_secs(10);
+
 /// Bytes of a zone's name.
 pub const ZONE_BYTES_MAX: usize = 64;
 
@@ -53,11 +62,17 @@ pub const MEMBERS_MAX: usize = 64;
 /// for the VM's pages. Further ones are not replaced.
 pub const REPLACEMENTS_MAX: usize = 8;
 
+/// Intermediaries that hold the same page. More are refused when the migration starts, and by intermediaries: a
+/// session waits for all of them.
+pub const COPIES_MAX: usize = 8;
+
 /// Consecutive pages that one index server owns, in turn: long enough that a batch has one owner,
 /// short enough that the index spreads over all members.
 pub const INDEX_RANGE_PAGES: u32 = 1024;
 
 const _: () = assert!(BATCH_PAGES <= BATCH_PAGES_MAX);
+// A set of members is one word.
+const _: () = assert!(MEMBERS_MAX <= u64::BITS as usize);
 const _: () = assert!(INDEX_RANGE_PAGES as usize >= BATCH_PAGES_MAX);
 const _: () = assert!(CONTROL_BYTES_MAX <= BODY_BYTES_MAX);
 const _: () = assert!(VM_CONFIG_BYTES_MAX + REGIONS_MAX * (NAME_BYTES_MAX + 32) <= CONTROL_BYTES_MAX);

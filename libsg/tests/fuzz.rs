@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use libsg::ErrorKind;
 use libsg::ids::{
-    Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
+    Checksum, Epoch, Generation, MemberIndex, MemberSet, NodeId, Placement, Round, Sequence, SlotIndex,
+    VolumeId,
 };
 use libsg::manifest::{Manifest, Region};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
@@ -23,8 +24,9 @@ use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose};
 use libsg::wire::message::{
     self, Member, NodeStatistics, Rounds, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
 };
+use libsg::wire::parking::{Claim, Parking, Verdict};
 use libsg::wire::run::{RunEntry, encode_runs};
-use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry};
+use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, Missing, PageEntry};
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
@@ -114,7 +116,7 @@ fn placement() -> Placement {
 }
 
 fn headers() -> Vec<Vec<u8>> {
-    [Kind::Hello, Kind::Put, Kind::GetReply, Kind::Talk, Kind::State, Kind::Ping, Kind::Drop]
+    [Kind::Hello, Kind::Put, Kind::GetReply, Kind::Talk, Kind::State, Kind::Ping, Kind::Drop, Kind::Copy]
         .map(|kind| {
             let header = Header {
                 volume: VolumeId(7),
@@ -164,6 +166,8 @@ fn tables() -> Vec<Vec<u8>> {
         counted(&[DiscardEntry { range, below: Round(2) }]),
         counted(&[range; 3]),
         counted(&[PageIndex(1), PageIndex(2)]),
+        counted(&[MemberSet(5), MemberSet::ALL]),
+        counted(&[Missing { full: MemberSet(1), lost: MemberSet(6) }]),
         runs(&[Some(placement()), Some(next), None]),
         runs(&[(5, placement()), (9, next)].map(|(n, placement)| GetEntry { page: PageIndex(n), placement })),
         runs(&[
@@ -210,10 +214,15 @@ fn messages() -> Vec<Vec<u8>> {
         Talk::Lost(vec![PageRange::new(PageIndex(1), 2)]),
         Talk::Members(members()),
     ];
+    let node = || members()[0].node.clone();
+    let parking = Parking { name: "web".into(), keeper: node() };
     let requests = [
         VmdRequest::Create { manifest: manifest(), members: members() },
         VmdRequest::PutState { bytes: 5, checksum: 6 },
         VmdRequest::Claim { epoch: Epoch(9) },
+        VmdRequest::Park(parking.clone()),
+        VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }),
+        VmdRequest::Succeed { epoch: Epoch(9) },
     ];
     let (volume, state) = (VolumeId(u128::MAX), VolumeState::Sealed);
     let info = VolumeInfo {
@@ -225,11 +234,23 @@ fn messages() -> Vec<Vec<u8>> {
         committed: true,
         has_state: false,
         stored_pages: 9,
+        copied_pages: 4,
         indexed_pages: 10,
         age_s: 11,
+        parking: Some(parking),
+        owner: Some(node()),
     };
-    let summary =
-        VolumeSummary { volume, vm: "web-7".into(), state, committed: false, stored_pages: 1, age_s: 2 };
+    let summary = VolumeSummary {
+        volume,
+        vm: "web-7".into(),
+        state,
+        committed: false,
+        stored_pages: 1,
+        copied_pages: 1,
+        age_s: 2,
+        parked_as: Some("web".into()),
+        owner: Some(node()),
+    };
     let statistics = NodeStatistics {
         node: members()[0].node.clone(),
         zone: Some("z".into()),
@@ -241,8 +262,12 @@ fn messages() -> Vec<Vec<u8>> {
         connections: 6,
         volumes: vec![summary; 2],
     };
-    let replies =
-        [VmdReply::Volume(info), VmdReply::Statistics(statistics), VmdReply::State { bytes: 1, checksum: 2 }];
+    let replies = [
+        VmdReply::Volume(Box::new(info)),
+        VmdReply::Statistics(statistics),
+        VmdReply::State { bytes: 1, checksum: 2 },
+        VmdReply::Verdict(Verdict::Claimed { by: node(), for_ms: 5 }),
+    ];
     let talks = talks.iter().map(message::encode);
     let requests = requests.iter().map(message::encode);
     let replies = replies.iter().map(message::encode);

@@ -55,6 +55,15 @@ fn leave_as(
     mode: Mode,
     manifest: Manifest,
 ) -> (Outgoing, Arc<AtomicBool>, Events) {
+    leave_in_copies(scene, backing, (mode, 1), manifest).unwrap()
+}
+
+fn leave_in_copies(
+    scene: &Scene,
+    backing: Backing,
+    (mode, replicas): (Mode, u8),
+    manifest: Manifest,
+) -> Result<(Outgoing, Arc<AtomicBool>, Events)> {
     let memory = GuestMemory::allocate(&scene.manifest, backing).unwrap();
     for page in (0..scene.manifest.pages()).filter(|page| !is_zero(*page)) {
         memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
@@ -63,9 +72,10 @@ fn leave_as(
     let events = Events::default();
     let watch = Arc::clone(&events);
     let options = SourceOptions {
-        to: scene.address,
+        to: scene.address.into(),
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
         replacements: None,
+        replicas,
         mode,
         rounds: RoundOptions::default(),
         secret: secret(),
@@ -76,7 +86,7 @@ fn leave_as(
     };
     let vm = Box::new(Leaving { runs: Arc::clone(&runs) });
     let source = Arc::new(MemorySource::new(memory));
-    (start(vm, source, manifest, options).unwrap(), runs, events)
+    Ok((start(vm, source, manifest, options)?, runs, events))
 }
 
 fn migrate(plan: Plan, mode: Mode) {
@@ -154,6 +164,35 @@ fn what_intermediaries_hold_is_not_sent_and_stays_when_its_sender_goes() {
     scene.check(is_zero, |_| false);
     scene.incoming.wait_dissolved(LONG).unwrap();
     scene.nothing_staged();
+}
+
+#[test]
+fn copies_that_went_bad_when_the_source_has_left_are_read_from_another_holder() {
+    let scene = Scene::new(Plan { pages: 1000, nodes: 2, gather_limit: 500_000, ..Plan::default() });
+    let twice = (Mode::ScatterGather, 2);
+    let (outgoing, ..) = leave_in_copies(&scene, Backing::Anon, twice, scene.manifest.clone()).unwrap();
+    let report = outgoing.wait_evicted(LONG).unwrap();
+    // What was sent two ways may not have been answered yet.
+    let (staged, replicated) = (report.bytes.staged.unwrap(), report.bytes.replicated.unwrap());
+    assert!(replicated > 0 && replicated <= staged, "{report:?}");
+    drop(outgoing);
+    scene.nodes[0].corrupt();
+    scene.incoming.set_gather_limit(0);
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    scene.check(is_zero, |_| false);
+}
+
+#[test]
+fn a_number_of_replicas_out_of_bounds_is_refused_before_anything_happens() {
+    let scene = Scene::new(Plan { pages: 10, nodes: 1, ..Plan::default() });
+    for replicas in [0, 9] {
+        let how = (Mode::ScatterGather, replicas);
+        let started = leave_in_copies(&scene, Backing::Anon, how, scene.manifest.clone());
+        let error = started.map(|_| ()).unwrap_err();
+        assert_eq!(error.kind, libsg::ErrorKind::Input);
+        assert!(error.message.contains("not 1 to 8"), "{}", error.message);
+    }
+    scene.incoming.cancel().unwrap();
 }
 
 #[test]

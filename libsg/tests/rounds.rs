@@ -141,9 +141,10 @@ impl DirtyLog for Log {
 
 fn options(scene: &Scene, mode: Mode, rounds: RoundOptions, limit: u64, observer: Observer) -> SourceOptions {
     SourceOptions {
-        to: scene.address,
+        to: scene.address.into(),
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
         replacements: None,
+        replicas: 1,
         mode,
         rounds,
         secret: secret(),

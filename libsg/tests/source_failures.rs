@@ -161,9 +161,10 @@ fn leave(scene: &Scene, to: SocketAddr, pages: (u32, End), here: Here) -> (Outgo
     let here = Arc::new(here);
     let watch = Arc::clone(&here);
     let options = SourceOptions {
-        to,
+        to: to.into(),
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
         replacements: None,
+        replicas: 1,
         mode: if scene.nodes.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
         rounds: RoundOptions::default(),
         secret: secret(),

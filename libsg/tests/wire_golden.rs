@@ -8,7 +8,8 @@ use std::num::NonZeroU32;
 
 use libsg::ErrorKind;
 use libsg::ids::{
-    Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, Sequence, SlotIndex, VolumeId,
+    Checksum, Epoch, Generation, MemberIndex, MemberSet, NodeId, Placement, Round, Sequence, SlotIndex,
+    VolumeId,
 };
 use libsg::page::{PageIndex, PageRange};
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
@@ -16,8 +17,9 @@ use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::Entry;
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose, Role};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
+use libsg::wire::parking::{Claim, Parking, Verdict};
 use libsg::wire::run::{RunEntry, encode_runs};
-use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, PageEntry, Status};
+use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, Missing, PageEntry, Status};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -116,6 +118,10 @@ fn entries() {
     assert_eq!(entry(DiscardEntry { range, below: round }), "0d0c0b0a030200000201000000000000");
     assert_eq!(entry(range), "0d0c0b0a03020000");
     assert_eq!(entry(page), "0d0c0b0a");
+    let members = |bits| MemberSet(bits);
+    assert_eq!(entry(members(0x8000_0000_0000_0005)), "0500000000000080");
+    let missing = Missing { full: members(2), lost: members(5) };
+    assert_eq!(entry(missing), "02000000000000000500000000000000");
 }
 
 fn table<E: RunEntry>(entries: &[E], runs: usize) -> String {
@@ -217,6 +223,10 @@ fn numbers() {
         (Kind::Pong, 40),
         (Kind::Drop, 41),
         (Kind::DropReply, 42),
+        (Kind::PutCopies, 47),
+        (Kind::PutCopiesReply, 48),
+        (Kind::Copy, 49),
+        (Kind::CopyReply, 50),
     ];
     for (kind, number) in kinds {
         assert_eq!(kind as u16, number, "{kind:?}");
@@ -272,6 +282,7 @@ fn messages() {
         let expected = format!("0c{number:02x}00");
         assert_eq!(bytes(message::encode(&Talk::Abort { kind, reason: String::new() })), expected);
     }
+    let node = || NodeId { name: "i1".into(), incarnation: 300 };
     let requests = [
         (VmdRequest::Members(vec![]), "0100"),
         (VmdRequest::Describe, "02"),
@@ -282,12 +293,26 @@ fn messages() {
         (VmdRequest::Claim { epoch: Epoch(9) }, "0709"),
         (VmdRequest::Dissolve, "08"),
         (VmdRequest::Statistics, "09"),
+        (VmdRequest::Park(Parking { name: "web".into(), keeper: node() }), "0a03776562026931ac02"),
+        (VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }), "0b09026931ac0201"),
+        (VmdRequest::Run, "0c"),
+        (VmdRequest::Succeed { epoch: Epoch(9) }, "0d09"),
     ];
     for (request, expected) in requests {
         assert_eq!(bytes(message::encode(&request)), expected, "{request:?}");
     }
     assert_eq!(bytes(message::encode(&VmdReply::Done)), "00");
     assert_eq!(bytes(message::encode(&VmdReply::State { bytes: 1, checksum: 2 })), "020102");
+    let verdicts = [
+        (Verdict::Granted, "0400"),
+        (Verdict::Claimed { by: node(), for_ms: 5 }, "0401026931ac0205"),
+        (Verdict::Runs { by: node() }, "0402026931ac02"),
+        (Verdict::Newer(Epoch(9)), "040309"),
+        (Verdict::NotParked, "0404"),
+    ];
+    for (verdict, expected) in verdicts {
+        assert_eq!(bytes(message::encode(&VmdReply::Verdict(verdict.clone()))), expected, "{verdict:?}");
+    }
 }
 
 /// What hosts say of themselves. Those of a pool need not be of one version.

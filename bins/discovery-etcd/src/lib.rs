@@ -12,7 +12,7 @@
 //! said them only, and once.
 //!
 //! It is spoken to by its JSON gateway, which every etcd since 3.4 has on its client port, over plain HTTP/1.1: no
-//! protocol compiler, no async runtime. `view.rs` is the pure core: what is said, in, and who is there, out.
+//! protocol compiler, no async runtime. `view` is the pure core: what is said, in, and who is there, out.
 
 mod announcer;
 mod backoff;

@@ -234,9 +234,16 @@ pub struct MigrateArgs {
     /// pre-copy, hybrid: the VM is paused once what it has written can be sent in so many milliseconds
     #[arg(long, value_name = "MS", default_value_t = 300)]
     pub downtime_limit: u64,
+    /// Intermediaries that hold each page that goes to any: all of them but one may die
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub replicas: u8,
     /// on = pages that intermediaries hold already are not sent there again (those sent direct are)
     #[arg(long, value_name = "on|off", default_value = "off", action = clap::ArgAction::Set, value_parser = on_off)]
     pub dedup: bool,
+    /// No destination until every VM has evicted: they are parked at the intermediaries, and then each is claimed by a
+    /// process that gathers it (scatter-gather, hybrid)
+    #[arg(long)]
+    pub park: bool,
     /// Limits what enters the destination in the background, the direct path included; 0 = unlimited
     #[arg(long, value_name = "RATE", default_value = "0")]
     pub gather_limit: Rate,

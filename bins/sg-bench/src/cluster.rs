@@ -122,7 +122,11 @@ impl Cluster {
         let port = DESTINATION_PORT + PORT_STEP * u16::try_from(vm)?;
         let to = SocketAddr::new(lab.address(Node::Destination), port);
         let what = &args.vm;
-        let incoming = format!("run --incoming {to} --vcpu {} --backing {}", what.vcpu, what.backing);
+        let waits = match args.park {
+            true => format!("--empty --gather-limit {}", args.gather_limit),
+            false => format!("--incoming {to}"),
+        };
+        let incoming = format!("run {waits} --vcpu {} --backing {}", what.vcpu, what.backing);
         let outgoing = format!(
             "run --memory {} --workload {} --working-set {} --write-rate {} --zero-fraction {} --common {} \
              --vcpus {} --vcpu {} --backing {} --seed {} --name vm{vm}",
@@ -169,22 +173,39 @@ impl Cluster {
     /// Has every VM start to leave; the time at which the first was told.
     pub fn go(&mut self, args: &MigrateArgs) -> Result<Instant> {
         for pair in &mut self.pairs {
-            if !args.gather_limit.is_unlimited() {
+            // A VM that is parked is told its limit when it is claimed.
+            if !args.gather_limit.is_unlimited() && !args.park {
                 let limit = json!({"do": "limit", "gather": args.gather_limit.to_string()});
                 pair.destination.control.request(&limit, START_LIMIT)?;
             }
         }
         let start = Instant::now();
-        for pair in &mut self.pairs {
-            let intermediaries: Vec<String> = self.peers.iter().map(ToString::to_string).collect();
+        let intermediaries = self.peers();
+        for (vm, pair) in self.pairs.iter_mut().enumerate() {
+            let to = (!args.park).then(|| pair.to.to_string());
             let request = json!({
-                "do": "start", "mode": args.mode.name(), "to": pair.to.to_string(),
+                "do": "start", "mode": args.mode.name(), "to": to, "park": args.park.then(|| parked_as(vm)),
                 "intermediaries": intermediaries, "rounds": args.rounds, "via": args.via.name(),
-                "downtime_limit_ms": args.downtime_limit, "dedup": args.dedup.then(|| json!({})),
+                "downtime_limit_ms": args.downtime_limit, "replicas": args.replicas,
+                "dedup": args.dedup.then(|| json!({})),
             });
             pair.source.control.request(&request, START_LIMIT)?;
         }
         Ok(start)
+    }
+
+    /// Has every VM that was parked be claimed.
+    pub fn claim(&mut self) -> Result<()> {
+        let intermediaries = self.peers();
+        for (vm, pair) in self.pairs.iter_mut().enumerate() {
+            let request = json!({"do": "claim", "claim": parked_as(vm), "intermediaries": intermediaries});
+            pair.destination.control.request(&request, START_LIMIT)?;
+        }
+        Ok(())
+    }
+
+    fn peers(&self) -> Vec<String> {
+        self.peers.iter().map(ToString::to_string).collect()
     }
 
     /// Takes the gather limits off.
@@ -252,6 +273,11 @@ impl Vmm {
         events.add_process(node, process.pid())?;
         Ok(Self { control: Control::new(&socket), process, socket })
     }
+}
+
+/// The name under which a VM is parked.
+fn parked_as(vm: usize) -> String {
+    format!("vm{vm}")
 }
 
 fn words(line: &str) -> impl Iterator<Item = String> + '_ {

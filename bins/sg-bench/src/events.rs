@@ -58,7 +58,8 @@ impl FromStr for When {
 }
 
 fn check_event(event: &str) -> Result<()> {
-    const PLAIN: [&str; 7] = ["started", "ready", "commit", "resumed", "evicted", "gathered", "dissolved"];
+    const PLAIN: [&str; 9] =
+        ["started", "ready", "commit", "resumed", "evicted", "gathered", "dissolved", "parked", "claimed"];
     let percent =
         |prefix: &str| -> Option<u8> { event.strip_prefix(prefix)?.strip_suffix('%')?.parse().ok() };
     if event.strip_prefix("round=").is_some_and(|round| round.parse::<u16>().is_ok()) {

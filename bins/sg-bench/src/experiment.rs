@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use libsg::report::{Guest, Host, Report, Status};
 
 use crate::beside::Beside;
-use crate::cli::{MigrateArgs, Until};
+use crate::cli::{MigrateArgs, Mode, Until};
 use crate::cluster::Cluster;
 use crate::cost::Meter;
 use crate::events::Events;
@@ -51,6 +51,11 @@ fn run_if(args: &MigrateArgs, ui: &mut Ui, links_do: impl FnOnce(&Links) -> Resu
     ensure!(
         args.lab.shape || (args.cut.is_empty() && args.mend.is_empty()),
         "--cut and --mend need namespaces: without (--shape off) there is no link to cut"
+    );
+    let parks = matches!(args.mode, Mode::ScatterGather | Mode::Hybrid) && args.lab.intermediaries > 0;
+    ensure!(
+        !args.park || parks,
+        "--park leaves the VM at intermediaries: by scatter-gather or hybrid, and with --intermediaries"
     );
     let lab = Lab::create(&args.lab_spec())?;
     // Before anything is measured: packets are memory, too, and links of a machine without any measure slower.

@@ -92,16 +92,22 @@ impl<'a> Following<'a> {
     pub fn follow(&mut self, lab: &Lab, cluster: &mut Cluster, watched: Watched, ui: &mut Ui) -> Result<()> {
         let limit = time_limit(self.args);
         let mut next_sample = self.start;
-        let mut to_lift = self.args.lift_at_evicted;
+        let (mut to_claim, mut to_lift) = (self.args.park, self.args.lift_at_evicted);
         loop {
             interrupt::check()?;
             self.take_events(next_sample, ui);
             if self.vms.iter().all(|vm| vm.evicted.is_some()) {
                 watched.meter.note_evicted(cluster);
+                if std::mem::take(&mut to_claim) && self.args.until == Until::Gathered {
+                    cluster.claim()?;
+                }
                 if std::mem::take(&mut to_lift) {
                     self.end = Some(Instant::now());
                     lab.lift()?;
-                    cluster.lift()?;
+                    // What is parked is not gathered yet.
+                    if !self.args.park || self.args.until == Until::Gathered {
+                        cluster.lift()?;
+                    }
                 }
             }
             if self.is_over() {
@@ -334,7 +340,9 @@ fn report_of(
     // Where an end could not tell any more, this process's clock did see the event.
     let seen = |at: Option<Instant>| at.map(|at| (at - start).as_secs_f64());
     report.eviction_s = report.eviction_s.or(seen(vm.evicted));
-    report.total_migration_s = report.total_migration_s.or(seen(vm.gathered));
+    // Of a VM that was parked, the destination knows only since when it has claimed it.
+    let told = report.total_migration_s.filter(|_| !args.park);
+    report.total_migration_s = told.or(seen(vm.gathered));
     report.samples = std::mem::take(&mut vm.samples);
     if let Some(failure) = std::mem::take(&mut vm.failed).verdict()
         && !matches!(&report.status, Status::Failed(told) if !told.lost.is_empty())

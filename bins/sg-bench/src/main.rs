@@ -11,6 +11,7 @@ mod cluster;
 mod control;
 mod cost;
 mod demo;
+mod disk;
 mod events;
 mod experiment;
 mod follow;

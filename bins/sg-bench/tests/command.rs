@@ -113,6 +113,23 @@ fn a_source_that_is_killed_when_it_has_evicted_has_told_its_report() {
 }
 
 #[test]
+fn a_vm_is_parked_and_claimed_when_its_source_is_gone() {
+    let mut bench = Bench::start(&format!("{LOOPBACK} --park --kill source@evicted"));
+    let (report, said) = bench.ends_well();
+    assert_eq!(report["guest"]["verified_pages"], 16 * 256, "{said}");
+    assert!(is_positive(&report["eviction_s"]) && is_positive(&report["bytes"]["staged"]), "{report}");
+    assert_eq!((&report["downtime_s"], &report["bytes"]["direct"]), (&Value::Null, &0.into()));
+    let events: Vec<_> = bench.events().iter().map(|line| line["event"].clone()).collect();
+    let at = |event: &str| events.iter().position(|told| *told == event).expect("told");
+    assert!(at("parked") < at("evicted") && at("evicted") < at("claimed") && at("claimed") < at("resumed"));
+    assert!(report["total_migration_s"].as_f64() > report["eviction_s"].as_f64(), "{report}");
+    for wrong in ["--mode post-copy", "--intermediaries 0"] {
+        let (code, _, said) = Bench::start(&format!("{LOOPBACK} --park {wrong}")).end();
+        assert!(code != Some(0) && said.contains("--park"), "{said}");
+    }
+}
+
+#[test]
 fn an_intermediary_is_killed_at_an_event_and_another_stopped_some_time_after_it() {
     let harm = "--intermediaries 3 --kill i1@scattered=25% --stop i2@scattered=25%+20";
     let mut bench = Bench::start(&format!("{LOOPBACK} {harm}"));

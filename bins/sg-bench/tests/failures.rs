@@ -4,6 +4,8 @@
 //! background, each intermediary 200 Mb/s. No test asserts how long something takes.
 
 mod places;
+// Nothing is parked here.
+#[allow(dead_code)]
 mod world;
 
 use std::net::SocketAddr;

@@ -15,7 +15,7 @@ use crate::cli::RunArguments;
 use crate::control::{Controlled, Server};
 use crate::memory::Memory;
 use crate::migration::Berth;
-use crate::moves::Moves;
+use crate::moves::{FOREVER, Moves, Wanted};
 use crate::pool::PoolView;
 use crate::serial::Serial;
 use crate::vm::{Verifier, Vm};
@@ -41,12 +41,16 @@ pub mod exit {
 enum End {
     Quit,
     Interrupted,
+    /// The parked VM could not be had.
+    Refused,
 }
 
 /// A running VMM, as its control socket sees it.
 struct Vmm {
     berth: Berth,
     moves: Arc<Moves>,
+    serial: Serial,
+    gather_limit: u64,
     end: Sender<End>,
     ended: std::sync::atomic::AtomicBool,
 }
@@ -62,17 +66,20 @@ pub fn run(arguments: &RunArguments) -> Result<u8> {
     let secret = arguments.secret()?;
     let pool = arguments.membership()?;
     let pool = pool.map(|pool| PoolView::join(&pool, &secret, &arguments.name)).transpose()?;
+    let wanted = arguments.wanted(&secret)?;
     let moves = Moves::new(secret, pool);
-    let vmm = Arc::new(Vmm { berth, moves, end, ended: false.into() });
+    let gather_limit = arguments.gather_limit.bytes_per_s();
+    let vmm = Arc::new(Vmm { berth, moves, serial, gather_limit, end, ended: false.into() });
     end_on_lost_pages()?;
     let signals = watch_signals(vmm.end.clone())?;
-    match arguments.incoming {
-        Some(address) => {
-            let limit = arguments.gather_limit.bytes_per_s();
-            let address = vmm.moves.await_vm(address, limit, &vmm.berth, serial)?;
+    match (arguments.incoming, wanted) {
+        (Some(address), _) => {
+            let address = vmm.moves.await_vm(address, gather_limit, &vmm.berth, vmm.serial.clone())?;
             tracing::info!(%address, "waiting for a VM");
         }
-        None => vmm.boot(arguments, &serial)?,
+        (None, Some(wanted)) => vmm.claim_or_end(wanted)?,
+        (None, None) if arguments.empty => tracing::info!("waiting to be told which VM to claim"),
+        (None, None) => vmm.boot(arguments)?,
     }
     let socket = match &arguments.control {
         Some(path) => Some(Server::start(path, Arc::clone(&vmm) as Arc<dyn Controlled>)?),
@@ -106,10 +113,10 @@ fn watch_signals(end: Sender<End>) -> Result<signal_hook::iterator::Handle> {
 
 impl Vmm {
     /// Fills the memory of a new VM and runs it.
-    fn boot(&self, arguments: &RunArguments, serial: &Serial) -> Result<()> {
+    fn boot(&self, arguments: &RunArguments) -> Result<()> {
         let config = arguments.config()?;
         let memory = Memory::allocate(&config)?;
-        let vm = Arc::new(Vm::new(config, Arc::new(memory), serial)?);
+        let vm = Arc::new(Vm::new(config, Arc::new(memory), &self.serial)?);
         self.berth.place(Arc::clone(&vm));
         let began = Instant::now();
         vm.fill();
@@ -118,12 +125,38 @@ impl Vmm {
         vm.run()
     }
 
+    /// Claims a parked VM; where it cannot be had the process ends.
+    fn claim_or_end(&self, wanted: Wanted) -> Result<()> {
+        let incoming = self.moves.claim(wanted, self.gather_limit, &self.berth, self.serial.clone())?;
+        let end = self.end.clone();
+        std::thread::Builder::new().name("sg-claimed".into()).spawn(move || {
+            if let Err(error) = incoming.wait_running(FOREVER) {
+                tracing::error!(error = error.chain(), "the parked VM does not run here");
+                let _ = end.try_send(End::Refused);
+            }
+        })?;
+        Ok(())
+    }
+
+    fn claim(&self, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
+        let wanted = serde_json::from_value(Value::Object(arguments.clone())).map_err(|e| {
+            let example = r#"{"do":"claim","claim":"web","intermediaries":["10.0.0.3:7701"]}"#;
+            Error::new(ErrorKind::Input, format!("\"claim\" is to be like {example}")).because(e)
+        })?;
+        self.moves.claim(wanted, self.gather_limit, &self.berth, self.serial.clone())?;
+        Ok(Map::new())
+    }
+
     /// Waits for the end, and tells how it was.
     fn conclude(&self, ends: &Receiver<End>) -> Result<u8> {
         let end = ends.recv().unwrap_or(End::Quit);
         self.ended.store(true, std::sync::atomic::Ordering::Release);
         let Some(vm) = self.berth.vm() else {
-            return Ok(if end == End::Quit { exit::DONE } else { exit::INTERRUPTED });
+            return Ok(match end {
+                End::Quit => exit::DONE,
+                End::Interrupted => exit::INTERRUPTED,
+                End::Refused => exit::FAILED,
+            });
         };
         let stopped = vm.stop();
         self.moves.settle();
@@ -134,6 +167,7 @@ impl Vmm {
         Ok(match end {
             End::Quit => exit::DONE,
             End::Interrupted => exit::INTERRUPTED,
+            End::Refused => exit::FAILED,
         })
     }
 
@@ -225,6 +259,7 @@ impl Controlled for Vmm {
     fn command(&self, name: &str, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
         match name {
             "start" => self.start(arguments),
+            "claim" => self.claim(arguments),
             "progress" => {
                 let sample = self.moves.sample(self.berth.vm().as_deref());
                 Ok(object(json!({ "sample": sample })))
@@ -244,7 +279,7 @@ impl Controlled for Vmm {
             other => Err(Error::new(
                 ErrorKind::Input,
                 format!(
-                    "no command {other:?}: there are start, progress, limit, cancel, report, stats, verify, pause, \
+                    "no command {other:?}: there are start, claim, progress, limit, cancel, report, stats, verify, pause, \
                      resume, spoil, quit"
                 ),
             )),

@@ -1,7 +1,8 @@
 //! The command line, and what it means.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use libsg::migrate::PoolSecret;
@@ -10,7 +11,11 @@ use libsg::{Error, ErrorKind, Result};
 
 use crate::config::{BackingKind, VcpuKind, VmConfig, Workload};
 use crate::kvm::KvmVm;
+use crate::moves::Wanted;
 use crate::pool::Membership;
+
+/// How long hosts of a pool have to announce themselves.
+const POOL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A small virtual machine whose guest checks every page of its own memory.
 ///
@@ -18,6 +23,11 @@ use crate::pool::Membership;
 ///
 ///   sg-vmm run --memory 1G --workload random --control /tmp/vm &
 ///   echo '{"do":"report"}' | socat - UNIX-CONNECT:/tmp/vm
+///
+/// Leave it at intermediaries, and run it later, on any host, once:
+///
+///   echo '{"do":"start","park":"web","intermediaries":["10.0.0.3:7701"]}' | socat - UNIX-CONNECT:/tmp/vm
+///   sg-vmm run --claim web --intermediary 10.0.0.3:7701 --control /tmp/there
 ///
 /// Exit codes: 0 done; 1 failed, nothing lost; 2 wrong arguments; 3 something was lost (a page was
 /// not what it must be); 4 cancelled; 130 interrupted.
@@ -87,6 +97,21 @@ pub struct RunArguments {
     /// is then none of this command line's business
     #[arg(long, value_name = "ADDR:PORT")]
     pub incoming: Option<SocketAddr>,
+    /// Wait, without a VM, to be told over the control socket to claim one
+    #[arg(long, requires = "control", conflicts_with_all = ["incoming", "claim"])]
+    pub empty: bool,
+    /// Claim the VM that was parked under this name (or by its volume), and run it, once of all who claim it. What it is
+    /// like is none of this command line's business. Refused, it ends with exit code 1
+    #[arg(long, value_name = "NAME", conflicts_with = "incoming")]
+    pub claim: Option<String>,
+    /// With --claim: an intermediary that may know the parked VM (repeatable); any one that does is enough. With --pool
+    /// those that announce themselves need not be named
+    #[arg(long, value_name = "HOST:PORT", value_parser = resolve, requires = "claim")]
+    pub intermediary: Vec<SocketAddr>,
+    /// With --claim: also from a host that has claimed it and does not run it yet; without the keeper of the parked VM,
+    /// when it cannot be reached; and with pages that cannot be had. Only if you know that the VM runs nowhere
+    #[arg(long, requires = "claim")]
+    pub force: bool,
     /// Most that an arriving VM's memory may take of the link in the background: 256mbit, 1gbit (powers
     /// of ten), 0 = unlimited. Pages that the guest waits for are exempt
     #[arg(long, value_name = "RATE", default_value = "0")]
@@ -96,8 +121,8 @@ pub struct RunArguments {
     pub secret: Option<PathBuf>,
     /// Hear the pool: with {"pool":true}, start chooses intermediaries among the hosts that announce themselves
     /// (multicast:GROUP:PORT@ADDR, where the port 7702, and the interface that the routes say, need not be named, or
-    /// etcd://HOST:PORT,HOST:PORT/PREFIX), and another in the place of one that
-    /// dies on the way; and while a VM leaves, others do not choose nodes of this host
+    /// etcd://HOST:PORT,HOST:PORT/PREFIX), and, where pages have one copy, another in the place of one
+    /// that dies on the way; and while a VM leaves, others do not choose nodes of this host
     #[arg(long, value_name = "WHERE")]
     pub pool: Option<String>,
     /// The zone (rack, power feed) this host is in
@@ -109,9 +134,11 @@ pub struct RunArguments {
     /// Unix socket to listen on for commands, one JSON object a line: {"do":"start","to":"ADDR:PORT",
     /// "mode":"scatter-gather","intermediaries":["ADDR:PORT"]}, or instead of a list "pool":true, with "evacuate":true where
     /// the whole zone is emptied, and "dry_run":true to be told of the choice and nothing else; where "mode" may also be post-copy, hybrid or pre-copy, the
-    /// latter two with "rounds" (most while the VM runs), "downtime_limit_ms", "via" (direct or vmd), and with "dedup":{"hash":
+    /// latter two with "rounds" (most while the VM runs), "downtime_limit_ms", "via" (direct or vmd); with "replicas":N
+    /// each page that goes to intermediaries lies at N of them; and with "dedup":{"hash":
     /// "blake3" or "sha1","domain":NAME}, both optional, pages that intermediaries hold for VMs of the same domain are
-    /// not sent; progress, limit ("gather", "scatter": RATE), cancel,
+    /// not sent; with "park":NAME instead of "to" the VM is left at the intermediaries under that name, and this process is
+    /// free; claim ("claim":NAME, "intermediaries", "force") in a process that has no VM (--empty); progress, limit ("gather", "scatter": RATE), cancel,
     /// report, stats, verify ("by": guest or vmm), pause, resume, quit, and as a canary spoil ("page": a page that is made
     /// wrong, which must be reported as exactly one mismatch)
     #[arg(long, value_name = "PATH")]
@@ -145,6 +172,25 @@ impl RunArguments {
         let Some(pool) = &self.pool else { return Ok(None) };
         let link_bytes_per_s = self.link.filter(|rate| !rate.is_unlimited()).map(Rate::bytes_per_s);
         Ok(Some(Membership { meeting: pool.parse()?, zone: self.zone.clone(), link_bytes_per_s }))
+    }
+
+    /// The parked VM that is to be claimed, if one is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] where nobody is named who may know it; the pool's.
+    pub fn wanted(&self, secret: &PoolSecret) -> Result<Option<Wanted>> {
+        let Some(claim) = self.claim.clone() else { return Ok(None) };
+        let mut intermediaries = self.intermediary.clone();
+        if let Some(membership) = self.membership()? {
+            let found = membership.meeting.open(secret)?.find(POOL_PATIENCE)?;
+            // Other VMMs are there as well.
+            intermediaries.extend(found.iter().map(|found| found.address).filter(|at| at.port() != 0));
+        }
+        if intermediaries.is_empty() {
+            let message = "--claim needs to know whom to ask: --intermediary HOST:PORT, or --pool multicast:GROUP or etcd://HOST/PREFIX";
+            return Err(Error::new(ErrorKind::Input, message));
+        }
+        Ok(Some(Wanted { claim, intermediaries, force: self.force }))
     }
 
     /// The VM that these arguments describe.
@@ -184,6 +230,12 @@ fn choose(choice: VcpuChoice) -> Result<VcpuKind> {
             |()| VcpuKind::Kvm,
         )),
     }
+}
+
+/// An intermediary's address.
+fn resolve(text: &str) -> Result<SocketAddr> {
+    let found = text.to_socket_addrs().ok().and_then(|mut found| found.next());
+    found.ok_or_else(|| Error::new(ErrorKind::Input, format!("{text} is no HOST:PORT that can be found")))
 }
 
 /// A size in bytes: 4096, 512M, 1G.

@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 use libsg::content::Sharing;
 use libsg::event::{Event, Observer};
 use libsg::manifest::Manifest;
-use libsg::migrate::destination::{ArrivalPhase, Destination, DestinationOptions, Incoming};
-use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::destination::{
+    ArrivalPhase, ClaimOptions, Destination, DestinationOptions, Incoming, claim,
+};
+use libsg::migrate::source::{Outgoing, SourceOptions, To, start};
 use libsg::migrate::{Mode, PoolSecret, Replacements, RoundOptions, Via};
 use libsg::report::{Bytes, DestinationReport, Sample, SourceReport};
 use libsg::source::MemorySource;
@@ -34,7 +36,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const DISSOLVE_TIME: Duration = Duration::from_secs(15);
 
 /// Longer than any migration.
-const FOREVER: Duration = Duration::from_secs(30 * 86_400);
+pub const FOREVER: Duration = Duration::from_secs(30 * 86_400);
 
 /// What `start` asks for.
 #[derive(Debug, serde::Deserialize)]
@@ -42,8 +44,10 @@ pub struct Start {
     /// How the memory leaves.
     #[serde(default)]
     pub mode: Mode,
-    /// Where the destination listens.
-    pub to: SocketAddr,
+    /// Where the destination listens; or `park`.
+    pub to: Option<SocketAddr>,
+    /// There is no destination yet: the name under which the VM is parked at the intermediaries.
+    pub park: Option<String>,
     /// Intermediaries that may take pages.
     #[serde(default)]
     pub intermediaries: Vec<SocketAddr>,
@@ -63,11 +67,41 @@ pub struct Start {
     pub via: Via,
     /// The VM is paused once what it has written can be sent in this time.
     pub downtime_limit_ms: Option<u64>,
+    /// How many intermediaries hold each page; one where it is not said.
+    pub replicas: Option<u8>,
     /// With whom its pages are shared at intermediaries; nobody where it is not said.
     pub dedup: Option<Sharing>,
 }
 
+/// What `claim` asks for.
+#[derive(Debug, serde::Deserialize)]
+pub struct Wanted {
+    /// The name under which the VM was parked, or its volume.
+    pub claim: String,
+    /// Intermediaries to ask for it; any one that knows it is enough.
+    pub intermediaries: Vec<SocketAddr>,
+    /// Whatever stands against it, the operator knows that the VM runs nowhere.
+    #[serde(default)]
+    pub force: bool,
+}
+
 impl Start {
+    fn to(&self) -> Result<To> {
+        match (self.to, &self.park) {
+            (Some(address), None) => Ok(address.into()),
+            (None, Some(name)) => Ok(To::Parked(name.clone())),
+            _ => Err(Error::new(
+                ErrorKind::Input,
+                "say either \"to\", where a destination listens, or \"park\", under which name the VM is left at the \
+                 intermediaries",
+            )),
+        }
+    }
+
+    fn replicas(&self) -> u8 {
+        self.replicas.unwrap_or(1)
+    }
+
     fn rounds(&self) -> RoundOptions {
         let usual = RoundOptions::default();
         RoundOptions {
@@ -131,11 +165,12 @@ impl Moves {
     /// # Errors
     /// One is under way, or it cannot be started; a choice among a pool that this VMM is not in.
     pub fn start(self: &Arc<Self>, vm: &Arc<Vm>, what: Start) -> Result<Option<Value>> {
+        let to = what.to()?;
         let (mut told, mut replacements) = (None, None);
         let mut intermediaries = what.intermediaries.clone();
         if what.pool {
             let pool = self.pool.as_ref().ok_or_else(pool::none)?;
-            let choice = pool.choose(vm.config().memory_bytes, what.to, what.evacuate)?;
+            let choice = pool.choose((vm.config().memory_bytes, what.replicas()), what.to, what.evacuate)?;
             replacements = Some(pool.replacements(&choice));
             intermediaries.extend(choice.addresses);
             told = Some(choice.told);
@@ -144,7 +179,7 @@ impl Moves {
             return Err(Error::new(ErrorKind::Input, message));
         }
         if !what.dry_run {
-            self.go(vm, &what, intermediaries, replacements)?;
+            self.go(vm, &what, to, (intermediaries, replacements))?;
         }
         Ok(told)
     }
@@ -153,8 +188,8 @@ impl Moves {
         self: &Arc<Self>,
         vm: &Arc<Vm>,
         what: &Start,
-        intermediaries: Vec<SocketAddr>,
-        replacements: Option<Arc<dyn Replacements>>,
+        to: To,
+        (intermediaries, replacements): (Vec<SocketAddr>, Option<Arc<dyn Replacements>>),
     ) -> Result<()> {
         let mut slot = self.outgoing.lock();
         if slot.as_ref().is_some_and(|outgoing| !outgoing.is_over()) {
@@ -168,7 +203,8 @@ impl Moves {
         }
         *self.began.lock() = Some(Instant::now());
         let options = SourceOptions {
-            to: what.to,
+            to,
+            replicas: what.replicas(),
             mode: what.mode,
             rounds: what.rounds(),
             intermediaries,
@@ -217,6 +253,38 @@ impl Moves {
         let incoming = destination.accept(Box::new(Arriving::new(berth.clone(), serial)))?;
         *self.incoming.lock() = Some(Arc::new(incoming));
         Ok(address)
+    }
+
+    /// Claims a parked VM. Returns at once: whether it was granted is told as events, and by the handle.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] where a VM arrives, or has arrived; no intermediary is named.
+    pub fn claim(
+        self: &Arc<Self>,
+        what: Wanted,
+        gather_limit: u64,
+        berth: &Berth,
+        serial: Serial,
+    ) -> Result<Arc<Incoming>> {
+        let mut slot = self.incoming.lock();
+        let is_free = slot.as_ref().is_none_or(|incoming| incoming.progress().phase == ArrivalPhase::Failed);
+        if !is_free || berth.vm().is_some() {
+            return Err(Error::new(ErrorKind::Input, "there is a VM here, or one arrives"));
+        }
+        let nowhere = (std::net::Ipv4Addr::LOCALHOST, 0).into();
+        let mut options = DestinationOptions::new(nowhere, self.secret.clone(), self.connector());
+        options.name = this_process();
+        options.gather_limit = gather_limit;
+        options.observer = self.observer();
+        *self.began.lock() = Some(Instant::now());
+        let wanted = ClaimOptions {
+            name: what.claim,
+            intermediaries: what.intermediaries,
+            force: what.force,
+            arbiter: None,
+        };
+        let incoming = claim(Box::new(Arriving::new(berth.clone(), serial)), wanted, options)?;
+        Ok(Arc::clone(slot.insert(Arc::new(incoming))))
     }
 
     /// Changes limits, in bytes a second; 0 is none.
@@ -304,6 +372,16 @@ impl Moves {
             Err(error) => Some(DestinationReport { status: (&error).into(), ..DestinationReport::default() }),
         }
     }
+}
+
+/// Whom operators are told of as the owner of a VM that was claimed here.
+fn this_process() -> String {
+    let mut host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let process = format!(" pid {}", std::process::id());
+    while host.len() + process.len() > libsg::limits::NODE_NAME_BYTES_MAX {
+        host.pop();
+    }
+    host + &process
 }
 
 fn percent(part: u64, whole: u64) -> Option<f64> {

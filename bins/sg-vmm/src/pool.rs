@@ -107,13 +107,18 @@ impl PoolView {
         self.announcer.announce();
     }
 
-    /// Chooses for a VM of so many bytes that goes to that host.
+    /// Chooses for a VM of so many bytes, in so many copies, that goes to that host, or to none yet.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel gives no random bytes.
-    pub fn choose(&self, bytes: u64, to: SocketAddr, evacuate: bool) -> Result<Choice> {
+    pub fn choose(
+        &self,
+        (bytes, copies): (u64, u8),
+        to: Option<SocketAddr>,
+        evacuate: bool,
+    ) -> Result<Choice> {
         let hosts = self.announcer.hosts();
-        let there = || hosts.iter().filter(|host| host.address.ip() == to.ip());
+        let there = || hosts.iter().filter(|host| to.is_some_and(|to| host.address.ip() == to.ip()));
         // A VMM that waits there says in which zone, one that lends memory also what the link has free.
         let link = there().map(|host| &host.link).find(|link| link.bytes_per_s > 0);
         let takes = link.map_or(self.link_bytes_per_s, |link| link.free_in_bytes_per_s);
@@ -121,7 +126,8 @@ impl PoolView {
             source_zone: self.zone.clone(),
             destination_zone: there().find_map(|host| host.zone.clone()),
             zones: if evacuate { ZoneRule::Evacuate } else { ZoneRule::Prefer },
-            never: vec![self.own, to.ip()],
+            never: to.iter().map(SocketAddr::ip).chain([self.own]).collect(),
+            copies,
             ..Need::new(bytes, self.link_bytes_per_s, takes, u64::from_le_bytes(random_bytes()?))
         };
         let selection = select(&hosts, &need);

@@ -148,9 +148,10 @@ fn destination(nodes: usize) -> (Incoming, Berth, SourceOptions) {
     let options = DestinationOptions::new(listen, secret.clone(), Arc::new(connector.clone()));
     let destination = Destination::listen(options).expect("listens");
     let options = SourceOptions {
-        to: destination.address(),
+        to: destination.address().into(),
         intermediaries: nodes.iter().map(|node| node.member().address).collect(),
         replacements: None,
+        replicas: 1,
         mode: Mode::Hybrid,
         rounds: RoundOptions { rounds_max: Some(2), downtime_limit: Duration::ZERO, via: Via::Direct },
         secret,

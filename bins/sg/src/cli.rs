@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use libsg::discovery::{Found, Pool as _, StaticPool};
-use libsg::ids::VolumeId;
 use libsg::transport::PoolSecret;
 use libsg::units::{Rate, Size};
 use pools::Meeting;
@@ -44,6 +43,7 @@ Examples:
   sg status --intermediary 10.0.0.3 --intermediary 10.0.0.4 --secret pool.secret
   sg ls --pool static:/etc/sg/pool --secret pool.secret       whose pages lie there
   sg plan --pool multicast:239.83.71.1 --secret pool.secret --memory 64G   who would take them
+  sg nbd --create scratch --size 1G --pool static:/etc/sg/pool --secret pool.secret    a disk in their memory
 
 Sizes are powers of two (512M, 1G), rates powers of ten (256mbit, 1gbit; 0 is unlimited).
 Exit codes: 0 done, 1 failed and nothing lost, 2 wrong arguments, 3 something was lost."
@@ -61,12 +61,15 @@ pub enum Command {
     Serve(ServeArgs),
     /// Who the intermediaries are, how full, and with whose pages
     Status(PoolArgs),
-    /// Volumes that the intermediaries hold: one line for each VM
+    /// Volumes that the intermediaries hold: one line for each VM, with the name of those that are parked, and who has
+    /// claimed them since. A parked VM stays until it is claimed (`sg-vmm run --claim NAME`) or dissolved
     Ls(PoolArgs),
     /// Give a volume's memory back at every intermediary; its pages are gone
     Dissolve(DissolveArgs),
     /// Which intermediaries a VM would go to, and why; whether it fits, and how long it takes. Does nothing
     Plan(PlanArgs),
+    /// Serve a volume as a block device, to whatever speaks NBD
+    Nbd(crate::nbd::NbdArgs),
 }
 
 /// How pages reach an intermediary.
@@ -178,9 +181,9 @@ pub struct PoolArgs {
 /// Arguments of `sg dissolve`.
 #[derive(Debug, Args)]
 pub struct DissolveArgs {
-    /// The volume, as `sg ls` shows it
-    #[arg(value_name = "VOLUME")]
-    pub volume: VolumeId,
+    /// The volume, as `sg ls` shows it, or the name under which a VM is parked
+    #[arg(value_name = "NAME|VOLUME", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub volume: String,
     /// Do not ask
     #[arg(long)]
     pub yes: bool,

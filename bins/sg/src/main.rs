@@ -3,6 +3,7 @@
 mod announce;
 mod ask;
 mod cli;
+mod nbd;
 mod operate;
 mod plan;
 mod process;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         cli::Command::Ls(args) => operate::list(args),
         cli::Command::Dissolve(args) => operate::dissolve(args),
         cli::Command::Plan(args) => plan::run(args),
+        cli::Command::Nbd(args) => nbd::run(args),
     };
     match done {
         Ok(code) => ExitCode::from(code),

@@ -69,7 +69,8 @@ pub fn list(args: &PoolArgs) -> Result<u8> {
         println!("{}", json!({ "schema": SCHEMA, "status": "ok", "volumes": volumes }));
     } else {
         let rows: Vec<_> = volumes.iter().map(|(id, parts)| volume_row(*id, parts)).collect();
-        print!("{}", table::render(&["VOLUME", "VM", "STATE", "COMMITTED", "PAGES", "AGE", "AT"], &rows));
+        let heading = ["VOLUME", "VM", "NAME", "STATE", "COMMITTED", "OWNER", "PAGES", "COPIES", "AGE", "AT"];
+        print!("{}", table::render(&heading, &rows));
         report_failures(&answers);
     }
     Ok(code(&answers))
@@ -78,11 +79,15 @@ pub fn list(args: &PoolArgs) -> Result<u8> {
 /// `sg dissolve`.
 pub fn dissolve(args: &DissolveArgs) -> Result<u8> {
     let secret = secret(args.pool.secret.as_deref())?;
+    let Some(volume) = named(args)? else {
+        eprintln!("sg: no intermediary that answered knows a volume, or a parked VM, {:?}", args.volume);
+        return Ok(1);
+    };
     let mut found: Vec<(Node, VolumeInfo)> = Vec::new();
     let mut failed = false;
     for host in args.pool.find(&secret)? {
         let address = host.address;
-        match describe(address, &secret, args.volume) {
+        match describe(address, &secret, volume) {
             Ok(Some(known)) => found.push(known),
             Ok(None) => {}
             Err(error) => {
@@ -92,13 +97,12 @@ pub fn dissolve(args: &DissolveArgs) -> Result<u8> {
         }
     }
     let Some((_, first)) = found.first() else {
-        eprintln!("sg: no intermediary that answered knows volume {}", args.volume);
+        eprintln!("sg: no intermediary that answered knows volume {volume}");
         return Ok(1);
     };
     let pages: u64 = found.iter().map(|(_, info)| info.stored_pages).sum();
     let what = format!(
-        "volume {} of VM {:?}: {} in {pages} pages at {} intermediaries",
-        args.volume,
+        "volume {volume} of VM {:?}: {} in {pages} pages at {} intermediaries",
         first.manifest.vm,
         table::bytes(pages * PAGE_BYTES_U64),
         found.len()
@@ -110,19 +114,43 @@ pub fn dissolve(args: &DissolveArgs) -> Result<u8> {
     // Whoever claimed it last did so at some of them, perhaps not at all.
     let epoch = found.iter().map(|(_, info)| info.epoch).max().unwrap_or(Epoch::FIRST);
     for (node, _) in &mut found {
-        if let Err(error) = node.ask(args.volume, epoch, &VmdRequest::Dissolve) {
+        if let Err(error) = node.ask(volume, epoch, &VmdRequest::Dissolve) {
             failed = true;
             eprintln!("sg: {}: {}", node.id(), error.chain());
         }
     }
     if args.pool.json {
-        let done =
-            json!({ "volume": args.volume.to_string(), "pages": pages, "intermediaries": found.len() });
+        let done = json!({ "volume": volume.to_string(), "pages": pages, "intermediaries": found.len() });
         println!("{}", json!({ "schema": SCHEMA, "status": "ok", "dissolved": done }));
     } else {
         println!("dissolved {what}");
     }
     Ok(u8::from(failed))
+}
+
+/// The volume that is meant: by its id, else the one that is parked under that name.
+fn named(args: &DissolveArgs) -> Result<Option<VolumeId>> {
+    const ID_DIGITS: usize = 32;
+    let id = args.volume.parse::<VolumeId>().ok().filter(|_| args.volume.len() == ID_DIGITS);
+    if id.is_some() {
+        return Ok(id);
+    }
+    let answers = statistics(&args.pool)?;
+    report_failures(&answers);
+    let nodes = answers.iter().filter_map(|(_, answer)| answer.as_ref().ok());
+    let parked = nodes.flat_map(|node| &node.volumes);
+    let mut ids: Vec<_> = parked
+        .filter(|volume| volume.parked_as.as_deref() == Some(&*args.volume))
+        .map(|volume| volume.volume)
+        .collect();
+    ids.sort_unstable();
+    ids.dedup();
+    if ids.len() > 1 {
+        let ids: Vec<_> = ids.iter().map(ToString::to_string).collect();
+        let what = format!("several VMs are parked as {:?}: say which, {}", args.volume, ids.join(" or "));
+        return Err(WrongArguments(what).into());
+    }
+    Ok(ids.first().copied())
 }
 
 fn describe(
@@ -134,7 +162,7 @@ fn describe(
     match node.ask(volume, Epoch(0), &VmdRequest::Describe) {
         Ok(VmdReply::Volume(info)) => {
             let gone = info.state == libsg::wire::message::VolumeState::Dissolved;
-            Ok((!gone).then_some((node, info)))
+            Ok((!gone).then_some((node, *info)))
         }
         Ok(_) => Err(Error::new(ErrorKind::Protocol, "an answer to something else")),
         Err(error) if error.kind == ErrorKind::Volume => Ok(None),
@@ -221,7 +249,10 @@ fn summary_json(volume: &VolumeSummary) -> serde_json::Value {
         "state": volume.state,
         "committed": volume.committed,
         "stored_pages": volume.stored_pages,
+        "copied_pages": volume.copied_pages,
         "age_s": volume.age_s,
+        "parked_as": volume.parked_as,
+        "owner": volume.owner.as_ref().map(ToString::to_string),
     })
 }
 
@@ -262,9 +293,22 @@ fn volume_json(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> ser
     json!({
         "volume": id.to_string(),
         "vm": parts.first().map(|(_, volume)| &volume.vm),
+        "parked_as": parked_as(parts),
+        "owner": owner(parts),
         "stored_pages": parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>(),
+        "copied_pages": parts.iter().map(|(_, volume)| volume.copied_pages).sum::<u64>(),
         "at": parts.iter().map(at).collect::<Vec<_>>(),
     })
+}
+
+/// The name under which it is parked.
+fn parked_as(parts: &[(&NodeStatistics, &VolumeSummary)]) -> Option<String> {
+    parts.iter().find_map(|(_, volume)| volume.parked_as.clone())
+}
+
+/// Who has claimed it: some may have missed that.
+fn owner(parts: &[(&NodeStatistics, &VolumeSummary)]) -> Option<String> {
+    parts.iter().find_map(|(_, volume)| volume.owner.as_ref().map(ToString::to_string))
 }
 
 fn volume_row(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> Vec<String> {
@@ -276,9 +320,12 @@ fn volume_row(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> Vec<
     vec![
         id.to_string(),
         parts.first().map(|(_, volume)| volume.vm.clone()).unwrap_or_default(),
+        parked_as(parts).unwrap_or_else(|| "-".into()),
         states.join(","),
         if committed { "yes" } else { "no" }.into(),
+        owner(parts).unwrap_or_else(|| "-".into()),
         parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>().to_string(),
+        parts.iter().map(|(_, volume)| volume.copied_pages).sum::<u64>().to_string(),
         table::age(parts.iter().map(|(_, volume)| volume.age_s).max().unwrap_or(0)),
         nodes.join(","),
     ]

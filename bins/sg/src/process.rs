@@ -4,10 +4,12 @@ use libsg::discovery::meter::available_bytes;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 /// No core dumps, no other user's debugger, more descriptors, and a place in the queue of the
-/// out-of-memory killer. What is refused is logged; the daemon serves without it.
-pub fn settle(oom_score_adj: i16) {
+/// out-of-memory killer, if one is given. What is refused is logged; the daemon serves without it.
+pub fn settle(oom_score_adj: Option<i16>) {
     // First: a process that is not dumpable may no longer write its own files in /proc.
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", oom_score_adj.to_string()) {
+    if let Some(oom_score_adj) = oom_score_adj
+        && let Err(error) = std::fs::write("/proc/self/oom_score_adj", oom_score_adj.to_string())
+    {
         tracing::warn!(%error, oom_score_adj, "the out-of-memory score stays as it is (CAP_SYS_RESOURCE lowers it)");
     }
     let no_core = Rlimit { current: Some(0), maximum: Some(0) };

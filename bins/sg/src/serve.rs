@@ -25,7 +25,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     let config = config(args)?;
     let announced = announce::Setup::of(args, &config);
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("signals cannot be caught")?;
-    process::settle(args.oom_score_adj);
+    process::settle(Some(args.oom_score_adj));
     process::check_memory(args.memory.0);
     let server = Server::bind(config).map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
     let server = Arc::new(server.spawn().map_err(|e| anyhow::anyhow!("{}", e.chain()))?);
@@ -66,7 +66,8 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     Ok(1)
 }
 
-fn start_logs(format: LogFormat) {
+/// Logs go to standard error.
+pub fn start_logs(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)

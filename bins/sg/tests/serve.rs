@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use libsg::ids::{Checksum, Epoch, Round, VolumeId};
+use libsg::ids::{Checksum, Epoch, MemberSet, Round, VolumeId};
 use libsg::manifest::{Manifest, Region};
 use libsg::memory::PageSlice;
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex};
@@ -99,9 +99,9 @@ impl Daemon {
         let entry = |n| PageEntry::raw(PageIndex(n), Round(0), Checksum::of(&page));
         let entries: Vec<_> = (0..20).map(entry).collect();
         let slices: Vec<_> = (0..20).map(|_| PageSlice::owned(Arc::clone(&page))).collect();
-        let put = Request::Put { entries: &entries, slices: &slices, copies: 1 };
+        let put = Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
         let stored = ask(&mut *link, put, PATIENCE, |reply| match reply {
-            Reply::Stored(placements) => Ok(placements.iter().flatten().count()),
+            Reply::Stored { placements, .. } => Ok(placements.iter().flatten().count()),
             other => panic!("{other:?}"),
         });
         assert_eq!(stored.unwrap(), 20);

@@ -5,17 +5,18 @@ use std::fmt::Debug;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 
-use libsg::ids::{Checksum, Placement};
+use libsg::ids::{Checksum, MemberSet, Placement};
 use libsg::limits;
-use libsg::page::{PageIndex, PageRange};
+use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use libsg::transport::{Inbox, StateAssembler};
+use libsg::wire::copies::copied_bytes;
 use libsg::wire::datagram::Datagram;
 use libsg::wire::entry::{Entry, decode_table, encode_table, page_bytes};
 use libsg::wire::final_set;
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, decode_mac};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
 use libsg::wire::run::{RunEntry, decode_pages, decode_runs, encode_runs, table_bytes};
-use libsg::wire::{DiscardEntry, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, PageEntry};
+use libsg::wire::{DiscardEntry, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, Missing, PageEntry};
 
 /// A header, as it is and under a checksum that is right.
 pub fn header(data: &[u8]) {
@@ -45,6 +46,15 @@ pub fn tables(data: &[u8]) {
     table::<DiscardEntry>(body, count);
     table::<PageRange>(body, count);
     table::<PageIndex>(body, count);
+    table::<MemberSet>(body, count);
+    table::<Missing>(body, count);
+    let mut entries = Vec::new();
+    if decode_runs(body, count, &mut entries).is_ok()
+        && let Ok(bytes) = copied_bytes(&entries)
+    {
+        assert_eq!(bytes, entries.len() * PAGE_BYTES);
+        assert!(entries.iter().all(|entry: &IndexEntry| entry.placement.is_some()));
+    }
 }
 
 fn counted(data: &[u8]) -> Option<(usize, &[u8])> {

@@ -386,8 +386,10 @@ impl Worker<'_> {
                     self.seats[member].desk.bytes_out.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 }
                 Ok(Reply::Located(entries)) if !is_read => {
+                    let silent = pending.read.ticket.filter(|_| pending.read.is_out());
+                    let word = silent.map_or(Word::Index, |(member, _)| Word::Instead(member));
                     // What an index says that makes no sense is no reason to stop.
-                    if let Err(error) = shared.announce(entries, Word::Index) {
+                    if let Err(error) = shared.announce(entries, word) {
                         tracing::warn!(error = error.chain(), "an index answered nonsense");
                     }
                 }

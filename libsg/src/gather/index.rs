@@ -18,7 +18,7 @@ use crate::limits::INDEX_RANGE_PAGES;
 use crate::page::{PageIndex, PageRange};
 use crate::transport::wait;
 use crate::vmd::link::ask;
-use crate::vmd::placement::index_owners;
+use crate::vmd::placement::index_turn;
 use crate::vmd::{Class, Link, Reply, Request};
 use crate::wire::IndexEntry;
 use crate::wire::message::{VmdReply, VmdRequest};
@@ -60,6 +60,8 @@ struct Search {
     fewer_at: Instant,
     /// When everything was last asked for anew.
     anew_at: Instant,
+    /// Each search begins at another member: an index may name copies that are gone, and whoever has one names his own.
+    turn: usize,
 }
 
 /// The thread `sg-gather-index`.
@@ -75,7 +77,8 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         if searches {
             let now = host::now();
             let first = state.is_none();
-            let state = state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now });
+            let state =
+                state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now, turn: 0 });
             seats.resize_with(shared.members().len(), Seat::default);
             let mut grows = false;
             if first || host::elapsed(state.anew_at) >= ASK_ANEW {
@@ -83,7 +86,8 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
                 shared.tracker.lock().ask_again(false);
                 grows = ask_for_members(shared, &mut seats)?;
             }
-            let complete = search(shared, &mut seats)? && !grows;
+            let complete = search(shared, &mut seats, state.turn)? && !grows;
+            state.turn += 1;
             let unknown = shared.counts().unknown;
             if unknown < state.unknown {
                 state.fewer_at = host::now();
@@ -101,7 +105,7 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
 
 /// Asks for every page that is not known. `false` when some index server could not be asked that may
 /// still answer.
-fn search(shared: &Shared, seats: &mut [Seat]) -> Result<bool> {
+fn search(shared: &Shared, seats: &mut [Seat], turn: usize) -> Result<bool> {
     let mut complete = true;
     let mut from = PageIndex(0);
     loop {
@@ -121,7 +125,7 @@ fn search(shared: &Shared, seats: &mut [Seat]) -> Result<bool> {
                 continue;
             }
         };
-        if ask_around(shared, seats, range)? {
+        if ask_around(shared, seats, range, turn)? {
             not_indexed(shared, range);
         } else {
             complete = false;
@@ -139,11 +143,13 @@ fn within_border(range: PageRange) -> PageRange {
     PageRange::new(range.first, range.pages.min(to_border))
 }
 
-/// Asks the owner of a range, and as long as pages of it are unknown the others in turn. Whether
-/// everyone was asked who may still answer.
-fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange) -> Result<bool> {
+/// Asks the owner of a range, or who comes so many turns behind it, and as long as pages of it are unknown the others in
+/// turn. Whether everyone was asked who may still answer.
+fn ask_around(shared: &Shared, seats: &mut [Seat], range: PageRange, turn: usize) -> Result<bool> {
     let mut everyone = true;
-    for member in index_owners(range.first, seats.len(), |_| true) {
+    let members = seats.len();
+    for step in 0..members {
+        let Some(member) = index_turn(range.first, step + turn % members, members) else { break };
         match locate(shared, &mut seats[member.as_usize()], member, range) {
             Ok(entries) => {
                 seats[member.as_usize()].silent_since = None;
@@ -240,7 +246,7 @@ fn asked<T>(
                 Ok(link) if link.member().node == desk.member.node => link,
                 Ok(_) => return Err(unreachable()),
                 Err(error) => {
-                    seat.not_before = Some(host::now() + LEAVE_ALONE);
+                    seat.not_before = Some(host::now() + leave_alone(shared));
                     return Err(error);
                 }
             }
@@ -250,9 +256,14 @@ fn asked<T>(
     match &answered {
         Ok(_) => seat.link = Some(link),
         Err(error) if error.kind == ErrorKind::Volume => {}
-        Err(_) => seat.not_before = Some(host::now() + LEAVE_ALONE),
+        Err(_) => seat.not_before = Some(host::now() + leave_alone(shared)),
     }
     answered
+}
+
+/// Within its grace it is asked some times.
+fn leave_alone(shared: &Shared) -> Duration {
+    LEAVE_ALONE.min(shared.member_grace / 4)
 }
 
 /// What of a range is unknown still is in no index.

@@ -11,6 +11,7 @@ mod claims;
 mod rounds;
 mod search;
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::books::{Kind, State, Units, Waiting};
@@ -25,6 +26,9 @@ use crate::wire::{Encoding, IndexEntry};
 /// Pages that one call looks at when it searches: what keeps the lock around the tracker short.
 const SEARCH_PAGES_MAX: usize = 128 << 10;
 
+/// Copies that are remembered as lost: 128 KiB. Of pages of which more are, each that an index names is tried.
+const BAD_MAX: usize = 8192;
+
 /// Who said where a page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
@@ -32,6 +36,8 @@ pub enum Word {
     Source,
     /// An index server: may be behind what the source said.
     Index,
+    /// One of those that were asked because this member does not answer.
+    Instead(MemberIndex),
 }
 
 /// How a page came.
@@ -126,6 +132,9 @@ pub struct Tracker {
     direct: u64,
     staged: u64,
     waiting: Waiting,
+    /// Copies that were lost, by page and placement, which an index may go on to name: one that is bad is not taken
+    /// for another that is.
+    bad: BTreeSet<(u32, u64)>,
     closed: bool,
     /// The VM does not run yet, and a newer round replaces what is installed.
     replaces: bool,
@@ -152,6 +161,7 @@ impl Tracker {
             direct: 0,
             staged: 0,
             waiting: Waiting::default(),
+            bad: BTreeSet::new(),
             closed: false,
             replaces: false,
         }
@@ -163,6 +173,7 @@ impl Tracker {
         self.states.len() * (1 + 8 + 4 + 2)
             + self.members.capacity() * size_of::<MemberBook>()
             + self.units.allocated_bytes()
+            + self.bad.len() * size_of::<(u32, u64)>()
             + self.waiting.allocated_bytes()
     }
 
@@ -236,7 +247,19 @@ impl Tracker {
             std::cmp::Ordering::Equal => {
                 let same = entry.placement.is_some_and(|p| p.to_bits() == self.placements[page]);
                 let there = entry.placement.is_none_or(|p| !self.is_lost(p.member));
-                self.kind(page) == Kind::Suspect && !same && there
+                let silent = |member| {
+                    let other = entry.placement.is_some_and(|p| p.member != member);
+                    self.kind(page) == Kind::Announced && self.member_of(page) == Some(member) && other
+                };
+                let wanted = match word {
+                    Word::Instead(member) => silent(member),
+                    Word::Source | Word::Index => false,
+                };
+                let is_bad = |p: Placement| self.bad.contains(&(page as u32, p.to_bits()));
+                (self.kind(page) == Kind::Suspect || wanted)
+                    && !same
+                    && there
+                    && !entry.placement.is_some_and(is_bad)
             }
         }
     }
@@ -365,14 +388,22 @@ impl Tracker {
         }
     }
 
-    /// What lies at a placement is not the page: that copy is lost. Returns whether it was the one known.
+    /// What lies at a placement is not the page: that copy is lost. Returns whether it was the one known. A unit is read
+    /// from one place: all of its pages are looked for elsewhere.
     pub fn copy_lost(&mut self, page: PageIndex, placement: Placement) -> bool {
         let at = page.as_usize();
         let known = self.placements.get(at) == Some(&placement.to_bits())
             && self.states[at].kind() == Kind::Announced
             && !self.states[at].is_installing();
-        if known {
-            self.change(PageRange::new(page, 1), |state| state.learn(Kind::Suspect));
+        if known && self.bad.len() < BAD_MAX {
+            self.bad.insert((page.0, placement.to_bits()));
+        }
+        if known && let Some(unit) = self.unit(page) {
+            self.change(unit, |state| {
+                if state.kind() == Kind::Announced {
+                    state.learn(Kind::Suspect);
+                }
+            });
         }
         known
     }

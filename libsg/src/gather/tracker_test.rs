@@ -105,6 +105,7 @@ struct Page {
 struct Model {
     pages: Vec<Page>,
     lost: [bool; MEMBERS as usize],
+    bad: Vec<(usize, Placement)>,
 }
 
 impl Model {
@@ -120,10 +121,11 @@ impl Model {
         let know = self.know(page);
         let settled = matches!(know, Know::Installed | Know::Removed | Know::Lost);
         let other = place.is_none() || place != old.last;
+        let bad = place.is_some_and(|place| self.bad.contains(&(page, place)));
         let alive = place.is_none_or(|place| !self.lost[place.member.as_usize()]);
         let takes = know == Know::Missing
             || round > old.round
-            || round == old.round && (source || know == Know::Suspect && other && alive);
+            || round == old.round && (source || know == Know::Suspect && other && alive && !bad);
         if !settled && !old.installing && takes {
             self.pages[page] = Page {
                 know: place.map_or(Know::Zero, Know::At),
@@ -293,6 +295,8 @@ impl Play {
         let known = p.know == Know::At(at) && !p.installing;
         assert_eq!(self.tracker.copy_lost(PageIndex(page), at), known);
         if known {
+            self.model.bad.push((page as usize, at));
+            let p = &mut self.model.pages[page as usize];
             *p = Page { know: Know::Suspect, flying: false, no_index: false, no_source: false, ..*p };
         }
     }
@@ -438,6 +442,50 @@ fn the_books_close_when_nobody_is_at_any_page() {
     assert_eq!(tracker.fault(PageIndex(3), now, &mut reads), Wanted::Held);
     assert_eq!((tracker.claim_zero(PageIndex(0)), tracker.longest_wait(now)), (Claim::Held, None));
     assert!(tracker.close());
+}
+
+#[test]
+fn a_unit_with_one_bad_copy_is_looked_for_elsewhere_as_a_whole() {
+    let mut tracker = tracker(vec![region(512, InstallUnit::Huge2M)]);
+    let unit = PageRange::new(PageIndex(0), 512);
+    let announce = |tracker: &mut Tracker, member, word| {
+        for page in unit.iter() {
+            tracker.announce(&at(page.0, 0, member), word).expect("inside");
+        }
+    };
+    let mut reads = Vec::new();
+    announce(&mut tracker, 0, Word::Source);
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Read(MemberIndex(0)));
+    assert!(tracker.copy_lost(PageIndex(7), place(0, 7)));
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Unknown);
+    announce(&mut tracker, 0, Word::Index);
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Unknown, "it is not to be had there");
+    announce(&mut tracker, 1, Word::Index);
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Read(MemberIndex(1)));
+    assert_eq!(reads.len(), 512);
+    // One that is bad is not taken for another that is: it has an end.
+    assert!(tracker.copy_lost(PageIndex(9), place(1, 9)));
+    announce(&mut tracker, 0, Word::Index);
+    announce(&mut tracker, 1, Word::Index);
+    assert_eq!(tracker.look(unit, &mut reads), Wanted::Unknown);
+}
+
+#[test]
+fn a_copy_elsewhere_is_taken_instead_of_one_that_does_not_come() {
+    let mut tracker = tracker(vec![region(4, InstallUnit::Page)]);
+    let mut reads = Vec::new();
+    let mut says = |tracker: &mut Tracker, entry: IndexEntry, word| {
+        tracker.announce(&entry, word).expect("inside");
+        tracker.look(one(entry.page.0), &mut reads)
+    };
+    let (first, second) = (Wanted::Read(MemberIndex(0)), Wanted::Read(MemberIndex(1)));
+    assert_eq!(says(&mut tracker, at(0, 1, 0), Word::Source), first);
+    assert_eq!(says(&mut tracker, at(0, 1, 1), Word::Index), first);
+    assert_eq!(says(&mut tracker, at(0, 1, 1), Word::Instead(MemberIndex(2))), first, "another is silent");
+    assert_eq!(says(&mut tracker, at(0, 0, 1), Word::Instead(MemberIndex(0))), first, "older");
+    assert_eq!(says(&mut tracker, at(0, 1, 1), Word::Instead(MemberIndex(0))), second);
+    tracker.set_member_lost(MemberIndex(0), true);
+    assert_eq!(says(&mut tracker, at(0, 1, 0), Word::Instead(MemberIndex(1))), second, "it is lost");
 }
 
 #[test]

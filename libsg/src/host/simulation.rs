@@ -107,10 +107,18 @@ pub enum Bug {
     MemberUnknown,
     /// An intermediary answers for one volume with the index and the pages of another.
     VolumesMixed,
+    /// The first holder of pages says that the others have copies, and sends them none.
+    CopyNotAwaited,
     /// An intermediary takes more memory than it may.
     LimitIgnored,
     /// Whoever does not know the pool secret is let in.
     SecretIgnored,
+    /// COMMIT is given, and the volume parked, before every page is safe.
+    ParkedUnsafe,
+    /// Every claim of a parked volume is granted.
+    ClaimedTwice,
+    /// Whoever claimed a parked volume runs the VM without having that written down.
+    RunsUnasked,
 }
 
 thread_local! {

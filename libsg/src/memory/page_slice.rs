@@ -114,11 +114,14 @@ impl PageSlice {
     }
 
     /// The checksum of the `page`-th page of it.
+    ///
+    /// # Panics
+    /// There is no such page in it.
     #[must_use]
     pub fn page_checksum(&self, page: usize) -> Checksum {
-        match self.page(page) {
-            IoPart::Bytes(bytes) => Checksum::of(bytes),
-            IoPart::Guest(slice) => slice.checksum(),
+        match self.io() {
+            IoPart::Bytes(bytes) => Checksum::of(&bytes[page * PAGE_BYTES..(page + 1) * PAGE_BYTES]),
+            IoPart::Guest(slice) => slice.page_checksum(page),
         }
     }
 

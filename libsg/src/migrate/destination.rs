@@ -4,8 +4,10 @@
 //! One [`Destination`] takes one VM. What happens after [`Destination::accept`] happens on threads of
 //! libsg; the [`Incoming`] handle watches and steers them.
 
+mod claim;
 mod conductor;
 mod ending;
+mod line;
 mod listener;
 mod loading;
 mod volume;
@@ -25,6 +27,8 @@ use crate::report::DestinationReport;
 use crate::transport::{PoolSecret, Waker};
 use crate::vmd::Connector;
 
+pub use claim::ClaimOptions;
+use conductor::Way;
 use listener::Listener;
 
 /// How long [`Incoming::cancel`] waits for the source to agree.
@@ -97,16 +101,24 @@ impl Destination {
     /// [`ErrorKind::System`] when a thread cannot be started.
     pub fn accept(self, vm: Box<dyn IncomingVm>) -> Result<Incoming> {
         let waker = self.listener.waker().clone();
-        let desk = Arc::new(Desk {
-            stage: Mutex::new(Stage::default()),
-            changed: Condvar::new(),
-            cancel: AtomicBool::new(false),
-            limit: AtomicU64::new(self.options.gather_limit),
-            waker,
-        });
-        let thread = conductor::start(self.options, self.listener, vm, Arc::clone(&desk))?;
-        Ok(Incoming { desk, thread: Mutex::new(Some(thread)) })
+        Incoming::start(self.options, Way::Offered(self.listener), waker, vm)
     }
+}
+
+/// Takes a VM that was parked ([`To::Parked`](super::source::To)), once of all who claim it: its state and its memory come
+/// from the intermediaries, no source is asked. Returns at once; [`Incoming::wait_running`] says whether it was granted.
+/// Nothing is listened on: the options' address is not used.
+///
+/// Until it is written down that the VM runs here, it is parked still: whatever fails leaves it to another claim.
+///
+/// # Errors
+/// [`ErrorKind::Input`] where no intermediary is named, [`ErrorKind::System`] when a thread cannot be started.
+pub fn claim(vm: Box<dyn IncomingVm>, wanted: ClaimOptions, options: DestinationOptions) -> Result<Incoming> {
+    if wanted.intermediaries.is_empty() {
+        let message = "name an intermediary that knows the parked VM: any one of them is enough";
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    Incoming::start(options, Way::Claimed(wanted), Waker::new()?, vm)
 }
 
 /// Where an arriving VM stands.
@@ -238,6 +250,18 @@ pub struct Incoming {
 }
 
 impl Incoming {
+    fn start(options: DestinationOptions, way: Way, waker: Waker, vm: Box<dyn IncomingVm>) -> Result<Self> {
+        let desk = Arc::new(Desk {
+            stage: Mutex::new(Stage::default()),
+            changed: Condvar::new(),
+            cancel: AtomicBool::new(false),
+            limit: AtomicU64::new(options.gather_limit),
+            waker,
+        });
+        let thread = conductor::start(options, way, vm, Arc::clone(&desk))?;
+        Ok(Self { desk, thread: Mutex::new(Some(thread)) })
+    }
+
     /// How far it is.
     #[must_use]
     pub fn progress(&self) -> ArrivalProgress {
@@ -262,7 +286,8 @@ impl Incoming {
     }
 
     /// Gives the VM up before COMMIT: it lives on at the source. Once the state is loaded only the
-    /// source can say whether COMMIT was given, so that it is asked, and waited for.
+    /// source can say whether COMMIT was given, so that it is asked, and waited for. One that was claimed stays parked, unless
+    /// it runs by then.
     ///
     /// # Errors
     /// [`ErrorKind::Input`] after COMMIT: the VM runs here, or will; [`ErrorKind::Timeout`] when the source did

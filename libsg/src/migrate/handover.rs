@@ -33,14 +33,68 @@ pub(super) struct Lines<'a> {
     pub(super) urgent: &'a mut UrgentSink,
 }
 
-/// What the handover works with.
-pub(super) struct Handover<'a> {
+/// What whoever leads the migration works with, wherever the VM goes.
+pub(super) struct Lead<'a> {
     pub(super) control: &'a Control,
     pub(super) options: &'a SourceOptions,
-    pub(super) manifest: &'a Manifest,
-    pub(super) destination: &'a Destination,
     pub(super) scatter: &'a Arc<Scatter>,
     pub(super) recruiter: &'a Mutex<Recruiter>,
+}
+
+impl Lead<'_> {
+    /// Whether it was called off, or the source of pages has failed.
+    pub(super) fn look(&self) -> Result<()> {
+        self.control.check_cancelled()?;
+        if self.scatter.is_poisoned() { Err(self.scatter.failure()) } else { Ok(()) }
+    }
+
+    /// The state as it travels, with the final set in front of it.
+    pub(super) fn with_final_set(&self, state: &[u8]) -> Result<Vec<u8>> {
+        #[cfg(feature = "simulation")]
+        let unnamed = host::has_bug(host::Bug::FinalSetUnnamed);
+        #[cfg(not(feature = "simulation"))]
+        let unnamed = false;
+        let planner = self.scatter.planner.lock();
+        let runs = planner.rounds().filter(|_| !unnamed);
+        final_set::encode_within(limits::STATE_BYTES_MAX, runs, state).ok_or_else(too_scattered)
+    }
+
+    /// Before COMMIT: the VM runs on here, and nothing logs what it writes; then `tell` tells the destination, if there is
+    /// one, and the intermediaries are told. What `tell` gives is kept as long as that takes.
+    pub(super) fn give_up<T>(
+        &self,
+        vm: &mut dyn OutgoingVm,
+        members: &mut Members,
+        rounds: Option<Rounds>,
+        error: Error,
+        tell: impl FnOnce(&Error) -> T,
+    ) -> Error {
+        self.scatter.stop();
+        let resumed = if self.control.was_paused() { vm.resume() } else { Ok(()) };
+        // What is told below may take seconds, in which the VM would be slow.
+        if let Some(mut rounds) = rounds {
+            rounds.stop();
+        }
+        let told = tell(&error);
+        let of = (self.scatter.volume, self.scatter.epoch);
+        self.recruiter.lock().end();
+        dissolve(self.options, of, &self.scatter.members.list(), members);
+        drop(told);
+        match resumed {
+            Ok(()) => error,
+            Err(resume) => {
+                let message = format!("{}; and the VM could not be run again", error.chain());
+                Error::new(ErrorKind::Vm, message).because(resume)
+            }
+        }
+    }
+}
+
+/// What the handover works with.
+pub(super) struct Handover<'a> {
+    pub(super) lead: Lead<'a>,
+    pub(super) manifest: &'a Manifest,
+    pub(super) destination: &'a Destination,
     pub(super) started: Instant,
 }
 
@@ -55,33 +109,33 @@ impl Handover<'_> {
         rounds: &mut Option<Rounds>,
         open: &mut Option<Conversation>,
     ) -> Result<(Session, Instant)> {
-        *rounds = Rounds::prepare(self, vm, members)?;
+        *rounds = Rounds::prepare(&self.lead, vm, members)?;
         let control = open.insert(Conversation::new(self.destination.dial(Purpose::MigrationControl)?));
         let offer = Talk::Offer {
             manifest: self.manifest.clone(),
-            members: self.scatter.members.list(),
+            members: self.lead.scatter.members.list(),
             elapsed_us: host::elapsed(self.started).as_micros() as u64,
-            rounds: Rounds::kind(rounds.as_ref(), self.options.mode),
+            rounds: Rounds::kind(rounds.as_ref(), self.lead.options.mode),
         };
-        let deadline = host::now() + self.options.ready_timeout;
+        let deadline = host::now() + self.lead.options.ready_timeout;
         control.send_talk(&offer, deadline)?;
         #[cfg(feature = "simulation")]
         if host::has_bug(host::Bug::StockBeforePause) {
-            self.scatter.take_stock()?;
+            self.lead.scatter.take_stock()?;
         }
         self.expect(control, &Talk::Accepted, deadline)?;
         let direct = self.destination.dial(Purpose::MigrationDirect)?;
-        let mut direct = DirectSink::new(self.scatter.clone(), direct);
+        let mut direct = DirectSink::new(self.lead.scatter.clone(), direct);
         let urgent = self.destination.dial(Purpose::MigrationUrgent)?;
-        let mut urgent = UrgentSink::new(self.scatter.clone(), urgent);
-        self.control.check_cancelled()?;
+        let mut urgent = UrgentSink::new(self.lead.scatter.clone(), urgent);
+        self.lead.control.check_cancelled()?;
         let mut lines = Lines { control, direct: &mut direct, urgent: &mut urgent };
         if let Some(rounds) = rounds {
-            rounds.run(self, &mut lines, members)?;
-            self.control.check_cancelled()?;
+            rounds.run(&self.lead, Some(&mut lines), members)?;
+            self.lead.control.check_cancelled()?;
         }
         let paused_at = self.hand_over(vm, members, rounds.as_mut(), &mut lines)?;
-        (self.options.observer)(&Event::Ready);
+        (self.lead.options.observer)(&Event::Ready);
         let control = open.take().ok_or_else(|| Error::new(ErrorKind::Unreachable, "no connection"))?;
         Ok((Session { control, direct, urgent }, paused_at))
     }
@@ -97,55 +151,41 @@ impl Handover<'_> {
     ) -> Result<Instant> {
         let paused_at = host::now();
         let state = vm.pause()?;
-        self.control.mark_paused();
-        let deadline = host::now() + self.options.ready_timeout;
+        self.lead.control.mark_paused();
+        let deadline = host::now() + self.lead.options.ready_timeout;
         let live = rounds.is_some();
         if let Some(rounds) = rounds {
-            rounds.paused(self)?;
+            rounds.paused(&self.lead)?;
         }
-        #[cfg(feature = "simulation")]
-        let unnamed = host::has_bug(host::Bug::FinalSetUnnamed);
-        #[cfg(not(feature = "simulation"))]
-        let unnamed = false;
-        let state = {
-            let planner = self.scatter.planner.lock();
-            let runs = planner.rounds().filter(|_| !unnamed);
-            final_set::encode_within(limits::STATE_BYTES_MAX, runs, &state).ok_or_else(too_scattered)?
-        };
+        let state = self.lead.with_final_set(&state)?;
         lines.control.send_state(&state, deadline)?;
         ask_all(
             members,
             || Request::PutState(&state),
             Patience::Paused,
             |member, error| {
-                self.scatter.member_lost(member, &error);
+                self.lead.scatter.member_lost(member, &error);
             },
         );
-        self.recruiter.lock().keep_state(state);
-        if live && self.options.mode == Mode::PreCopy {
-            Rounds::finish(self, lines, members)?;
+        self.lead.recruiter.lock().keep_state(state);
+        if live && self.lead.options.mode == Mode::PreCopy {
+            Rounds::finish(&self.lead, lines, members)?;
             return Ok(paused_at);
         }
         if !live {
-            self.scatter.take_stock()?;
+            self.lead.scatter.take_stock()?;
         }
         // Loading the state may touch guest memory: faults are answered from here on.
-        serve_while(self.scatter, (lines.control, lines.urgent), |control| {
+        serve_while(self.lead.scatter, (lines.control, lines.urgent), |control| {
             self.expect(control, &Talk::Ready, deadline)
         })?;
         Ok(paused_at)
     }
 
-    /// Whether it was called off, or the source of pages has failed.
-    pub(super) fn look(&self) -> Result<()> {
-        self.control.check_cancelled()?;
-        if self.scatter.is_poisoned() { Err(self.scatter.failure()) } else { Ok(()) }
-    }
-
     /// Waits for one message, looking for a cancel in between.
     fn expect(&self, control: &mut Conversation, wanted: &Talk, deadline: Instant) -> Result<()> {
         loop {
-            self.look()?;
+            self.lead.look()?;
             match control.recv_talk(deadline.min(host::now() + LOOK)) {
                 Ok(talk) if talk == *wanted => return Ok(()),
                 Ok(Talk::Progress { .. }) => {}
@@ -166,42 +206,41 @@ impl Handover<'_> {
         members: &mut Members,
         paused_at: Instant,
     ) -> (Option<Session>, Option<Duration>) {
-        (self.options.observer)(&Event::Commit);
+        (self.lead.options.observer)(&Event::Commit);
         ask_all(
             members,
             || Request::Control(&VmdRequest::Commit),
             Patience::Paused,
             |member, error| {
-                self.scatter.member_lost(member, &error);
+                self.lead.scatter.member_lost(member, &error);
             },
         );
-        let deadline = host::now() + self.options.ready_timeout;
+        let deadline = host::now() + self.lead.options.ready_timeout;
         let run = session.control.send_talk(&Talk::Run, deadline);
         let ran = run.and_then(|()| {
             let Session { control, urgent, .. } = &mut session;
-            serve_while(self.scatter, (control, urgent), |control| {
+            serve_while(self.lead.scatter, (control, urgent), |control| {
                 self.expect(control, &Talk::Running, deadline)
             })
         });
         match ran {
             Ok(()) => {
                 let downtime = host::elapsed(paused_at);
-                (self.options.observer)(&Event::Resumed);
+                (self.lead.options.observer)(&Event::Resumed);
                 (Some(session), Some(downtime))
             }
             Err(error) => {
                 let message =
                     format!("after COMMIT, destination {}: {}", self.destination.address, error.chain());
-                (self.options.observer)(&Event::NodeLost { message });
+                (self.lead.options.observer)(&Event::NodeLost { message });
                 // Faults that were answered on the connection that broke will not be acknowledged.
-                self.scatter.destination_lost();
+                self.lead.scatter.destination_lost();
                 (None, None)
             }
         }
     }
 
-    /// Before COMMIT: the VM runs on here, and nothing logs what it writes; then the destination and the
-    /// intermediaries are told. `open` is the connection to the destination, if there is one.
+    /// Before COMMIT: the VM stays. `open` is the connection to the destination, if there is one.
     pub(super) fn give_up(
         &self,
         vm: &mut dyn OutgoingVm,
@@ -210,23 +249,7 @@ impl Handover<'_> {
         open: Option<Conversation>,
         error: Error,
     ) -> Error {
-        self.scatter.stop();
-        let resumed = if self.control.was_paused() { vm.resume() } else { Ok(()) };
-        // What is told below may take seconds, in which the VM would be slow.
-        if let Some(mut rounds) = rounds {
-            rounds.stop();
-        }
-        let open = self.say_abort(open, &error);
-        self.recruiter.lock().end();
-        dissolve(self.options, self.destination, &self.scatter.members.list(), members);
-        drop(open);
-        match resumed {
-            Ok(()) => error,
-            Err(resume) => {
-                let message = format!("{}; and the VM could not be run again", error.chain());
-                Error::new(ErrorKind::Vm, message).because(resume)
-            }
-        }
+        self.lead.give_up(vm, members, rounds, error, |error| self.say_abort(open, error))
     }
 
     /// Tells the destination that the VM stays, on the open connection, or, where that is of no use, on a new one.

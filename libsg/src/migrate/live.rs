@@ -1,14 +1,15 @@
 //! Rounds at the source, while the VM runs: what it writes while it is sent is sent again, until little is left, or
 //! as often as was asked for. Nothing is decided in here: before COMMIT any failure leaves the VM running.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::handover::{Handover, Lines, refused};
-use super::members::{Members, Seat};
+use super::handover::{Lead, Lines, refused};
+use super::members::{self, Members, Seat};
 use super::rounds::{Convergence, Rule};
 use super::{Event, Mode, OutgoingVm};
 use crate::dirty::DirtyLog;
@@ -17,9 +18,11 @@ use crate::host;
 use crate::ids::MemberIndex;
 use crate::page::{PAGE_BYTES_U64, PageRange};
 use crate::report::{Ended, Round};
-use crate::scatter::Scatter;
+use crate::scatter::offers;
 use crate::scatter::session::{Listener, converse};
 use crate::scatter::shared::{PoisonsOnPanic, Stage};
+use crate::scatter::{MemberSink, Scatter};
+use crate::transport::wait;
 use crate::wire::message::{self, Talk};
 
 /// Rounds end when nobody has taken a page for so long: four tries of an intermediary that has no room.
@@ -28,6 +31,9 @@ const STALL: Duration = Duration::from_secs(2);
 /// A destination that has gathered nothing for so long has what there is of a round: it tells ten times a second how
 /// far it is.
 const GATHERS: Duration = Duration::from_millis(300);
+
+/// How often it is looked whether everything is safe, where there is no destination.
+const TICK: Duration = Duration::from_millis(5);
 
 /// A destination whose other connections end has so long to say why.
 const LAST_WORD: Duration = Duration::from_millis(200);
@@ -46,12 +52,8 @@ impl Rounds {
     ///
     /// # Errors
     /// Pre-copy of a VM that has no log: there is nothing to fall back to.
-    pub fn prepare(
-        handover: &Handover<'_>,
-        vm: &mut dyn OutgoingVm,
-        members: &Members,
-    ) -> Result<Option<Self>> {
-        let options = handover.options;
+    pub fn prepare(lead: &Lead<'_>, vm: &mut dyn OutgoingVm, members: &Members) -> Result<Option<Self>> {
+        let options = lead.options;
         let most = options.rounds.most(options.mode);
         if most == 0 || (options.mode == Mode::Hybrid && members.is_empty()) {
             return Ok(None);
@@ -82,29 +84,27 @@ impl Rounds {
     /// The log's, the source's of pages, the destination's; a cancel.
     pub fn run(
         &mut self,
-        handover: &Handover<'_>,
-        lines: &mut Lines<'_>,
+        lead: &Lead<'_>,
+        lines: Option<&mut Lines<'_>>,
         members: &mut Members,
     ) -> Result<()> {
-        let scatter = handover.scatter;
-        for (at, seat) in members.iter_mut().enumerate() {
-            *seat = seat.take().map(|seat| seat.seat(scatter, MemberIndex(at as u16)));
-        }
+        let scatter = lead.scatter;
+        members::seat_all(scatter, members);
         scatter.set_stage(Stage::Rounds);
         // From here on every write is logged: what is read behind it is right, or sent again.
         self.log.start()?;
         scatter.take_stock()?;
-        let options = handover.options;
+        let options = lead.options;
         let (present, total) = {
             let planner = scatter.planner.lock();
             (planner.progress().1 - planner.absent_pages(), planner.progress().1)
         };
         let rule =
             Rule { rounds_max: options.rounds.most(options.mode), downtime: options.rounds.downtime_limit };
-        let mut leg = Leg::begin(handover, Convergence::new(rule), 0, present.into());
+        let mut leg = Leg::begin(lead, Convergence::new(rule), 0, present.into());
         if total > 0 {
-            let what = With { members: true, ready: false };
-            with_sinks(handover, lines, members, what, &mut || leg.step(self))?;
+            let what = With { members: true, ready: false, offers: false };
+            with_sinks(lead, lines, members, what, &mut || leg.step(self))?;
         }
         Ok(())
     }
@@ -113,16 +113,16 @@ impl Rounds {
     ///
     /// # Errors
     /// The log's.
-    pub fn paused(&mut self, handover: &Handover<'_>) -> Result<()> {
+    pub fn paused(&mut self, lead: &Lead<'_>) -> Result<()> {
         self.log.collect(&mut self.dirty)?;
         #[cfg(feature = "simulation")]
         if host::has_bug(host::Bug::WriteMissed) {
             self.dirty.clear();
         }
-        handover.scatter.begin_round(&self.dirty);
+        lead.scatter.begin_round(&self.dirty);
         self.dirty = Vec::new();
-        let is_last = handover.options.mode == Mode::Hybrid;
-        handover.scatter.set_stage(if is_last { Stage::Last } else { Stage::Handover });
+        let is_last = lead.options.mode == Mode::Hybrid;
+        lead.scatter.set_stage(if is_last { Stage::Last } else { Stage::Handover });
         Ok(())
     }
 
@@ -131,18 +131,18 @@ impl Rounds {
     ///
     /// # Errors
     /// As [`Self::run`]; [`ErrorKind::Timeout`] when nothing moves for as long as READY may take.
-    pub fn finish(handover: &Handover<'_>, lines: &mut Lines<'_>, members: &mut Members) -> Result<()> {
-        let scatter = handover.scatter;
+    pub fn finish(lead: &Lead<'_>, lines: &mut Lines<'_>, members: &mut Members) -> Result<()> {
+        let scatter = lead.scatter;
         let mut moved = (0, host::now());
-        let what = With { members: false, ready: true };
-        with_sinks(handover, lines, members, what, &mut || {
-            handover.look()?;
-            let sent = handover.control.heard_pages() + u64::from(scatter.planner.lock().progress().0);
+        let what = With { members: false, ready: true, offers: false };
+        with_sinks(lead, Some(lines), members, what, &mut || {
+            lead.look()?;
+            let sent = lead.control.heard_pages() + u64::from(scatter.planner.lock().progress().0);
             let now = host::now();
             if sent != moved.0 {
                 moved = (sent, now);
             }
-            if now.saturating_duration_since(moved.1) > handover.options.ready_timeout {
+            if now.saturating_duration_since(moved.1) > lead.options.ready_timeout {
                 return Err(Error::new(ErrorKind::Timeout, "the destination takes no pages any more"));
             }
             Ok(false)
@@ -162,7 +162,7 @@ impl Rounds {
 
 /// The round that is under way.
 struct Leg<'a> {
-    handover: &'a Handover<'a>,
+    lead: &'a Lead<'a>,
     convergence: Convergence,
     number: u16,
     pages: u64,
@@ -174,23 +174,23 @@ struct Leg<'a> {
 }
 
 impl<'a> Leg<'a> {
-    fn begin(handover: &'a Handover<'a>, convergence: Convergence, number: u16, pages: u64) -> Self {
-        (handover.options.observer)(&Event::Round { round: number, pages });
+    fn begin(lead: &'a Lead<'a>, convergence: Convergence, number: u16, pages: u64) -> Self {
+        (lead.options.observer)(&Event::Round { round: number, pages });
         let now = host::now();
-        let before = sent_bytes(handover.scatter);
-        Self { handover, convergence, number, pages, since: now, before, through: (0, 0, now) }
+        let before = sent_bytes(lead.scatter);
+        Self { lead, convergence, number, pages, since: now, before, through: (0, 0, now) }
     }
 
     /// Looks whether the round is over, and begins the next one. Whether the VM is to be paused.
     fn step(&mut self, rounds: &mut Rounds) -> Result<bool> {
-        let scatter = self.handover.scatter;
-        self.handover.look()?;
+        let scatter = self.lead.scatter;
+        self.lead.look()?;
         let (over, through) = {
             let planner = scatter.planner.lock();
             (planner.is_round_over(), planner.progress().0 + planner.torn_pages())
         };
         let now = host::now();
-        let held = self.handover.control.heard_pages();
+        let held = self.lead.control.heard_pages();
         if (through, held) != (self.through.0, self.through.1) {
             self.through = (through, held, now);
         }
@@ -200,17 +200,17 @@ impl<'a> Leg<'a> {
             return Ok(false);
         }
         if !over {
-            let hybrid = self.handover.options.mode == Mode::Hybrid;
+            let hybrid = self.lead.options.mode == Mode::Hybrid;
             let alone = hybrid && scatter.index.alive() == 0;
             let stalled = hybrid && stalled;
-            if !hybrid && idle >= self.handover.options.ready_timeout {
+            if !hybrid && idle >= self.lead.options.ready_timeout {
                 return Err(Error::new(ErrorKind::Timeout, "the destination takes no pages any more"));
             }
             if alone || stalled {
                 self.close(rounds, now, 0);
                 rounds.ended = Some(Ended::NoRoom);
                 let message = "no intermediary takes pages: the rest is sent from the switch on".into();
-                (self.handover.options.observer)(&Event::Warning { message });
+                (self.lead.options.observer)(&Event::Warning { message });
             }
             return Ok(alone || stalled);
         }
@@ -227,20 +227,20 @@ impl<'a> Leg<'a> {
         rounds.dirty.clear();
         (self.number, self.pages, self.since) = (self.number + 1, left, host::now());
         (self.before, self.through) = (sent_bytes(scatter), (0, 0, self.since));
-        (self.handover.options.observer)(&Event::Round { round: self.number, pages: left });
+        (self.lead.options.observer)(&Event::Round { round: self.number, pages: left });
         Ok(false)
     }
 
     /// Whether the destination has yet to gather more from intermediaries than fits the downtime limit: until it has, a
     /// paused VM would wait for that.
     fn lags(&self, held: u64, now: Instant) -> bool {
-        let options = self.handover.options;
-        if options.mode != Mode::PreCopy || self.handover.scatter.members.books().is_empty() {
+        let options = self.lead.options;
+        if options.mode != Mode::PreCopy || self.lead.scatter.members.books().is_empty() {
             return false;
         }
-        let total = u64::from(self.handover.scatter.planner.lock().progress().1);
+        let total = u64::from(self.lead.scatter.planner.lock().progress().1);
         let left = total.saturating_sub(held) * PAGE_BYTES_U64;
-        let sent = sent_bytes(self.handover.scatter) - self.before;
+        let sent = sent_bytes(self.lead.scatter) - self.before;
         let took = now.saturating_duration_since(self.since).as_secs_f64();
         left as f64 * took > sent as f64 * options.rounds.downtime_limit.as_secs_f64()
     }
@@ -258,25 +258,27 @@ fn sent_bytes(scatter: &Scatter) -> u64 {
 
 /// Which sinks run, and until when.
 #[derive(Clone, Copy)]
-struct With {
+pub(super) struct With {
     /// Those of intermediaries.
-    members: bool,
+    pub members: bool,
     /// Until READY, too.
-    ready: bool,
+    pub ready: bool,
+    /// Pages are offered ahead of the sinks, where they are shared.
+    pub offers: bool,
 }
 
-/// Runs the sinks while the conversation with the destination goes on, until `over` says so. The sinks then stop
-/// where they are, and may go on later. Members that are lost are taken out.
-fn with_sinks(
-    handover: &Handover<'_>,
-    lines: &mut Lines<'_>,
+/// Runs the sinks while the conversation with the destination goes on, if there is one, until `over` says so. The sinks
+/// then stop where they are, and may go on later. Members that are lost are taken out.
+pub(super) fn with_sinks(
+    lead: &Lead<'_>,
+    lines: Option<&mut Lines<'_>>,
     members: &mut Members,
     what: With,
     over: &mut dyn FnMut() -> Result<bool>,
 ) -> Result<()> {
-    let scatter = handover.scatter;
+    let scatter = lead.scatter;
     let ears = Ears {
-        handover,
+        lead,
         expects_ready: what.ready,
         said: Mutex::new(None),
         broke: Mutex::new(None),
@@ -292,50 +294,47 @@ fn with_sinks(
         for (at, seat) in members.iter_mut().enumerate().filter(|_| what.members) {
             let Some(sink) = seat.as_mut().and_then(Seat::sink) else { continue };
             let member = MemberIndex(at as u16);
-            let run = move || {
-                let _poisons = PoisonsOnPanic(scatter.clone());
-                let ran = sink.run(ended);
-                if let Err(error) = &ran
-                    && !scatter.is_poisoned()
-                {
-                    scatter.member_lost(member, error);
-                }
-                ran.is_ok()
-            };
             let thread = host::thread::Builder::new().name(format!("sg-scatter-{member}"));
-            threads.push((at, thread.spawn_scoped(scope, run)?));
+            threads.push((at, thread.spawn_scoped(scope, move || run_sink(scatter, member, sink, ended))?));
         }
-        let mut lines_of = Vec::new();
-        if handover.options.mode == Mode::PreCopy {
-            let (direct, urgent) = (&mut *lines.direct, &mut *lines.urgent);
+        let mut others = Vec::new();
+        if what.offers && scatter.offers.get().is_some() {
+            let thread = host::thread::Builder::new().name("sg-scatter-offers".into());
+            others.push(thread.spawn_scoped(scope, move || offers::keep(scatter, ended))?);
+        }
+        let (control, sinks) =
+            lines.map(|Lines { control, direct, urgent }| (control, (direct, urgent))).unzip();
+        if let Some((direct, urgent)) = sinks.filter(|_| lead.options.mode == Mode::PreCopy) {
             let thread = |name: &str| host::thread::Builder::new().name(name.into());
-            lines_of.push(thread("sg-scatter-direct").spawn_scoped(scope, move || {
+            others.push(thread("sg-scatter-direct").spawn_scoped(scope, move || {
                 let _poisons = PoisonsOnPanic(scatter.clone());
                 ears.note(direct.run(ended));
             })?);
-            lines_of.push(thread("sg-scatter-urgent").spawn_scoped(scope, move || {
+            others.push(thread("sg-scatter-urgent").spawn_scoped(scope, move || {
                 let _poisons = PoisonsOnPanic(scatter.clone());
                 ears.note(urgent.run(ended));
             })?);
         }
         let mut stepped = Ok(());
         let mut recruits = Vec::new();
-        let talked = converse(scatter, lines.control, ears, &mut || {
+        let mut step = || {
             let heard = ears.check();
             if what.members && heard.is_ok() {
-                recruits.extend(start_recruit(handover, scope, ended));
+                recruits.extend(start_recruit(lead, scope, ended));
             }
-            match heard.and_then(|ready| Ok(over()? || ready)) {
-                Ok(over) => over,
-                Err(error) => {
-                    stepped = Err(error);
-                    true
-                }
-            }
-        });
+            let is_over = heard.and_then(|ready| Ok(over()? || ready));
+            is_over.unwrap_or_else(|error| {
+                stepped = Err(error);
+                true
+            })
+        };
+        let talked = match control {
+            Some(control) => converse(scatter, control, ears, &mut step),
+            None => look_on(scatter, &mut step),
+        };
         drop(ends);
         // Whoever panicked has poisoned the scatter.
-        lines_of.into_iter().for_each(|thread| drop(thread.join()));
+        others.into_iter().for_each(|thread| drop(thread.join()));
         for (at, thread) in threads {
             if !thread.join().unwrap_or(false) {
                 lost.push(at);
@@ -350,14 +349,40 @@ fn with_sinks(
     if scatter.is_poisoned() { Err(scatter.failure()) } else { ran }
 }
 
+/// The thread of a member's sink: whether it is not lost.
+fn run_sink(
+    scatter: &Arc<Scatter>,
+    member: MemberIndex,
+    sink: &mut MemberSink,
+    ended: impl Fn() -> bool,
+) -> bool {
+    let _poisons = PoisonsOnPanic(scatter.clone());
+    let ran = sink.run(ended);
+    if let Err(error) = &ran
+        && !scatter.is_poisoned()
+    {
+        scatter.member_lost(member, error);
+    }
+    ran.is_ok()
+}
+
+/// Without a destination there is nothing to say: looks on until `over` says so.
+fn look_on(scatter: &Scatter, over: &mut dyn FnMut() -> bool) -> Result<()> {
+    while !over() {
+        wait(&[(Some(scatter.control_waker().as_fd()), false)], TICK)?;
+        scatter.control_waker().drain();
+    }
+    Ok(())
+}
+
 /// Starts the thread of one who has become a member, if somebody has: one who could not be is a member all the same.
 fn start_recruit<'scope>(
-    handover: &Handover<'scope>,
+    lead: &Lead<'scope>,
     scope: &'scope std::thread::Scope<'scope, '_>,
     ended: impl Fn() -> bool + Send + 'scope,
 ) -> Option<Option<Recruited<'scope>>> {
-    let scatter = handover.scatter;
-    let (member, seat) = handover.recruiter.lock().look(scatter, false)?;
+    let scatter = lead.scatter;
+    let (member, seat) = lead.recruiter.lock().look(scatter, false)?;
     let thread = host::thread::Builder::new().name(format!("sg-scatter-{member}"));
     let started = thread.spawn_scoped(scope, move || run_recruit(scatter, member, seat, ended));
     Some(started.map_err(|error| scatter.member_lost(member, &error.into())).ok())
@@ -402,7 +427,7 @@ impl Drop for Ends<'_> {
 
 /// Hears the destination before COMMIT.
 struct Ears<'a> {
-    handover: &'a Handover<'a>,
+    lead: &'a Lead<'a>,
     expects_ready: bool,
     said: Mutex<Option<Error>>,
     /// When one of its other connections ended, and how.
@@ -436,7 +461,7 @@ impl Ears<'_> {
     fn note(&self, ended: Result<()>) {
         if let Err(error) = ended {
             self.broke.lock().get_or_insert((host::now(), error));
-            self.handover.scatter.control_waker().wake();
+            self.lead.scatter.control_waker().wake();
         }
     }
 }
@@ -444,7 +469,7 @@ impl Ears<'_> {
 impl Listener for Ears<'_> {
     fn heard(&self, talk: Talk) {
         match talk {
-            Talk::Progress { .. } => self.handover.control.heard(talk),
+            Talk::Progress { .. } => self.lead.control.heard(talk),
             Talk::Ready if self.expects_ready => self.ready.store(true, Ordering::Release),
             talk => {
                 self.said.lock().get_or_insert(refused(talk, "while the VM is sent in rounds"));

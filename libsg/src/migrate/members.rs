@@ -5,13 +5,12 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::source::SourceOptions;
+use super::source::{SourceOptions, To};
 use super::{Event, Mode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
-use crate::scatter::session::Destination;
 use crate::scatter::{MemberSink, Scatter};
 use crate::transport::wait;
 use crate::vmd::link::ask;
@@ -246,7 +245,7 @@ pub(super) fn connect(
             break;
         }
     }
-    if members.is_empty() {
+    if members.is_empty() && !matches!(options.to, To::Parked(_)) {
         warn(format!(
             "no intermediary can be reached: {}",
             match options.mode {
@@ -260,6 +259,13 @@ pub(super) fn connect(
     members
 }
 
+/// Pages may go to every member from now on.
+pub(super) fn seat_all(scatter: &Arc<Scatter>, members: &mut Members) {
+    for (at, seat) in members.iter_mut().enumerate() {
+        *seat = seat.take().map(|seat| seat.seat(scatter, MemberIndex(at as u16)));
+    }
+}
+
 /// Who they are.
 pub(super) fn list(members: &Members) -> Vec<Member> {
     members.iter().flatten().map(|seat| seat.member().clone()).collect()
@@ -271,12 +277,23 @@ pub(super) fn ask_all<'r>(
     members: &mut Members,
     request: impl Fn() -> Request<'r>,
     patience: Patience,
+    lost: impl FnMut(MemberIndex, Error),
+) {
+    ask_some(members, |_| true, request, patience, lost);
+}
+
+/// As [`ask_all`], of those that `which` names.
+pub(super) fn ask_some<'r>(
+    members: &mut Members,
+    which: impl Fn(usize) -> bool,
+    request: impl Fn() -> Request<'r>,
+    patience: Patience,
     mut lost: impl FnMut(MemberIndex, Error),
 ) {
     let asked = host::now();
     let mut first = None;
     let mut open: Vec<usize> = Vec::new();
-    for at in 0..members.len() {
+    for at in (0..members.len()).filter(|at| which(*at)) {
         let Some(seat) = &mut members[at] else { continue };
         let waits = matches!(patience, Patience::Even) || !seat.owes();
         match seat.ask(request()).and_then(|()| seat.hear()) {
@@ -321,11 +338,16 @@ pub(super) fn ask_all<'r>(
 
 /// Has the volume dissolved at every member. One that was lost on its link may be there all the same, and is asked over
 /// a new one. An operator is told of those that may still hold pages.
-pub(super) fn dissolve(options: &SourceOptions, of: &Destination, all: &[Member], members: &mut Members) {
+pub(super) fn dissolve(
+    options: &SourceOptions,
+    of: (VolumeId, Epoch),
+    all: &[Member],
+    members: &mut Members,
+) {
     ask_all(members, || Request::Control(&VmdRequest::Dissolve), Patience::Even, |_, _| {});
     let left = all.iter().zip(members).filter(|(_, seat)| seat.is_none()).map(|(member, _)| member);
     std::thread::scope(|scope| {
-        let anew = |member| move || dissolve_anew(&*options.connector, (of.volume, of.epoch), member);
+        let anew = |member| move || dissolve_anew(&*options.connector, of, member);
         let start = |member| (member, host::thread::Builder::new().spawn_scoped(scope, anew(member)));
         let threads: Vec<_> = left.map(start).collect();
         for (member, thread) in threads {
@@ -333,7 +355,7 @@ pub(super) fn dissolve(options: &SourceOptions, of: &Destination, all: &[Member]
             let done =
                 thread.map_err(Error::from).and_then(|thread| thread.join().unwrap_or_else(|_| Err(lost())));
             if let Err(error) = done {
-                let volume = of.volume;
+                let volume = of.0;
                 let message = format!(
                     "{} may still hold pages of the VM, which runs on here: sg dissolve {volume} ({})",
                     member.node,

@@ -40,6 +40,7 @@ pub mod destination;
 mod handover;
 mod live;
 mod members;
+mod parking;
 mod recruit;
 mod rounds;
 pub mod source;

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 
 use super::members::{MEMBER_TIME, Seat, dissolve_anew};
-use super::source::SourceOptions;
+use super::source::{SourceOptions, To};
 use super::{Event, Observer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, thread::JoinHandle};
@@ -24,7 +24,6 @@ use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::limits::{MEMBERS_MAX, REPLACEMENTS_MAX};
 use crate::manifest::Manifest;
 use crate::scatter::Scatter;
-use crate::scatter::session::Destination;
 use crate::scatter::shared::PoisonsOnPanic;
 use crate::vmd::link::ask;
 use crate::vmd::{Class, Connector, Request};
@@ -92,16 +91,17 @@ pub(super) struct Recruiter {
 }
 
 impl Recruiter {
-    /// Nobody died yet.
-    pub fn new(options: &SourceOptions, manifest: &Manifest, of: &Destination) -> Self {
-        let job = options.replacements.clone().map(|replacements| {
+    /// Nobody died yet. Nobody is asked for where pages have copies, or the VM is parked: those that are left do.
+    pub fn new(options: &SourceOptions, manifest: &Manifest, (volume, epoch): (VolumeId, Epoch)) -> Self {
+        let replaces = options.replicas == 1 && matches!(options.to, To::Destination(_));
+        let job = options.replacements.clone().filter(|_| replaces).map(|replacements| {
             Arc::new(Job {
                 replacements,
                 connector: Arc::clone(&options.connector),
                 observer: Arc::clone(&options.observer),
                 manifest: manifest.clone(),
-                volume: of.volume,
-                epoch: of.epoch,
+                volume,
+                epoch,
             })
         });
         Self { job, seen: [false; MEMBERS_MAX], searches: 0, search: None, state: None }

@@ -3,6 +3,7 @@
 //! [`start`] returns an [`Outgoing`] at once; a thread of its own (`sg-source`) does the rest.
 
 mod manager;
+mod parked;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -28,15 +29,59 @@ use crate::usage::Cpu;
 use crate::vmd::Connector;
 use crate::wire::message::Talk;
 
+/// Where a VM goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum To {
+    /// To the destination that listens there.
+    Destination(SocketAddr),
+    /// To nobody yet: it is parked at the intermediaries under this name (at most
+    /// [`limits::PARKING_NAME_BYTES_MAX`] bytes), until a destination claims it
+    /// ([`claim`](super::destination::claim())). It is paused until all of it is safe there, and only then COMMIT is given: where
+    /// the intermediaries have no room it runs on here.
+    Parked(String),
+}
+
+impl From<SocketAddr> for To {
+    fn from(address: SocketAddr) -> Self {
+        Self::Destination(address)
+    }
+}
+
+impl To {
+    fn check(&self, options: &SourceOptions) -> Result<()> {
+        let Self::Parked(name) = self else { return Ok(()) };
+        let refuse = |what: String| Err(Error::new(ErrorKind::Input, what));
+        let most = limits::PARKING_NAME_BYTES_MAX;
+        if name.is_empty() || name.len() > most {
+            return refuse(format!("the name of a parked VM has 1 to {most} bytes"));
+        }
+        if !matches!(options.mode, Mode::ScatterGather | Mode::Hybrid) {
+            return refuse(format!(
+                "{} needs a destination: a VM is parked by scatter-gather or hybrid",
+                options.mode.name()
+            ));
+        }
+        if options.intermediaries.is_empty() {
+            return refuse("a VM is parked at intermediaries: name some".into());
+        }
+        Ok(())
+    }
+}
+
 /// How a migration is to go.
 #[derive(Clone)]
 pub struct SourceOptions {
-    /// Where the destination listens.
-    pub to: SocketAddr,
+    /// Where it goes.
+    pub to: To,
     /// Intermediaries that may take pages. Those that cannot be reached are left out, with a warning.
     pub intermediaries: Vec<SocketAddr>,
-    /// Names others in the place of those that die on the way; where there is none, nobody is replaced.
+    /// Names others in the place of those that die on the way; where there is none, nobody is replaced. It is not asked
+    /// with more than one of [`Self::replicas`], nor when the VM is parked.
     pub replacements: Option<Arc<dyn Replacements>>,
+    /// How many intermediaries hold each page that goes to any: all of them but one may die. From 1 to
+    /// [`limits::COPIES_MAX`]. The source sends each page once; they send it on. With fewer intermediaries alive than
+    /// that, as many as there are, with a warning. With more than one, pages are not deduplicated.
+    pub replicas: u8,
     /// How the memory leaves.
     pub mode: Mode,
     /// How rounds go, in the modes that have them.
@@ -145,9 +190,14 @@ pub fn start(
     options: SourceOptions,
 ) -> Result<Outgoing> {
     manifest.check()?;
+    options.to.check(&options)?;
     if options.intermediaries.len() > limits::MEMBERS_MAX {
         let message =
             format!("{} intermediaries, more than {}", options.intermediaries.len(), limits::MEMBERS_MAX);
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    if !(1..=limits::COPIES_MAX).contains(&usize::from(options.replicas)) {
+        let message = format!("{} replicas of a page, not 1 to {}", options.replicas, limits::COPIES_MAX);
         return Err(Error::new(ErrorKind::Input, message));
     }
     let control = Arc::new(Control {
@@ -207,6 +257,10 @@ impl Control {
         Ok(())
     }
 
+    pub(super) fn is_committed(&self) -> bool {
+        self.state.lock().phase != Phase::Connecting
+    }
+
     pub(super) fn mark_paused(&self) {
         self.paused.store(true, Ordering::Release);
     }
@@ -264,7 +318,7 @@ impl Outgoing {
             return Err(Error::new(ErrorKind::Volume, "the migration has ended: there is nothing to cancel"));
         }
         if state.phase != Phase::Connecting {
-            let message = "COMMIT was given: the VM runs at the destination and cannot come back this way";
+            let message = "COMMIT was given: the VM is the destination's, or whoever's who claims it, and does not come back";
             return Err(Error::new(ErrorKind::Volume, message));
         }
         self.control.cancelled.store(true, Ordering::Release);
@@ -297,7 +351,7 @@ impl Outgoing {
     /// Waits until the destination has said that it holds every page. The source need not live that long.
     ///
     /// # Errors
-    /// As [`Self::wait_evicted`].
+    /// As [`Self::wait_evicted`]; [`ErrorKind::Timeout`] at once for a VM that was parked.
     pub fn wait_gathered(&self, timeout: Duration) -> Result<SourceReport> {
         let deadline = host::now() + timeout;
         self.wait_evicted(timeout)?;
@@ -306,7 +360,7 @@ impl Outgoing {
             if let Some(Err(failure)) = &state.evicted {
                 return Err(failure.into());
             }
-            if self.control.changed.wait_until(&mut state, deadline).timed_out() || state.finished {
+            if state.finished || self.control.changed.wait_until(&mut state, deadline).timed_out() {
                 return Err(Error::new(ErrorKind::Timeout, "the destination is still gathering"));
             }
         }

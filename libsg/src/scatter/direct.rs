@@ -14,7 +14,7 @@ use crate::host;
 use crate::ids::Sequence;
 use crate::pace::{self, Class, LinkId, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
-use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait};
+use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait, wait_writable};
 use crate::wire::entry::decode_table;
 use crate::wire::run::encode_runs;
 use crate::wire::{Credit, Header, Kind, Malformed, PageEntry};
@@ -112,7 +112,12 @@ impl DirectSink {
         let left = again.unwrap_or(now + idle).saturating_duration_since(host::now());
         let writing = again.is_none() && self.allowed() > 0;
         let waker = self.scatter.direct_waker();
-        wait(&[(Some(self.channel.as_fd()), writing), (Some(waker.as_fd()), false)], left)?;
+        if writing {
+            // Acknowledgements and credit may wait until it is awake anyway: each would cost a wake of its own.
+            wait_writable(&self.channel, left)?;
+        } else {
+            wait(&[(Some(self.channel.as_fd()), false), (Some(waker.as_fd()), false)], left)?;
+        }
         waker.drain();
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! The sink of one intermediary: pulls batches, stores them there, and puts the index entries that are
 //! this member's to keep. One thread, one link, never waiting inside the link.
 
+mod beside;
+
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -8,31 +10,29 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
+use super::index_router::Pending;
 use super::load::Loaded;
 use super::planner::{BatchId, Sink, Work};
 use super::shared::{Counters, Scatter};
 use super::spans::zero_entries;
+use super::table::Loser;
 use super::window::{AckTime, Window, nap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
-use crate::ids::{Checksum, MemberIndex, Round};
-use crate::limits::{BATCH_PAGES, BATCH_PAGES_MAX, INDEX_ENTRIES_MAX};
+use crate::ids::{Checksum, MemberIndex, MemberSet, Round};
+use crate::limits::BATCH_PAGES;
 use crate::pace::{Acquire, Class, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
-use crate::transport::wait;
+use crate::transport::{wait, wait_writable};
 use crate::vmd::{Link, Reply, Request, Ticket};
-use crate::wire::message::VmdRequest;
 use crate::wire::{GetEntry, IndexEntry, ReferEntry};
 
 /// How long a full intermediary is left alone.
 const FULL_PAUSE: Duration = Duration::from_millis(500);
 
-/// Index entries are held back this long while pages flow, so that they travel many to a frame.
-const INDEX_EVERY: Duration = Duration::from_millis(5);
-
 enum What {
-    Put(BatchId, Vec<(PageIndex, Checksum)>),
-    Index(Vec<IndexEntry>, Rerouted),
+    Put(BatchId, Vec<(PageIndex, Checksum)>, MemberSet),
+    Index(Vec<Pending>, Rerouted),
     Refer(Vec<ReferEntry>),
     /// So many members.
     Members(usize),
@@ -62,9 +62,10 @@ pub struct MemberSink {
     full_until: Option<Instant>,
     index_sent: Instant,
     entries: Vec<IndexEntry>,
-    losers: Vec<GetEntry>,
+    losers: Vec<Loser>,
+    drops: Vec<GetEntry>,
     spare_pages: Vec<Vec<(PageIndex, Checksum)>>,
-    spare_entries: Vec<Vec<IndexEntry>>,
+    spare_entries: Vec<Vec<Pending>>,
     /// Requests of whoever leads the migration that were not answered.
     owes: Vec<Ticket>,
     /// Of how many members it was told.
@@ -90,6 +91,7 @@ impl MemberSink {
             index_sent: now,
             entries: Vec::new(),
             losers: Vec::new(),
+            drops: Vec::new(),
             spare_pages: Vec::new(),
             spare_entries: Vec::new(),
             owes: Vec::new(),
@@ -135,6 +137,11 @@ impl MemberSink {
     pub fn run(&mut self, ended: impl Fn() -> bool) -> Result<()> {
         let _ = crate::pace::precise_timers();
         let pacer_link = self.scatter.pacer.add_link(Class::Bulk);
+        self.scatter.copies.open(self.member);
+        if self.scatter.copies.holders() > 1 {
+            self.scatter.wake_all();
+            self.scatter.check_progress();
+        }
         let mut ran = Ok(());
         while ran.is_ok() && !ended() {
             ran = self.step(pacer_link);
@@ -175,9 +182,19 @@ impl MemberSink {
         // While the pacer says no, room in the socket is no news.
         let writing = again.is_none() && self.link.queued_bytes() > 0;
         let waker = self.scatter.member_waker(self.member);
-        wait(&[(self.link.poll_fd(), writing), (Some(waker.as_fd()), false)], left)?;
+        match self.link.poll_fd() {
+            // Answers, and entries to be put, may wait until it is awake anyway: each would cost a wake of its own.
+            Some(fd) if writing && self.link_paces && self.has_window() => wait_writable(fd, left)?,
+            fd => wait(&[(fd, writing), (Some(waker.as_fd()), false)], left).map(|_| ())?,
+        }
         waker.drain();
         Ok(())
+    }
+
+    /// Whether another batch may be outstanding.
+    fn has_window(&self) -> bool {
+        let batch_bytes = BATCH_PAGES * PAGE_BYTES;
+        self.link.outstanding_bytes() + batch_bytes <= self.window.bytes().max(2 * batch_bytes)
     }
 
     /// Writes what the pacer grants, and reads. Returns when the pacer wants to be asked again.
@@ -223,7 +240,7 @@ impl MemberSink {
             any = true;
             self.ack_time.took(now.saturating_duration_since(asked.at));
             match (asked.what, completion.result) {
-                (What::Put(batch, mut pages), Ok(Reply::Stored(placements))) => {
+                (What::Put(batch, mut pages, holders), Ok(Reply::Stored { placements, missing })) => {
                     self.window.acknowledged(pages.len() * PAGE_BYTES, now);
                     #[cfg(feature = "simulation")]
                     let counted_on = host::has_bug(host::Bug::UnitHalfStored).then(|| counted_on(placements));
@@ -238,8 +255,21 @@ impl MemberSink {
                         (*page, *sum, at)
                     });
                     self.entries.clear();
+                    let copies = holders.without(self.member);
+                    let bytes = (pages.len() * PAGE_BYTES) as u64;
+                    self.scatter.copies.landed(self.member, holders, bytes);
+                    self.scatter.copies.answered(self.member, holders, missing, now);
                     let mut planner = self.scatter.planner.lock();
-                    planner.stored(batch, placed, &mut self.entries, &mut self.losers);
+                    // Whoever died since is known to be dead here, or is told to the planner behind this.
+                    let has_died = holders.and(MemberSet(!self.scatter.index.living().0));
+                    if missing.is_none() && has_died.is_empty() {
+                        planner.stored((batch, copies), placed, &mut self.entries, &mut self.losers);
+                        let copied = bytes * copies.len() as u64;
+                        self.scatter.counters.replicated.fetch_add(copied, Ordering::Relaxed);
+                    } else {
+                        // It lies at fewer than it is to: others get it, and what there is of it is given back.
+                        planner.not_stored((batch, copies), placed, &mut self.losers);
+                    }
                     #[cfg(feature = "simulation")]
                     if host::has_bug(host::Bug::IndexNotAwaited) {
                         planner.indexed(&self.entries);
@@ -251,8 +281,9 @@ impl MemberSink {
                     pages.clear();
                     self.spare_pages.push(pages);
                 }
-                (What::Put(batch, pages), refused) => {
+                (What::Put(batch, pages, holders), refused) => {
                     self.full_until = Some(now + FULL_PAUSE);
+                    self.scatter.copies.landed(self.member, holders, (pages.len() * PAGE_BYTES) as u64);
                     self.scatter.planner.lock().failed(batch);
                     self.spare_pages.push(pages);
                     // One that has the volume no more has lost what it had of it.
@@ -272,8 +303,7 @@ impl MemberSink {
                     self.scatter.members.member_knows(self.member, members);
                 }
                 (What::Index(mut entries, _), Ok(_)) => {
-                    self.scatter.planner.lock().indexed(&entries);
-                    self.scatter.index.answered(self.member);
+                    self.scatter.indexed(self.member, &mut entries, &mut self.entries);
                     entries.clear();
                     self.spare_entries.push(entries);
                 }
@@ -295,84 +325,6 @@ impl MemberSink {
         Ok(())
     }
 
-    /// Slots that are of no use any more are given back; whether that succeeds matters to nobody.
-    fn give_back(&mut self) {
-        for loser in self.losers.drain(..) {
-            self.scatter.give_up(loser);
-        }
-        if self.link.queued_bytes() < BATCH_PAGES * PAGE_BYTES {
-            self.scatter.take_given_up(self.member, BATCH_PAGES_MAX, &mut self.losers);
-            if !self.losers.is_empty() {
-                let _ = self.link.submit(Request::Drop(&self.losers));
-                self.losers.clear();
-            }
-        }
-    }
-
-    /// Members that were added are told before anything speaks of them.
-    fn tell_members(&mut self, now: Instant) -> Result<()> {
-        let members = self.scatter.members.books().len();
-        if members > self.told_members {
-            self.told_members = members;
-            let request = VmdRequest::Members(self.scatter.members.list());
-            let ticket = self.link.submit(Request::Control(&request))?;
-            self.asked.push_back(Asked { ticket, what: What::Members(members), at: now });
-        }
-        Ok(())
-    }
-
-    /// Offers go in front of the pages that are taken after them.
-    fn offer(&mut self, now: Instant) -> Result<()> {
-        let Some(desk) = self.scatter.offers.get() else { return Ok(()) };
-        let (mut offers, mut hints) = (Vec::new(), Vec::new());
-        desk.take(self.member, BATCH_PAGES_MAX, &mut offers);
-        desk.take_hints(self.member, BATCH_PAGES_MAX, &mut hints);
-        if !offers.is_empty() {
-            let ticket = self.link.submit(Request::Refer(&offers))?;
-            self.asked.push_back(Asked { ticket, what: What::Refer(offers), at: now });
-        }
-        if !hints.is_empty() {
-            let ticket = self.link.submit(Request::Hint(&hints))?;
-            self.asked.push_back(Asked { ticket, what: What::Hint, at: now });
-        }
-        Ok(())
-    }
-
-    fn put_index(&mut self, now: Instant) -> Result<()> {
-        let busy = self.asked.iter().any(|asked| matches!(asked.what, What::Put(..)));
-        if busy && now.saturating_duration_since(self.index_sent) < INDEX_EVERY {
-            return Ok(());
-        }
-        let mut entries = self.spare_entries.pop().unwrap_or_default();
-        self.scatter.index.take(self.member, INDEX_ENTRIES_MAX, &mut entries);
-        if entries.is_empty() {
-            self.spare_entries.push(entries);
-            return Ok(());
-        }
-        self.index_sent = now;
-        let ticket = self.link.submit(Request::PutIndex(&entries))?;
-        self.asked.push_back(Asked { ticket, what: What::Index(entries, false), at: now });
-        Ok(())
-    }
-
-    /// Entries that this member does not acknowledge go to the next in rotation as well, once.
-    fn look_for_late_entries(&mut self, now: Instant) {
-        let late = self.silence();
-        let mut waiting = Vec::new();
-        for asked in &mut self.asked {
-            if let What::Index(entries, rerouted @ false) = &mut asked.what
-                && now.saturating_duration_since(asked.at) > late
-            {
-                waiting.extend_from_slice(entries);
-                *rerouted = true;
-            }
-        }
-        if !waiting.is_empty() {
-            waiting.extend(self.scatter.index.suspect(self.member));
-            self.scatter.reroute(&waiting);
-        }
-    }
-
     /// After how long without an answer this member is not relied on.
     fn silence(&self) -> Duration {
         self.ack_time.late() * 2
@@ -389,9 +341,11 @@ impl MemberSink {
             return Ok(());
         }
         let batch_bytes = BATCH_PAGES * PAGE_BYTES;
-        while self.link.queued_bytes() < batch_bytes / 2
-            && self.link.outstanding_bytes() + batch_bytes <= self.window.bytes().max(2 * batch_bytes)
-        {
+        while self.link.queued_bytes() < batch_bytes / 2 && self.has_window() {
+            let Some(holders) = self.scatter.copies.choose(self.member, self.scatter.index.living(), now)
+            else {
+                break;
+            };
             let late = self.ack_time.late();
             let (work, round) = {
                 let mut planner = self.scatter.planner.lock();
@@ -408,13 +362,19 @@ impl MemberSink {
                     self.scatter.announce(&self.entries);
                     self.scatter.route(&self.entries);
                 }
-                Some(Work::Pages(id, batch)) => self.put(id, &batch, round, now)?,
+                Some(Work::Pages(id, batch)) => self.put((id, holders), &batch, round, now)?,
             }
         }
         Ok(())
     }
 
-    fn put(&mut self, id: BatchId, batch: &Batch, round: Round, now: Instant) -> Result<()> {
+    fn put(
+        &mut self,
+        (id, holders): (BatchId, MemberSet),
+        batch: &Batch,
+        round: Round,
+        now: Instant,
+    ) -> Result<()> {
         self.scatter.given(self.loaded.load(&*self.scatter.source, batch, round))?;
         // A round that began meanwhile leaves nobody who waits for this.
         if !self.scatter.planner.lock().found_zero(id, self.loaded.zeros.iter().copied()) {
@@ -432,14 +392,30 @@ impl MemberSink {
             return Ok(());
         }
         let Loaded { entries, slices, .. } = &self.loaded;
-        let ticket = self.link.submit(Request::Put { entries, slices, copies: 1 })?;
+        let ticket = self.link.submit(Request::Put { entries, slices, copies: holders })?;
         let mut pages = self.spare_pages.pop().unwrap_or_default();
         pages.extend(entries.iter().map(|entry| (entry.page, entry.checksum)));
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         self.scatter.counters.staged.fetch_add(bytes, Ordering::Relaxed);
         self.scatter.members.books()[self.member].staged.fetch_add(bytes, Ordering::Relaxed);
-        self.asked.push_back(Asked { ticket, what: What::Put(id, pages), at: now });
+        self.scatter.copies.sent(self.member, holders, bytes);
+        if holders.len() < self.scatter.copies.holders() && !holders.is_empty() {
+            self.scatter.tell_fewer(holders);
+        }
+        self.asked.push_back(Asked { ticket, what: What::Put(id, pages, holders), at: now });
         Ok(())
+    }
+}
+
+impl Drop for MemberSink {
+    /// What is under way is so no more.
+    fn drop(&mut self) {
+        for asked in &self.asked {
+            if let What::Put(_, pages, holders) = &asked.what {
+                let bytes = (pages.len() * PAGE_BYTES) as u64;
+                self.scatter.copies.landed(self.member, *holders, bytes);
+            }
+        }
     }
 }
 
@@ -528,7 +504,7 @@ mod test {
             Arc::new(MemorySource::new(memory)),
             vec![member.clone()],
             Planner::new(&manifest, true),
-            0,
+            (1, 0),
             Arc::new(|_| {}),
         );
         let scatter = Arc::new(scatter.expect("a scatter"));

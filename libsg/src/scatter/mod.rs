@@ -10,7 +10,9 @@
 //! just under full. [`session`] keeps the destination's connections; [`shared`] is what all have in common.
 
 pub mod batch;
+pub mod copies;
 mod direct;
+mod entries;
 mod index_router;
 mod load;
 mod member;

@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::load::Loaded;
-use super::shared::Scatter;
+use super::shared::{PoisonsOnPanic, Scatter};
 use super::spans::zero_entries;
+use super::table::{Loser, Place};
 use crate::content::{ContentHash, ContentHasher};
 use crate::error::Result;
 use crate::host;
-use crate::ids::{Checksum, MemberIndex, Placement};
+use crate::ids::{Checksum, MemberIndex, MemberSet, Placement};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Waker, wait};
 use crate::wire::message::Member;
@@ -134,6 +135,12 @@ impl OfferDesk {
         out.extend(offers.drain(..n));
     }
 
+    /// Whether hints wait for any member's link.
+    #[must_use]
+    pub fn has_hints(&self) -> bool {
+        self.seats.iter().any(|seat| !seat.hints.lock().is_empty())
+    }
+
     /// Takes up to `max` hints that wait for a member's link.
     pub fn take_hints(&self, member: MemberIndex, max: usize, out: &mut Vec<HintEntry>) {
         let Some(seat) = self.seats.get(member.as_usize()) else { return };
@@ -204,7 +211,10 @@ impl Scatter {
                                 planner.have(page, placement, &mut entries, &mut losers);
                                 books.forget(entry.page);
                             }
-                            None => losers.push(crate::wire::GetEntry { page: entry.page, placement }),
+                            None => {
+                                let place = Place { first: placement, copies: MemberSet::NONE };
+                                losers.push(Loser { page: entry.page, place });
+                            }
                         }
                     }
                     (Referral::At(holder), Some(offer))
@@ -276,7 +286,15 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// The thread `sg-scatter-offers`: until `ended` says so, or all pages were offered and answered for.
+/// The body of the thread `sg-scatter-offers`. When the source of pages fails, that is noted there.
+pub fn keep(scatter: &Arc<Scatter>, ended: impl Fn() -> bool) {
+    let _poisons = PoisonsOnPanic(scatter.clone());
+    if let Err(error) = run(scatter, ended) {
+        tracing::warn!(error = error.chain(), "pages are offered no more");
+    }
+}
+
+/// Offers pages: until `ended` says so, or all pages were offered and answered for.
 ///
 /// # Errors
 /// The source's of pages.

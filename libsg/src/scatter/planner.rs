@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 use self::offers::Offers;
 use super::batch::Batch;
 use super::spans::{Span, group, unit_of};
-use super::table::{PageState, PageTable, Way};
-use crate::ids::{Checksum, MemberIndex, Placement, Round};
+use super::table::{Loser, PageState, PageTable, Place, Way};
+use crate::ids::{Checksum, MemberIndex, MemberSet, Placement, Round};
 use crate::manifest::Manifest;
 use crate::page::{InstallUnit, PageIndex, PageRange};
-use crate::wire::{GetEntry, IndexEntry};
+use crate::wire::IndexEntry;
 
 /// Pages of zeros told in one go: what one entry of a page frame can say.
 const ZERO_RUN_PAGES_MAX: u32 = u16::MAX as u32 & !511;
@@ -263,16 +263,16 @@ impl Planner {
         FaultAnswer::Send(self.launch(Sink::Urgent, Cargo::Pages(batch), now), unit)
     }
 
-    /// An intermediary answered a batch: which pages it stored, where. Appends the index entries
-    /// that are to be put, and the placements that nobody needs: the page is safe otherwise, lies elsewhere
+    /// An intermediary answered a batch: which pages it stored, where, and who has copies of them. Appends the index
+    /// entries that are to be put, and the placements that nobody needs: the page is safe otherwise, lies elsewhere
     /// from now on, the batch is of a round before, or of an install unit of several pages not all were stored:
     /// a unit lies in one place, or in none.
     pub fn stored(
         &mut self,
-        id: BatchId,
+        (id, copies): (BatchId, MemberSet),
         pages: impl IntoIterator<Item = (PageIndex, Checksum, Option<Placement>), IntoIter: Clone>,
         entries: &mut Vec<IndexEntry>,
-        losers: &mut Vec<GetEntry>,
+        losers: &mut Vec<Loser>,
     ) {
         let (flight, pages) = (self.land(id), pages.into_iter());
         let first = pages.clone().next().and_then(|(page, ..)| self.span(page));
@@ -280,14 +280,15 @@ impl Planner {
         let in_parts = is_unit && pages.clone().any(|(.., placement)| placement.is_none());
         for (page, checksum, placement) in pages {
             let Some(placement) = placement else { continue };
+            let place = Place { first: placement, copies };
             if flight.is_some() && !in_parts && self.table.state(page) == PageState::Sending {
                 self.table.set(page, PageState::Stored);
                 self.table.set_way(page, Way::Staged);
-                let before = self.table.place(page, placement, checksum);
-                losers.extend(before.map(|placement| GetEntry { page, placement }));
+                let before = self.table.place(page, place, checksum);
+                losers.extend(before.map(|place| Loser { page, place }));
                 entries.push(IndexEntry::at(page, self.round, placement, checksum));
             } else {
-                losers.push(GetEntry { page, placement });
+                losers.push(Loser { page, place });
             }
         }
         if let Some(flight) = flight {

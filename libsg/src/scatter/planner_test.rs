@@ -10,6 +10,9 @@ use crate::manifest::Region;
 const HEDGE_AFTER: Duration = Duration::from_millis(100);
 const MEMBERS: u16 = 3;
 
+/// Pages lie at one member each.
+const ALONE: (MemberSet, usize) = (MemberSet::ALL, 1);
+
 fn manifest(small_pages: u64, huge_units: u64) -> Manifest {
     let region = |name: &str, length_bytes, unit| Region {
         name: name.into(),
@@ -40,7 +43,7 @@ fn place(member: u16, slot: u32) -> Placement {
 fn store(planner: &mut Planner, n: u16, id: BatchId, batch: Batch) -> usize {
     let (mut entries, mut losers) = (Vec::new(), Vec::new());
     let answer = batch.iter().map(|page| (page, Checksum(page.0), Some(place(n, page.0))));
-    planner.stored(id, answer.collect::<Vec<_>>(), &mut entries, &mut losers);
+    planner.stored((id, MemberSet::NONE), answer.collect::<Vec<_>>(), &mut entries, &mut losers);
     planner.indexed(&entries);
     losers.len()
 }
@@ -58,7 +61,7 @@ fn a_unit_lies_in_one_place_or_in_none() {
     let (roomy, hedged) = pages(planner.next(member(1), now + HEDGE_AFTER, HEDGE_AFTER));
     let (mut entries, mut losers) = (Vec::new(), Vec::new());
     let answer = batch.iter().map(|page| (page, Checksum(0), (page.0 < 400).then(|| place(0, page.0))));
-    planner.stored(full, answer.collect::<Vec<_>>(), &mut entries, &mut losers);
+    planner.stored((full, MemberSet::NONE), answer.collect::<Vec<_>>(), &mut entries, &mut losers);
     assert_eq!((entries.len(), losers.len()), (0, 399));
     assert_eq!(store(&mut planner, 1, roomy, hedged), 0);
     assert_eq!(planner.progress().0, 512);
@@ -113,7 +116,7 @@ fn a_dead_member_costs_what_lay_there_and_what_its_index_held() {
     }
     assert!(planner.is_done());
     let mut moved = Vec::new();
-    planner.member_lost(MemberIndex(0), |_| true, |entry| moved.push(entry));
+    planner.member_lost(MemberIndex(0), ALONE, |_| true, |entry| moved.push(entry));
     assert_eq!(moved.len(), 64, "the other's pages need a new index");
     assert_eq!(planner.progress().0, 0);
     planner.indexed(&moved);
@@ -123,6 +126,46 @@ fn a_dead_member_costs_what_lay_there_and_what_its_index_held() {
     };
     store(&mut planner, 1, id, batch);
     assert!(planner.is_done());
+}
+
+/// Pages at one member and, as copies, at another: what a death takes of them is sent again where somebody else can have
+/// it, and what lay elsewhere of it is given back once it has.
+#[test]
+fn a_copy_that_is_lost_is_made_again_while_others_can_have_it() {
+    let now = Instant::now();
+    let held =
+        |first: u16, others: &[u16]| (first, others.iter().map(|n| MemberIndex(*n)).collect::<MemberSet>());
+    for (alive, goes_again) in [(vec![0, 2], true), (vec![0], false)] {
+        let mut planner = Planner::new(&manifest(192, 0), true);
+        planner.available(all(&planner));
+        for (first, copies) in [held(0, &[1]), held(1, &[0]), held(0, &[2])] {
+            let Some(Work::Pages(id, batch)) = planner.next(member(first), now, HEDGE_AFTER) else {
+                panic!("work")
+            };
+            let (mut entries, mut losers) = (Vec::new(), Vec::new());
+            let answer: Vec<_> =
+                batch.iter().map(|page| (page, Checksum(page.0), Some(place(first, page.0)))).collect();
+            planner.stored((id, copies), answer, &mut entries, &mut losers);
+            planner.indexed(&entries);
+            assert!(losers.is_empty());
+        }
+        assert!(planner.is_done());
+        let living: MemberSet = alive.into_iter().map(MemberIndex).collect();
+        planner.member_lost(MemberIndex(1), (living, 2), |_| false, |_| panic!("nobody asked"));
+        // Those whose first holder it was are sent again in any case.
+        let left = 64 * (1 + u32::from(!goes_again));
+        assert_eq!(planner.progress().0, left, "{living:?}");
+        while let Some(Work::Pages(id, batch)) = planner.next(member(0), now, HEDGE_AFTER) {
+            let (mut entries, mut losers) = (Vec::new(), Vec::new());
+            let answer: Vec<_> =
+                batch.iter().map(|page| (page, Checksum(page.0), Some(place(0, 1000 + page.0)))).collect();
+            planner.stored((id, MemberSet(0b100)), answer, &mut entries, &mut losers);
+            planner.indexed(&entries);
+            assert_eq!(losers.len(), 64, "what is left of them elsewhere");
+            assert!(losers.iter().all(|loser| loser.place.holders() == MemberSet(0b011)));
+        }
+        assert!(planner.is_done());
+    }
 }
 
 #[test]
@@ -200,7 +243,7 @@ proptest! {
                 7 => {
                     open.retain(|(of, _)| *of != member(n));
                     unindexed.retain(|entry| entry.placement.is_none_or(|p| p.member != MemberIndex(n)));
-                    planner.member_lost(MemberIndex(n), |page| page.0 % 3 == u32::from(n), |e| unindexed.push(e));
+                    planner.member_lost(MemberIndex(n), ALONE, |page| page.0 % 3 == u32::from(n), |e| unindexed.push(e));
                 }
                 _ if open.is_empty() => {}
                 _ => {
@@ -225,7 +268,7 @@ fn answer(planner: &mut Planner, sink: Sink, work: Work, pick: u16, unindexed: &
             // One page in seven finds no room.
             let fits = |page: PageIndex| !(page.0 + u32::from(pick)).is_multiple_of(7);
             let answer = batch.iter().map(|p| (p, Checksum(1), fits(p).then(|| place(n, p.0))));
-            planner.stored(id, answer.collect::<Vec<_>>(), unindexed, &mut Vec::new());
+            planner.stored((id, MemberSet::NONE), answer.collect::<Vec<_>>(), unindexed, &mut Vec::new());
         }
         (_, Work::Zeros(id, _)) => planner.installed(id, &[]),
         (_, Work::Pages(id, batch)) => planner.installed(id, &batch.iter().take(1).collect::<Vec<_>>()),
@@ -254,7 +297,7 @@ fn entries_that_no_index_takes_leave_their_pages_unsafe_and_sent_again() {
     let Some(Work::Pages(id, batch)) = planner.next(member(0), now, HEDGE_AFTER) else { panic!("pages") };
     let (mut entries, mut losers) = (Vec::new(), Vec::new());
     let answer: Vec<_> = batch.iter().map(|page| (page, Checksum(1), Some(place(0, page.0)))).collect();
-    planner.stored(id, answer, &mut entries, &mut losers);
+    planner.stored((id, MemberSet::NONE), answer, &mut entries, &mut losers);
     let Some(Work::Zeros(id, zeros)) = planner.next(member(0), now, HEDGE_AFTER) else { panic!("zeros") };
     planner.zeros_told(id);
     entries.extend(zero_entries(zeros, planner.round()));

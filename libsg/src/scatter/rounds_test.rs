@@ -9,6 +9,7 @@ use super::super::spans::zero_entries;
 use super::*;
 use crate::ids::{Generation, SlotIndex};
 use crate::manifest::Region;
+use crate::wire::GetEntry;
 
 const HEDGE_AFTER: Duration = Duration::from_millis(100);
 const MEMBERS: u16 = 3;
@@ -124,8 +125,8 @@ impl World {
                     answer.push((page, Checksum(version), fits.then_some(placement)));
                 }
                 let (mut entries, mut losers) = (Vec::new(), Vec::new());
-                self.planner.stored(id, answer, &mut entries, &mut losers);
-                self.drop_slots(losers);
+                self.planner.stored((id, MemberSet::NONE), answer, &mut entries, &mut losers);
+                self.drop_slots(losers.iter().map(Loser::entry).collect());
                 self.tell(entries);
             }
             (_, Work::Zeros(id, range)) => {
@@ -168,7 +169,7 @@ impl World {
         self.planner.begin_round(&PageRange::from_pages(dirty), &mut |slot| {
             let fits = slots.len() < room;
             if fits {
-                slots.push(slot);
+                slots.push(slot.entry());
             }
             fits
         });
@@ -180,7 +181,8 @@ impl World {
         self.unindexed.retain(|entry| entry.placement.is_none_or(|at| at.member != member));
         self.slots.retain(|at, _| Placement::from_bits(*at).is_some_and(|at| at.member != member));
         let mut moved = Vec::new();
-        self.planner.member_lost(member, |page| page.0 % 3 == u32::from(member.0), |e| moved.push(e));
+        let alone = (MemberSet::ALL, 1);
+        self.planner.member_lost(member, alone, |page| page.0 % 3 == u32::from(member.0), |e| moved.push(e));
         self.tell(moved);
     }
 

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::index_router::IndexRouter;
+use super::copies::CopyDesk;
+use super::index_router::{IndexRouter, Pending};
 use super::membership::Membership;
 use super::offers::OfferDesk;
 use super::planner::{Planner, Sink};
+use super::table::Loser;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Event, Observer};
 use crate::host::{self, Condvar};
@@ -35,6 +37,8 @@ pub struct Counters {
     pub direct: AtomicU64,
     /// Page bytes to intermediaries.
     pub staged: AtomicU64,
+    /// Page bytes that intermediaries sent on to others.
+    pub replicated: AtomicU64,
     /// Everything written to sockets.
     pub wire: AtomicU64,
 }
@@ -73,6 +77,8 @@ pub struct Scatter {
     pub pacer: SharedPacer,
     /// Who gets which index entries.
     pub index: IndexRouter,
+    /// Who gets copies of what another gets.
+    pub copies: CopyDesk,
     /// Bytes sent.
     pub counters: Counters,
     /// Told of everything that happens.
@@ -93,7 +99,8 @@ pub struct Scatter {
 }
 
 impl Scatter {
-    /// Everything but the threads.
+    /// Everything but the threads. So many members shall hold each page, and so many bytes a second may leave, 0 being
+    /// any number.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the kernel gives no event descriptors.
@@ -102,7 +109,7 @@ impl Scatter {
         source: Arc<dyn PageSource>,
         members: Vec<Member>,
         planner: Planner,
-        limit_bytes_per_s: u64,
+        (holders, limit_bytes_per_s): (usize, u64),
         observer: Observer,
     ) -> Result<Self> {
         let members = Membership::new(members)?;
@@ -112,7 +119,8 @@ impl Scatter {
             source,
             planner: Mutex::new(planner),
             pacer: SharedPacer::new(host::now(), limit_bytes_per_s),
-            index: IndexRouter::new(members.books().iter().map(|books| books.waker.clone())),
+            index: IndexRouter::new(members.books().iter().map(|books| books.waker.clone()), holders),
+            copies: CopyDesk::new(holders, members.first()),
             counters: Counters::default(),
             observer,
             offers: OnceLock::new(),
@@ -269,25 +277,6 @@ impl Scatter {
         self.stop.load(Ordering::Acquire)
     }
 
-    /// Routes entries to their index servers; with none left, the destination gets the pages.
-    pub fn route(&self, entries: &[IndexEntry]) {
-        if !entries.is_empty() && !self.index.route(entries) {
-            self.planner.lock().members_gone();
-            self.direct_waker.wake();
-        }
-    }
-
-    /// Entries that an index server did not take go to another; where nobody answers, their pages go
-    /// another way. They are never passed around: that would have no end, and no bound.
-    pub fn reroute(&self, entries: &[IndexEntry]) {
-        if self.index.anyone_answers() {
-            self.route(entries);
-        } else {
-            self.planner.lock().not_indexed(entries);
-            self.wake_all();
-        }
-    }
-
     /// Queues entries to be announced to the destination.
     pub fn announce(&self, entries: &[IndexEntry]) {
         let mut waiting = self.announcements.lock();
@@ -303,13 +292,17 @@ impl Scatter {
         out.extend(waiting.drain(..n));
     }
 
-    /// A slot is of no use any more: its member shall have it back. `false` where too many wait for that.
-    pub fn give_up(&self, entry: GetEntry) -> bool {
-        let Some(books) = self.members.books().get(entry.placement.member) else { return true };
-        let mut slots = books.given_up.lock();
-        let fits = slots.len() < GIVEN_UP_MAX;
+    /// A page's slots are of no use any more: those who live shall have them back. `false` where too many wait for that.
+    pub fn give_up(&self, loser: Loser) -> bool {
+        let all = self.members.books().iter().enumerate();
+        let living = all.filter(|(at, _)| {
+            let member = MemberIndex(*at as u16);
+            loser.place.holders().contains(member) && !self.index.is_dead(member)
+        });
+        let mut lists: Vec<_> = living.map(|(_, books)| books.given_up.lock()).collect();
+        let fits = lists.iter().all(|slots| slots.len() < GIVEN_UP_MAX);
         if fits {
-            slots.push(entry);
+            lists.iter_mut().for_each(|slots| slots.push(loser.entry()));
         }
         fits
     }
@@ -351,7 +344,13 @@ impl Scatter {
         }
         {
             let mut planner = self.planner.lock();
-            planner.member_lost(member, |page| self.index.may_be_with(page, member), |e| moved.push(e));
+            let others = (self.index.living(), self.copies.holders());
+            planner.member_lost(
+                member,
+                others,
+                |page| self.index.may_be_with(page, member),
+                |e| moved.push(e),
+            );
         }
         if self.index.alive() == 0 && !self.stopping() {
             let message = "no intermediary is left: pages go to the destination only".into();
@@ -359,11 +358,12 @@ impl Scatter {
             self.planner.lock().members_gone();
         } else {
             // What lay at the dead member is sent again and indexed anew.
-            let of_others = |e: &IndexEntry| e.placement.is_none_or(|at| at.member != member);
-            self.route(&pending.into_iter().filter(of_others).collect::<Vec<_>>());
+            let of_others = |e: &Pending| e.entry.placement.is_none_or(|at| at.member != member);
+            self.route_on(&pending.into_iter().filter(of_others).collect::<Vec<_>>());
             self.route(&moved);
         }
         self.wake_all();
+        self.check_progress();
     }
 
     /// A connection of the destination is lost: what was in flight there is sent again.
@@ -406,7 +406,7 @@ impl Scatter {
         }
         #[cfg(feature = "simulation")]
         let total = if host::has_bug(host::Bug::EvictedEarly) { safe.max(total / 20 * 19) } else { total };
-        if safe == total {
+        if safe == total && self.copies.are_open(self.index.living()) {
             let mut done = self.done.lock();
             if done.is_none() {
                 *done = Some(host::now());

@@ -1,7 +1,8 @@
 //! The source's books: what became of each page, in 13 bytes a page, 15 where the VM runs while rounds are sent.
 
-use crate::ids::{Checksum, MemberIndex, Placement, Round};
+use crate::ids::{Checksum, MemberSet, Placement, Round};
 use crate::page::{PageIndex, PageRange};
+use crate::wire::GetEntry;
 
 /// Where a page stands. The order of the numbers means nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,12 +78,60 @@ const WAY: u8 = 0x70;
 const WAY_SHIFT: u32 = 4;
 const OFFERED: u8 = 0x80;
 
+/// Where a page's bytes lie: at its first holder, and who else has copies of that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// At its first holder.
+    pub first: Placement,
+    /// Those who have copies.
+    pub copies: MemberSet,
+}
+
+impl Place {
+    /// Everybody who has it.
+    #[must_use]
+    pub fn holders(&self) -> MemberSet {
+        self.copies.with(self.first.member)
+    }
+}
+
+/// What nobody needs any more: a page's bytes at a place, the copies included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loser {
+    /// Which page's.
+    pub page: PageIndex,
+    /// Where.
+    pub place: Place,
+}
+
+impl Loser {
+    /// As each holder is asked to drop it.
+    #[must_use]
+    pub fn entry(&self) -> GetEntry {
+        GetEntry { page: self.page, placement: self.place.first }
+    }
+}
+
+/// Above a placement's bits, of which members need six, is the number of a set: who has copies.
+const SET_SHIFT: u32 = 54;
+const FIRST: u64 = (1 << SET_SHIFT) - 1;
+
+/// The sets that have a number. Those beyond share the last one, which stands for everybody: who has no copy is asked in
+/// vain to give it back, and a page counts as one that lost a copy whoever dies.
+const SETS_MAX: usize = (1 << (u64::BITS - SET_SHIFT)) - 1;
+
+const _: () = assert!(crate::limits::MEMBERS_MAX <= 1 << (SET_SHIFT - 48));
+
 /// State, placement and checksum of every page. Placements are kept so that index entries can be
 /// given to another index server when theirs dies, and slots back when a page is sent again.
 #[derive(Debug)]
 pub struct PageTable {
     state: Vec<u8>,
     placement: Vec<u64>,
+    /// Who has copies, by number; that of none is zero.
+    sets: Vec<MemberSet>,
+    /// The number that was looked up last: pages of a batch have one set.
+    last_set: usize,
     checksum: Vec<u32>,
     /// Empty where there is but one round.
     round: Vec<u16>,
@@ -99,6 +148,8 @@ impl PageTable {
         Self {
             state: vec![PageState::Waiting as u8; pages as usize],
             placement: vec![0; placed],
+            sets: vec![MemberSet::NONE],
+            last_set: 0,
             checksum: vec![0; placed],
             round: Vec::new(),
             safe: 0,
@@ -160,6 +211,7 @@ impl PageTable {
     pub fn bytes(&self) -> usize {
         self.state.capacity()
             + self.placement.capacity() * 8
+            + self.sets.capacity() * size_of::<MemberSet>()
             + self.checksum.capacity() * 4
             + self.round.capacity() * 2
     }
@@ -215,11 +267,32 @@ impl PageTable {
     }
 
     /// Notes where a page's bytes lie. Returns where they lay before.
-    pub fn place(&mut self, page: PageIndex, placement: Placement, checksum: Checksum) -> Option<Placement> {
+    pub fn place(&mut self, page: PageIndex, place: Place, checksum: Checksum) -> Option<Place> {
+        let set = self.set_number(place.copies);
         let at = self.placement.get_mut(page.as_usize())?;
-        let before = Placement::from_bits(std::mem::replace(at, placement.to_bits()));
+        let before = std::mem::replace(at, place.first.to_bits() | set << SET_SHIFT);
         *self.checksum.get_mut(page.as_usize())? = checksum.0;
-        before.filter(|before| *before != placement)
+        if before == 0 {
+            return None;
+        }
+        self.decode(before).filter(|before| before.first != place.first)
+    }
+
+    fn decode(&self, bits: u64) -> Option<Place> {
+        let first = Placement::from_bits(bits & FIRST)?;
+        let copies = self.sets.get((bits >> SET_SHIFT) as usize).copied().unwrap_or(MemberSet::ALL);
+        Some(Place { first, copies: copies.without(first.member) })
+    }
+
+    fn set_number(&mut self, set: MemberSet) -> u64 {
+        if self.sets.get(self.last_set) != Some(&set) {
+            let known = self.sets.iter().position(|known| *known == set);
+            self.last_set = known.unwrap_or(self.sets.len());
+            if known.is_none() && self.sets.len() < SETS_MAX {
+                self.sets.push(set);
+            }
+        }
+        self.last_set as u64
     }
 
     /// The page's bytes lie nowhere any more.
@@ -231,15 +304,16 @@ impl PageTable {
 
     /// Where a page's bytes lie, or lay before it was written again, and their checksum.
     #[must_use]
-    pub fn placement(&self, page: PageIndex) -> Option<(Placement, Checksum)> {
-        let placement = Placement::from_bits(*self.placement.get(page.as_usize())?)?;
-        Some((placement, Checksum(*self.checksum.get(page.as_usize())?)))
+    pub fn placed(&self, page: PageIndex) -> Option<(Place, Checksum)> {
+        let place = self.decode(*self.placement.get(page.as_usize())?)?;
+        Some((place, Checksum(*self.checksum.get(page.as_usize())?)))
     }
 
-    /// Whether a slot of this member is kept for the page.
+    /// Where a page's first holder has it, and its checksum.
     #[must_use]
-    pub fn lies_at(&self, page: PageIndex, member: MemberIndex) -> bool {
-        self.placement(page).is_some_and(|(placement, _)| placement.member == member)
+    pub fn placement(&self, page: PageIndex) -> Option<(Placement, Checksum)> {
+        let placement = Placement::from_bits(*self.placement.get(page.as_usize())? & FIRST)?;
+        Some((placement, Checksum(*self.checksum.get(page.as_usize())?)))
     }
 
     /// The first page from `from` on that is `Unsent` or `Absent`.
@@ -257,5 +331,40 @@ impl PageTable {
         let is = |byte: &&u8| **byte & STATE == state as u8;
         let pages = rest.iter().take(pages_max as usize).take_while(is).count();
         PageRange::new(first, pages as u32)
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::ids::{Generation, MemberIndex, SlotIndex};
+
+    fn first(member: u16, slot: u32) -> Placement {
+        Placement { member: MemberIndex(member), slot: SlotIndex(slot), generation: Generation(u16::MAX) }
+    }
+
+    #[test]
+    fn who_has_copies_costs_no_byte_and_is_never_forgotten() {
+        let pages = 3000;
+        let mut table = PageTable::new(pages, true);
+        let before = table.bytes();
+        let set = |page: u32| MemberSet(u64::from(page) << 1 | 1 << 63);
+        for page in 0..pages {
+            let place = Place { first: first(0, page), copies: set(page) };
+            assert_eq!(table.place(PageIndex(page), place, Checksum(page)), None);
+        }
+        assert!(table.bytes() - before <= 16 << 10, "the sets, whatever the pages are");
+        for page in 0..pages {
+            let (place, checksum) = table.placed(PageIndex(page)).expect("placed");
+            assert_eq!((place.first, checksum), (first(0, page), Checksum(page)));
+            assert_eq!(place.copies.and(set(page)), set(page), "nobody who has a copy is left out");
+            let exact = (page as usize) < SETS_MAX - 1;
+            assert_eq!(place.copies == set(page), exact, "{page}");
+        }
+        let moved = Place { first: first(63, 9), copies: MemberSet::NONE };
+        let was = table.place(PageIndex(5), moved, Checksum(1)).expect("it lay elsewhere");
+        assert_eq!(was, Place { first: first(0, 5), copies: set(5) });
+        assert_eq!(table.place(PageIndex(5), moved, Checksum(1)), None);
+        assert_eq!(table.placed(PageIndex(5)), Some((moved, Checksum(1))));
     }
 }

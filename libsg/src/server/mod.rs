@@ -4,15 +4,20 @@
 //! ```text
 //!  accept loop --> one thread a connection: session
 //!                    |            |
-//!                  slots        index, volumes         pure cores, behind locks of the store
+//!                  slots        index, volumes, copies  pure cores, behind locks of the store
 //!                    |
 //!                  arena        memory, touched ahead of the writers and given back by a thread of its own
 //! ```
+//!
+//! A session whose client wants copies sends what it stored on to other members, over connections of its own
+//! (`forward`), while it goes on.
 
 mod accept;
 mod arena;
 mod bits;
 mod budget;
+pub mod copies;
+mod forward;
 pub mod index;
 #[cfg(feature = "simulation")]
 mod inspect;

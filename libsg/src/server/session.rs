@@ -6,11 +6,14 @@
 
 use std::sync::atomic::Ordering;
 
+mod copies;
+
 use super::budget::Budget;
 use super::slots::SlotRun;
-use super::store::Store;
+use super::store::{Noted, Store, Target};
 use super::stream::{Limit, Stream};
-use super::volumes::StateBlob;
+use super::transit::Pinned;
+use super::volumes::{StateBlob, Volumes};
 use crate::content::ContentHash;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
@@ -36,6 +39,8 @@ pub(super) struct Session<'c> {
     path: TcpPath,
     state: StateParts<'c>,
     buffers: Buffers,
+    /// Members that get copies of the batch at hand.
+    targets: Vec<Target>,
     statistics: &'c (dyn Fn() -> VmdReply + 'c),
 }
 
@@ -74,14 +79,15 @@ impl<'c> Session<'c> {
     pub(super) fn new(
         store: &'c Store,
         channel: &'c Channel,
-        (limit_in, limit_out): (&'c Limit, &'c Limit),
+        limits: (&'c Limit, &'c Limit),
         statistics: &'c (dyn Fn() -> VmdReply + 'c),
     ) -> Self {
         let state =
             StateParts { budget: store.budget(), assembler: StateAssembler::new(), taken: 0, refused: false };
-        let stream = Stream::new(channel, limit_in, limit_out);
+        let stream = Stream::new(store, channel, limits);
         let path = TcpPath::new();
-        Self { store, channel, stream, path, state, buffers: Buffers::default(), statistics }
+        let (buffers, targets) = (Buffers::default(), Vec::new());
+        Self { store, channel, stream, path, state, buffers, targets, statistics }
     }
 
     /// Serves the client until it closes the connection.
@@ -110,8 +116,11 @@ impl<'c> Session<'c> {
         while self.stream.read(&mut bytes)? {
             let header = Header::decode(&bytes)?;
             self.check(&header)?;
+            self.stream.move_copies()?;
             match header.kind {
                 Kind::Put => self.put(&header)?,
+                Kind::PutCopies => self.put_copies(&header)?,
+                Kind::Copy => self.take_copies(&header)?,
                 Kind::Get => self.get(&header)?,
                 Kind::Refer => self.refer(&header)?,
                 Kind::Hint => self.hint(&header)?,
@@ -148,13 +157,18 @@ impl<'c> Session<'c> {
     }
 
     fn put(&mut self, header: &Header) -> Result<()> {
-        let page_bytes = self.read_table(header)?;
+        let Self { stream, buffers, .. } = self;
+        let body_bytes = header.body_bytes as usize;
+        let page_bytes = read_table(stream, (header, body_bytes), &mut buffers.body, &mut buffers.pages)?;
         let put = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Zero);
-        if !self.buffers.pages.iter().all(put) {
+        if !buffers.pages.iter().all(put) {
             return Err(Malformed::Bounds("encoding of a page that is put").into());
         }
-        match self.store_pages(header, page_bytes)? {
-            Ok(()) => {
+        if entry::page_bytes(&buffers.pages) != page_bytes {
+            return Err(Malformed::Bounds("bytes of a batch").into());
+        }
+        match self.store_pages(header, page_bytes, Noted::No)? {
+            Ok(_) => {
                 self.buffers.answer.clear();
                 let runs = encode_runs(self.buffers.placements.iter().copied(), &mut self.buffers.answer);
                 let answer = std::mem::take(&mut self.buffers.answer);
@@ -166,37 +180,13 @@ impl<'c> Session<'c> {
         }
     }
 
-    /// Reads the table of a batch, part by part, and says how many bytes of pages follow it.
-    fn read_table(&mut self, header: &Header) -> Result<usize> {
-        let Self { stream, buffers, .. } = self;
-        let (count, body_bytes) = (usize::from(header.count), header.body_bytes as usize);
-        let head_bytes = count * PageEntry::HEAD_BYTES;
-        if count > limits::BATCH_PAGES_MAX || head_bytes > body_bytes {
-            return Err(Malformed::Bounds("entries of a batch").into());
-        }
-        buffers.body.resize(head_bytes, 0);
-        read_whole(stream, &mut buffers.body)?;
-        let mask_bytes = run::mask_bytes::<PageEntry>(&buffers.body)?;
-        if head_bytes + mask_bytes > body_bytes {
-            return Err(Malformed::Bounds("entries of a batch").into());
-        }
-        buffers.body.resize(head_bytes + mask_bytes, 0);
-        let (heads, masks) = buffers.body.split_at_mut(head_bytes);
-        read_whole(stream, masks)?;
-        run::decode_heads(heads, masks, &mut buffers.pages)?;
-        let sum_bytes = run::checksum_bytes(&buffers.pages);
-        let page_bytes = entry::page_bytes(&buffers.pages);
-        if head_bytes + mask_bytes + sum_bytes + page_bytes != body_bytes {
-            return Err(Malformed::Bounds("bytes of a batch").into());
-        }
-        buffers.body.resize(sum_bytes, 0);
-        read_whole(stream, &mut buffers.body)?;
-        run::decode_checksums(&buffers.body, &mut buffers.pages)?;
-        Ok(page_bytes)
-    }
-
     /// Receives the pages of the batch whose table is in the buffers, into slots of their own.
-    fn store_pages(&mut self, header: &Header, page_bytes: usize) -> Result<Result<(), Status>> {
+    fn store_pages(
+        &mut self,
+        header: &Header,
+        page_bytes: usize,
+        noted: Noted<'_>,
+    ) -> Result<Result<Option<Pinned<'c>>, Status>> {
         let Self { store, stream, buffers, .. } = self;
         let pages = &buffers.pages;
         let runs = std::mem::take(&mut buffers.runs);
@@ -222,10 +212,10 @@ impl<'c> Session<'c> {
             }
         }
         store.bytes_in.fetch_add((filling.slots() * PAGE_BYTES) as u64, Ordering::Relaxed);
-        match filling.finish(header.epoch, pages, &mut buffers.hashes, &mut buffers.placements) {
-            Ok(runs) => {
+        match filling.finish(header.epoch, (pages, noted), &mut buffers.hashes, &mut buffers.placements) {
+            Ok((runs, pinned)) => {
                 buffers.runs = runs;
-                Ok(Ok(()))
+                Ok(Ok(pinned))
             }
             Err(status) => Ok(Err(status)),
         }
@@ -333,8 +323,9 @@ impl<'c> Session<'c> {
         let (volume, epoch) = (header.volume, header.epoch);
         let answer = match VmdRequest::decode(&self.buffers.body)? {
             VmdRequest::GetState => return self.send_state(header),
-            VmdRequest::Describe => self.store.describe(volume).map(VmdReply::Volume),
+            VmdRequest::Describe => self.store.describe(volume).map(Box::new).map(VmdReply::Volume),
             VmdRequest::Statistics => Ok((self.statistics)()),
+            VmdRequest::ClaimParked(claim) => self.store.claim_parked(volume, &claim).map(VmdReply::Verdict),
             request => self.change(request, volume, epoch).map(|()| VmdReply::Done),
         };
         let (status, reply) = match answer {
@@ -351,9 +342,15 @@ impl<'c> Session<'c> {
             VmdRequest::PutState { bytes, checksum } => self.keep_state(volume, epoch, bytes, checksum),
             VmdRequest::Commit => self.store.commit(volume, epoch),
             VmdRequest::Seal => self.store.seal(volume, epoch),
-            VmdRequest::Claim { epoch } => self.store.claim(volume, epoch),
+            VmdRequest::Claim { epoch } => self.store.hand_over(volume, epoch, Volumes::claim),
+            VmdRequest::Succeed { epoch } => self.store.hand_over(volume, epoch, Volumes::succeed),
             VmdRequest::Dissolve => self.store.dissolve(volume, epoch),
-            VmdRequest::Describe | VmdRequest::GetState | VmdRequest::Statistics => Ok(()),
+            VmdRequest::Park(parking) => self.store.park(volume, epoch, parking),
+            VmdRequest::Run => self.store.run(volume, epoch),
+            VmdRequest::Describe
+            | VmdRequest::GetState
+            | VmdRequest::Statistics
+            | VmdRequest::ClaimParked(_) => Ok(()),
         }
     }
 
@@ -419,6 +416,36 @@ impl<'c> Session<'c> {
         let bytes = header.encode();
         self.stream.write(&mut [IoPart::Bytes(&bytes), IoPart::Bytes(body)], &|| true)
     }
+}
+
+/// Reads the table of a batch, part by part, and says how many bytes follow it: `body_bytes` are left of the frame.
+fn read_table<E: RunEntry>(
+    stream: &mut Stream<'_>,
+    (header, body_bytes): (&Header, usize),
+    body: &mut Vec<u8>,
+    out: &mut Vec<E>,
+) -> Result<usize> {
+    let head_bytes = usize::from(header.count) * E::HEAD_BYTES;
+    if usize::from(header.count) > limits::BATCH_PAGES_MAX || head_bytes > body_bytes {
+        return Err(Malformed::Bounds("entries of a batch").into());
+    }
+    body.resize(head_bytes, 0);
+    read_whole(stream, body)?;
+    let mask_bytes = run::mask_bytes::<E>(body)?;
+    if head_bytes + mask_bytes > body_bytes {
+        return Err(Malformed::Bounds("entries of a batch").into());
+    }
+    body.resize(head_bytes + mask_bytes, 0);
+    let (heads, masks) = body.split_at_mut(head_bytes);
+    read_whole(stream, masks)?;
+    run::decode_heads(heads, masks, out)?;
+    let sum_bytes = run::checksum_bytes(out);
+    let table_bytes = head_bytes + mask_bytes + sum_bytes;
+    let left = body_bytes.checked_sub(table_bytes).ok_or(Malformed::Bounds("bytes of a batch"))?;
+    body.resize(sum_bytes, 0);
+    read_whole(stream, body)?;
+    run::decode_checksums(body, out)?;
+    Ok(left)
 }
 
 fn read_whole(stream: &mut Stream<'_>, body: &mut [u8]) -> Result<()> {

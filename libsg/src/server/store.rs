@@ -1,29 +1,33 @@
 //! All that an intermediary holds, behind locks that are never kept over input or output.
 //!
-//! Order of the locks: a volume's index, then the volumes, then the slots. A claim takes all three, so that what
-//! the replaced writer had under way is either done before it or refused after it.
+//! Order of the locks: a volume's index, its copies, then the volumes, then the slots. A claim takes index, volumes and
+//! slots, so that what the replaced writer had under way is either done before it or refused after it.
 
+mod copies;
 mod offers;
+mod parked;
 mod report;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
+pub(super) use self::copies::{Noted, Target};
 pub use self::report::Holding;
 use super::Config;
 use super::arena::Arena;
 use super::budget::Budget;
+use super::copies::{BLOCK_BYTES as COPIES_BLOCK_BYTES, Copies};
 use super::index::{BLOCK_BYTES, Index};
-use super::slots::{ChunkNumber, NoVolume, Owner, SlotRun, Slots};
+use super::slots::{ChunkNumber, NoVolume, SlotRun, Slots};
 use super::transit::{Filling, Pinned};
 use super::volumes::{Access, StateBlob, Volumes};
-use crate::content::{ContentHash, ContentHasher};
+use crate::content::ContentHasher;
 use crate::error::Result;
 use crate::host::{self, Condvar};
-use crate::ids::{Epoch, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId};
+use crate::ids::{Epoch, MemberIndex, NodeId, Round, SlotIndex, VolumeId};
 use crate::manifest::Manifest;
 use crate::page::{PAGE_BYTES, PageRange};
 use crate::transport::PoolSecret;
@@ -40,10 +44,15 @@ const AHEAD_FOR: Duration = Duration::from_secs(1);
 const BOOKS_SHARE: u64 = 8;
 const BOOKS_BYTES_MIN: u64 = 128 << 20;
 
+/// How a volume gets another owner.
+pub(super) type HandOver = fn(&mut Volumes<Arc<Books>>, VolumeId, Epoch) -> Result<(), Status>;
+
 /// What a volume has beside its pages.
 #[derive(Debug)]
 pub(super) struct Books {
     index: Mutex<Index>,
+    /// What lies here, where the volume has copies.
+    copies: Mutex<Copies>,
     budget: Arc<Budget>,
     /// Of its pages, where it shares them.
     hasher: Option<ContentHasher>,
@@ -51,7 +60,8 @@ pub(super) struct Books {
 
 impl Drop for Books {
     fn drop(&mut self) {
-        self.budget.give((self.index.get_mut().blocks() * BLOCK_BYTES) as u64);
+        let index_bytes = self.index.get_mut().blocks() * BLOCK_BYTES;
+        self.budget.give((index_bytes + self.copies.get_mut().blocks() * COPIES_BLOCK_BYTES) as u64);
     }
 }
 
@@ -71,6 +81,8 @@ pub(super) struct Store {
     budget: Arc<Budget>,
     /// Other intermediaries that have pages which this one is asked about. Locked last.
     holders: Mutex<Vec<NodeId>>,
+    /// Connections to other intermediaries, for copies.
+    peers: AtomicUsize,
     stored_ever: AtomicU64,
     canary_flip: Option<u64>,
     pub(super) bytes_in: AtomicU64,
@@ -93,6 +105,7 @@ impl Store {
             volumes: Mutex::new(Volumes::new(config.volumes_max)),
             budget: Arc::new(Budget::new(limit_bytes / BOOKS_SHARE + BOOKS_BYTES_MIN)),
             holders: Mutex::default(),
+            peers: AtomicUsize::new(0),
             stored_ever: AtomicU64::new(0),
             canary_flip: config.canary_flip_slot,
             bytes_in: AtomicU64::new(0),
@@ -102,6 +115,14 @@ impl Store {
 
     pub(super) fn node(&self) -> &NodeId {
         &self.node
+    }
+
+    pub(super) fn secret(&self) -> &PoolSecret {
+        &self.secret
+    }
+
+    pub(super) fn peers(&self) -> &AtomicUsize {
+        &self.peers
     }
 
     pub(super) fn arena(&self) -> &Arena {
@@ -193,37 +214,6 @@ impl Store {
         Ok(Pinned::new(self, pinned))
     }
 
-    /// Slots were filled: their pages can be read from now on. Gives a placement for each entry. `hashes` are those
-    /// of the slots, of a volume that shares.
-    pub(super) fn keep(
-        &self,
-        (volume, epoch): (VolumeId, Epoch),
-        runs: &[SlotRun],
-        entries: &[PageEntry],
-        hashes: &[ContentHash],
-        placements: &mut Vec<Option<Placement>>,
-    ) -> Result<(), Status> {
-        placements.clear();
-        let filled = || runs.iter().flat_map(|run| run.iter());
-        filled().for_each(|slot| self.canary(slot));
-        // The volumes stay locked: whoever was fenced meanwhile stores nothing.
-        let volumes = self.volumes.lock();
-        let known = volumes.admit(volume, epoch, Access::Write)?;
-        let member = self.me(&known.members).ok_or(Status::State)?;
-        let mut slots = self.slots.lock();
-        let mut hashes = hashes.iter();
-        let mut free = filled().map(|slot| (slot, hashes.next()));
-        for entry in entries {
-            let slot = if entry.encoding == Encoding::Raw { free.next() } else { None };
-            placements.push(slot.and_then(|(slot, hash)| {
-                let owner = Owner { page: entry.page, checksum: entry.checksum, round: entry.round };
-                let generation = slots.store(slot, owner, hash)?;
-                Some(Placement { member, slot, generation })
-            }));
-        }
-        Ok(())
-    }
-
     /// Slots that were taken hold nothing.
     pub(super) fn free(&self, runs: &[SlotRun]) {
         let mut slots = self.slots.lock();
@@ -258,7 +248,8 @@ impl Store {
         self.me(&members).ok_or(Status::State)?;
         let sharing = manifest.sharing.clone();
         let hasher = sharing.as_ref().map(|sharing| self.secret.hasher(sharing));
-        let books = Arc::new(Books { index: Mutex::default(), budget: Arc::clone(&self.budget), hasher });
+        let budget = Arc::clone(&self.budget);
+        let books = Arc::new(Books { index: Mutex::default(), copies: Mutex::default(), budget, hasher });
         let vm = manifest.vm.clone();
         let mut volumes = self.volumes.lock();
         if volumes.create(volume, epoch, (manifest, members), books, host::now())? {
@@ -289,12 +280,13 @@ impl Store {
         Ok(())
     }
 
-    pub(super) fn claim(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
+    /// A new owner, or writer. Under the index's lock: what the older one has begun is over before.
+    pub(super) fn hand_over(&self, volume: VolumeId, epoch: Epoch, to: HandOver) -> Result<(), Status> {
         let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
         let index = books.index.lock();
-        self.volumes.lock().claim(volume, epoch)?;
+        to(&mut self.volumes.lock(), volume, epoch)?;
         drop(index);
-        tracing::info!(%volume, epoch = epoch.0, "claimed");
+        tracing::info!(%volume, epoch = epoch.0, "a new owner");
         Ok(())
     }
 
@@ -353,23 +345,6 @@ impl Store {
         })
     }
 
-    pub(super) fn locate(
-        &self,
-        volume: VolumeId,
-        epoch: Epoch,
-        ranges: &[PageRange],
-        entries_max: usize,
-        out: &mut Vec<IndexEntry>,
-    ) -> Result<(), Status> {
-        out.clear();
-        #[cfg(feature = "simulation")]
-        let volume = self.mixed_up(volume);
-        self.with_index(volume, epoch, Access::Read, |index, _| {
-            ranges.iter().for_each(|range| index.locate(*range, entries_max, out));
-            Ok(())
-        })
-    }
-
     pub(super) fn discard(
         &self,
         volume: VolumeId,
@@ -391,27 +366,36 @@ impl Store {
             self.slots.lock().discard_in(volume, nth, range, below);
         }
         self.slots.lock().discard_references(volume, range, below);
+        self.forget_copies(volume, range);
         self.stirred.notify_one();
         Ok(())
     }
 
-    /// Lets go of the slots that hold these pages; what is not there is left alone.
+    /// Lets go of the slots that hold these pages, and of the copies that were made of them; what is not there is left
+    /// alone.
     pub(super) fn drop_slots(
         &self,
         volume: VolumeId,
         epoch: Epoch,
         entries: &[GetEntry],
     ) -> Result<(), Status> {
+        let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
+        let mut copies = books.copies.lock();
         let volumes = self.volumes.lock();
         let me = self.me(&volumes.admit(volume, epoch, Access::Discard)?.members);
         let mut slots = self.slots.lock();
         drop(volumes);
+        let before = copies.blocks();
         for GetEntry { page, placement } in entries {
+            let copy = copies.remove(*page, *placement);
             if me == Some(placement.member) {
                 slots.release(volume, *page, placement.slot, placement.generation);
+            } else if let Some(copy) = copy {
+                slots.release(volume, *page, copy.slot, copy.generation);
             }
         }
         drop(slots);
+        self.budget.give(((before - copies.blocks()) * COPIES_BLOCK_BYTES) as u64);
         self.stirred.notify_one();
         Ok(())
     }

@@ -9,6 +9,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use super::forward::Forwards;
+use super::store::Store;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::memory::SlotSlice;
@@ -49,7 +51,15 @@ impl Limit {
         }
     }
 
-    fn give_back(&self, bytes: usize) {
+    /// How many of `bytes` may move now: none is for later.
+    pub(super) fn grant(&self, bytes: usize) -> usize {
+        let mut bucket = self.0.lock();
+        let Some(rate) = bucket.rate() else { return bytes };
+        let slice = bytes.min(pace::slice_bytes(Some(rate)) as usize);
+        if bucket.take(host::now(), slice as u64).is_ok() { slice } else { 0 }
+    }
+
+    pub(super) fn give_back(&self, bytes: usize) {
         if bytes > 0 {
             self.0.lock().give_back(bytes as u64);
         }
@@ -60,7 +70,6 @@ impl Limit {
 pub(super) struct Stream<'c> {
     channel: &'c Channel,
     limit_in: &'c Limit,
-    limit_out: &'c Limit,
     ahead: [u8; AHEAD_BYTES],
     /// The part of `ahead` that was not given out.
     from: usize,
@@ -68,14 +77,19 @@ pub(super) struct Stream<'c> {
     /// The last read took all that there was.
     drained: bool,
     awaited: Awaited,
+    back: Back<'c>,
 }
 
 impl<'c> Stream<'c> {
-    pub(super) fn new(channel: &'c Channel, limit_in: &'c Limit, limit_out: &'c Limit) -> Self {
+    pub(super) fn new(
+        store: &'c Store,
+        channel: &'c Channel,
+        (limit_in, limit_out): (&'c Limit, &'c Limit),
+    ) -> Self {
         Self {
+            back: Back { channel, limit_out, forwards: Forwards::new(store, limit_out) },
             channel,
             limit_in,
-            limit_out,
             ahead: [0; AHEAD_BYTES],
             from: 0,
             to: 0,
@@ -159,7 +173,7 @@ impl<'c> Stream<'c> {
         loop {
             if std::mem::take(&mut self.drained) {
                 self.awaited.set(self.channel, wanted);
-                transport::wait(&[(Some(self.channel.as_fd()), false)], LOOK_EVERY)?;
+                self.back.wait_readable()?;
             }
             match vectored::recv(self.channel, &mut parts) {
                 Ok(got) => {
@@ -177,11 +191,91 @@ impl<'c> Stream<'c> {
         }
     }
 
+    /// Moves copies on, and tells the client of those that are made. Does not wait, unless the client takes nothing.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub(super) fn move_copies(&mut self) -> Result<()> {
+        self.back.move_copies()
+    }
+
+    /// Waits until so many bytes more may be copied: until then the client's window fills.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub(super) fn make_room(&mut self, bytes: usize) -> Result<()> {
+        self.back.make_room(bytes)
+    }
+
+    /// What copies are made with.
+    pub(super) fn forwards(&mut self) -> &mut Forwards<'c> {
+        &mut self.back.forwards
+    }
+
     /// Writes all of it. `patience` is asked about once a second while the peer takes nothing.
     ///
     /// # Errors
     /// [`ErrorKind::Unreachable`] when the connection broke, or patience is over.
     pub(super) fn write(&mut self, parts: &mut [IoPart<'_>], patience: &dyn Fn() -> bool) -> Result<()> {
+        self.back.write(parts, patience)
+    }
+}
+
+/// The way back to the client, with what goes on while nothing comes from it.
+struct Back<'c> {
+    channel: &'c Channel,
+    limit_out: &'c Limit,
+    forwards: Forwards<'c>,
+}
+
+impl Back<'_> {
+    /// Waits for the client. Copies go on meanwhile, and their answers go out.
+    fn wait_readable(&mut self) -> Result<()> {
+        if !self.forwards.is_busy() {
+            transport::wait(&[(Some(self.channel.as_fd()), false)], LOOK_EVERY)?;
+            return Ok(());
+        }
+        while self.forwards.is_busy() {
+            self.move_copies()?;
+            if self.wait_for_copies(true)? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for what copies wait for, and where it is asked to for the client; whether the client said something.
+    fn wait_for_copies(&self, or_client: bool) -> Result<bool> {
+        let mut on = Vec::with_capacity(transport::WAIT_MAX);
+        if or_client {
+            on.push((Some(self.channel.as_fd()), false));
+        }
+        let timeout = self.forwards.awaited(&mut on);
+        on.truncate(transport::WAIT_MAX);
+        let ready = transport::wait(&on, timeout)?;
+        Ok(or_client && ready & 1 != 0)
+    }
+
+    fn move_copies(&mut self) -> Result<()> {
+        if !self.forwards.is_busy() {
+            return Ok(());
+        }
+        self.forwards.progress();
+        let ready = self.forwards.take_ready();
+        if ready.is_empty() { Ok(()) } else { self.write(&mut [IoPart::Bytes(&ready)], &|| true) }
+    }
+
+    fn make_room(&mut self, bytes: usize) -> Result<()> {
+        while !self.forwards.has_room(bytes) {
+            self.move_copies()?;
+            if !self.forwards.has_room(bytes) {
+                self.wait_for_copies(false)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, parts: &mut [IoPart<'_>], patience: &dyn Fn() -> bool) -> Result<()> {
         let mut rest = parts;
         let mut left: usize = rest.iter().map(IoPart::len).sum();
         while left > 0 {

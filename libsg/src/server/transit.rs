@@ -1,7 +1,7 @@
 //! Slots while bytes move: being filled from a socket, or sent from. Whatever ends a session frees them.
 
 use super::slots::{ChunkNumber, SlotRun};
-use super::store::Store;
+use super::store::{Noted, Store};
 use crate::content::{ContentHash, ContentHasher};
 use crate::ids::{Epoch, Placement, VolumeId};
 use crate::wire::{PageEntry, Status};
@@ -35,25 +35,25 @@ impl<'s> Filling<'s> {
         &self.runs
     }
 
-    /// The bytes are in: from now on any client can read them. Gives the placement of each entry, and the vector of
-    /// runs for the next batch.
+    /// The bytes are in: from now on any client can read them. Gives the placement of each entry, the vector of
+    /// runs for the next batch, and what keeps the slots as they are where copies are to be sent from them.
     ///
     /// # Errors
     /// What became of the volume meanwhile; the slots are free again.
     pub(super) fn finish(
         mut self,
         epoch: Epoch,
-        entries: &[PageEntry],
+        pages: (&[PageEntry], Noted<'_>),
         hashes: &mut Vec<ContentHash>,
         placements: &mut Vec<Option<Placement>>,
-    ) -> Result<Vec<SlotRun>, Status> {
+    ) -> Result<(Vec<SlotRun>, Option<Pinned<'s>>), Status> {
         hashes.clear();
         if let Some(hasher) = &self.hasher {
             // Nobody is believed who says what bytes hash to that he sent.
             self.store.hash(hasher, &self.runs, hashes);
         }
-        self.store.keep((self.volume, epoch), &self.runs, entries, hashes, placements)?;
-        Ok(std::mem::take(&mut self.runs))
+        let pinned = self.store.keep((self.volume, epoch), &self.runs, pages, hashes, placements)?;
+        Ok((std::mem::take(&mut self.runs), pinned))
     }
 }
 
@@ -131,7 +131,7 @@ mod test {
         let store = store();
         let mut placements = Vec::new();
         let filling = store.fill(VOLUME, EPOCH, &entries(2), Vec::new()).unwrap();
-        filling.finish(EPOCH, &entries(2), &mut Vec::new(), &mut placements).unwrap();
+        filling.finish(EPOCH, (&entries(2), Noted::No), &mut Vec::new(), &mut placements).unwrap();
         let wanted = [GetEntry { page: PageIndex(1), placement: placements[1].unwrap() }];
         let session = catch_unwind(AssertUnwindSafe(|| {
             let _filling = store.fill(VOLUME, EPOCH, &entries(100), Vec::new()).unwrap();
@@ -153,9 +153,9 @@ mod test {
     fn what_was_claimed_meanwhile_is_not_stored() {
         let store = store();
         let filling = store.fill(VOLUME, EPOCH, &entries(5), Vec::new()).unwrap();
-        store.claim(VOLUME, Epoch(2)).unwrap();
+        store.hand_over(VOLUME, Epoch(2), crate::server::volumes::Volumes::claim).unwrap();
         assert_eq!(
-            filling.finish(EPOCH, &entries(5), &mut Vec::new(), &mut Vec::new()).err(),
+            filling.finish(EPOCH, (&entries(5), Noted::No), &mut Vec::new(), &mut Vec::new()).err(),
             Some(Status::Fenced)
         );
         assert_eq!(store.statistics(0).used_bytes, 0);

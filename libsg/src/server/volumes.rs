@@ -1,8 +1,11 @@
 //! Which volumes there are and what may be done to them: a pure core, without lock or clock.
 //!
-//! A volume is open, then sealed, then claimed, and at last dissolved. Its epoch only rises; who comes with an
+//! A volume is open, then sealed, then claimed, and at last dissolved; one that waits for an owner is parked, then
+//! claimed, then runs ([`parked`]). Its epoch only rises; who comes with an
 //! older one is refused. What is dissolved is remembered for a while, so that a late request
 //! does not bring it to life again.
+
+pub mod parked;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -13,6 +16,8 @@ use crate::limits;
 use crate::manifest::Manifest;
 use crate::wire::Status;
 use crate::wire::message::{Member, VolumeState};
+use crate::wire::parking::Parking;
+use parked::Claimed;
 
 /// Dissolved volumes that are remembered; the oldest is forgotten for the newest.
 const DISSOLVED_MAX: usize = 256;
@@ -22,9 +27,9 @@ const DISSOLVED_MAX: usize = 256;
 pub enum Access {
     /// Looks at pages or the index: any state but dissolved, any epoch but an older one.
     Read,
-    /// Adds pages, index entries or state: the writer's own epoch, while the volume is open.
+    /// Adds pages, index entries or state: the writer's own epoch, until the volume is sealed or claimed.
     Write,
-    /// Drops pages: any epoch but an older one, unless the volume is sealed.
+    /// Drops pages: any epoch but an older one, unless the volume is sealed; the writer's own while it is parked.
     Discard,
 }
 
@@ -54,6 +59,10 @@ pub struct Volume<P> {
     pub blob: Option<StateBlob>,
     /// When it was created here.
     pub created: Instant,
+    /// Where it was parked, its name and keeper.
+    pub parking: Option<Parking>,
+    /// Who claimed it since.
+    pub claim: Option<Claimed>,
     /// The server's own.
     pub payload: P,
 }
@@ -167,6 +176,8 @@ impl<P> Volumes<P> {
             committed: false,
             blob: None,
             created: now,
+            parking: None,
+            claim: None,
             payload,
         };
         self.live.insert(id, volume);
@@ -215,10 +226,10 @@ impl<P> Volumes<P> {
     /// No more pages come. Done again it changes nothing.
     ///
     /// # Errors
-    /// As [`Self::admit`]; [`Status::State`] when it was claimed.
+    /// As [`Self::admit`]; [`Status::State`] when it was parked or claimed.
     pub fn seal(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
         let volume = self.admit_mut(id, epoch, Access::Read)?;
-        if volume.state == VolumeState::Claimed {
+        if volume.state == VolumeState::Claimed || volume.parking.is_some() {
             return Err(Status::State);
         }
         volume.state = VolumeState::Sealed;
@@ -228,15 +239,37 @@ impl<P> Volumes<P> {
     /// A new owner: whoever comes with an older epoch is refused from now on.
     ///
     /// # Errors
-    /// As [`Self::get`]; [`Status::Fenced`] unless the epoch is above the present one.
+    /// As [`Self::get`]; [`Status::Fenced`] unless the epoch is above the present one; [`Status::State`] for one that was
+    /// parked, which [`Self::claim_parked`] grants.
     pub fn claim(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
         let missing = self.missing(id);
         let volume = self.live.get_mut(&id).ok_or(missing)?;
+        if volume.parking.is_some() {
+            return Err(Status::State);
+        }
         if epoch <= volume.epoch {
             return Err(Status::Fenced);
         }
         volume.epoch = epoch;
         volume.state = VolumeState::Claimed;
+        Ok(())
+    }
+
+    /// A new writer of an open volume: whoever comes with an older epoch is refused from now on.
+    ///
+    /// # Errors
+    /// As [`Self::get`]; [`Status::State`] unless the volume is open; [`Status::Fenced`] unless the epoch is above
+    /// the present one.
+    pub fn succeed(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        let missing = self.missing(id);
+        let volume = self.live.get_mut(&id).ok_or(missing)?;
+        if epoch <= volume.epoch {
+            return Err(Status::Fenced);
+        }
+        if volume.state != VolumeState::Open {
+            return Err(Status::State);
+        }
+        volume.epoch = epoch;
         Ok(())
     }
 
@@ -265,8 +298,14 @@ impl<P> Volume<P> {
         }
         let allowed = match access {
             Access::Read => true,
-            Access::Write => self.state == VolumeState::Open && epoch == self.epoch,
-            Access::Discard => self.state != VolumeState::Sealed,
+            Access::Write => {
+                matches!(self.state, VolumeState::Open | VolumeState::Parked) && epoch == self.epoch
+            }
+            Access::Discard => match self.state {
+                VolumeState::Sealed => false,
+                VolumeState::Parked => epoch == self.epoch,
+                _ => true,
+            },
         };
         if allowed { Ok(()) } else { Err(Status::State) }
     }
@@ -280,6 +319,8 @@ impl<P> Volume<P> {
             committed: self.committed,
             blob: None,
             created: self.created,
+            parking: self.parking.clone(),
+            claim: self.claim.clone(),
             payload: (),
         }
     }
@@ -307,7 +348,7 @@ mod test {
         Member { node, address: SocketAddr::from(([127, 0, 0, 1], n)) }
     }
 
-    fn create(volumes: &mut Volumes<()>, id: u128, epoch: u64) -> Result<bool, Status> {
+    pub(super) fn create(volumes: &mut Volumes<()>, id: u128, epoch: u64) -> Result<bool, Status> {
         volumes.create(VolumeId(id), Epoch(epoch), (manifest(), vec![member(1)]), (), Instant::now())
     }
 
@@ -362,6 +403,25 @@ mod test {
     }
 
     #[test]
+    fn a_writer_succeeds_another_while_the_volume_is_open() {
+        let mut volumes = Volumes::new(2);
+        let (id, old, new) = (VolumeId(1), Epoch(1), Epoch(2));
+        assert_eq!(volumes.succeed(id, new), Err(Status::NoVolume));
+        create(&mut volumes, 1, 1).unwrap();
+        assert_eq!(volumes.succeed(id, old), Err(Status::Fenced));
+        volumes.succeed(id, new).unwrap();
+        assert_eq!(volumes.succeed(id, new), Err(Status::Fenced), "once");
+        let admit = |volumes: &Volumes<()>, epoch, access| volumes.admit(id, epoch, access).map(|_| ());
+        assert_eq!(admit(&volumes, new, Access::Write), Ok(()));
+        assert_eq!(admit(&volumes, old, Access::Write), Err(Status::Fenced));
+        assert_eq!(admit(&volumes, old, Access::Read), Err(Status::Fenced));
+        volumes.seal(id, new).unwrap();
+        assert_eq!(volumes.succeed(id, Epoch(3)), Err(Status::State), "nothing is written any more");
+        volumes.claim(id, Epoch(3)).unwrap();
+        assert_eq!(volumes.succeed(id, Epoch(4)), Err(Status::State));
+    }
+
+    #[test]
     fn members_only_grow() {
         let mut volumes = Volumes::new(2);
         let (id, epoch) = (VolumeId(1), Epoch(1));
@@ -374,13 +434,14 @@ mod test {
 
     proptest! {
         #[test]
-        fn epochs_and_states_only_go_forward(ops in prop::collection::vec((0..6_u8, 1..3_u128, 1..5_u64), 1..60)) {
+        fn epochs_and_states_only_go_forward(ops in prop::collection::vec((0..7_u8, 1..3_u128, 1..5_u64), 1..60)) {
             let mut volumes = Volumes::new(2);
             let rank = |state| match state {
                 VolumeState::Open => 0,
                 VolumeState::Sealed => 1,
                 VolumeState::Claimed => 2,
                 VolumeState::Dissolved => 3,
+                VolumeState::Parked | VolumeState::Running => unreachable!("nothing is parked here"),
             };
             let mut last: BTreeMap<u128, (u64, u8, bool)> = BTreeMap::new();
             for (op, id, epoch) in ops {
@@ -391,6 +452,7 @@ mod test {
                     2 => volumes.seal(volume, at),
                     3 => volumes.claim(volume, at),
                     4 => volumes.dissolve(volume, at).map(|_| ()),
+                    5 => volumes.succeed(volume, at),
                     _ => volumes.set_members(volume, at, vec![member(1)]),
                 };
                 let now = match volumes.get(volume) {

@@ -21,6 +21,6 @@ pub use conversation::Conversation;
 pub use inbox::{Frame, Inbox};
 pub use outbox::Outbox;
 pub use path::TcpPath;
-pub use ready::{WAIT_MAX, Waker, wait};
+pub use ready::{WAIT_MAX, Waker, wait, wait_writable};
 pub use secret::PoolSecret;
 pub use state::{StateAssembler, push_state};

@@ -61,8 +61,11 @@ pub fn wait(on: &[(Option<BorrowedFd<'_>>, bool)], timeout: Duration) -> Result<
     Ok(ready)
 }
 
-/// Waits until the descriptor takes bytes, whatever there may be to read.
-pub(super) fn wait_writable(fd: impl AsFd, timeout: Duration) -> Result<()> {
+/// Waits until the descriptor takes bytes, or is broken, whatever there may be to read; at most `timeout`.
+///
+/// # Errors
+/// [`ErrorKind::System`] when the kernel refuses.
+pub fn wait_writable(fd: impl AsFd, timeout: Duration) -> Result<()> {
     let timeout = host::before_wait([(fd.as_fd(), false, true)].into_iter(), timeout);
     let mut polled = [PollFd::new(&fd, PollFlags::OUT)];
     match rustix::event::poll(&mut polled, Some(&timespec(timeout))) {

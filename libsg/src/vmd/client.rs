@@ -1,6 +1,7 @@
 //! The VMD client: what is common to all backends, written once above [`Link`]. Stateless: any client
 //! that knows one intermediary of a volume finds every page of it.
 
+mod pages;
 mod peers;
 mod volume;
 
@@ -60,7 +61,7 @@ impl VmdClient {
             let newest = Epoch(u64::MAX);
             let answer =
                 self.ask_once(*address, (volume, newest), &VmdRequest::Describe, |reply| match reply {
-                    VmdReply::Volume(info) => Some(info),
+                    VmdReply::Volume(info) => Some(*info),
                     _ => None,
                 });
             match answer {

@@ -1,7 +1,9 @@
 //! The rules that every backend keeps, as one suite: [`run_all`] runs it over whatever a [`Fixture`] sets
 //! up. It panics at the first rule that is broken, with the rule's name.
 
+mod copies;
 mod links;
+mod parking;
 mod sharing;
 mod volumes;
 
@@ -81,7 +83,14 @@ const RULES: &[(&str, Rule)] = &[
     ("the whole volume is scanned in order", volumes::scan),
     ("members can be added", volumes::grows),
     ("commit, seal, claim and dissolve reach every member", volumes::states_everywhere),
-    ("no copies beyond the first are promised", volumes::copies_are_refused),
+    ("a parked volume has one owner", parking::has_one_owner),
+    ("a writer of an open volume is succeeded by another", volumes::writers_succeed),
+    ("copies lie where they are said to", copies::copies_are_there),
+    ("many batches with copies all come to their end", copies::many_copies_outstanding),
+    ("who has no copy is named", copies::missing_copies_are_named),
+    ("copies are given back with what they are copies of", copies::copies_are_given_back),
+    ("an older copy hides no newer one", copies::newest_copy_is_named),
+    ("of pages that lie at several members any but one may die", copies::any_but_one_may_die),
     ("pages of volumes that share are stored once", sharing::stored_once),
     ("nothing is shared with another domain", sharing::domains_are_apart),
     ("one is told to send what others wait for", sharing::one_sends),

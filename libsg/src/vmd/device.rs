@@ -155,8 +155,9 @@ pub trait Volume: Send + Sync {
     fn link(&self, member: MemberIndex, class: Class) -> Result<Box<dyn Link>>;
 
     /// Stores pages where there is room, and their index entries, which are returned in the order of the
-    /// pages: when it returns they are safe. `copies` intermediaries each shall hold them; more
-    /// than one is refused as long as intermediaries make no copies ([`crate::ErrorKind::Protocol`]).
+    /// pages: when it returns they are safe. `copies` intermediaries each hold them then (at most
+    /// [`crate::limits::COPIES_MAX`]), or all that are alive, if they are fewer: so many but one may die, and
+    /// [`Self::locate`] and [`Self::get`] still find them.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Full`] when no member has room, [`crate::ErrorKind::Unreachable`] when none is alive.
@@ -176,7 +177,7 @@ pub trait Volume: Send + Sync {
     fn index(&self, entries: &[IndexEntry]) -> Result<()>;
 
     /// Reads pages where the index says that they are, one result an entry (its first page for a run of
-    /// zeros). Never a wrong page: the checksum of each is compared.
+    /// zeros), or where another copy of them is. Never a wrong page: the checksum of each is compared.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Fenced`], [`crate::ErrorKind::Volume`]. Members that cannot be reached make lost
@@ -203,7 +204,7 @@ pub trait Volume: Send + Sync {
     /// As [`Self::commit`].
     fn discard(&self, range: PageRange, below: Round) -> Result<()>;
 
-    /// Gives slots back whose pages are safe elsewhere. The index is left alone.
+    /// Gives slots back whose pages are safe elsewhere, and the copies of what lies there. The index is left alone.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Fenced`], [`crate::ErrorKind::Volume`].
@@ -241,6 +242,14 @@ pub trait Volume: Send + Sync {
     /// # Errors
     /// [`crate::ErrorKind::Fenced`] unless the epoch is above the volume's; else as [`Self::commit`].
     fn claim(&self, epoch: Epoch) -> Result<usize>;
+
+    /// Makes this value the writer of a volume that is open and stays so, under a newer epoch, at every living member
+    /// in their order. Connections under the old epoch are of no further use.
+    ///
+    /// # Errors
+    /// As [`Self::claim`]; [`crate::ErrorKind::Volume`] for one that is not open; [`crate::ErrorKind::Input`] unless it
+    /// was opened as [`Role::Writer`].
+    fn succeed(&self, epoch: Epoch) -> Result<usize>;
 
     /// Gives its memory back, everywhere. Done again, it changes nothing.
     ///

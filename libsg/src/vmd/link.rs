@@ -11,11 +11,11 @@ use std::time::Duration;
 use crate::content::{ContentHasher, Sharing};
 use crate::error::{Error, Result};
 use crate::host;
-use crate::ids::{Epoch, Placement, Round, VolumeId};
+use crate::ids::{Epoch, MemberSet, Placement, Round, VolumeId};
 use crate::memory::PageSlice;
 use crate::page::PageRange;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
-use crate::wire::{GetEntry, HintEntry, IndexEntry, PageEntry, ReferEntry, Referral};
+use crate::wire::{GetEntry, HintEntry, IndexEntry, Missing, PageEntry, ReferEntry, Referral};
 
 /// What a link is for, which decides its priority on the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,8 +41,10 @@ pub enum Request<'a> {
         /// The bytes, straight from the guest's memory: it must neither change nor go away until
         /// the completion (in post-copy the VM does not run at the source).
         slices: &'a [PageSlice],
-        /// How many intermediaries shall hold them when the answer comes; the first of them is this.
-        copies: u8,
+        /// The members that shall each hold them when the answer comes, this one among them, which sends them on:
+        /// each then finds them in [`Self::Locate`], whatever becomes of the index. None: this one alone, found by the
+        /// index.
+        copies: MemberSet,
     },
     /// Store pages by the hashes of their bytes, where these are (at most [`crate::limits::BATCH_PAGES_MAX`] at a
     /// time). Answered by [`Reply::Referred`].
@@ -57,7 +59,8 @@ pub enum Request<'a> {
     Get(&'a [GetEntry]),
     /// Ask the index for what it knows of these pages, in ascending order; at most
     /// [`crate::limits::INDEX_ENTRIES_MAX`] entries come: whoever gets that many asks on behind
-    /// the last one. Over a large range this is a scan.
+    /// the last one. Over a large range this is a scan. Where copies lie here themselves, they are named where the index
+    /// knows of no newer round.
     Locate(PageRange),
     /// Drop pages of the range that were put below this round, from store and index.
     Discard {
@@ -67,7 +70,8 @@ pub enum Request<'a> {
         below: Round,
     },
     /// Give slots back whose pages another way made safe first (at most
-    /// [`crate::limits::BATCH_PAGES_MAX`] at a time). The index is left alone.
+    /// [`crate::limits::BATCH_PAGES_MAX`] at a time), and copies that lie here of pages which another member was the
+    /// first to hold, at these placements. The index is left alone.
     Drop(&'a [GetEntry]),
     /// Rare requests: volumes and their states.
     Control(&'a VmdRequest),
@@ -80,8 +84,13 @@ pub enum Request<'a> {
 /// The answer to a request.
 #[derive(Debug)]
 pub enum Reply<'a> {
-    /// To `Put`: where each entry lies; `None` for one that was not stored (no room). Entries of encoding `Zero` are never put: the index has them.
-    Stored(&'a [Option<Placement>]),
+    /// To `Put`. Entries of encoding `Zero` are never put: the index has them.
+    Stored {
+        /// Where each entry lies; `None` for one that was not stored (no room).
+        placements: &'a [Option<Placement>],
+        /// The members that have none of what was stored here, though they were to hold copies.
+        missing: Missing,
+    },
     /// To `Refer`: what became of each. What is had can be read like any other page, and is the page's own: it stays
     /// whatever becomes of the page that it was first sent for. In the index its checksum is the seal
     /// ([`crate::content::ContentHash::seal`]).

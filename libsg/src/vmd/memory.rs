@@ -2,6 +2,7 @@
 //! intermediary does, written to be obviously right; every other backend is compared with it by
 //! the conformance suite.
 
+mod copies;
 mod link;
 mod sharing;
 mod volume;
@@ -126,8 +127,11 @@ impl MemoryNode {
 /// Makes links to nodes of this process, by their addresses.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryConnector {
-    nodes: Arc<Mutex<HashMap<SocketAddr, MemoryNode>>>,
+    nodes: Nodes,
 }
+
+/// Nodes of this process, by their addresses.
+type Nodes = Arc<Mutex<HashMap<SocketAddr, MemoryNode>>>;
 
 impl MemoryConnector {
     /// Without any nodes.
@@ -169,14 +173,15 @@ impl Connector for MemoryConnector {
         _class: Class,
         _timeout: Duration,
     ) -> Result<Box<dyn Link>> {
-        let node = self.nodes.lock().get(&address).cloned();
+        let nodes = Arc::clone(&self.nodes);
+        let node = nodes.lock().get(&address).cloned();
         let unreachable =
             || Error::new(ErrorKind::Unreachable, format!("connecting to {address}: nobody is there"));
         let node = node.ok_or_else(unreachable)?;
         if !node.state.lock().alive {
             return Err(unreachable());
         }
-        Ok(Box::new(MemoryLink::new(node.member(), node.state, volume, epoch)))
+        Ok(Box::new(MemoryLink::new(node.member(), (node.state, nodes), volume, epoch)))
     }
 }
 
@@ -222,7 +227,8 @@ impl State {
     /// The volume, for its writer: under its own epoch, while it is open.
     fn writable(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
         let volume = self.volume(asker)?;
-        if volume.state == VolumeState::Open && volume.epoch == asker.epoch {
+        let open = matches!(volume.state, VolumeState::Open | VolumeState::Parked);
+        if open && volume.epoch == asker.epoch {
             return Ok(volume);
         }
         Err(Status::State)
@@ -231,7 +237,11 @@ impl State {
     /// The volume, for somebody who drops pages of it.
     fn droppable(&mut self, asker: Asker) -> Result<&mut Volume, Status> {
         let volume = self.volume(asker)?;
-        if volume.state == VolumeState::Sealed { Err(Status::State) } else { Ok(volume) }
+        match volume.state {
+            VolumeState::Sealed => Err(Status::State),
+            VolumeState::Parked if volume.epoch != asker.epoch => Err(Status::State),
+            _ => Ok(volume),
+        }
     }
 
     /// The volume, for its owner, whatever state it is in.
@@ -343,18 +353,23 @@ impl State {
         let node = self.node.clone();
         let member = self.droppable(asker)?.member(&node);
         for entry in entries {
-            let Some((holder, _)) = self.content(asker.volume, member, entry) else { continue };
-            let slot = &mut self.slots[entry.placement.slot.0 as usize];
-            let Some(content) = &mut slot.content else { continue };
-            if let Some(at) = content.holders.iter().position(|held| *held == holder) {
-                content.holders.swap_remove(at);
-            }
-            if content.holders.is_empty() {
-                slot.content = None;
-                self.free.push(entry.placement.slot);
-            }
+            let copy = self.forget_copy(asker.volume, entry);
+            self.give_back_one(asker.volume, member, &copy.unwrap_or(*entry));
         }
         Ok(())
+    }
+
+    fn give_back_one(&mut self, volume: VolumeId, member: Option<MemberIndex>, entry: &GetEntry) {
+        let Some((holder, _)) = self.content(volume, member, entry) else { return };
+        let slot = &mut self.slots[entry.placement.slot.0 as usize];
+        let Some(content) = &mut slot.content else { return };
+        if let Some(at) = content.holders.iter().position(|held| *held == holder) {
+            content.holders.swap_remove(at);
+        }
+        if content.holders.is_empty() {
+            slot.content = None;
+            self.free.push(entry.placement.slot);
+        }
     }
 
     fn put_index(&mut self, asker: Asker, entries: &[IndexEntry]) -> Result<(), Status> {
@@ -368,7 +383,9 @@ impl State {
     }
 
     fn locate(&mut self, asker: Asker, range: PageRange) -> Result<Vec<IndexEntry>, Status> {
-        Ok(self.volume(asker)?.locate(range))
+        self.volume(asker)?;
+        let own = self.own(asker.volume, range);
+        Ok(self.volume(asker)?.locate(range, &own))
     }
 
     fn discard(&mut self, asker: Asker, range: PageRange, below: Round) -> Result<(), Status> {
@@ -393,19 +410,25 @@ impl State {
     }
 
     fn control(&mut self, asker: Asker, request: &VmdRequest) -> Result<VmdReply, Status> {
+        let any_epoch = Asker { epoch: Epoch(u64::MAX), ..asker };
         match request {
             VmdRequest::Create { manifest, members } => self.create(asker, manifest, members)?,
             VmdRequest::Members(members) => self.volume(asker)?.set_members(members)?,
             VmdRequest::Describe => {
-                let stored = self.stored_pages(asker.volume);
+                let pages = (self.stored_pages(asker.volume), self.copied_pages(asker.volume));
                 let volume = self.volumes.get(&asker.volume).ok_or(Status::NoVolume)?;
-                return Ok(VmdReply::Volume(volume.describe(asker.volume, stored)));
+                return Ok(VmdReply::Volume(Box::new(volume.describe(asker.volume, pages))));
             }
             VmdRequest::Commit => self.owned(asker)?.committed = true,
             VmdRequest::Seal => self.owned(asker)?.seal()?,
-            VmdRequest::Claim { epoch } => {
-                self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.claim(*epoch)?
+            VmdRequest::Claim { epoch } => self.volume(any_epoch)?.claim(*epoch)?,
+            VmdRequest::Park(parking) => self.writable(asker)?.park(parking)?,
+            VmdRequest::ClaimParked(claim) => {
+                let volume = self.volume(any_epoch)?;
+                return Ok(VmdReply::Verdict(volume.claim_parked(claim)));
             }
+            VmdRequest::Run => self.owned(asker)?.run()?,
+            VmdRequest::Succeed { epoch } => self.volume(any_epoch)?.succeed(*epoch)?,
             VmdRequest::Dissolve => self.dissolve(asker)?,
             VmdRequest::Statistics => return Ok(VmdReply::Statistics(self.statistics())),
             VmdRequest::PutState { .. } | VmdRequest::GetState => return Err(Status::Malformed),
@@ -456,7 +479,10 @@ impl State {
             state: volume.state,
             committed: volume.committed,
             stored_pages: self.stored_pages(*id),
+            copied_pages: self.copied_pages(*id),
             age_s: volume.age_s(),
+            parked_as: volume.parking.as_ref().map(|parking| parking.name.clone()),
+            owner: volume.owner(),
         };
         let live = self.volumes.iter().filter(|(_, volume)| volume.state != VolumeState::Dissolved);
         NodeStatistics {

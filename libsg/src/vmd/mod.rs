@@ -4,6 +4,7 @@
 //! all backends is written once above it: [`VmdClient`] makes a [`Vmd`] of any [`Connector`]. The
 //! in-memory backend is the model, and the conformance suite compares the others with it.
 
+mod arbiter;
 mod client;
 #[cfg(feature = "test-util")]
 pub mod conformance;
@@ -13,6 +14,8 @@ mod memory;
 pub mod placement;
 mod tcp;
 
+pub use arbiter::{Arbiter, KeeperArbiter};
+pub(crate) use arbiter::{is_away, verdict, visit, visit_all};
 pub use client::VmdClient;
 pub use device::{Fetched, PagePut, PageReference, Role, Shared, Vmd, Volume};
 pub use link::{Class, Completion, Connector, Link, PathSample, Reply, Request, Ticket};

@@ -11,7 +11,7 @@ use super::link::{Class, Completion, Connector, Link, PathSample, Reply, Request
 use crate::content::{ContentHasher, Sharing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
-use crate::ids::{Epoch, Placement, Sequence, VolumeId};
+use crate::ids::{Epoch, MemberSet, Placement, Sequence, VolumeId};
 use crate::limits;
 use crate::memory::PageSlice;
 use crate::page::PAGE_BYTES;
@@ -160,10 +160,16 @@ impl TcpLink {
         match request {
             Request::Put { entries, slices, copies } => {
                 check_put(entries, slices, copies)?;
-                let runs = encode_runs(entries.iter().copied(), &mut self.table);
-                self.push(Kind::Put, runs, slices)?;
                 let pages: usize = slices.iter().map(PageSlice::len).sum();
-                Ok((Expected::Stored(entries.len()), self.table.len() + pages))
+                let (kind, expected) = if copies.is_empty() {
+                    (Kind::Put, Expected::Stored(entries.len()))
+                } else {
+                    encode_table([copies], &mut self.table);
+                    (Kind::PutCopies, Expected::Copied(entries.len(), copies))
+                };
+                let runs = encode_runs(entries.iter().copied(), &mut self.table);
+                self.push(kind, runs, slices)?;
+                Ok((expected, self.table.len() + pages))
             }
             Request::Refer(offers) => {
                 at_most(offers.len(), limits::BATCH_PAGES_MAX)?;
@@ -302,7 +308,7 @@ impl Link for TcpLink {
             }
         };
         let result = answer.map(|answer| match answer {
-            Answer::Stored => Reply::Stored(&self.stored),
+            Answer::Stored(missing) => Reply::Stored { placements: &self.stored, missing },
             Answer::Referred => Reply::Referred(&self.referred),
             Answer::Indexed => Reply::Indexed,
             Answer::Pages { bytes_at } => {
@@ -352,12 +358,10 @@ impl Link for TcpLink {
 }
 
 /// What every backend refuses of a `Put` before it sends anything.
-pub(super) fn check_put(entries: &[PageEntry], slices: &[PageSlice], copies: u8) -> Result<()> {
-    if copies == 0 {
-        return Err(Error::new(ErrorKind::Input, "no copies of a batch are wanted"));
-    }
-    if copies > 1 {
-        return Err(refusal(Status::Copies));
+pub(super) fn check_put(entries: &[PageEntry], slices: &[PageSlice], copies: MemberSet) -> Result<()> {
+    if copies.len() > limits::COPIES_MAX {
+        let message = format!("{} copies of a page, more than {}", copies.len(), limits::COPIES_MAX);
+        return Err(Error::new(ErrorKind::Input, message));
     }
     at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
     let said: usize = entries.iter().map(|entry| usize::from(entry.encoded_bytes)).sum();

@@ -8,8 +8,8 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::entry::{Entry, HintEntry, ReferEntry, Referral};
-use super::{Malformed, VERSION_NEWEST, VERSION_OLDEST};
-use crate::ids::{Checksum, Epoch, Sequence, VolumeId};
+use super::{Malformed, Missing, VERSION_NEWEST, VERSION_OLDEST};
+use crate::ids::{Checksum, Epoch, MemberSet, Sequence, VolumeId};
 use crate::limits;
 
 /// Bytes of a header.
@@ -93,10 +93,20 @@ pub enum Kind {
     Hint = 45,
     /// Answer: noted.
     HintReply = 46,
+    /// Client to intermediary: store pages, here and at other members: a [`MemberSet`], then as
+    /// `Put`.
+    PutCopies = 47,
+    /// Answer: who has none of it ([`super::Missing`]), then placements of those that were stored here, runs.
+    PutCopiesReply = 48,
+    /// Intermediary to intermediary: store copies: runs of [`super::IndexEntry`], which say where the pages lie at the
+    /// sender, then the pages. Never sent on.
+    Copy = 49,
+    /// Answer: all of them are stored, or none.
+    CopyReply = 50,
 }
 
 impl Kind {
-    const ALL: [Self; 33] = [
+    const ALL: [Self; 37] = [
         Self::Hello,
         Self::Challenge,
         Self::Auth,
@@ -130,6 +140,10 @@ impl Kind {
         Self::ReferReply,
         Self::Hint,
         Self::HintReply,
+        Self::PutCopies,
+        Self::PutCopiesReply,
+        Self::Copy,
+        Self::CopyReply,
     ];
 
     fn decode(value: u16) -> Result<Self, Malformed> {
@@ -144,8 +158,10 @@ impl Kind {
     pub const fn body_bytes_max(self) -> usize {
         match self {
             Self::Hello | Self::Challenge | Self::Auth | Self::Welcome | Self::Refused => 256,
-            Self::Put | Self::GetReply | Self::Pages => limits::BODY_BYTES_MAX,
+            Self::Put | Self::GetReply | Self::Pages | Self::Copy => limits::BODY_BYTES_MAX,
+            Self::PutCopies => MemberSet::BYTES + limits::BODY_BYTES_MAX,
             Self::PutReply => limits::BATCH_PAGES_MAX * 12,
+            Self::PutCopiesReply => Missing::BYTES + limits::BATCH_PAGES_MAX * 12,
             Self::PagesAck | Self::Fault => limits::BATCH_PAGES_MAX * 4,
             Self::Get | Self::Drop => limits::BATCH_PAGES_MAX * 16,
             Self::PutIndex | Self::LocateReply | Self::Announce => limits::INDEX_ENTRIES_MAX * 24,
@@ -160,6 +176,7 @@ impl Kind {
             | Self::DiscardReply
             | Self::DropReply
             | Self::HintReply
+            | Self::CopyReply
             | Self::Ping
             | Self::Pong => 0,
         }

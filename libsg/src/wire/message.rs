@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Malformed;
+use super::parking::{Claim, Parking, Verdict, check_node};
 use crate::error::ErrorKind;
 use crate::ids::{Epoch, NodeId, VolumeId};
 use crate::limits;
@@ -61,6 +62,20 @@ pub enum VmdRequest {
     Dissolve,
     /// What the intermediary has and holds. Needs neither volume nor epoch.
     Statistics,
+    /// COMMIT, and everything is safe: whoever claims the volume may have it. Its writer, and nobody else, may put again
+    /// what is lost with another intermediary, until it is claimed. Done again it changes nothing.
+    Park(Parking),
+    /// A destination wants to own a parked volume. Answered by a [`Verdict`]. The header's epoch is not looked at.
+    ClaimParked(Claim),
+    /// The VM runs at whoever claimed the volume under the header's epoch: nobody else ever gets it. Done again it
+    /// changes nothing.
+    Run,
+    /// A new writer of an open volume, which stays open: raises the writer's epoch to this; an epoch not above the
+    /// present is refused.
+    Succeed {
+        /// The new epoch.
+        epoch: Epoch,
+    },
 }
 
 /// What an intermediary answers. The status is in the header; where that is not `Ok` the body is `Done`.
@@ -69,7 +84,7 @@ pub enum VmdReply {
     /// Nothing to say beyond the status.
     Done,
     /// To `Describe`.
-    Volume(VolumeInfo),
+    Volume(Box<VolumeInfo>),
     /// To `GetState`, behind the pieces.
     State {
         /// Bytes in all.
@@ -79,6 +94,8 @@ pub enum VmdReply {
     },
     /// To `Statistics`.
     Statistics(NodeStatistics),
+    /// To `ClaimParked`.
+    Verdict(Verdict),
 }
 
 /// Where a volume stands.
@@ -93,6 +110,10 @@ pub enum VolumeState {
     Claimed,
     /// Its memory was given back.
     Dissolved,
+    /// Complete, with COMMIT, and nobody's: it waits to be claimed.
+    Parked,
+    /// It was parked, and its VM runs at who claimed it.
+    Running,
 }
 
 /// What an intermediary knows of a volume.
@@ -114,10 +135,16 @@ pub struct VolumeInfo {
     pub has_state: bool,
     /// Pages whose bytes are here.
     pub stored_pages: u64,
+    /// Those of them that are copies of what lies at another.
+    pub copied_pages: u64,
     /// Pages that this index knows.
     pub indexed_pages: u64,
     /// Seconds since it was created here.
     pub age_s: u64,
+    /// Where it was parked, its name and keeper.
+    pub parking: Option<Parking>,
+    /// Who claimed it since.
+    pub owner: Option<NodeId>,
 }
 
 /// What an intermediary has and holds.
@@ -156,8 +183,14 @@ pub struct VolumeSummary {
     pub committed: bool,
     /// Pages whose bytes are here.
     pub stored_pages: u64,
+    /// Those of them that are copies of what lies at another.
+    pub copied_pages: u64,
     /// Seconds since it was created here.
     pub age_s: u64,
+    /// What it is called, where it was parked.
+    pub parked_as: Option<String>,
+    /// Who claimed it since.
+    pub owner: Option<NodeId>,
 }
 
 /// What source and destination say to each other on the control connection.
@@ -307,6 +340,8 @@ impl VmdRequest {
             Self::PutState { bytes, .. } if *bytes > limits::STATE_BYTES_MAX as u64 => {
                 return Err(Malformed::Bounds("state"));
             }
+            Self::Park(parking) => parking.check()?,
+            Self::ClaimParked(claim) => claim.check()?,
             _ => {}
         }
         Ok(request)
@@ -324,7 +359,10 @@ impl VmdReply {
             Self::Volume(info) => {
                 check_manifest(&info.manifest)?;
                 check_members(&info.members)?;
+                info.parking.as_ref().map_or(Ok(()), Parking::check)?;
+                info.owner.as_ref().map_or(Ok(()), check_node)?;
             }
+            Self::Verdict(verdict) => verdict.check()?,
             Self::State { bytes, .. } if *bytes > limits::STATE_BYTES_MAX as u64 => {
                 return Err(Malformed::Bounds("state"));
             }

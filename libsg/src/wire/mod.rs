@@ -9,6 +9,7 @@
 //! that the caller has not bounded.
 
 pub mod announcement;
+pub mod copies;
 mod credit;
 pub mod datagram;
 pub mod entry;
@@ -17,8 +18,10 @@ pub mod handshake;
 pub mod header;
 mod heads;
 pub mod message;
+pub mod parking;
 pub mod run;
 
+pub use copies::Missing;
 pub use credit::Credit;
 pub use entry::{DiscardEntry, Encoding, GetEntry, HintEntry, IndexEntry, PageEntry, ReferEntry, Referral};
 pub use header::{HEADER_BYTES, Header, Kind, Status};

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use libsg::ids::{Checksum, Epoch, Round, Sequence, VolumeId};
+use libsg::ids::{Checksum, Epoch, MemberSet, Round, Sequence, VolumeId};
 use libsg::manifest::{Manifest, Region};
 use libsg::memory::{Backing, GuestMemory, PageSlice, PresenceMap};
 use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
@@ -130,6 +130,11 @@ impl IncomingVm for Vm {
     fn lost(&mut self, pages: &[PageRange]) {
         self.seen.lost.lock().extend_from_slice(pages);
     }
+}
+
+/// A VM that arrives in memory of this kind, whose state touches these pages.
+pub fn arriving(seen: &Arc<Seen>, backing: Backing, touch: Vec<u32>) -> Box<dyn IncomingVm> {
+    Box::new(Vm { seen: Arc::clone(seen), backing, touch })
 }
 
 /// The state as it is sent of a VM that was paused before anything was.
@@ -292,9 +297,9 @@ impl Scene {
         for some in pages.chunks(64) {
             let put: Vec<_> = some.iter().map(|page| raw(*page)).collect();
             let slices: Vec<_> = some.iter().map(|page| PageSlice::owned(content(*page).into())).collect();
-            let request = Request::Put { entries: &put, slices: &slices, copies: 1 };
+            let request = Request::Put { entries: &put, slices: &slices, copies: MemberSet::NONE };
             let placed = self.ask(&self.nodes[node], request, |reply| match reply {
-                Reply::Stored(placements) => Ok(placements.to_vec()),
+                Reply::Stored { placements, .. } => Ok(placements.to_vec()),
                 other => panic!("{other:?}"),
             });
             entries.extend(put.iter().zip(placed).map(|(put, place)| {

@@ -1,7 +1,7 @@
 //! What clients that keep to the protocol get.
 
 use libsg::ErrorKind;
-use libsg::ids::{Checksum, Epoch, Generation, Round};
+use libsg::ids::{Checksum, Epoch, Generation, MemberSet, Round};
 use libsg::page::{PAGE_BYTES_U64, PageIndex, PageRange};
 use libsg::vmd::link::ask;
 use libsg::vmd::{Reply, Request};
@@ -127,7 +127,7 @@ fn a_pipeline_of_both_kinds_does_not_lock_up() {
     let link = &mut *client.link;
     let mut open = 0;
     for _ in 0..200 {
-        link.submit(Request::Put { entries: &entries, slices: &slices, copies: 1 }).unwrap();
+        link.submit(Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE }).unwrap();
         link.submit(Request::Get(&gets)).unwrap();
         open += 2;
     }

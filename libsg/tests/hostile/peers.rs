@@ -5,7 +5,9 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
 
-use libsg::ids::{Checksum, Epoch, Generation, MemberIndex, Placement, Round, Sequence, SlotIndex, VolumeId};
+use libsg::ids::{
+    Checksum, Epoch, Generation, MemberIndex, MemberSet, Placement, Round, Sequence, SlotIndex, VolumeId,
+};
 use libsg::page::{PAGE_BYTES, PageIndex};
 use libsg::server::ServerHandle;
 use libsg::transport::{Channel, Inbox, Outbox, PoolSecret, dial};
@@ -68,6 +70,13 @@ fn put_header(channel: &Channel, pages: u16) -> (Header, Vec<u8>) {
     (header, body)
 }
 
+/// A table of one entry.
+fn run_of<E: RunEntry>(entry: &E) -> Vec<u8> {
+    let mut table = Vec::new();
+    encode_runs([*entry], &mut table);
+    table
+}
+
 #[test]
 fn bytes_that_make_no_sense_end_the_connection_only() {
     let server = serve(|_| {});
@@ -106,6 +115,28 @@ fn bytes_that_make_no_sense_end_the_connection_only() {
         let header = Header { count: 1, body_bytes, sequence: Sequence(1), ..channel.header(kind) };
         write_all(&channel, &[&header.encode()[..], &body].concat()).unwrap();
         refused_as_malformed(&channel);
+    }
+    // Batches with copies that are none.
+    let zeros = IndexEntry::zero(PageIndex(0), 1, Round(0));
+    let members = MemberSet(1).0.to_le_bytes();
+    let zero_page = run_of(&PageEntry::zero(PageIndex(0), 1, Round(0)));
+    let cases = [
+        (Kind::PutCopies, 0, vec![1; 7]),
+        (Kind::PutCopies, 1, [&members[..], &zero_page].concat()),
+        (Kind::PutCopies, 600, [&members[..], &[0; 600 * 12]].concat()),
+        (Kind::Copy, 1, run_of(&zeros)),
+        (Kind::Copy, 1, run_of(&IndexEntry::at(PageIndex(0), Round(0), place, Checksum(0)))),
+        (Kind::Copy, 0, Vec::new()),
+        (Kind::CopyReply, 0, Vec::new()),
+        (Kind::PutCopiesReply, 0, vec![0; 16]),
+    ];
+    for (kind, count, body) in cases {
+        let channel = channel();
+        let body_bytes = body.len() as u32;
+        let header = Header { count, body_bytes, sequence: Sequence(1), ..channel.header(kind) };
+        write_all(&channel, &[&header.encode()[..], &body].concat()).unwrap();
+        refused_as_malformed(&channel);
+        honest.check(0..64);
     }
     // Tables of nonsense behind a good header.
     for kind in [Kind::Put, Kind::Get, Kind::PutIndex, Kind::Locate, Kind::Discard, Kind::Vmd, Kind::State] {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libsg::Result;
-use libsg::ids::{Checksum, Epoch, Placement, Round, VolumeId};
+use libsg::ids::{Checksum, Epoch, MemberSet, Placement, Round, VolumeId};
 use libsg::manifest::{Manifest, Region};
 use libsg::memory::PageSlice;
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex};
@@ -94,9 +94,9 @@ impl Client {
 
     pub fn put(&mut self, pages: std::ops::Range<u32>) -> Result<Vec<Option<Placement>>> {
         let (entries, slices) = batch(self.volume, pages);
-        let request = Request::Put { entries: &entries, slices: &slices, copies: 1 };
+        let request = Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
         ask(&mut *self.link, request, PATIENCE, |reply| match reply {
-            Reply::Stored(placements) => Ok(placements.to_vec()),
+            Reply::Stored { placements, .. } => Ok(placements.to_vec()),
             other => panic!("{other:?}"),
         })
     }

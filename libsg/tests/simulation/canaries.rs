@@ -47,6 +47,7 @@ canaries! {
     a_unit_is_stored_whole: UnitHalfStored, "evicted means evicted";
     who_is_added_is_known: MemberUnknown, "evicted means evicted";
     volumes_are_told_apart: VolumesMixed, "each page is right", "evicted means evicted", "a death is an event";
+    a_copy_is_awaited: CopyNotAwaited, "evicted means evicted", "a death is an event";
     a_limit_holds: LimitIgnored, "limits hold";
     strangers_stay_out: SecretIgnored, "strangers";
 }

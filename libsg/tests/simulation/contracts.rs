@@ -16,7 +16,7 @@ use crate::content::Content;
 use crate::moving::{Move, all};
 use crate::net::NodeNumber;
 use crate::run::Run;
-use crate::scenario::{After, DESTINATION, Role, SOURCE, What};
+use crate::scenario::{After, DESTINATION, Event, Role, SOURCE, What};
 
 /// No fault waits longer, whatever happens: longer than everything that can happen lasts, and every grace.
 const WAIT_MAX: Duration = Duration::from_secs(25);
@@ -129,6 +129,11 @@ impl Contracts {
             if !(fresh || (full && safe)) {
                 continue;
             }
+            if fresh && !self.lies_at_all(run, of, scatter, page, contents[at]) {
+                self.broken(format!(
+                    "evicted means evicted: {page} is safe, and not all copies of it are made"
+                ));
+            }
             match find(run, of, scatter, &servers, page, contents[at], None) {
                 Found::AtDestination => self.homes[at] = None,
                 Found::At(index, content) => {
@@ -151,6 +156,26 @@ impl Contracts {
         }
     }
 
+    /// Whether a page lies at as many intermediaries as it is to, where nothing has happened to any of them.
+    fn lies_at_all(
+        &self,
+        run: &Run,
+        of: &Move,
+        scatter: &Scatter,
+        page: PageIndex,
+        content: Content,
+    ) -> bool {
+        let Some(spare) = run.scenario.spare() else { return true };
+        if run.mishaps() > 0 || content.is_zero() || of.destination.memory.has(page) {
+            return true;
+        }
+        let has = |(role, server): &(Role, Arc<ServerHandle>)| {
+            let alone = [(*role, Arc::clone(server))];
+            matches!(find(run, of, scatter, &alone, page, content, Some(*role)), Found::At(..))
+        };
+        run.servers().iter().filter(|server| has(server)).count() > spare
+    }
+
     /// A unit is had from one intermediary, or not at all.
     fn check_unit(&mut self, run: &Run, of: &Move, scatter: &Scatter, unit: PageRange) {
         let homes: BTreeSet<_> =
@@ -164,6 +189,10 @@ impl Contracts {
     /// Whether a page may be lost: a node that has it died and the source cannot know yet, or it was damaged, or it
     /// was given back because all is over.
     fn is_excused(&self, run: &Run, of: &Move, scatter: &Scatter, page: PageIndex) -> bool {
+        let over = of.log.lock().gathered.is_some() || of.destination.ended.lock().gathered.is_some();
+        if run.copies_are_enough() {
+            return over || run.damaged.contains(&(of.nth, page));
+        }
         let dies_unnoticed = scatter.members.list().iter().enumerate().any(|(at, member)| {
             let index = libsg::ids::MemberIndex(at as u16);
             !scatter.index.is_dead(index) && run.server_of(&member.node).is_none()
@@ -171,7 +200,6 @@ impl Contracts {
         let home_died = self.homes[page.as_usize()]
             .is_some_and(|(index, content)| run.is_node_dead(index) || run.is_node_dead(content));
         let evicted_and_died = self.evicted && run.any_member_died();
-        let over = of.log.lock().gathered.is_some() || of.destination.ended.lock().gathered.is_some();
         dies_unnoticed || home_died || evicted_and_died || over || run.damaged.contains(&(of.nth, page))
     }
 
@@ -214,6 +242,10 @@ impl Contracts {
         let mut servers = run.servers();
         servers.retain(|(role, _)| calm(*role));
         let contents = of.vm.contents();
+        let whole = |page: &&PageIndex| !run.damaged.contains(&(of.nth, **page));
+        if self.evicted && run.copies_are_enough() && fresh.iter().any(|page| whole(&page)) {
+            self.broken(format!("a death is an event: {fresh:?} are lost though there are copies"));
+        }
         let mut units: Vec<_> = fresh.iter().map(|page| of.vm.unit(*page)).collect();
         units.dedup();
         // Where nothing lies, nothing can be found.
@@ -309,7 +341,8 @@ impl Contracts {
         let failed = log.failed.clone();
         let roomy =
             |role: &Role| run.is_calm(*role) && run.scenario.memory_of(*role) >= run.scenario.room_for_all();
-        let way_out = run.is_steady(DESTINATION) || run.scenario.members().any(|role| roomy(&role));
+        let by_members = !run.scenario.is_short() && run.scenario.members().any(|role| roomy(&role));
+        let way_out = run.is_steady(DESTINATION) || by_members;
         if !run.is_steady(SOURCE) || !way_out || log.lost_pages > 0 {
             return;
         }
@@ -441,6 +474,21 @@ impl Run {
     fn is_steady(&self, role: Role) -> bool {
         let events = self.scenario.events.iter().filter(|event| event.what.hosts().contains(&role));
         events.into_iter().all(|event| matches!(event.what, What::Break(..)))
+    }
+
+    /// How often something happened to an intermediary so far: each time one may be lost to the others.
+    fn mishaps(&self) -> usize {
+        let hits = |event: &&Event| {
+            let hosts = event.what.hosts();
+            let member = hosts.iter().any(|host| matches!(host, Role::Intermediary(_)));
+            member && !matches!(event.what, What::Fill(_))
+        };
+        self.done.iter().filter(hits).count()
+    }
+
+    /// Whether pages lie at so many intermediaries that what has happened to some loses none of them.
+    fn copies_are_enough(&self) -> bool {
+        self.scenario.spare().is_some_and(|spare| self.mishaps() <= spare)
     }
 
     /// Whether an intermediary was killed so far.

@@ -19,7 +19,7 @@ use crate::random::Random;
 use crate::scenario::{Plan, Scenario, door, secret};
 
 /// Longer than any run.
-const ALWAYS: Duration = Duration::from_secs(100_000);
+pub const ALWAYS: Duration = Duration::from_secs(100_000);
 
 /// The VM as its VMM at the destination sees it.
 struct Arriving {
@@ -52,7 +52,7 @@ impl IncomingVm for Arriving {
     }
 
     fn abandon(&mut self) {
-        if self.vm.runs_at_destination() && !self.node.is_dead() {
+        if self.memory.has_guest() && !self.node.is_dead() {
             self.vm.breach("one owner: the VM was thrown away where it runs".into());
         }
     }
@@ -75,6 +75,19 @@ pub struct Host {
     pub incoming: Arc<Mutex<Option<Arc<Incoming>>>>,
 }
 
+/// A VM that is to arrive on a host, and the memory that it arrives in.
+pub fn arriving(
+    node: &Arc<Node>,
+    vm: &Arc<Vm>,
+    replaces: bool,
+    (random, think): (Random, Duration),
+) -> (Arc<Memory>, Box<dyn IncomingVm>) {
+    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node), replaces));
+    let (vm, node) = (Arc::clone(vm), Arc::clone(node));
+    let arriving = Arriving { vm, node, memory: Arc::clone(&memory), random, think };
+    (memory, Box::new(arriving))
+}
+
 /// Starts what belongs to a VM there.
 pub fn start(
     node: &Arc<Node>,
@@ -83,14 +96,9 @@ pub fn start(
     scenario: &Scenario,
     observer: Observer,
 ) -> Host {
-    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node), plan.mode == Mode::PreCopy));
-    let arriving = Arriving {
-        vm: Arc::clone(vm),
-        node: Arc::clone(node),
-        memory: Arc::clone(&memory),
-        random: scenario.random(4 + 16 * nth as u64),
-        think: scenario.think,
-    };
+    let replaces = plan.mode == Mode::PreCopy;
+    let (memory, arriving) =
+        arriving(node, vm, replaces, (scenario.random(4 + 16 * nth as u64), scenario.think));
     let options = DestinationOptions {
         gather_limit: scenario.gather_limit,
         source_grace: scenario.grace,
@@ -102,7 +110,7 @@ pub fn start(
     let (ended, handle) = (Arc::clone(&host.ended), Arc::clone(&host.incoming));
     node.spawn("vmm-destination", move || {
         let destination = Destination::listen(options).expect("listens");
-        let incoming = Arc::new(destination.accept(Box::new(arriving)).expect("accepts"));
+        let incoming = Arc::new(destination.accept(arriving).expect("accepts"));
         *handle.lock() = Some(Arc::clone(&incoming));
         let gathered = incoming.wait_gathered(ALWAYS);
         let lost = gathered.map(|report| usize::from(report.status != libsg::report::Status::Ok));

@@ -47,6 +47,8 @@ struct State {
     random: Random,
     runs_at_source: bool,
     runs_at_destination: bool,
+    /// It has run somewhere else than at its source.
+    has_run: bool,
     committed: bool,
 }
 
@@ -82,6 +84,7 @@ impl Vm {
             random,
             runs_at_source: true,
             runs_at_destination: false,
+            has_run: false,
             committed: false,
         };
         let (state, breaches) = (Mutex::new(state), Mutex::default());
@@ -151,6 +154,11 @@ impl Vm {
         self.state.lock().runs_at_destination
     }
 
+    /// Whether it was run by any destination.
+    pub fn has_run(&self) -> bool {
+        self.state.lock().has_run
+    }
+
     pub fn is_committed(&self) -> bool {
         self.state.lock().committed
     }
@@ -182,7 +190,10 @@ impl Vm {
         if state.runs_at_source {
             self.breach("one owner: the VM runs at both ends".into());
         }
-        state.runs_at_destination = true;
+        if state.has_run {
+            self.breach("one owner: the VM is run a second time".into());
+        }
+        (state.runs_at_destination, state.has_run) = (true, true);
     }
 
     /// The source's host is gone, and with it a VM that ran there.

@@ -12,6 +12,7 @@ mod intermediary;
 mod memory;
 mod moving;
 mod net;
+mod parked;
 mod random;
 mod replaced;
 mod run;

@@ -44,6 +44,8 @@ struct MemoryState {
     /// Which page waited how long.
     longest: Duration,
     finished: bool,
+    /// The guest runs in it.
+    runs: bool,
 }
 
 impl Memory {
@@ -57,6 +59,7 @@ impl Memory {
             waits: None,
             longest: Duration::ZERO,
             finished: false,
+            runs: false,
         };
         let waker = || Waker::new().expect("an eventfd");
         Self { vm, node, replaces, state: Mutex::new(state), faulted: waker(), resolved: waker() }
@@ -76,7 +79,8 @@ impl Memory {
     /// The VM runs from now on: what was installed in rounds is what it has to be.
     pub fn runs(&self) {
         let contents = self.vm.contents();
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        state.runs = true;
         for (at, content) in contents.into_iter().enumerate().filter(|_| self.replaces) {
             let page = PageIndex(at as u32);
             let is_right = match state.places[at] {
@@ -88,6 +92,11 @@ impl Memory {
                 self.vm.breach(format!("each page is right: {page} is {what} when the VM runs"));
             }
         }
+    }
+
+    /// Whether the guest runs in it.
+    pub fn has_guest(&self) -> bool {
+        self.state.lock().runs
     }
 
     pub fn poisoned(&self) -> Vec<PageIndex> {
@@ -242,7 +251,7 @@ impl PageSink for Memory {
         let contents = self.vm.contents();
         let mut state = self.state.lock();
         state.finished = true;
-        if self.vm.runs_at_destination() {
+        if state.runs {
             let places = state.places.iter().zip(&contents).enumerate();
             for (page, _) in
                 places.filter(|(_, (place, content))| **place == Place::Missing && !content.is_zero())

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use crate::clock::Node;
 use crate::guest::Vm;
-use crate::scenario::{After, DESTINATION, Plan, Role, SOURCE, Scenario};
+use crate::scenario::{After, DESTINATION, Plan, Role, SOURCE, Scenario, door};
 use crate::{destination, source};
 
 /// What was told by either end, and when.
@@ -43,7 +43,8 @@ impl Move {
         let who = if scenario.vms.len() > 1 { format!("VM {nth}, ") } else { String::new() };
         let observe = |role, node| observer(role, who.clone(), node, &log);
         let destination = destination::start(to, (nth, plan), &vm, scenario, observe(DESTINATION, to));
-        let source = source::start(from, (nth, plan), &vm, scenario, observe(SOURCE, from));
+        let source =
+            source::start(from, (nth, plan), &vm, scenario, (door(nth).into(), observe(SOURCE, from)));
         Self { nth, plan: plan.clone(), vm, source, destination, log }
     }
 

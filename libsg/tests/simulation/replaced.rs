@@ -25,11 +25,16 @@ fn freeze(after: After, delay_ms: u64, role: Role, seconds: u64) -> Event {
 }
 
 /// A VM leaves through so many intermediaries, the last of which stand by.
-fn run(mode: Mode, (all, spares): (usize, usize), events: &[Event]) -> Outcome {
+fn run(mode: Mode, intermediaries: (usize, usize), events: &[Event]) -> Outcome {
+    run_in_copies(1, mode, intermediaries, events)
+}
+
+/// The same, with so many holders of each page.
+fn run_in_copies(replicas: u8, mode: Mode, (all, spares): (usize, usize), events: &[Event]) -> Outcome {
     let mut scenario = Scenario::plain(1200, vec![16 << 20; all], events.to_vec());
     scenario.vms[0].mode = mode;
     scenario.vms[0].rounds = RoundOptions { rounds_max: Some(2), ..RoundOptions::default() };
-    scenario.spares = spares;
+    (scenario.spares, scenario.replicas) = (spares, replicas);
     scenario.weather = Weather { port_rate: PORT_RATE, ..scenario.weather };
     (scenario.gather_limit, scenario.scatter_limit) = (500_000, 0);
     let outcome = Run::new(&scenario, None).run();
@@ -112,4 +117,12 @@ fn one_that_is_slow_to_come_holds_up_nobody() {
             run(Mode::ScatterGather, (3, 1), &[dies, freeze(After::Commit, delay, intermediary(2), 4)]);
         assert_eq!(outcome.lost_pages, 0, "{:#?}", outcome.lines);
     }
+}
+
+/// Where pages have copies nobody is asked for: those that are left take what it had.
+#[test]
+fn where_pages_have_copies_nobody_is_replaced() {
+    let events = [kill(After::Commit, 200, intermediary(0)), kill(After::Evicted, 0, SOURCE)];
+    let outcome = run_in_copies(2, Mode::ScatterGather, (4, 1), &events);
+    assert_eq!((outcome.lost_pages, replaced(&outcome)), (0, 0), "{:#?}", outcome.lines);
 }

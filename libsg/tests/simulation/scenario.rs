@@ -132,6 +132,8 @@ pub struct Scenario {
     pub events: Vec<Event>,
     /// Whether VMs share pages at the intermediaries, and have some in common.
     pub sharing: bool,
+    /// How many intermediaries hold each page.
+    pub replicas: u8,
 }
 
 /// Longer than anybody waits for a host.
@@ -181,6 +183,7 @@ impl Scenario {
             think: Duration::from_micros(random.pick(&[100, 1000, 5000])),
             events: Vec::new(),
             sharing: false,
+            replicas: 1,
         };
         let count = random.pick(&[0, 1, 1, 1, 2, 2, 3, 4, 6]);
         scenario.events = (0..count).map(|_| scenario.event(&mut random)).collect();
@@ -208,7 +211,10 @@ impl Scenario {
                 }
             }
         }
+        scenario.replicas = random.pick(&[1, 1, 1, 2, 2, 3]);
         if intermediaries > 0 && random.one_in(SPARES_IN) {
+            // Nobody is replaced where pages have copies.
+            scenario.replicas = 1;
             scenario.spares = random.pick(&[1, 1, 2]);
             scenario.intermediaries.extend((0..scenario.spares).map(|_| random.pick(&[2, 4, 8]) << 20));
             // Somebody dies in whose place another comes, and perhaps that one as well, or something befalls it.
@@ -227,6 +233,20 @@ impl Scenario {
             }
         }
         scenario
+    }
+
+    /// Whether pages lie at several intermediaries, and how many of these may die.
+    pub fn spare(&self) -> Option<usize> {
+        let holders = usize::from(self.replicas).min(self.intermediaries.len());
+        holders.checked_sub(1).filter(|spare| *spare > 0)
+    }
+
+    /// Whether some intermediary may be short of memory: where pages lie at several, they then lie nowhere.
+    pub fn is_short(&self) -> bool {
+        let fills = |event: &Event| matches!(event.what, What::Fill(_));
+        self.spare().is_some()
+            && (self.events.iter().any(fills)
+                || self.intermediaries.iter().any(|memory| *memory < self.room_for_all()))
     }
 
     /// A VM of so many pages that scatters, such intermediaries, and a fast network on which nothing happens but these
@@ -250,6 +270,7 @@ impl Scenario {
             think: Duration::from_millis(1),
             events,
             sharing: false,
+            replicas: 1,
         }
     }
 

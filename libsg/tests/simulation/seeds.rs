@@ -51,6 +51,16 @@ impl fmt::Display for Sum {
 
 /// Runs these seeds, until so many broke a contract.
 pub fn run_all(seeds: Range<u64>, bug: Option<Bug>, broken_max: usize) -> Sum {
+    run_each(seeds, bug.is_none(), broken_max, |seed| Run::new(&Scenario::of(seed), bug).run())
+}
+
+/// Runs what `run` makes of these seeds, until so many broke a contract, and says which where `says` wants that.
+pub fn run_each(
+    seeds: Range<u64>,
+    says: bool,
+    broken_max: usize,
+    run: impl Fn(u64) -> Outcome + Sync,
+) -> Sum {
     let begun = Instant::now();
     let (next, sum) = (AtomicU64::new(seeds.start), Mutex::new(Sum::default()));
     let work = || {
@@ -59,9 +69,9 @@ pub fn run_all(seeds: Range<u64>, bug: Option<Bug>, broken_max: usize) -> Sum {
             if seed >= seeds.end {
                 break;
             }
-            let outcome = Run::new(&Scenario::of(seed), bug).run();
+            let outcome = run(seed);
             if let Some(breach) = &outcome.breach
-                && bug.is_none()
+                && says
             {
                 eprintln!("seed {seed}: {breach}");
             }

@@ -8,7 +8,7 @@ use libsg::dirty::DirtyLog;
 use libsg::event::Observer;
 use libsg::manifest::Manifest;
 use libsg::memory::{PageSlice, PresenceMap};
-use libsg::migrate::source::{self, Outgoing, SourceOptions};
+use libsg::migrate::source::{self, Outgoing, SourceOptions, To};
 use libsg::migrate::{OutgoingVm, Replacements, Vacancy};
 use libsg::page::{PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 
 use crate::clock::Node;
 use crate::guest::{Vm, run_at_source};
-use crate::scenario::{Plan, Scenario, address, door, secret};
+use crate::scenario::{Plan, Scenario, address, secret};
 
 /// The VM as its VMM at the source sees it.
 struct Leaving {
@@ -127,16 +127,17 @@ pub fn start(
     (nth, plan): (usize, &Plan),
     vm: &Arc<Vm>,
     scenario: &Scenario,
-    observer: Observer,
+    (to, observer): (To, Observer),
 ) -> Handle {
     let handle = Handle::default();
     let (given, node_of_vm, vm_there) = (Arc::clone(&handle), Arc::clone(node), Arc::clone(vm));
     let sharing = scenario.shares();
     let options = SourceOptions {
-        to: door(nth),
+        to,
         intermediaries: scenario.members().map(address).collect(),
         replacements: (scenario.spares > 0)
             .then(|| Arc::new(StandBy(scenario.lenders().map(address).collect())) as Arc<dyn Replacements>),
+        replicas: scenario.replicas,
         mode: plan.mode,
         rounds: plan.rounds,
         secret: secret(),

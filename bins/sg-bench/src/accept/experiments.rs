@@ -47,6 +47,10 @@ pub enum Family {
     Held,
     /// Beside a co-tenant at the destination and at an intermediary.
     Cotenant,
+    /// Loopback, VMs of several sizes that go through intermediaries, their pages known there by what is in them.
+    Staged,
+    /// Four intermediaries, with two copies of each page and with one.
+    Replicas,
 }
 
 /// A destination's slow link, and the gather limit.
@@ -66,6 +70,9 @@ pub const FAULT_FIFO: [&str; 4] = ["bbr source", "cubic source", "bbr destinatio
 /// Mebibytes.
 pub const BOOKKEEPING: [(&str, u64); 4] =
     [("512M VM", 512), ("1G VM", 1024), ("2G VM", 2048), ("4G VM", 4096)];
+
+/// Mebibytes.
+pub const STAGED: [(&str, u64); 3] = [("512M staged", 512), ("1G staged", 1024), ("2G staged", 2048)];
 
 /// Of the VM that QEMU 10 was seen to pre-copy: 345 MB, in pages of 2 MiB.
 const QEMU_MEMORY: Size = Size(330 << 20);
@@ -135,6 +142,25 @@ pub fn of(family: Family) -> Vec<Experiment> {
                 a.vm.workload = "idle".to_owned();
                 (a.gather_limit, a.lift_at_evicted) = (HELD, true);
             })]
+        }
+        Family::Staged => {
+            let sized = |(name, mebibytes)| {
+                plain(name, |a| {
+                    (a.lab.shape, a.dedup, a.ready_memory) = (false, true, false);
+                    (a.vm.memory, a.vm.workload) = (Size(mebibytes << 20), "idle".to_owned());
+                    (a.gather_limit, a.lift_at_evicted) = (HELD, true);
+                })
+            };
+            STAGED.into_iter().map(sized).collect()
+        }
+        Family::Replicas => {
+            let copies = |name, replicas| {
+                plain(name, |a| {
+                    (a.lab.intermediaries, a.replicas) = (4, replicas);
+                    (a.gather_limit, a.lift_at_evicted) = (SLOW, true);
+                })
+            };
+            vec![copies("two copies", 2), copies("one copy", 1)]
         }
         Family::Cotenant => {
             vec![plain("cotenant", |a| (a.gather_limit, a.cotenant) = (SLOW, Some(Vec::new())))]

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use libsg::page::PAGE_BYTES_U64;
 use libsg::report::Report;
 
-use super::experiments::BOOKKEEPING;
+use super::experiments::{BOOKKEEPING, STAGED};
 use super::runs::{Results, Run};
 use crate::stats;
 
@@ -148,6 +148,25 @@ pub fn rss_slope(results: &Results, rss: fn(&Report) -> Option<u64>) -> Result<V
         let values: Vec<f64> = results.each(experiment, beyond)?.into_iter().flatten().collect();
         let median = stats::median(&values).context("no runs")?;
         points.push(((bytes / PAGE_BYTES_U64) as f64, median));
+    }
+    Ok(vec![least_squares(&points)])
+}
+
+/// Bytes a page that intermediaries hold: what their largest resident sets beyond the pages grow by, least squares over
+/// the medians of each size.
+pub fn server_rss_slope(results: &Results) -> Result<Vec<f64>> {
+    let mut points = Vec::new();
+    for (experiment, _) in STAGED {
+        let axis = |of: fn(u64, u64) -> f64| -> Result<f64> {
+            let sum = |run: &Run| {
+                let each = run.report.intermediaries.iter();
+                each.map(|node| Some(of(node.bytes_in?, node.peak_rss_bytes?))).sum::<Option<f64>>()
+            };
+            let values: Vec<f64> = results.each(experiment, sum)?.into_iter().flatten().collect();
+            stats::median(&values).context("no runs")
+        };
+        let pages = axis(|bytes_in, _| (bytes_in / PAGE_BYTES_U64) as f64)?;
+        points.push((pages, axis(|bytes_in, rss| rss as f64 - bytes_in as f64)?));
     }
     Ok(vec![least_squares(&points)])
 }

@@ -1,19 +1,21 @@
 //! The rows: which experiments they need, what is computed from them, what is wanted.
 
+use std::cell::OnceCell;
 use std::fmt;
+use std::rc::Rc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use libsg::discovery::select::CHOICES;
 
-use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family};
+use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGED};
 use super::figures::{
     destination_cotenant, destination_used, eviction, eviction_over_bound, eviction_spread,
     fault_p50_over_idle, fault_p99_us, faults, intermediary_cotenant, intermediary_cpu_over_stream,
-    link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, source_cpu_over_stream, total,
-    total_over_qemu,
+    link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, server_rss_slope,
+    source_cpu_over_stream, total, total_over_qemu,
 };
 use super::runs::{Results, Run};
-use crate::select;
+use crate::{disk, select};
 
 /// One row of the table.
 pub struct Row {
@@ -82,7 +84,8 @@ pub fn all() -> Vec<Row> {
     rows.extend(guest_rows());
     rows.extend(cost_rows());
     rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
-    rows.push(Row { issue: 4, ..select_row() });
+    let whole = [replicas_row(), server_memory_row(), select_row(), nbd_row()];
+    rows.extend(whole.map(|row| Row { issue: 4, ..row }));
     rows
 }
 
@@ -247,6 +250,31 @@ fn shared_rows() -> Vec<Row> {
     ]
 }
 
+/// What intermediaries keep beside the pages.
+fn server_memory_row() -> Row {
+    row(
+        "server-memory",
+        "bytes a page at intermediaries: slope of peak RSS beyond the pages, with deduplication, 512 MiB to 2 GiB",
+        &[Family::Staged],
+        vec![Part {
+            name: String::new(),
+            experiments: STAGED.map(|(name, _)| name).into(),
+            want: AtMost(64.0),
+            values: Box::new(server_rss_slope),
+        }],
+    )
+}
+
+/// What copies cost.
+fn replicas_row() -> Row {
+    row(
+        "replicas",
+        "eviction with 2 copies of each page / with 1, 4 intermediaries, gather limited to 256 Mb/s",
+        &[Family::Replicas],
+        vec![ratio("", ("two copies", "one copy"), AtMost(1.05), eviction)],
+    )
+}
+
 /// Choosing intermediaries: no hosts are built for it.
 fn select_row() -> Row {
     let part = |name: &str, want, of: fn(&select::Outcome) -> f64| Part {
@@ -264,6 +292,33 @@ fn select_row() -> Row {
         vec![
             part("ms", AtMost(1.0), |outcome| outcome.decision_us.mean / 1e3),
             part("max/mean", AtMost(1.2), |outcome| outcome.load.max_over_mean),
+        ],
+    )
+}
+
+/// Rounds of a comparison, or why there are none.
+type Compared = std::result::Result<Vec<disk::Round>, String>;
+
+/// A volume as a block device: no hosts are built for it either.
+fn nbd_row() -> Row {
+    // Both parts are of the same rounds.
+    let rounds: Rc<OnceCell<Compared>> = Rc::default();
+    let part = |name: &str, of: fn(&disk::Round) -> f64| {
+        let rounds = Rc::clone(&rounds);
+        let compared = || disk::compare(1 << 30, 3).map_err(|error| format!("{error:#}"));
+        let values = move |_: &Results| match rounds.get_or_init(compared) {
+            Ok(rounds) => Ok(rounds.iter().map(of).collect()),
+            Err(error) => bail!("{error}"),
+        };
+        Part { name: name.to_owned(), experiments: Vec::new(), want: AtLeast(0.8), values: Box::new(values) }
+    };
+    row(
+        "nbd",
+        "1 GiB by nbdcopy through sg nbd / through nbdkit nbd in front of nbdkit memory, fresh memory: throughput",
+        &[],
+        vec![
+            part("in", |round| round.theirs.in_s / round.ours.in_s),
+            part("out", |round| round.theirs.out_s / round.ours.out_s),
         ],
     )
 }
@@ -321,7 +376,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 19, "{names:?}");
+        assert_eq!(names.len(), 22, "{names:?}");
     }
 
     #[test]

@@ -132,6 +132,28 @@ impl World {
         self.vmm(name, &words, address)
     }
 
+    /// A process that claims a parked VM, asking the intermediaries.
+    pub fn claim(&self, name: &str, parked: &str, arguments: &str) -> Vmm {
+        let asked = self.asked();
+        let words = ["--claim", parked].into_iter().chain(asked.iter().map(String::as_str));
+        let words: Vec<&str> = words.chain(arguments.split_whitespace()).collect();
+        self.vmm(name, &words, (Ipv4Addr::LOCALHOST, 0).into())
+    }
+
+    /// What a process says that claims a parked VM in vain.
+    pub fn claims_in_vain(&self, name: &str, parked: &str, arguments: &str) -> String {
+        let mut command = program("sg-vmm");
+        command.args(["run", "--claim", parked]).args(self.asked()).args(arguments.split_whitespace());
+        let process = Process::spawn(name, &mut command, self.directory.path());
+        assert_eq!(process.exit_code(), Some(1), "{}", process.log());
+        process.log()
+    }
+
+    fn asked(&self) -> Vec<String> {
+        let ask = |address: SocketAddr| ["--intermediary".to_owned(), address.to_string()];
+        self.members().into_iter().flat_map(ask).collect()
+    }
+
     fn vmm(&self, name: &str, arguments: &[&str], address: SocketAddr) -> Vmm {
         let socket = self.directory.path().join(format!("{name}.control"));
         let mut command = program("sg-vmm");
@@ -293,6 +315,13 @@ impl Vmm {
     /// Starts to leave.
     pub fn leave(&self, to: SocketAddr, members: &[SocketAddr]) {
         self.leave_by("scatter-gather", to, members);
+    }
+
+    /// Starts to leave for nobody yet.
+    pub fn park(&self, name: &str, mode: &str, members: &[SocketAddr]) {
+        let members: Vec<String> = members.iter().map(ToString::to_string).collect();
+        let answer = self.ask(&json!({"do": "start", "mode": mode, "park": name, "intermediaries": members}));
+        assert_eq!(answer["ok"], true, "{answer}");
     }
 
     /// Starts to leave in this mode.

@@ -9,6 +9,7 @@
 //! ```
 
 mod checks;
+mod claimed;
 
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,6 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::claim::{ClaimOptions, Claimant};
+use super::line::Line;
 use super::listener::Listener;
 use super::loading::{Loading, panicked};
 use super::{ArrivalPhase, Desk, DestinationOptions};
@@ -25,9 +28,9 @@ use crate::host::{self, thread::JoinHandle};
 use crate::ids::{Checksum, Epoch, VolumeId};
 use crate::manifest::Manifest;
 use crate::migrate::{Event, IncomingVm};
-use crate::transport::{Channel, Inbox, Outbox, StateAssembler, wait};
+use crate::transport::{StateAssembler, Waker, wait};
 use crate::wire::handshake::Purpose;
-use crate::wire::message::{self, Member, Rounds, Talk};
+use crate::wire::message::{Member, Rounds, Talk};
 use crate::wire::run::decode_runs;
 use crate::wire::{IndexEntry, Kind};
 
@@ -46,43 +49,6 @@ const OPENING_MAX: Duration = Duration::from_secs(5);
 /// Control connections that have not said yet what they are about.
 const OPENINGS_MAX: usize = 4;
 
-/// The control connection.
-pub(super) struct Line {
-    channel: Channel,
-    inbox: Inbox,
-    outbox: Outbox,
-    since: Instant,
-    heard_at: Instant,
-    pinged_at: Instant,
-}
-
-impl Line {
-    fn new(channel: Channel) -> Self {
-        let now = host::now();
-        let (inbox, outbox) = (Inbox::new(), Outbox::new());
-        Self { channel, inbox, outbox, since: now, heard_at: now, pinged_at: now }
-    }
-
-    /// Reads on without looking, and writes on.
-    pub(super) fn discard(&mut self) -> Result<()> {
-        self.outbox.flush(&self.channel, usize::MAX)?;
-        while self.inbox.poll(&self.channel)?.is_some() {}
-        Ok(())
-    }
-
-    pub(super) fn say(&mut self, talk: &Talk) {
-        let header = self.channel.header(Kind::Talk);
-        let said = message::encode(talk).map_err(Error::from).and_then(|body| {
-            self.outbox.push_frame(header, &body, [])?;
-            self.outbox.flush(&self.channel, usize::MAX)
-        });
-        if let Err(error) = said {
-            // A connection that broke is noticed by reading it.
-            tracing::info!(error = error.chain(), "the source could not be told");
-        }
-    }
-}
-
 /// What was offered.
 pub(super) struct Offer {
     pub volume: VolumeId,
@@ -98,7 +64,10 @@ pub(super) struct Offer {
 
 pub(super) struct Conductor {
     pub options: DestinationOptions,
-    pub listener: Listener,
+    /// `None` where no source comes: the volume is claimed.
+    listener: Option<Listener>,
+    pub waker: Waker,
+    pub claim: Option<Claimant>,
     /// The VM; `None` while it loads its state.
     pub vm: Option<Box<dyn IncomingVm>>,
     loading: Option<Loading>,
@@ -119,17 +88,31 @@ pub(super) struct Conductor {
     pub told_percent: u8,
 }
 
+/// How a VM comes.
+pub(super) enum Way {
+    /// A source offers it.
+    Offered(Listener),
+    /// It is parked.
+    Claimed(ClaimOptions),
+}
+
 /// Starts the conductor.
 pub(super) fn start(
     options: DestinationOptions,
-    listener: Listener,
+    way: Way,
     vm: Box<dyn IncomingVm>,
     desk: Arc<Desk>,
 ) -> Result<JoinHandle<()>> {
     let now = host::now();
+    let (listener, wanted) = match way {
+        Way::Offered(listener) => (Some(listener), None),
+        Way::Claimed(wanted) => (None, Some(wanted)),
+    };
     let mut conductor = Conductor {
         options,
         listener,
+        waker: desk.waker.clone(),
+        claim: None,
         vm: Some(vm),
         loading: None,
         desk,
@@ -148,7 +131,11 @@ pub(super) fn start(
         told_percent: 0,
     };
     let run = move || {
-        let ended = catch_unwind(AssertUnwindSafe(|| conductor.conduct()))
+        let conduct = || {
+            wanted.map_or(Ok(()), |wanted| conductor.claim(&wanted))?;
+            conductor.conduct()
+        };
+        let ended = catch_unwind(AssertUnwindSafe(conduct))
             .unwrap_or_else(|panic| Err(panicked("sg-gather-lead", &*panic)));
         if let Err(error) = ended {
             conductor.end_badly(&error);
@@ -163,7 +150,7 @@ pub(super) fn start(
 impl Conductor {
     fn conduct(&mut self) -> Result<()> {
         loop {
-            self.listener.waker().drain();
+            self.waker.drain();
             self.arrivals();
             self.hear_openings()?;
             self.hear_control()?;
@@ -176,7 +163,7 @@ impl Conductor {
     }
 
     pub(super) fn rest(&self) -> Result<()> {
-        let mut on = vec![(Some(self.listener.waker().as_fd()), false)];
+        let mut on = vec![(Some(self.waker.as_fd()), false)];
         for line in self.openings.iter().chain(&self.control) {
             on.push((Some(line.channel.as_fd()), line.outbox.queued_bytes() > 0));
         }
@@ -195,7 +182,7 @@ impl Conductor {
 
     /// Takes connections that are through the handshake.
     pub(super) fn arrivals(&mut self) {
-        while let Some(channel) = self.listener.arrival() {
+        while let Some(channel) = self.listener.as_ref().and_then(Listener::arrival) {
             let greeting = *channel.greeting();
             if greeting.purpose == Purpose::MigrationControl {
                 if self.openings.len() < OPENINGS_MAX {
@@ -266,10 +253,17 @@ impl Conductor {
 
     fn offered(&mut self, line: Line, offer: Offer, manifest: &Manifest) -> Result<()> {
         tracing::info!(volume = %offer.volume, vm = manifest.vm, pages = manifest.pages(), "a VM is offered");
+        self.control = Some(line);
+        self.build(offer, manifest)?;
+        self.say(&Talk::Accepted);
+        Ok(())
+    }
+
+    /// Builds the VM. From now on its faults are answered.
+    fn build(&mut self, offer: Offer, manifest: &Manifest) -> Result<()> {
         let (volume, epoch, members, rounds) =
             (offer.volume, offer.epoch, offer.members.clone(), offer.rounds);
         self.offer = Some(offer);
-        self.control = Some(line);
         let sink = self.vm()?.prepare(manifest)?;
         if rounds == Rounds::Installed && !sink.can_replace() {
             let message = "this VM's memory takes each page once: use hybrid, scatter-gather or post-copy";
@@ -287,7 +281,7 @@ impl Conductor {
             member_grace: self.options.member_grace,
             observer: Arc::clone(&self.options.observer),
             rounds,
-            conductor: self.listener.waker().clone(),
+            conductor: self.waker.clone(),
         })?;
         let shared = Arc::clone(gather.shared());
         // A limit that was set between the two lines above is not lost.
@@ -295,7 +289,6 @@ impl Conductor {
         shared.pacer.set_limit(self.desk.limit.load(Ordering::Acquire), host::now());
         self.gather = Some(gather);
         self.set_phase(ArrivalPhase::Accepted);
-        self.say(&Talk::Accepted);
         Ok(())
     }
 

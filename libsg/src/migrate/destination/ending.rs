@@ -70,7 +70,7 @@ impl Conductor {
                 return Ok(());
             }
             self.rest()?;
-            self.listener.waker().drain();
+            self.waker.drain();
             self.arrivals();
             self.hear_openings()?;
             self.hear_control()?;
@@ -82,7 +82,7 @@ impl Conductor {
         shared.dissolve();
         let deadline = host::now() + DISSOLVE_MAX;
         loop {
-            self.listener.waker().drain();
+            self.waker.drain();
             let members = shared.members();
             let answers: Vec<_> = members.iter().map(|desk| *desk.state.lock()).collect();
             let ended = answers.iter().all(|state| state.dissolved.is_some());

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::ids::{Epoch, VolumeId};
-use crate::vmd::link::ask;
-use crate::vmd::{Class, Connector, Reply, Request};
+use crate::vmd::{Connector, visit};
 use crate::wire::message::{Member, VmdReply, VmdRequest};
 
 /// How long one intermediary may take.
@@ -29,12 +28,8 @@ pub(super) fn is_committed(
 }
 
 fn describe(connector: &dyn Connector, member: &Member, volume: VolumeId, epoch: Epoch) -> Result<bool> {
-    let mut link = connector.connect(member.address, volume, epoch, Class::Bulk, ANSWER_MAX)?;
-    if link.member().node != member.node {
-        return Err(Error::new(ErrorKind::Unreachable, "somebody else is there now").at(&member.node));
-    }
-    ask(&mut *link, Request::Control(&VmdRequest::Describe), ANSWER_MAX, |reply| match reply {
-        Reply::Control(VmdReply::Volume(info)) => Ok(info.committed && info.volume == volume),
-        _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+    visit(connector, member, (volume, epoch), &VmdRequest::Describe, ANSWER_MAX, |reply| match reply {
+        VmdReply::Volume(info) => Some(info.committed && info.volume == volume),
+        _ => None,
     })
 }

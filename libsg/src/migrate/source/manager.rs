@@ -3,16 +3,16 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::{Control, Phase, SourceOptions};
+use super::{Control, Phase, SourceOptions, To};
 use crate::error::Result;
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::manifest::Manifest;
-use crate::migrate::handover::Handover;
+use crate::migrate::handover::{Handover, Lead};
 use crate::migrate::live::Rounds;
 use crate::migrate::members::{self, Members, Seat};
 use crate::migrate::recruit::Recruiter;
@@ -46,8 +46,6 @@ impl Manager {
             }
         };
         self.control.check_cancelled()?;
-        let destination =
-            Destination { address: self.options.to, secret: self.options.secret.clone(), volume, epoch };
         let planner = Planner::new(&self.manifest, !members.is_empty());
         let has_rounds = self.options.rounds.most(self.options.mode) > 0;
         let scatter = Arc::new(Scatter::new(
@@ -55,10 +53,11 @@ impl Manager {
             self.source.clone(),
             members::list(&members),
             if has_rounds { planner.with_rounds() } else { planner },
-            self.options.scatter_limit_bytes_per_s,
+            (self.options.replicas.into(), self.options.scatter_limit_bytes_per_s),
             self.options.observer.clone(),
         )?);
-        if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| !members.is_empty()) {
+        let offers = !members.is_empty() && self.options.replicas == 1;
+        if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| offers) {
             let desk = OfferDesk::new(self.options.connector.hasher(sharing), &scatter.members.list())?;
             let _ = scatter.offers.set(desk);
         }
@@ -68,14 +67,17 @@ impl Manager {
             scatter.pacer.set_limit(limit, host::now());
             state.scatter = Some(scatter.clone());
         }
-        let recruiter = Mutex::new(Recruiter::new(&self.options, &self.manifest, &destination));
+        let recruiter = Mutex::new(Recruiter::new(&self.options, &self.manifest, (volume, epoch)));
+        let address = match &self.options.to {
+            To::Destination(address) => *address,
+            To::Parked(_) => return self.park(&scatter, &recruiter, members),
+        };
+        let destination = Destination { address, secret: self.options.secret.clone(), volume, epoch };
+        let (control, options) = (&*self.control, &self.options);
         let handover = Handover {
-            control: &self.control,
-            options: &self.options,
+            lead: Lead { control, options, scatter: &scatter, recruiter: &recruiter },
             manifest: &self.manifest,
             destination: &destination,
-            scatter: &scatter,
-            recruiter: &recruiter,
             started: self.control.started,
         };
         // Before COMMIT nothing may leave the VM paused, not even a source of pages that panics.
@@ -108,7 +110,7 @@ impl Manager {
     }
 
     /// The point of no return: after it, a cancel is refused.
-    fn decide(&self, scatter: &Scatter) -> Result<()> {
+    pub(super) fn decide(&self, scatter: &Scatter) -> Result<()> {
         let mut state = self.control.state.lock();
         self.control.check_cancelled()?;
         if scatter.is_poisoned() {
@@ -120,6 +122,7 @@ impl Manager {
 
     fn scatter(&self, scatter: &Arc<Scatter>, destination: &Destination, left: Left<'_>) -> Result<()> {
         // What was sent before COMMIT may have been all.
+        scatter.copies.close_all();
         scatter.set_stage(Stage::Last);
         scatter.check_progress();
         let recruiter = left.recruiter;
@@ -134,7 +137,8 @@ impl Manager {
             if scatter.offers.get().is_some() {
                 let name = "sg-scatter-offers";
                 let thread = host::thread::Builder::new().name(name.into());
-                threads.push((name.into(), thread.spawn_scoped(scope, move || offer(scatter))?));
+                let over = || scatter.stopping() || scatter.done_at().is_some();
+                threads.push((name.into(), thread.spawn_scoped(scope, move || offers::keep(scatter, over))?));
             }
             let (control, session) = (&*self.control, left.session);
             let name = "sg-scatter-control";
@@ -157,8 +161,8 @@ impl Manager {
                     }
                 }
             }
-            if scatter.done_at().is_some() {
-                self.evicted(scatter, (left.rounds, left.downtime));
+            if let Some(at) = scatter.done_at() {
+                self.evicted(scatter, at, (left.rounds, left.downtime));
                 recruiter.lock().end();
                 self.linger(scatter, &keeper);
             }
@@ -177,10 +181,15 @@ impl Manager {
         scatter.take_supply(&mut Vec::new())
     }
 
-    /// Nothing is left here: tells it, first of all.
-    fn evicted(&self, scatter: &Scatter, (rounds, downtime): (Option<&Rounds>, Option<Duration>)) {
-        let eviction_s = scatter.done_at().map(|at| at.duration_since(self.control.started).as_secs_f64());
-        let mut report = report(scatter, self.options.mode, eviction_s, downtime);
+    /// Nothing is left here since then: tells it, first of all.
+    pub(super) fn evicted(
+        &self,
+        scatter: &Scatter,
+        at: Instant,
+        (rounds, downtime): (Option<&Rounds>, Option<Duration>),
+    ) {
+        let eviction_s = at.duration_since(self.control.started).as_secs_f64();
+        let mut report = report(scatter, self.options.mode, Some(eviction_s), downtime);
         report.rounds = rounds.map(|rounds| rounds.told.clone()).unwrap_or_default();
         report.rounds_ended = rounds.and_then(|rounds| rounds.ended);
         let used = Cpu::now().since(self.control.used);
@@ -227,14 +236,6 @@ fn start_sink<'scope>(
     let name = format!("sg-scatter-{member}");
     let thread = host::thread::Builder::new().name(name.clone());
     Ok((name, thread.spawn_scoped(scope, move || sink(scatter, member, seat))?))
-}
-
-/// The thread that offers pages. When the source of pages fails, that is noted there.
-fn offer(scatter: &Arc<Scatter>) {
-    let _poisons = PoisonsOnPanic(scatter.clone());
-    if let Err(error) = offers::run(scatter, || scatter.stopping() || scatter.done_at().is_some()) {
-        tracing::warn!(error = error.chain(), "pages are offered no more");
-    }
 }
 
 /// The thread of a member: no page goes there before state and COMMIT are there.
@@ -289,7 +290,7 @@ fn report(
     report.pages.resent = Some(tally.resent);
     report.bytes.direct = Some(direct);
     report.bytes.staged = Some(staged);
-    report.bytes.replicated = Some(0);
+    report.bytes.replicated = Some(counters.replicated.load(Ordering::Relaxed));
     report.bytes.dedup_saved = Some(tally.referenced * PAGE_BYTES_U64);
     report.bytes.overhead = Some(wire.saturating_sub(direct + staged));
     report.bytes.wire_total = Some(wire);

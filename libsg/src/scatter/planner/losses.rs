@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::{BatchId, Cargo, InFlight, Planner, Sink, Work};
-use crate::ids::MemberIndex;
+use crate::ids::{Checksum, MemberIndex, MemberSet, Placement};
 use crate::page::PageIndex;
 use crate::scatter::batch::Batch;
-use crate::scatter::table::{PageState, Way};
+use crate::scatter::table::{Loser, PageState, Place, Way};
 use crate::wire::IndexEntry;
 
 /// Other sinks that a late batch is given to, beyond the first.
@@ -55,6 +55,19 @@ impl Planner {
         batch
     }
 
+    /// An intermediary stored pages of a batch, and not all that were to hold copies did: it goes elsewhere, and what
+    /// there is of it is of use to nobody.
+    pub fn not_stored(
+        &mut self,
+        (id, copies): (BatchId, MemberSet),
+        pages: impl IntoIterator<Item = (PageIndex, Checksum, Option<Placement>)>,
+        losers: &mut Vec<Loser>,
+    ) {
+        let stored = pages.into_iter().filter_map(|(page, _, first)| Some((page, first?)));
+        losers.extend(stored.map(|(page, first)| Loser { page, place: Place { first, copies } }));
+        self.failed(id);
+    }
+
     /// A batch will not be acknowledged: no room, or its connection was lost.
     pub fn failed(&mut self, id: BatchId) {
         if let Some(flight) = self.land(id) {
@@ -70,22 +83,30 @@ impl Planner {
         }
     }
 
-    /// An intermediary died. Pages that lay there are sent again; entries of other pages, which its
-    /// index held, are to be put elsewhere: they are handed to `reindex`, run by run.
+    /// An intermediary died. Pages that lay there are sent again, and those of which it had a copy where others can
+    /// have one: those are `alive`, and `holders` are wanted for each page. Entries of other pages, which its index
+    /// held, are to be put elsewhere: they are handed to `reindex`, run by run.
     pub fn member_lost(
         &mut self,
         member: MemberIndex,
+        (alive, holders): (MemberSet, usize),
         was_owner: impl Fn(PageIndex) -> bool,
         mut reindex: impl FnMut(IndexEntry),
     ) {
         self.sink_lost(Sink::Member(member));
         for page in (0..self.table.pages()).map(PageIndex) {
             let state = self.table.state(page);
-            let lay_there = self.table.lies_at(page, member);
-            if lay_there {
+            let place = self.table.placed(page).map(|(place, _)| place);
+            let was_first = place.is_some_and(|place| place.first.member == member);
+            // Copies of it are given back when it lies elsewhere.
+            if was_first && place.is_some_and(|place| place.copies.and(alive).is_empty()) {
                 self.table.displace(page);
             }
-            if lay_there && matches!(state, PageState::Stored | PageState::Staged) {
+            let lacks_one = |place: Place| {
+                place.copies.contains(member) && place.holders().and(alive).len() < holders.min(alive.len())
+            };
+            let goes_again = was_first || place.is_some_and(lacks_one);
+            if goes_again && matches!(state, PageState::Stored | PageState::Staged) {
                 self.resent += 1;
                 self.unsend(page);
             } else if was_owner(page) {

@@ -8,13 +8,13 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::{Planner, Sink, Work};
-use crate::ids::{Checksum, Placement, Round};
+use crate::ids::{Checksum, MemberSet, Placement, Round};
 use crate::page::{InstallUnit, PageIndex};
 use crate::scatter::batch::Batch;
 use crate::scatter::planner::Cargo;
 use crate::scatter::spans::group;
-use crate::scatter::table::{PageState, Way};
-use crate::wire::{GetEntry, IndexEntry};
+use crate::scatter::table::{Loser, PageState, Place, Way};
+use crate::wire::IndexEntry;
 
 /// Pages that wait for a sink, at most: longer ahead, and who was told to wait for them waits in vain.
 const READY_MAX: u32 = 2048;
@@ -100,17 +100,18 @@ impl Planner {
         (page, round, seal): (PageIndex, Round, Checksum),
         placement: Placement,
         entries: &mut Vec<IndexEntry>,
-        losers: &mut Vec<GetEntry>,
+        losers: &mut Vec<Loser>,
     ) {
         self.answered();
+        let place = Place { first: placement, copies: MemberSet::NONE };
         if self.table.state(page) != PageState::Offered || round != self.round {
-            losers.push(GetEntry { page, placement });
+            losers.push(Loser { page, place });
             return;
         }
         self.table.set(page, PageState::Stored);
         self.table.set_way(page, Way::Referenced);
-        let before = self.table.place(page, placement, seal);
-        losers.extend(before.map(|placement| GetEntry { page, placement }));
+        let before = self.table.place(page, place, seal);
+        losers.extend(before.map(|place| Loser { page, place }));
         entries.push(IndexEntry::at(page, round, placement, seal));
     }
 

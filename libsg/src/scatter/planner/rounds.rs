@@ -13,8 +13,7 @@ use super::{Planner, unit_of};
 use crate::host;
 use crate::ids::Round;
 use crate::page::{PageIndex, PageRange};
-use crate::scatter::table::{PageState, Way};
-use crate::wire::GetEntry;
+use crate::scatter::table::{Loser, PageState, Way};
 
 impl Planner {
     /// There will be rounds: keeps the one of each page, 2 bytes a page.
@@ -29,7 +28,7 @@ impl Planner {
     /// that it has no room for is kept until the page has another.
     ///
     /// Pages of a batch that was refused as torn are sent again too ([`Self::installed_live`]).
-    pub fn begin_round(&mut self, dirty: &[PageRange], give_up: &mut dyn FnMut(GetEntry) -> bool) {
+    pub fn begin_round(&mut self, dirty: &[PageRange], give_up: &mut dyn FnMut(Loser) -> bool) {
         while let Some(flight) = self.in_flight.pop() {
             self.take_back(&flight);
         }
@@ -53,7 +52,7 @@ impl Planner {
         }
     }
 
-    fn unit_written(&mut self, page: PageIndex, give_up: &mut dyn FnMut(GetEntry) -> bool) {
+    fn unit_written(&mut self, page: PageIndex, give_up: &mut dyn FnMut(Loser) -> bool) {
         let Some(span) = self.span(page) else { return };
         let unit = unit_of(span, page);
         // Of a unit that several dirty pages lie in, the first finds all of it in an older round.
@@ -62,7 +61,7 @@ impl Planner {
         }
     }
 
-    fn written(&mut self, page: PageIndex, give_up: &mut dyn FnMut(GetEntry) -> bool) {
+    fn written(&mut self, page: PageIndex, give_up: &mut dyn FnMut(Loser) -> bool) {
         let told_absent = matches!(
             self.table.state(page),
             PageState::Absent | PageState::ZeroTold | PageState::Zero | PageState::Installed
@@ -70,8 +69,8 @@ impl Planner {
         if told_absent && self.table.way(page) == Way::None {
             self.absent_pages = self.absent_pages.saturating_sub(1);
         }
-        if let Some((placement, _)) = self.table.placement(page)
-            && give_up(GetEntry { page, placement })
+        if let Some((place, _)) = self.table.placed(page)
+            && give_up(Loser { page, place })
         {
             self.table.displace(page);
         }

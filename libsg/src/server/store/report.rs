@@ -34,14 +34,15 @@ impl Store {
     pub(in crate::server) fn describe(&self, volume: VolumeId) -> Result<VolumeInfo, Status> {
         let volumes = self.volumes.lock();
         if let Some(gone) = volumes.dissolved(volume) {
-            return Ok(info(volume, gone, 0, 0));
+            return Ok(info(volume, gone, (0, 0), 0));
         }
         let books = Arc::clone(&volumes.get(volume)?.payload);
         drop(volumes);
         let indexed_pages = books.index.lock().pages();
+        let copied_pages = books.copies.lock().copied();
         let volumes = self.volumes.lock();
         let stored_pages = self.slots.lock().stored_pages_of(volume);
-        Ok(info(volume, volumes.get(volume)?, stored_pages, indexed_pages))
+        Ok(info(volume, volumes.get(volume)?, (stored_pages, copied_pages), indexed_pages))
     }
 
     /// What would be lost if this server went now.
@@ -57,16 +58,19 @@ impl Store {
                     state: volume.state,
                     committed: volume.committed,
                     stored_pages,
+                    copied_pages: 0,
                     age_s: host::elapsed(volume.created).as_secs(),
+                    parked_as: volume.parking.as_ref().map(|parking| parking.name.clone()),
+                    owner: volume.claim.as_ref().map(|claim| claim.by.clone()),
                 };
                 (summary, volume.blob.is_some(), Arc::clone(&volume.payload))
             })
             .collect();
         drop(volumes);
-        let holding = |(summary, has_state, books): (_, _, Arc<Books>)| Holding {
-            summary,
-            has_state,
+        let holding = |(summary, has_state, books): (VolumeSummary, _, Arc<Books>)| Holding {
             indexed_pages: books.index.lock().pages(),
+            summary: VolumeSummary { copied_pages: books.copies.lock().copied(), ..summary },
+            has_state,
         };
         found.into_iter().map(holding).collect()
     }
@@ -88,7 +92,12 @@ impl Store {
     }
 }
 
-fn info<P>(id: VolumeId, volume: &Volume<P>, stored_pages: u64, indexed_pages: u64) -> VolumeInfo {
+fn info<P>(
+    id: VolumeId,
+    volume: &Volume<P>,
+    (stored_pages, copied_pages): (u64, u64),
+    indexed_pages: u64,
+) -> VolumeInfo {
     VolumeInfo {
         volume: id,
         manifest: volume.manifest.clone(),
@@ -98,7 +107,10 @@ fn info<P>(id: VolumeId, volume: &Volume<P>, stored_pages: u64, indexed_pages: u
         committed: volume.committed,
         has_state: volume.blob.is_some(),
         stored_pages,
+        copied_pages,
         indexed_pages,
         age_s: host::elapsed(volume.created).as_secs(),
+        parking: volume.parking.clone(),
+        owner: volume.claim.as_ref().map(|claim| claim.by.clone()),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 
 use super::peers::{Peers, control};
 use super::{meet, mismatch};
@@ -17,15 +17,15 @@ use crate::vmd::device::{Fetched, PagePut, PageReference, Shared, Volume};
 use crate::vmd::link::{Class, Link, Reply, Request};
 use crate::vmd::placement::{index_owners, index_range, owner_runs};
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo};
-use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, ReferEntry, Referral};
+use crate::wire::{GetEntry, IndexEntry, PageEntry, ReferEntry, Referral};
 
 pub(super) struct ClientVolume {
-    peers: Peers,
+    pub(super) peers: Peers,
     manifest: Manifest,
     hasher: Option<ContentHasher>,
     writer: bool,
     /// Whose turn it is to store.
-    turn: AtomicUsize,
+    pub(super) turn: AtomicUsize,
 }
 
 impl ClientVolume {
@@ -38,47 +38,6 @@ impl ClientVolume {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Input, "the volume was opened for reading only"))
-    }
-
-    /// Stores entries, each with its slice, at the members in turn: what does not fit at one goes to the
-    /// next. Those that no member stored come back as `None`, with the error of the last that had one.
-    fn store(
-        &self,
-        entries: &[PageEntry],
-        slices: &[PageSlice],
-        copies: u8,
-    ) -> Result<(Vec<Option<Placement>>, Option<Error>)> {
-        let living = self.peers.living();
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let mut placed = vec![None; entries.len()];
-        let mut failed = None;
-        for step in 0..living.len() {
-            let open: Vec<usize> = (0..entries.len()).filter(|at| placed[*at].is_none()).collect();
-            if open.is_empty() {
-                break;
-            }
-            let member = living[(turn + step) % living.len()];
-            let some: Vec<PageEntry> = open.iter().map(|at| entries[*at]).collect();
-            let bytes: Vec<PageSlice> = open.iter().map(|at| slices[*at].clone()).collect();
-            let request = Request::Put { entries: &some, slices: &bytes, copies };
-            let stored = self.peers.ask(member, request, |reply| match reply {
-                Reply::Stored(placements)
-                    if placements.iter().flatten().all(|place| place.member == member) =>
-                {
-                    Ok(placements.to_vec())
-                }
-                _ => Err(mismatch()),
-            });
-            match stored {
-                Ok(stored) => open.iter().zip(stored).for_each(|(at, place)| placed[*at] = place),
-                Err(error) if elsewhere(error.kind) => failed = Some(error),
-                Err(error) => return Err(error),
-            }
-        }
-        if living.is_empty() {
-            failed = Some(Error::new(ErrorKind::Unreachable, "no intermediary of the volume is left"));
-        }
-        Ok((placed, failed))
     }
 
     /// Puts entries of one owner into the index, at the first in rotation that takes them.
@@ -97,7 +56,7 @@ impl ClientVolume {
     }
 
     /// Everything that one member knows of a range.
-    fn locate_at(&self, member: MemberIndex, range: PageRange) -> Result<Vec<IndexEntry>> {
+    pub(super) fn locate_at(&self, member: MemberIndex, range: PageRange) -> Result<Vec<IndexEntry>> {
         let mut found: Vec<IndexEntry> = Vec::new();
         let mut rest = range;
         while rest.pages > 0 {
@@ -119,43 +78,8 @@ impl ClientVolume {
         Ok(found)
     }
 
-    /// Fetches entries of one member. What cannot be had stays lost.
-    fn fetch(
-        &self,
-        member: MemberIndex,
-        wanted: &[(usize, GetEntry, Checksum)],
-        out: &mut [Fetched],
-    ) -> Result<()> {
-        for batch in wanted.chunks(limits::BATCH_PAGES) {
-            let entries: Vec<GetEntry> = batch.iter().map(|(_, entry, _)| *entry).collect();
-            let got = self.peers.ask(member, Request::Get(&entries), |reply| {
-                let Reply::Pages { entries, mut bytes } = reply else { return Err(mismatch()) };
-                for (entry, (at, _, checksum)) in entries.iter().zip(batch) {
-                    let (page, rest) =
-                        bytes.split_at_checked(entry.encoded_bytes.into()).ok_or_else(mismatch)?;
-                    bytes = rest;
-                    if entry.encoding == Encoding::Raw && self.matches(page, *checksum) {
-                        out[*at] = Fetched::Bytes(page.into());
-                    }
-                }
-                Ok(())
-            });
-            match got {
-                Err(error) if matches!(error.kind, ErrorKind::Fenced | ErrorKind::Volume) => {
-                    return Err(error);
-                }
-                Err(error) => {
-                    tracing::warn!(error = error.chain(), "pages cannot be had from an intermediary");
-                    return Ok(());
-                }
-                Ok(()) => {}
-            }
-        }
-        Ok(())
-    }
-
     /// Whether bytes are the page of this checksum, or were referred to by its seal.
-    fn matches(&self, bytes: &[u8], checksum: Checksum) -> bool {
+    pub(super) fn matches(&self, bytes: &[u8], checksum: Checksum) -> bool {
         match &self.hasher {
             Some(hasher) => hasher.matches(bytes, checksum),
             None => Checksum::of(bytes) == checksum,
@@ -216,7 +140,7 @@ impl ClientVolume {
 }
 
 /// Whether another intermediary may do what this one did not.
-const fn elsewhere(kind: ErrorKind) -> bool {
+pub(super) const fn elsewhere(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::Unreachable | ErrorKind::Timeout | ErrorKind::Full)
 }
 
@@ -333,6 +257,7 @@ impl Volume for ClientVolume {
         for (member, wanted) in by_member {
             self.fetch(member, &wanted, &mut out)?;
         }
+        self.fetch_copies(entries, &mut out)?;
         Ok(out)
     }
 
@@ -378,11 +303,8 @@ impl Volume for ClientVolume {
 
     fn drop_slots(&self, entries: &[GetEntry]) -> Result<()> {
         self.check_writer()?;
-        let mut by_member: BTreeMap<MemberIndex, Vec<GetEntry>> = BTreeMap::new();
-        for entry in entries {
-            by_member.entry(entry.placement.member).or_default().push(*entry);
-        }
-        for (member, entries) in by_member {
+        // Each member may have copies of what lies at another.
+        for member in self.peers.living() {
             for batch in entries.chunks(limits::BATCH_PAGES_MAX) {
                 match self.peers.ask(member, Request::Drop(batch), |_| Ok(())) {
                     // Whoever is gone has given back everything.
@@ -429,6 +351,13 @@ impl Volume for ClientVolume {
         Ok(claimed)
     }
 
+    fn succeed(&self, epoch: Epoch) -> Result<usize> {
+        self.check_writer()?;
+        let succeeded = self.peers.control_all(&VmdRequest::Succeed { epoch })?;
+        self.peers.set_epoch(epoch);
+        Ok(succeeded)
+    }
+
     fn dissolve(&self) -> Result<usize> {
         self.peers.control_all(&VmdRequest::Dissolve)
     }
@@ -436,7 +365,7 @@ impl Volume for ClientVolume {
     fn describe(&self) -> Vec<Result<VolumeInfo>> {
         let describe = |at| {
             control(&self.peers, MemberIndex(at as u16), &VmdRequest::Describe, |reply| match reply {
-                VmdReply::Volume(info) => Some(info),
+                VmdReply::Volume(info) => Some(*info),
                 _ => None,
             })
         };

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::{Bench, PATIENCE, VOLUME_PAGES, asked, batch, content, refused};
 use crate::error::{ErrorKind, Result};
-use crate::ids::{Checksum, Epoch, Generation, Placement, Round, VolumeId};
+use crate::ids::{Checksum, Epoch, Generation, MemberSet, Placement, Round, VolumeId};
 use crate::limits;
 use crate::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use crate::transport;
@@ -20,9 +20,11 @@ fn put_some(
     round: u16,
 ) -> Result<Vec<Option<Placement>>> {
     let (entries, slices) = batch(pages, round);
-    asked(link, Request::Put { entries: &entries, slices: &slices, copies: 1 }, |reply| match reply {
-        Reply::Stored(placements) => Some(placements.to_vec()),
-        _ => None,
+    asked(link, Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE }, |reply| {
+        match reply {
+            Reply::Stored { placements, .. } => Some(placements.to_vec()),
+            _ => None,
+        }
     })
 }
 
@@ -79,7 +81,7 @@ fn control(link: &mut dyn Link, request: &VmdRequest) -> Result<()> {
 
 fn describe(link: &mut dyn Link) -> Result<VolumeInfo> {
     asked(link, Request::Control(&VmdRequest::Describe), |reply| match reply {
-        Reply::Control(VmdReply::Volume(info)) => Some(info),
+        Reply::Control(VmdReply::Volume(info)) => Some(*info),
         _ => None,
     })
 }
@@ -140,8 +142,9 @@ pub(super) fn many_outstanding(bench: &Bench<'_>) {
     let mut open = HashMap::new();
     for n in 0..batches {
         let (entries, slices) = batch(n * width..(n + 1) * width, 0);
-        let ticket =
-            link.submit(Request::Put { entries: &entries, slices: &slices, copies: 1 }).expect("queued");
+        let ticket = link
+            .submit(Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE })
+            .expect("queued");
         open.insert(ticket, n);
         let zeros = [IndexEntry::zero(PageIndex(n * 10), 10, Round(0))];
         let ticket = link.submit(Request::PutIndex(&zeros)).expect("queued");
@@ -155,7 +158,7 @@ pub(super) fn many_outstanding(bench: &Bench<'_>) {
         while let Some(completion) = link.completion() {
             let n = open.remove(&completion.ticket).expect("a ticket that is open");
             match completion.result.expect("done") {
-                Reply::Stored(placements) => {
+                Reply::Stored { placements, .. } => {
                     let pages = n * width..(n + 1) * width;
                     stored.extend(pages.zip(placements.iter().map(|place| place.expect("stored"))));
                 }
@@ -199,7 +202,8 @@ pub(super) fn many_outstanding(bench: &Bench<'_>) {
 pub(super) fn writes_are_metered(bench: &Bench<'_>) {
     let (_node, _, mut link) = bench.one();
     let (entries, slices) = batch(0..4, 0);
-    link.submit(Request::Put { entries: &entries, slices: &slices, copies: 1 }).expect("queued");
+    link.submit(Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE })
+        .expect("queued");
     let queued = link.queued_bytes();
     assert!(queued >= 4 * PAGE_BYTES);
     assert_eq!(link.progress(0).expect("open"), 0);
@@ -213,10 +217,11 @@ pub(super) fn requests_are_bounded(bench: &Bench<'_>) {
     let (_node, _, mut link) = bench.one();
     let (entries, slices) = batch(0..2, 0);
     let put = |entries, slices, copies| Request::Put { entries, slices, copies };
-    refused(link.submit(put(&[], &[], 1)), ErrorKind::Input);
-    refused(link.submit(put(&entries, &slices[..1], 1)), ErrorKind::Input);
-    refused(link.submit(put(&entries, &slices, 0)), ErrorKind::Input);
-    refused(link.submit(put(&[PageEntry::zero(PageIndex(0), 1, Round(0))], &[], 1)), ErrorKind::Input);
+    let one = MemberSet::NONE;
+    refused(link.submit(put(&[], &[], one)), ErrorKind::Input);
+    refused(link.submit(put(&entries, &slices[..1], one)), ErrorKind::Input);
+    refused(link.submit(put(&entries, &slices, MemberSet::ALL)), ErrorKind::Input);
+    refused(link.submit(put(&[PageEntry::zero(PageIndex(0), 1, Round(0))], &[], one)), ErrorKind::Input);
     refused(link.submit(Request::Get(&[])), ErrorKind::Input);
     let zeros = vec![IndexEntry::zero(PageIndex(0), 1, Round(0)); limits::INDEX_ENTRIES_MAX + 1];
     refused(link.submit(Request::PutIndex(&zeros)), ErrorKind::Input);

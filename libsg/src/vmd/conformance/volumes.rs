@@ -166,9 +166,26 @@ pub(super) fn states_everywhere(bench: &Bench<'_>) {
     }
 }
 
-pub(super) fn copies_are_refused(bench: &Bench<'_>) {
+pub(super) fn writers_succeed(bench: &Bench<'_>) {
     let nodes = [bench.node(), bench.node()];
-    let volume = bench.volume(&nodes.each_ref().map(|node| &**node));
-    refused(volume.put(&puts(0..1, 0), 2), ErrorKind::Protocol);
-    assert_eq!(volume.locate(everything()).expect("an answer"), []);
+    let addresses = nodes.each_ref().map(|node| node.address());
+    let old = bench.volume(&nodes.each_ref().map(|node| &**node));
+    let stored = old.put(&puts(spread(10), 0), 1).expect("stored");
+    refused(
+        bench.client().open(old.id(), Role::Reader, &addresses).and_then(|r| r.succeed(Epoch(2))),
+        ErrorKind::Input,
+    );
+    let new = bench.client().open(old.id(), Role::Writer(Epoch(2)), &addresses).expect("found");
+    refused(new.put(&puts(spread(10), 1), 1), ErrorKind::Volume);
+    assert_eq!(new.succeed(Epoch(2)).expect("succeeded"), 2);
+    refused(new.succeed(Epoch(2)), ErrorKind::Fenced);
+    check(&*new, &stored, 0);
+    let again = new.put(&puts(spread(10), 1), 1).expect("it writes");
+    refused(old.put(&puts(spread(10), 2), 1), ErrorKind::Fenced);
+    refused(old.index(&stored), ErrorKind::Fenced);
+    refused(old.get(&stored), ErrorKind::Fenced);
+    assert_eq!(new.locate(everything()).expect("an answer"), again);
+    assert_eq!(new.seal().expect("sealed"), 2);
+    let late = bench.client().open(old.id(), Role::Writer(Epoch(3)), &addresses).expect("found");
+    refused(late.succeed(Epoch(3)), ErrorKind::Volume);
 }

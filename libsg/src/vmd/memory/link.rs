@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{Asker, State};
+use super::copies::spread;
+use super::{Asker, Nodes, State};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ids::{Epoch, Placement, Round, VolumeId};
+use crate::ids::{Epoch, MemberSet, Placement, Round, VolumeId};
 use crate::limits;
 use crate::memory::PageSlice;
 use crate::page::{PAGE_BYTES, PageRange};
@@ -19,13 +20,17 @@ use crate::vmd::tcp::{at_most, check_put};
 use crate::wire::entry::Entry;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
 use crate::wire::run::table_bytes;
-use crate::wire::{GetEntry, HEADER_BYTES, HintEntry, IndexEntry, PageEntry, ReferEntry, Referral, Status};
+use crate::wire::{
+    GetEntry, HEADER_BYTES, HintEntry, IndexEntry, Missing, PageEntry, ReferEntry, Referral, Status,
+};
 
 /// A link to a [`super::MemoryNode`].
 #[derive(Debug)]
 pub struct MemoryLink {
     member: Member,
     state: Arc<Mutex<State>>,
+    /// Those who get copies.
+    nodes: Nodes,
     asker: Asker,
     next: u64,
     queue: VecDeque<Queued>,
@@ -50,7 +55,7 @@ struct Queued {
 /// A request, with copies of its tables.
 #[derive(Debug)]
 enum Owned {
-    Put(Vec<PageEntry>, Vec<PageSlice>),
+    Put(Vec<PageEntry>, Vec<PageSlice>, MemberSet),
     Refer(Vec<ReferEntry>),
     Hint(Vec<HintEntry>),
     PutIndex(Vec<IndexEntry>),
@@ -65,7 +70,7 @@ enum Owned {
 
 #[derive(Debug)]
 enum Answer {
-    Stored(Vec<Option<Placement>>),
+    Stored(Vec<Option<Placement>>, Missing),
     Referred(Vec<Referral>),
     Indexed,
     Pages(Vec<PageEntry>, Vec<u8>),
@@ -76,10 +81,16 @@ enum Answer {
 }
 
 impl MemoryLink {
-    pub(super) fn new(member: Member, state: Arc<Mutex<State>>, volume: VolumeId, epoch: Epoch) -> Self {
+    pub(super) fn new(
+        member: Member,
+        (state, nodes): (Arc<Mutex<State>>, Nodes),
+        volume: VolumeId,
+        epoch: Epoch,
+    ) -> Self {
         Self {
             member,
             state,
+            nodes,
             asker: Asker { volume, epoch },
             next: 1,
             queue: VecDeque::new(),
@@ -100,19 +111,41 @@ impl MemoryLink {
         Err(Error::new(ErrorKind::Unreachable, "the intermediary is gone").at(&self.member.node))
     }
 
+    /// Stores a batch here, and then at those who get copies: one lock at a time.
+    fn put(&self, entries: &[PageEntry], slices: &[PageSlice], holders: MemberSet) -> Result<Answer, Status> {
+        let asker = self.asker;
+        let mut bytes = vec![0; slices.iter().map(PageSlice::len).sum()];
+        let mut rest = &mut bytes[..];
+        for slice in slices {
+            let (to, after) = rest.split_at_mut(slice.len());
+            slice.copy_to(to);
+            rest = after;
+        }
+        if holders.is_empty() {
+            let placements = self.state.lock().put(asker, entries, &bytes)?;
+            return Ok(Answer::Stored(placements, Missing::NONE));
+        }
+        let (placements, targets) = self.state.lock().put_copies(asker, (entries, &bytes), holders)?;
+        let pages = entries.iter().zip(&placements).zip(bytes.chunks_exact(PAGE_BYTES));
+        let (stored, bytes): (Vec<IndexEntry>, Vec<&[u8]>) = pages
+            .filter_map(|((page, at), bytes)| {
+                Some((IndexEntry::at(page.page, page.round, (*at)?, page.checksum), bytes))
+            })
+            .unzip();
+        let missing = match stored.is_empty() {
+            true => Missing::NONE,
+            false => spread(&self.nodes, asker, targets, &stored, &bytes.concat()),
+        };
+        Ok(Answer::Stored(placements, missing))
+    }
+
     fn execute(&self, request: Owned) -> Result<Answer, Status> {
+        if let Owned::Put(entries, slices, holders) = &request {
+            return self.put(entries, slices, *holders);
+        }
         let (mut state, asker) = (self.state.lock(), self.asker);
         match request {
-            Owned::Put(entries, slices) => {
-                let mut bytes = vec![0; slices.iter().map(PageSlice::len).sum()];
-                let mut rest = &mut bytes[..];
-                for slice in &slices {
-                    let (to, after) = rest.split_at_mut(slice.len());
-                    slice.copy_to(to);
-                    rest = after;
-                }
-                state.put(asker, &entries, &bytes).map(Answer::Stored)
-            }
+            Owned::Put(..) => Err(Status::Internal),
             Owned::Refer(offers) => state.refer(asker, &offers).map(Answer::Referred),
             Owned::Hint(hints) => state.hint(asker, &hints).map(|()| Answer::Done),
             Owned::PutIndex(entries) => state.put_index(asker, &entries).map(|()| Answer::Indexed),
@@ -137,7 +170,7 @@ fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
         Request::Put { entries, slices, copies } => {
             check_put(entries, slices, copies)?;
             let pages: usize = slices.iter().map(PageSlice::len).sum();
-            (Owned::Put(entries.to_vec(), slices.to_vec()), table_bytes(entries) + pages)
+            (Owned::Put(entries.to_vec(), slices.to_vec(), copies), table_bytes(entries) + pages)
         }
         Request::Refer(offers) => {
             at_most(offers.len(), limits::BATCH_PAGES_MAX)?;
@@ -217,7 +250,7 @@ impl Link for MemoryLink {
             Ok(answer) => {
                 self.current = answer;
                 Ok(match &mut self.current {
-                    Answer::Stored(placements) => Reply::Stored(placements),
+                    Answer::Stored(placements, missing) => Reply::Stored { placements, missing: *missing },
                     Answer::Referred(referrals) => Reply::Referred(referrals),
                     Answer::Indexed => Reply::Indexed,
                     Answer::Pages(entries, bytes) => Reply::Pages { entries, bytes },

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use crate::ids::{Checksum, Epoch, MemberIndex, NodeId, Placement, Round, VolumeId};
-use crate::limits;
+use crate::limits::{self, CLAIM_LEASE};
 use crate::manifest::Manifest;
 use crate::page::{PageIndex, PageRange};
 use crate::wire::message::{Member, VolumeInfo, VolumeState};
+use crate::wire::parking::{Claim, Parking, Verdict};
 use crate::wire::{Encoding, IndexEntry, Status};
 
 /// A volume at one intermediary.
@@ -21,7 +22,20 @@ pub(super) struct Volume {
     members: Vec<Member>,
     /// Page by page; a zero page has no placement.
     index: BTreeMap<u32, Known>,
+    /// What lies here itself, where there are copies.
+    pub own: Vec<Own>,
     created: Instant,
+    pub parking: Option<Parking>,
+    /// Who claimed it where it was parked, and when that was last said.
+    claim: Option<(NodeId, Instant)>,
+}
+
+/// A page that lies here, and the placement that it was made for: the same at the page's first holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Own {
+    pub page: PageIndex,
+    pub here: Placement,
+    pub of: Placement,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +56,10 @@ impl Volume {
             blob: None,
             members,
             index: BTreeMap::new(),
+            own: Vec::new(),
             created: Instant::now(),
+            parking: None,
+            claim: None,
         }
     }
 
@@ -83,11 +100,58 @@ impl Volume {
                 self.state = VolumeState::Sealed;
                 Ok(())
             }
-            VolumeState::Claimed | VolumeState::Dissolved => Err(Status::State),
+            _ => Err(Status::State),
         }
     }
 
+    pub fn park(&mut self, parking: &Parking) -> Result<(), Status> {
+        let other = self.parking.as_ref().is_some_and(|known| known != parking);
+        if other || self.blob.is_none() {
+            return Err(Status::State);
+        }
+        (self.committed, self.state, self.parking) = (true, VolumeState::Parked, Some(parking.clone()));
+        Ok(())
+    }
+
+    /// Who owns it.
+    pub fn owner(&self) -> Option<NodeId> {
+        self.claim.as_ref().map(|(by, _)| by.clone())
+    }
+
+    pub fn claim_parked(&mut self, claim: &Claim) -> Verdict {
+        let now = Instant::now();
+        let by = claim.by.clone();
+        match (&self.parking, &self.claim, self.state) {
+            (None, ..) => Verdict::NotParked,
+            (_, Some((owner, _)), VolumeState::Running) => Verdict::Runs { by: owner.clone() },
+            (_, Some((owner, _)), _) if *owner == by && self.epoch == claim.epoch => {
+                self.claim = Some((by, now));
+                Verdict::Granted
+            }
+            (_, Some((owner, at)), _) if *owner != by && !claim.force && now < *at + CLAIM_LEASE => {
+                let left = (*at + CLAIM_LEASE).saturating_duration_since(now);
+                Verdict::Claimed { by: owner.clone(), for_ms: left.as_millis() as u64 + 1 }
+            }
+            _ if claim.epoch <= self.epoch => Verdict::Newer(self.epoch),
+            _ => {
+                (self.epoch, self.state, self.claim) = (claim.epoch, VolumeState::Claimed, Some((by, now)));
+                Verdict::Granted
+            }
+        }
+    }
+
+    pub fn run(&mut self) -> Result<(), Status> {
+        if self.claim.is_none() || !matches!(self.state, VolumeState::Claimed | VolumeState::Running) {
+            return Err(Status::State);
+        }
+        self.state = VolumeState::Running;
+        Ok(())
+    }
+
     pub fn claim(&mut self, epoch: Epoch) -> Result<(), Status> {
+        if self.parking.is_some() {
+            return Err(Status::State);
+        }
         if epoch <= self.epoch {
             return Err(Status::Fenced);
         }
@@ -96,10 +160,22 @@ impl Volume {
         Ok(())
     }
 
+    pub fn succeed(&mut self, epoch: Epoch) -> Result<(), Status> {
+        if epoch <= self.epoch {
+            return Err(Status::Fenced);
+        }
+        if self.state != VolumeState::Open {
+            return Err(Status::State);
+        }
+        self.epoch = epoch;
+        Ok(())
+    }
+
     pub fn dissolve(&mut self) {
         self.state = VolumeState::Dissolved;
         self.blob = None;
         self.index = BTreeMap::new();
+        self.own = Vec::new();
     }
 
     /// Takes what the entry says of its pages, unless that is older than what is known. Of the same
@@ -119,11 +195,21 @@ impl Volume {
         self.index.retain(|page, known| !positions.contains(&(*page as usize)) || known.round >= below);
     }
 
-    /// What is known of the range, neighbouring zero pages of one round as one entry.
-    pub fn locate(&self, range: PageRange) -> Vec<IndexEntry> {
+    /// What is known of the range, neighbouring zero pages of one round as one entry. What lies here itself is
+    /// `own`: of a page the newest round counts, of one round what lies here.
+    pub fn locate(&self, range: PageRange, own: &[IndexEntry]) -> Vec<IndexEntry> {
         let mut out: Vec<IndexEntry> = Vec::new();
         let end = range.first.0.saturating_add(range.pages);
-        for (page, known) in self.index.range(range.first.0..end) {
+        let mut all: BTreeMap<u32, Known> =
+            self.index.range(range.first.0..end).map(|(p, k)| (*p, *k)).collect();
+        for IndexEntry { page, round, placement, checksum, .. } in own.iter().copied() {
+            let mine = Known { round, placement, checksum };
+            let known = all.entry(page.0).or_insert(mine);
+            if known.round < round || (known.round == round && known.placement.is_some()) {
+                *known = mine;
+            }
+        }
+        for (page, known) in &all {
             let entry = match known.placement {
                 Some(placement) => IndexEntry::at(PageIndex(*page), known.round, placement, known.checksum),
                 None => IndexEntry::zero(PageIndex(*page), 1, known.round),
@@ -144,7 +230,7 @@ impl Volume {
         out
     }
 
-    pub fn describe(&self, volume: VolumeId, stored_pages: u64) -> VolumeInfo {
+    pub fn describe(&self, volume: VolumeId, (stored_pages, copied_pages): (u64, u64)) -> VolumeInfo {
         VolumeInfo {
             volume,
             manifest: self.manifest.clone(),
@@ -154,8 +240,11 @@ impl Volume {
             committed: self.committed,
             has_state: self.blob.is_some(),
             stored_pages,
+            copied_pages,
             indexed_pages: self.index.len() as u64,
             age_s: self.age_s(),
+            parking: self.parking.clone(),
+            owner: self.owner(),
         }
     }
 }

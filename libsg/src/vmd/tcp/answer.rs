@@ -4,13 +4,13 @@
 use std::collections::VecDeque;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::ids::{Checksum, Placement};
+use crate::ids::{Checksum, MemberSet, Placement};
 use crate::page::{PageIndex, PageRange};
 use crate::transport::{Frame, StateAssembler};
-use crate::wire::entry::decode_table;
+use crate::wire::entry::{Entry, decode_table};
 use crate::wire::message::{VmdReply, VmdRequest};
 use crate::wire::run::{decode_pages, decode_runs};
-use crate::wire::{Encoding, IndexEntry, Kind, PageEntry, Referral};
+use crate::wire::{Encoding, IndexEntry, Kind, Malformed, Missing, PageEntry, Referral};
 
 /// A request whose answer has not come.
 #[derive(Debug)]
@@ -25,6 +25,8 @@ pub(super) struct Asked {
 pub(super) enum Expected {
     /// So many placements.
     Stored(usize),
+    /// So many placements, and who of these has no copies.
+    Copied(usize, MemberSet),
     /// So many answers to offered pages.
     Referred(usize),
     Hinted,
@@ -41,13 +43,14 @@ pub(super) enum Expected {
     Done,
     Volume,
     Statistics,
+    Verdict,
     State(StateAssembler),
 }
 
 /// A checked answer. Its tables are where [`Expected::check`] was told to put them.
 #[derive(Debug)]
 pub(super) enum Answer {
-    Stored,
+    Stored(Missing),
     Referred,
     Indexed,
     Pages {
@@ -77,7 +80,11 @@ impl Expected {
             | VmdRequest::Commit
             | VmdRequest::Seal
             | VmdRequest::Claim { .. }
+            | VmdRequest::Park(_)
+            | VmdRequest::Run
+            | VmdRequest::Succeed { .. }
             | VmdRequest::Dissolve => Some(Self::Done),
+            VmdRequest::ClaimParked(_) => Some(Self::Verdict),
             VmdRequest::Describe => Some(Self::Volume),
             VmdRequest::Statistics => Some(Self::Statistics),
             VmdRequest::PutState { .. } | VmdRequest::GetState => None,
@@ -87,6 +94,7 @@ impl Expected {
     pub fn check_kind(&self, kind: Kind) -> Result<()> {
         let wanted = match self {
             Self::Stored(_) => Kind::PutReply,
+            Self::Copied(..) => Kind::PutCopiesReply,
             Self::Referred(_) => Kind::ReferReply,
             Self::Hinted => Kind::HintReply,
             Self::Indexed => Kind::PutIndexReply,
@@ -94,9 +102,12 @@ impl Expected {
             Self::Located(_) => Kind::LocateReply,
             Self::Discarded => Kind::DiscardReply,
             Self::Dropped => Kind::DropReply,
-            Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
-                Kind::VmdReply
-            }
+            Self::StateStored
+            | Self::Done
+            | Self::Volume
+            | Self::Statistics
+            | Self::Verdict
+            | Self::State(_) => Kind::VmdReply,
         };
         if kind != wanted {
             return Err(Error::new(ErrorKind::Protocol, format!("a {kind:?} where a {wanted:?} belongs")));
@@ -120,7 +131,16 @@ impl Expected {
             Self::Stored(asked) => {
                 decode_runs(frame.body, count, stored)?;
                 same(stored.len() == *asked, "another number of placements than of pages")?;
-                Ok(Answer::Stored)
+                Ok(Answer::Stored(Missing::NONE))
+            }
+            Self::Copied(asked, members) => {
+                let parts = frame.body.split_at_checked(Missing::BYTES).ok_or(Malformed::Truncated)?;
+                let missing = Missing::decode(parts.0)?;
+                decode_runs(parts.1, count, stored)?;
+                same(stored.len() == *asked, "another number of placements than of pages")?;
+                let named = missing.all();
+                same(named.and(*members) == named, "a copy is missing that was to be nowhere")?;
+                Ok(Answer::Stored(missing))
             }
             Self::Referred(asked) => {
                 decode_table(frame.body, count, referred)?;
@@ -143,9 +163,12 @@ impl Expected {
                 Ok(Answer::Located)
             }
             Self::Discarded | Self::Dropped | Self::Hinted => Ok(Answer::Done),
-            Self::StateStored | Self::Done | Self::Volume | Self::Statistics | Self::State(_) => {
-                self.check_control(VmdReply::decode(frame.body)?)
-            }
+            Self::StateStored
+            | Self::Done
+            | Self::Volume
+            | Self::Statistics
+            | Self::Verdict
+            | Self::State(_) => self.check_control(VmdReply::decode(frame.body)?),
         }
     }
 
@@ -154,7 +177,8 @@ impl Expected {
             (Self::StateStored, VmdReply::Done) => Ok(Answer::Done),
             (Self::Done, VmdReply::Done) => Ok(Answer::Control(VmdReply::Done)),
             (Self::Volume, reply @ VmdReply::Volume(_))
-            | (Self::Statistics, reply @ VmdReply::Statistics(_)) => Ok(Answer::Control(reply)),
+            | (Self::Statistics, reply @ VmdReply::Statistics(_))
+            | (Self::Verdict, reply @ VmdReply::Verdict(_)) => Ok(Answer::Control(reply)),
             (Self::State(assembler), VmdReply::State { bytes, checksum }) => {
                 Ok(Answer::State(assembler.finish(bytes, Checksum(checksum))?))
             }
@@ -301,6 +325,17 @@ mod test {
         refused(checked(Expected::Stored(3), Kind::PutReply, 2, &placements));
         refused(checked(Expected::Stored(2), Kind::PutReply, 2, &placements[1..]));
         refused(checked(Expected::Stored(2), Kind::GetReply, 2, &placements));
+        let copied = |full: u64, lost: u64, asked| {
+            let mut body = vec![0; Missing::BYTES];
+            Missing { full: MemberSet(full), lost: MemberSet(lost) }.encode(&mut body);
+            body.extend_from_slice(&placements);
+            checked(Expected::Copied(asked, MemberSet(7)), Kind::PutCopiesReply, 2, &body)
+        };
+        assert!(copied(2, 4, 2).is_ok());
+        refused(copied(2, 2, 2));
+        refused(copied(8, 0, 2));
+        refused(copied(0, 0, 3));
+        refused(checked(Expected::Copied(2, MemberSet(7)), Kind::PutCopiesReply, 2, &placements[..9]));
         refused(checked(Expected::Referred(1), Kind::ReferReply, 1, &[4, 0, 0, 0, 0, 0, 0, 0]));
         refused(checked(Expected::Referred(2), Kind::ReferReply, 1, &[1, 0, 0, 0, 0, 0, 0, 0]));
 

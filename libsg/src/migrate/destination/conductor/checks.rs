@@ -3,9 +3,10 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::super::line::Line;
 use super::super::loading::Loading;
 use super::super::{ArrivalPhase, Told, volume};
-use super::{Conductor, Line, TICK};
+use super::{Conductor, TICK};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gather::Gather;
 use crate::host;
@@ -33,7 +34,7 @@ impl Conductor {
         self.load()?;
         self.check_loaded()?;
         let committed = self.phase >= ArrivalPhase::Running;
-        if self.desk.cancel.load(Ordering::Acquire) && !committed {
+        if self.desk.cancel.load(Ordering::Acquire) && !committed && self.claim.is_none() {
             self.cancel()?;
         }
         if let Some(away) = self.away_since
@@ -42,10 +43,12 @@ impl Conductor {
             self.without_source(away)?;
         }
         self.report_lost()?;
+        self.check_claim()?;
         if host::elapsed(self.told_at) >= TICK {
             self.told_at = host::now();
             self.tell_progress();
         }
+        let committed = self.phase >= ArrivalPhase::Running;
         if committed && self.gather.as_ref().is_some_and(|gather| gather.shared().tracker.lock().close()) {
             self.end_well()?;
         }
@@ -90,7 +93,7 @@ impl Conductor {
             return Ok(());
         }
         if let (Some(state), Some(vm)) = (self.unloaded.take(), self.vm.take()) {
-            self.loading = Some(Loading::start(vm, state, self.listener.waker().clone())?);
+            self.loading = Some(Loading::start(vm, state, self.waker.clone())?);
         }
         Ok(())
     }
@@ -159,11 +162,13 @@ impl Conductor {
     }
 
     pub(in crate::migrate::destination) fn report_lost(&mut self) -> Result<()> {
-        let Some(gather) = &self.gather else { return Ok(()) };
+        // A VM that loads its state is told later.
+        let Some(gather) = self.gather.as_ref().filter(|_| self.vm.is_some()) else { return Ok(()) };
         let pages = gather.shared().take_lost();
         if pages.is_empty() {
             return Ok(());
         }
+        self.may_lose(&pages)?;
         let error = Error::new(ErrorKind::Lost, "no copy is left").about(pages.clone());
         tracing::error!(error = error.chain(), "pages are lost");
         self.vm()?.lost(&pages);

@@ -1,0 +1,111 @@
+//! Pages that lie at several intermediaries, with real processes: any of them but one may die, at any moment, also when
+//! the source is gone.
+
+mod places;
+// Of what the tests of real processes have in common, these need no proxies.
+#[allow(dead_code)]
+mod world;
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::json;
+use world::{Vmm, World};
+
+/// Starts to leave, with each page at so many intermediaries.
+fn leave(source: &Vmm, replicas: u8, destination: &Vmm, world: &World) {
+    let members: Vec<String> = world.members().iter().map(ToString::to_string).collect();
+    let to = destination.address.to_string();
+    let answer =
+        source.ask(&json!({"do": "start", "to": to, "intermediaries": members, "replicas": replicas}));
+    assert_eq!(answer["ok"], true, "{answer}");
+}
+
+/// Three intermediaries, a VM of 16 MiB, and a destination for it.
+fn usual(seed: u64) -> (World, Vmm, Vmm) {
+    let world = World::new(3, &["--limit-in", "200mbit"]);
+    let source = world.vm("source", &format!("--memory 16M --zero-fraction 0.1 --seed {seed}"));
+    let destination = world.incoming("destination", "--gather-limit 50mbit");
+    (world, source, destination)
+}
+
+/// A number that follows from a seed.
+fn drawn(seed: u64, below: u64) -> u64 {
+    let mut word = seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    (word ^ (word >> 27)) % below
+}
+
+/// Of two copies one is lost, of three two. A first holder between data and acknowledgement is among what dies.
+#[test]
+fn all_holders_but_one_die_at_any_moment_and_the_source_when_it_has_evicted() {
+    let rounds = std::env::var("SG_SOAK").ok().and_then(|n| n.parse().ok()).unwrap_or(5);
+    for seed in 0..rounds {
+        let (world, source, destination) = usual(seed);
+        let deaths = 1 + (drawn(seed ^ 0x77, 2) as usize);
+        let first = drawn(seed, 3) as usize;
+        let kill = |nth: usize| world.intermediaries[(first + nth) % 3].process.kill();
+        leave(&source, 1 + deaths as u8, &destination, &world);
+        // Kept from coming at one speed on every machine by some milliseconds.
+        let later = Duration::from_millis(drawn(seed ^ 0xabcd, 20));
+        let percent = 5 * (1 + drawn(seed ^ 0x1234, 19));
+        if seed % 3 == 1 {
+            source.process.wait_percent("scattered", percent);
+            std::thread::sleep(later);
+            kill(0);
+        }
+        source.process.wait("evicted");
+        source.process.kill();
+        if seed % 3 == 2 {
+            std::thread::sleep(10 * later);
+        }
+        (usize::from(seed % 3 == 1)..deaths).for_each(kill);
+        destination.arrived(16);
+        destination.quit(0);
+    }
+}
+
+#[test]
+fn what_is_sent_once_lies_at_two() {
+    let (world, source, destination) = usual(7);
+    leave(&source, 2, &destination, &world);
+    let report = source.process.wait("evicted")["report"].clone();
+    let bytes = |key: &str| report["bytes"][key].as_u64().unwrap_or_else(|| panic!("{report}"));
+    assert!(bytes("staged") > 0 && bytes("replicated") > 0, "{report}");
+    assert!(bytes("replicated") <= bytes("staged"), "{report}");
+    let sent = bytes("direct") + bytes("staged");
+    assert!(bytes("wire_total") < sent + sent / 8, "each page goes over the source's link once: {report}");
+    destination.arrived(16);
+    source.quit(0);
+    destination.quit(0);
+    world.holds_nothing();
+}
+
+#[test]
+fn an_intermediary_is_stopped_and_the_others_have_the_copies() {
+    let (world, source, destination) = usual(11);
+    leave(&source, 2, &destination, &world);
+    source.process.wait_percent("scattered", 20);
+    world.intermediaries[1].process.signal(Signal::STOP);
+    source.process.wait("evicted");
+    source.process.kill();
+    destination.arrived(16);
+    destination.quit(0);
+}
+
+#[test]
+fn with_fewer_intermediaries_than_copies_it_goes_on_and_says_so() {
+    let world = World::new(1, &["--limit-in", "200mbit"]);
+    let (source, destination) =
+        (world.vm("source", "--memory 16M"), world.incoming("destination", "--gather-limit 50mbit"));
+    leave(&source, 3, &destination, &world);
+    source.process.wait("evicted");
+    assert!(
+        source.process.has_told("warning", "pages lie at fewer intermediaries"),
+        "{}",
+        source.process.log()
+    );
+    destination.arrived(16);
+    source.quit(0);
+    destination.quit(0);
+}

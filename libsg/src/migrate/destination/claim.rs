@@ -1,0 +1,384 @@
+//! A parked volume that somebody wants: finds it, asks for it, and knows what may be done with it.
+//!
+//! Everything here waits for intermediaries, each for a bounded time, and happens on the conductor's thread before
+//! there is a VM that could need it; [`Claimant::run`] and [`Claimant::renew`] are asked for in between.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::host;
+use crate::ids::{Epoch, NodeId, VolumeId, random_bytes};
+use crate::limits::CLAIM_LEASE;
+use crate::page::PageRange;
+use crate::vmd::link::ask;
+use crate::vmd::{
+    Arbiter, Class, Connector, KeeperArbiter, Reply, Request, Role, Vmd, VmdClient, is_away, verdict,
+    visit_all,
+};
+use crate::wire::IndexEntry;
+use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo, VolumeState};
+use crate::wire::parking::{Claim, Verdict};
+
+/// How long each intermediary has for an answer.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+
+/// How long it has to give the VM's state, which may be 64 MiB.
+const STATE_MAX: Duration = Duration::from_secs(60);
+
+/// A claim that is at work is renewed this often.
+const RENEW_EVERY: Duration = Duration::from_secs(3);
+
+/// A keeper that cannot be told that the VM runs is told again after so long.
+const RUN_AGAIN: Duration = Duration::from_millis(500);
+
+const _: () = assert!(RENEW_EVERY.as_millis() * 2 < CLAIM_LEASE.as_millis());
+
+/// Which parked volume is wanted, and how.
+#[derive(Clone)]
+pub struct ClaimOptions {
+    /// The name under which it was parked, or its id as `sg ls` shows it.
+    pub name: String,
+    /// Intermediaries to ask for it; any one that knows it is enough.
+    pub intermediaries: Vec<SocketAddr>,
+    /// Take it from a host that has claimed it and does not run it yet; without the keeper, when that cannot be reached;
+    /// and with pages missing. By an operator who knows that the VM runs nowhere.
+    pub force: bool,
+    /// Who grants claims; `None` is the volume's keeper.
+    pub arbiter: Option<Arc<dyn Arbiter>>,
+}
+
+/// Who claims a volume.
+pub(super) struct Claimant {
+    pub claim: Claim,
+    pub parked: VolumeInfo,
+    arbiter: Arc<dyn Arbiter>,
+    connector: Arc<dyn Connector>,
+    /// When the claim was last granted.
+    renewed_at: Instant,
+    /// When the arbiter was last asked to write down that the VM runs. From the first time on it may have done so.
+    pub asked_to_run: Option<Instant>,
+    /// The operator was told that it does not answer.
+    told: bool,
+}
+
+impl Claimant {
+    /// Finds the volume, which may be claimed as far as is known.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Volume`] when there is none of the name, more than one, or it runs already;
+    /// [`ErrorKind::Unreachable`] when none of those who answer knows it and some did not.
+    pub fn find(connector: Arc<dyn Connector>, called: &str, options: &ClaimOptions) -> Result<Self> {
+        let vmd = VmdClient::new(Arc::clone(&connector), ANSWER_MAX);
+        let volume = search(&vmd, options)?;
+        let known = describe(&connector, volume, &options.intermediaries);
+        let parked = known.into_iter().max_by_key(|info| (info.epoch, info.members.len()));
+        let parked = parked.ok_or_else(|| none(&options.name))?;
+        // Those who were not named may know more.
+        let addresses: Vec<_> = parked.members.iter().map(|member| member.address).collect();
+        let all = describe(&connector, volume, &addresses);
+        if let Some(info) = all.iter().find(|info| info.state == VolumeState::Running) {
+            let by = info.owner.as_ref().map(ToString::to_string).unwrap_or_default();
+            return Err(runs(&options.name, &by));
+        }
+        let epoch = all.iter().map(|info| info.epoch).max().unwrap_or(Epoch(0)).max(parked.epoch);
+        let node = NodeId { name: called.into(), incarnation: u64::from_le_bytes(random_bytes()?) };
+        let claim = Claim { epoch: Epoch(epoch.0.saturating_add(1)), by: node, force: options.force };
+        let by_keeper = || {
+            let keeper = KeeperArbiter::new(Arc::clone(&connector), ANSWER_MAX);
+            Arc::new(keeper) as Arc<dyn Arbiter>
+        };
+        let arbiter = options.arbiter.clone().unwrap_or_else(by_keeper);
+        let renewed_at = host::now();
+        Ok(Self { claim, parked, arbiter, connector, renewed_at, asked_to_run: None, told: false })
+    }
+
+    /// What the volume is called.
+    pub fn name(&self) -> &str {
+        self.parked.parking.as_ref().map_or("", |parking| &parking.name)
+    }
+
+    fn of(&self) -> (VolumeId, Epoch) {
+        (self.parked.volume, self.claim.epoch)
+    }
+
+    /// Asks the arbiter.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Volume`] or [`ErrorKind::Fenced`] when it is somebody else's, the arbiter's own.
+    pub fn ask(&mut self) -> Result<()> {
+        let verdict = self.arbiter.claim(&self.parked, &self.claim)?;
+        self.renewed_at = host::now();
+        self.granted(verdict)
+    }
+
+    fn granted(&self, verdict: Verdict) -> Result<()> {
+        let name = self.name();
+        match verdict {
+            Verdict::Granted => Ok(()),
+            Verdict::Claimed { by, for_ms } => {
+                let message = format!(
+                    "the parked VM {name:?} was claimed by {by}, which has {} s left to run it: claim it again then, or \
+                     with --force if you know that it does not",
+                    for_ms.div_ceil(1000)
+                );
+                Err(Error::new(ErrorKind::Volume, message))
+            }
+            Verdict::Runs { by } => Err(runs(name, &by.to_string())),
+            Verdict::Newer(epoch) => {
+                let message = format!(
+                    "another host has just claimed the parked VM {name:?} (epoch {}): `sg ls` shows which",
+                    epoch.0
+                );
+                Err(Error::new(ErrorKind::Fenced, message))
+            }
+            Verdict::NotParked => {
+                let message = format!("the VM {name:?} is not parked: its source has not evicted it");
+                Err(Error::new(ErrorKind::Volume, message))
+            }
+        }
+    }
+
+    /// Tells every intermediary who owns the volume now, so that whoever was replaced is refused there. Returns those
+    /// that could be told.
+    ///
+    /// # Errors
+    /// One of them knows better; [`ErrorKind::Lost`] when some cannot be told whose pages nobody else has.
+    pub fn fence(&self) -> Result<Vec<Member>> {
+        let members = &self.parked.members;
+        let request = VmdRequest::ClaimParked(Claim { force: true, ..self.claim.clone() });
+        let told = visit_all(&*self.connector, members, self.of(), &request, ANSWER_MAX, verdict);
+        let mut reached = Vec::new();
+        for (member, answer) in members.iter().zip(told) {
+            match answer {
+                Ok(Verdict::NotParked) => reached.push(member.clone()),
+                Ok(verdict) => {
+                    self.granted(verdict)?;
+                    reached.push(member.clone());
+                }
+                Err(error) => {
+                    tracing::warn!(member = %member.node, error = error.chain(), "cannot be told of the claim");
+                }
+            }
+        }
+        if reached.len() < members.len() && !self.claim.force {
+            self.check_whole(&reached)?;
+        }
+        Ok(reached)
+    }
+
+    /// Whether those who can be reached have everything.
+    fn check_whole(&self, reached: &[Member]) -> Result<()> {
+        let addresses: Vec<_> = reached.iter().map(|member| member.address).collect();
+        let vmd = VmdClient::new(Arc::clone(&self.connector), ANSWER_MAX);
+        let volume = vmd.open(self.parked.volume, Role::Writer(self.claim.epoch), &addresses)?;
+        let is_there = |entry: &IndexEntry| {
+            let member = entry.placement.map(|place| self.parked.members.get(place.member.as_usize()));
+            member.is_none_or(|member| member.is_some_and(|member| reached.contains(member)))
+        };
+        let (mut next, mut missing) = (0, Vec::new());
+        volume.scan(&mut |entry| {
+            let range = entry.range();
+            if range.first.0 > next {
+                missing.push(range_of(next, range.first.0));
+            }
+            next = next.max(range.first.0 + range.pages);
+            if !is_there(entry) {
+                missing.push(range);
+            }
+            Ok(())
+        })?;
+        let pages = self.parked.manifest.pages();
+        if next < pages {
+            missing.push(range_of(next, pages));
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let away: Vec<String> = self
+            .parked
+            .members
+            .iter()
+            .filter(|member| !reached.contains(member))
+            .map(|member| format!("{} at {}", member.node, member.address))
+            .collect();
+        let count: u64 = missing.iter().map(|range| u64::from(range.pages)).sum();
+        let message = format!(
+            "{count} pages of the parked VM {:?} cannot be had: {} cannot be reached. Bring them back and claim it again; with \
+             --force it runs without those pages",
+            self.name(),
+            away.join(", ")
+        );
+        Err(Error::new(ErrorKind::Lost, message).about(missing))
+    }
+
+    /// The VM's state.
+    ///
+    /// # Errors
+    /// That of the last intermediary, when none gives it.
+    pub fn state(&self, reached: &[Member]) -> Result<Vec<u8>> {
+        let mut failed = Error::new(ErrorKind::Unreachable, "no intermediary gives the VM's state");
+        for member in reached {
+            let (volume, epoch) = self.of();
+            let link = self.connector.connect(member.address, volume, epoch, Class::Bulk, ANSWER_MAX);
+            let state = link.and_then(|mut link| {
+                ask(&mut *link, Request::GetState, STATE_MAX, |reply| match reply {
+                    Reply::State(state) => Ok(state),
+                    _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+                })
+            });
+            match state {
+                Ok(state) => return Ok(state),
+                Err(error) => failed = error.at(&member.node),
+            }
+        }
+        Err(failed)
+    }
+
+    /// Says that it is still at it, where that is due.
+    ///
+    /// # Errors
+    /// It was replaced. An arbiter that cannot be asked is none: whoever is asked before the VM runs decides.
+    pub fn renew(&mut self) -> Result<()> {
+        if host::elapsed(self.renewed_at) < RENEW_EVERY {
+            return Ok(());
+        }
+        match self.ask() {
+            Err(error) if is_away(&error) => {
+                self.renewed_at = host::now();
+                tracing::warn!(error = error.chain(), "the claim could not be renewed");
+                Ok(())
+            }
+            renewed => renewed,
+        }
+    }
+
+    /// Has it written down that the VM runs here. Whether it is; where that is not known, `warn` is told once why.
+    ///
+    /// # Errors
+    /// The volume is somebody else's.
+    pub fn run(&mut self, warn: impl Fn(String)) -> Result<bool> {
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::RunsUnasked) {
+            return Ok(true);
+        }
+        if self.asked_to_run.is_some_and(|at| host::elapsed(at) < RUN_AGAIN) {
+            return Ok(false);
+        }
+        let ran = self.arbiter.run(&self.parked, &self.claim);
+        self.asked_to_run = Some(host::now());
+        match ran {
+            Ok(()) => Ok(true),
+            Err(error) if matches!(error.kind, ErrorKind::Fenced | ErrorKind::Volume) => {
+                let message = format!(
+                    "the parked VM {:?} is not this host's any more: another claimed it, as this one took too long",
+                    self.name()
+                );
+                Err(Error::new(error.kind, message).because(error))
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.told, true) {
+                    warn(format!(
+                        "the VM is ready, and does not run before that is written down; asked again: {}",
+                        error.chain()
+                    ));
+                }
+                Ok(false)
+            }
+        }
+    }
+
+    /// Tells the other intermediaries that the VM runs, for those who look there. Nothing rests on it.
+    pub fn spread(&self) {
+        let told = visit_all(
+            &*self.connector,
+            &self.parked.members,
+            self.of(),
+            &VmdRequest::Run,
+            ANSWER_MAX,
+            |_| Some(()),
+        );
+        for error in told.into_iter().filter_map(Result::err) {
+            tracing::info!(error = error.chain(), "an intermediary does not know that the VM runs");
+        }
+    }
+}
+
+/// The volume of that name, or id.
+fn search(vmd: &VmdClient, options: &ClaimOptions) -> Result<VolumeId> {
+    let mut found: Vec<VolumeId> = Vec::new();
+    let mut failed = None;
+    for address in &options.intermediaries {
+        match vmd.statistics(*address) {
+            Ok(node) => {
+                let is_it = |parked_as: &str, volume: VolumeId| {
+                    parked_as == options.name || volume.to_string() == options.name
+                };
+                let parked = node.volumes.iter().filter_map(|v| Some((v.parked_as.as_deref()?, v.volume)));
+                found.extend(parked.filter(|(name, volume)| is_it(name, *volume)).map(|(_, volume)| volume));
+            }
+            Err(error) => {
+                tracing::warn!(%address, error = error.chain(), "cannot be asked for the parked VM");
+                failed = Some(error);
+            }
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    match (&found[..], failed) {
+        ([volume], _) => Ok(*volume),
+        ([], None) => Err(none(&options.name)),
+        ([], Some(error)) => {
+            let message =
+                format!("none of the intermediaries that answer knows a parked VM {:?}", options.name);
+            Err(Error::new(ErrorKind::Unreachable, message).because(error))
+        }
+        (several, _) => {
+            let ids: Vec<_> = several.iter().map(ToString::to_string).collect();
+            let message = format!(
+                "{} VMs are parked as {:?}: claim one by its volume, {}",
+                several.len(),
+                options.name,
+                ids.join(" or ")
+            );
+            Err(Error::new(ErrorKind::Volume, message))
+        }
+    }
+}
+
+/// What those who answer know of a volume.
+fn describe(connector: &Arc<dyn Connector>, volume: VolumeId, at: &[SocketAddr]) -> Vec<VolumeInfo> {
+    let ask_one = |address: &SocketAddr| -> Result<VolumeInfo> {
+        let newest = Epoch(u64::MAX);
+        let mut link = connector.connect(*address, volume, newest, Class::Bulk, ANSWER_MAX)?;
+        ask(&mut *link, Request::Control(&VmdRequest::Describe), ANSWER_MAX, |reply| match reply {
+            Reply::Control(VmdReply::Volume(info)) => Ok(*info),
+            _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+        })
+    };
+    let known = std::thread::scope(|scope| {
+        let start = |address| host::thread::Builder::new().spawn_scoped(scope, move || ask_one(address));
+        let threads: Vec<_> = at.iter().map(start).collect();
+        threads.into_iter().filter_map(|thread| thread.ok()?.join().ok()?.ok()).collect::<Vec<_>>()
+    });
+    known.into_iter().filter(|info| info.volume == volume && info.parking.is_some()).collect()
+}
+
+fn range_of(first: u32, end: u32) -> PageRange {
+    PageRange::new(crate::page::PageIndex(first), end - first)
+}
+
+fn none(name: &str) -> Error {
+    let message =
+        format!("no VM is parked as {name:?} at the intermediaries asked: `sg ls` shows those that are");
+    Error::new(ErrorKind::Volume, message)
+}
+
+fn runs(name: &str, by: &str) -> Error {
+    let message = format!(
+        "the VM {name:?} runs at {by}, or did: a VM that was run is never run a second time. `sg dissolve` gives its \
+         memory back"
+    );
+    Error::new(ErrorKind::Volume, message)
+}

@@ -1,0 +1,323 @@
+//! Where the copies of a batch go: to members that live, have room and have the least under way, and so take them at
+//! their own pace. A pure core, [`choose`], and the books that it reads.
+//!
+//! A copy that a member did not take is a matter between the two: the batch goes elsewhere, and the first holder tries
+//! that member again after a while. When that has failed a few times, it counts as one that is not there.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::ids::{MemberIndex, MemberSet};
+use crate::wire::Missing;
+
+/// After the first copy that failed, a member is tried again after so long, then after twice as long, and so on.
+const REST_FIRST: Duration = Duration::from_millis(250);
+const REST_MAX: Duration = Duration::from_secs(8);
+
+/// Who is to rest for so long counts as one that is not there: it failed for the third time, each time for as long as
+/// a first holder waits. Before that, batches wait for it.
+const OUT_FROM: Duration = Duration::from_secs(1);
+
+/// A member without room is asked again after so long.
+const FULL_REST: Duration = Duration::from_millis(500);
+
+/// How a member stands to the first holder of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// It is not asked before.
+    rests_until: Option<Instant>,
+    /// How long it rests when a copy fails again; `None` while none does.
+    rest: Option<Duration>,
+    /// Batches of this first holder under way to it.
+    batches: u32,
+}
+
+/// Who may get a copy, as the first holder of a batch sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate {
+    /// Whether it lives, as far as is known.
+    pub alive: bool,
+    /// Whether it has the VM's state, and may have pages.
+    pub open: bool,
+    /// Bytes of copies under way to it, from everybody.
+    pub under_way: u64,
+    /// How it stands to the first holder.
+    pub standing: Standing,
+}
+
+impl Candidate {
+    /// Whether it is left alone now.
+    fn rests(&self, now: Instant) -> bool {
+        self.standing.rests_until.is_some_and(|until| now < until)
+    }
+
+    /// Whether copies failed there again and again, and it rests, or is just tried again.
+    fn is_out(&self, now: Instant) -> bool {
+        let failed = self.standing.rest.is_some_and(|rest| rest >= OUT_FROM);
+        failed && (self.rests(now) || self.standing.batches > 0)
+    }
+}
+
+/// Who gets copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// These, beside the first holder; with fewer than are wanted, no more are alive.
+    Take(MemberSet),
+    /// Nobody now: the batch waits.
+    Wait,
+}
+
+/// Who gets the copies of a batch that `first` gets. `holders` are wanted in all, `first` among them, or as many as
+/// live.
+#[must_use]
+pub fn choose(first: MemberIndex, holders: usize, all: &[Candidate], now: Instant) -> Choice {
+    let others = || (0..all.len()).filter(|at| *at != first.as_usize() && all[*at].alive);
+    let living = others().filter(|at| !all[*at].is_out(now)).count();
+    let wanted = holders.saturating_sub(1).min(living);
+    let mut able: Vec<usize> =
+        others().filter(|at| all[*at].open && !all[*at].rests(now) && !all[*at].is_out(now)).collect();
+    if able.len() < wanted {
+        return Choice::Wait;
+    }
+    // Of those that have as much under way, the next in turn.
+    able.sort_by_key(|at| (all[*at].under_way, (*at + all.len() - first.as_usize()) % all.len()));
+    Choice::Take(able[..wanted].iter().map(|at| MemberIndex(*at as u16)).collect())
+}
+
+/// The books of all members.
+#[derive(Debug)]
+pub struct CopyDesk {
+    holders: usize,
+    books: Mutex<Books>,
+    told: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Books {
+    open: MemberSet,
+    under_way: Vec<u64>,
+    /// By first holder, then by member.
+    standings: Vec<Standing>,
+}
+
+impl CopyDesk {
+    /// For pages that each lie at so many of so many members.
+    #[must_use]
+    pub fn new(holders: usize, members: usize) -> Self {
+        let books = Books {
+            open: MemberSet::NONE,
+            under_way: vec![0; members],
+            standings: vec![Standing::default(); if holders > 1 { members * members } else { 0 }],
+        };
+        Self { holders, books: Mutex::new(books), told: AtomicBool::new(false) }
+    }
+
+    /// How many members shall hold each page.
+    #[must_use]
+    pub const fn holders(&self) -> usize {
+        self.holders
+    }
+
+    /// A member has all that it was sent beside pages, and may have these.
+    pub fn open(&self, member: MemberIndex) {
+        let mut books = self.books.lock();
+        books.open = books.open.with(member);
+    }
+
+    /// All of them are to have something before pages: the VM's state.
+    pub fn close_all(&self) {
+        self.books.lock().open = MemberSet::NONE;
+    }
+
+    /// Whether as many of those that live are open as are to hold each page: so many have the VM's state.
+    #[must_use]
+    pub fn are_open(&self, alive: MemberSet) -> bool {
+        self.holders < 2 || self.books.lock().open.and(alive).len() >= self.holders.min(alive.len())
+    }
+
+    /// Who gets the copies of a batch that `first` gets: those that hold it in all, none where there is to be one
+    /// holder only. `None` when nobody can have them now.
+    pub fn choose(&self, first: MemberIndex, alive: MemberSet, now: Instant) -> Option<MemberSet> {
+        if self.holders < 2 {
+            return Some(MemberSet::NONE);
+        }
+        let books = self.books.lock();
+        let members = books.under_way.len();
+        let all: Vec<Candidate> = (0..members)
+            .map(|at| Candidate {
+                alive: alive.contains(MemberIndex(at as u16)),
+                open: books.open.contains(MemberIndex(at as u16)),
+                under_way: books.under_way[at],
+                standing: books.standings[first.as_usize() * members + at],
+            })
+            .collect();
+        match choose(first, self.holders, &all, now) {
+            Choice::Take(copies) => Some(copies.with(first)),
+            Choice::Wait => None,
+        }
+    }
+
+    /// Whether it was not told yet that pages have fewer holders than are wanted. It is now.
+    #[must_use]
+    pub fn is_news(&self) -> bool {
+        self.holders > 1 && !self.told.swap(true, Ordering::Relaxed)
+    }
+
+    /// A batch of so many bytes goes to these holders.
+    pub fn sent(&self, first: MemberIndex, holders: MemberSet, bytes: u64) {
+        self.change(first, holders, |under_way, standing| {
+            *under_way += bytes;
+            standing.batches += 1;
+        });
+    }
+
+    /// A batch is under way no more, whatever came of it.
+    pub fn landed(&self, first: MemberIndex, holders: MemberSet, bytes: u64) {
+        self.change(first, holders, |under_way, standing| {
+            *under_way = under_way.saturating_sub(bytes);
+            standing.batches = standing.batches.saturating_sub(1);
+        });
+    }
+
+    /// A batch was answered: who has no copy is left alone for a while, who has one stands well.
+    pub fn answered(&self, first: MemberIndex, holders: MemberSet, missing: Missing, now: Instant) {
+        self.change(first, MemberSet(holders.0 & !missing.all().0), |_, standing| {
+            (standing.rests_until, standing.rest) = (None, None);
+        });
+        self.change(first, missing.full, |_, standing| standing.rests_until = Some(now + FULL_REST));
+        self.change(first, missing.lost, |_, standing| {
+            // Those that were under way at once fail at once.
+            if standing.rests_until.is_none_or(|until| until <= now) {
+                let rest = standing.rest.map_or(REST_FIRST, |rest| (2 * rest).min(REST_MAX));
+                (standing.rests_until, standing.rest) = (Some(now + rest), Some(rest));
+            }
+        });
+    }
+
+    fn change(&self, first: MemberIndex, of: MemberSet, change: impl Fn(&mut u64, &mut Standing)) {
+        if self.holders < 2 {
+            return;
+        }
+        let mut books = self.books.lock();
+        let Books { under_way, standings, .. } = &mut *books;
+        let members = under_way.len();
+        for at in of.without(first).iter().map(MemberIndex::as_usize).filter(|at| *at < members) {
+            change(&mut under_way[at], &mut standings[first.as_usize() * members + at]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const A: MemberIndex = MemberIndex(0);
+
+    fn all(desk: &CopyDesk, members: u16, now: Instant) -> Option<MemberSet> {
+        desk.choose(A, (0..members).map(MemberIndex).collect(), now)
+    }
+
+    fn desk(holders: usize, members: u16) -> CopyDesk {
+        let desk = CopyDesk::new(holders, members.into());
+        (0..members).for_each(|member| desk.open(MemberIndex(member)));
+        desk
+    }
+
+    #[test]
+    fn the_one_with_the_least_under_way_gets_the_next() {
+        let (desk, now) = (desk(2, 3), Instant::now());
+        assert_eq!(all(&desk, 3, now), Some(MemberSet(0b011)));
+        desk.sent(A, MemberSet(0b011), 100);
+        assert_eq!(all(&desk, 3, now), Some(MemberSet(0b101)));
+        desk.sent(A, MemberSet(0b101), 200);
+        assert_eq!(all(&desk, 3, now), Some(MemberSet(0b011)));
+        desk.landed(A, MemberSet(0b101), 200);
+        assert_eq!(all(&desk, 3, now), Some(MemberSet(0b101)));
+        assert_eq!(all(&CopyDesk::new(1, 3), 3, now), Some(MemberSet::NONE));
+    }
+
+    #[test]
+    fn the_state_is_to_be_at_as_many_as_each_page() {
+        let (desk, now) = (desk(2, 3), Instant::now());
+        assert!(desk.are_open(MemberSet(0b111)));
+        desk.close_all();
+        assert_eq!(all(&desk, 3, now), None);
+        desk.open(MemberIndex(2));
+        assert!(!desk.are_open(MemberSet(0b111)) && desk.are_open(MemberSet(0b100)));
+        assert_eq!(all(&desk, 3, now), Some(MemberSet(0b101)));
+        desk.open(A);
+        assert!(desk.are_open(MemberSet(0b111)) && !desk.are_open(MemberSet(0b110)));
+        assert!(CopyDesk::new(1, 3).are_open(MemberSet(0b111)));
+    }
+
+    #[test]
+    fn who_is_full_is_waited_for_and_who_does_not_answer_is_not() {
+        let (desk, now) = (desk(2, 2), Instant::now());
+        let both = MemberSet(0b11);
+        let full = Missing { full: MemberSet(0b10), ..Missing::NONE };
+        desk.answered(A, both, full, now);
+        assert_eq!(all(&desk, 2, now), None, "two live, and one has room");
+        assert_eq!(all(&desk, 2, now + FULL_REST), Some(both));
+        let lost = Missing { lost: MemberSet(0b10), ..Missing::NONE };
+        let mut at = now + FULL_REST;
+        for rest in [REST_FIRST, 2 * REST_FIRST] {
+            desk.answered(A, both, lost, at);
+            assert_eq!(all(&desk, 2, at), None, "once or twice is waited for");
+            at += rest;
+            assert_eq!(all(&desk, 2, at), Some(both), "tried again");
+        }
+        for rest in [OUT_FROM, 2 * OUT_FROM] {
+            desk.answered(A, both, lost, at);
+            let alone = all(&desk, 2, at).expect("the other counts as dead");
+            assert_eq!(alone, MemberSet(0b01));
+            assert_eq!(desk.is_news(), rest == OUT_FROM, "it is told once");
+            at += rest;
+            assert_eq!(all(&desk, 2, at), Some(both), "tried again");
+            desk.sent(A, both, 1);
+            assert_eq!(all(&desk, 2, at), Some(MemberSet(0b01)), "by one batch");
+            desk.landed(A, both, 1);
+        }
+        desk.answered(A, both, Missing::NONE, at);
+        assert_eq!(all(&desk, 2, at), Some(both));
+        // What A does not get through to, others may.
+        let other = desk.choose(MemberIndex(1), both, now);
+        desk.answered(A, both, lost, at);
+        assert_eq!(desk.choose(MemberIndex(1), both, at), other);
+    }
+
+    proptest! {
+        #[test]
+        fn as_many_as_are_wanted_or_live(
+            holders in 1..6_usize, first in 0..8_u16,
+            members in prop::collection::vec((any::<bool>(), any::<bool>(), any::<bool>(), 0..5_u64), 8),
+        ) {
+            let now = Instant::now();
+            let rested = Standing { rests_until: Some(now + REST_MAX), ..Standing::default() };
+            let of = |(alive, open, rests, under_way): &(bool, bool, bool, u64)| Candidate {
+                alive: *alive, open: *open, under_way: *under_way,
+                standing: if *rests { rested } else { Standing::default() },
+            };
+            let candidates: Vec<Candidate> = members.iter().map(of).collect();
+            let others: Vec<usize> = (0..8).filter(|at| *at != usize::from(first)).collect();
+            let living = others.iter().filter(|at| candidates[**at].alive).count();
+            let able = |at: usize| candidates[at].alive && candidates[at].open && !members[at].2;
+            let count = others.iter().filter(|at| able(**at)).count();
+            let wanted = (holders - 1).min(living);
+            match choose(MemberIndex(first), holders, &candidates, now) {
+                Choice::Wait => prop_assert!(count < wanted),
+                Choice::Take(taken) => {
+                    prop_assert_eq!(taken.len(), wanted);
+                    prop_assert!(!taken.contains(MemberIndex(first)));
+                    prop_assert!(taken.iter().all(|member| able(member.as_usize())));
+                    let most = taken.iter().map(|member| members[member.as_usize()].3).max();
+                    let left = others.iter().filter(|at| able(**at) && !taken.contains(MemberIndex(**at as u16)));
+                    prop_assert!(left.clone().all(|at| Some(members[*at].3) >= most));
+                }
+            }
+        }
+    }
+}

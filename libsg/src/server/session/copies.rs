@@ -1,0 +1,114 @@
+//! Batches with copies: what a client wants to lie at several members, and what another member sends on.
+
+use super::{Session, read_table, read_whole};
+use crate::error::Result;
+#[cfg(feature = "simulation")]
+use crate::host;
+use crate::ids::MemberSet;
+use crate::memory::vectored::IoPart;
+use crate::server::forward::{Stored, push_answer};
+use crate::server::slots::{ChunkNumber, SlotRun};
+use crate::server::store::Noted;
+use crate::wire::copies::copied_bytes;
+use crate::wire::entry::{self, Entry};
+use crate::wire::run::encode_runs;
+use crate::wire::{Encoding, Header, IndexEntry, Kind, Malformed, Missing, PageEntry, Status};
+
+impl Session<'_> {
+    /// Stores a batch here, and sends it on to the other members that the client names. The answer follows when
+    /// they have it; the session goes on.
+    pub(super) fn put_copies(&mut self, header: &Header) -> Result<()> {
+        let Self { store, stream, buffers, targets, .. } = self;
+        let mut bytes = [0; MemberSet::BYTES];
+        let Some(table_bytes) = (header.body_bytes as usize).checked_sub(bytes.len()) else {
+            return Err(Malformed::Truncated.into());
+        };
+        read_whole(stream, &mut bytes)?;
+        let holders = MemberSet::decode(&bytes)?;
+        let page_bytes = read_table(stream, (header, table_bytes), &mut buffers.body, &mut buffers.pages)?;
+        if !buffers.pages.iter().all(|entry| entry.encoding == Encoding::Raw) {
+            return Err(Malformed::Bounds("encoding of a page that is put").into());
+        }
+        if entry::page_bytes(&buffers.pages) != page_bytes {
+            return Err(Malformed::Bounds("bytes of a batch").into());
+        }
+        if let Err(status) = store.targets((header.volume, header.epoch), holders, targets) {
+            stream.skip(page_bytes)?;
+            return self.reply(header, Kind::PutCopiesReply, status, 0, &[]);
+        }
+        // A window that is full holds back what the client sends next.
+        stream.make_room(page_bytes * targets.len())?;
+        let pinned = match self.store_pages(header, page_bytes, Noted::First)? {
+            Ok(pinned) => pinned,
+            Err(status) => return self.reply(header, Kind::PutCopiesReply, status, 0, &[]),
+        };
+        let Self { stream, buffers, targets, .. } = self;
+        let mut table = Vec::new();
+        let runs = encode_runs(buffers.placements.iter().copied(), &mut table) as u16;
+        let stored = buffers.pages.iter().zip(&buffers.placements);
+        let stored = stored
+            .filter_map(|(page, at)| Some(IndexEntry::at(page.page, page.round, (*at)?, page.checksum)));
+        let entries: Vec<IndexEntry> = stored.collect();
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::CopyNotAwaited) {
+            let mut answer = Vec::new();
+            push_answer(&mut answer, header, Missing::NONE, (&table, runs));
+            return stream.write(&mut [IoPart::Bytes(&answer)], &|| true);
+        }
+        match pinned.filter(|_| !entries.is_empty() && !targets.is_empty()) {
+            Some(pinned) => {
+                let (slots, placements) = (runs_of(&entries), (table, runs));
+                stream
+                    .forwards()
+                    .copy(Stored { header: *header, entries, slots, pinned, placements }, targets);
+                stream.move_copies()
+            }
+            None => {
+                let mut answer = Vec::new();
+                push_answer(&mut answer, header, Missing::NONE, (&table, runs));
+                stream.write(&mut [IoPart::Bytes(&answer)], &|| true)
+            }
+        }
+    }
+
+    /// Stores copies that another member sends: all of a batch, or none. Checksums are not compared: pages that a guest
+    /// writes while they are sent do not match theirs, and are sent again.
+    pub(super) fn take_copies(&mut self, header: &Header) -> Result<()> {
+        let Self { stream, buffers, .. } = self;
+        let body_bytes = header.body_bytes as usize;
+        let mut of = std::mem::take(&mut buffers.index);
+        let page_bytes = read_table(stream, (header, body_bytes), &mut buffers.body, &mut of)?;
+        if copied_bytes(&of)? != page_bytes {
+            return Err(Malformed::Bounds("bytes of a batch").into());
+        }
+        buffers.pages.clear();
+        buffers.pages.extend(of.iter().map(|entry| PageEntry::raw(entry.page, entry.round, entry.checksum)));
+        let status = match self.store_pages(header, page_bytes, Noted::CopiesOf(&of))? {
+            Ok(_) if self.buffers.placements.iter().all(Option::is_some) => Status::Ok,
+            Ok(_) => {
+                self.store.unkeep(header.volume, &of, &self.buffers.placements);
+                Status::Full
+            }
+            Err(status) => status,
+        };
+        self.buffers.index = of;
+        self.reply(header, Kind::CopyReply, status, 0, &[])
+    }
+}
+
+/// The slots that these pages lie in, in their order, as runs that stay in their chunks.
+fn runs_of(entries: &[IndexEntry]) -> Vec<SlotRun> {
+    let mut runs: Vec<SlotRun> = Vec::new();
+    for slot in entries.iter().filter_map(|entry| Some(entry.placement?.slot)) {
+        match runs.last_mut() {
+            Some(run)
+                if run.first.0 + run.slots == slot.0
+                    && ChunkNumber::of(run.first) == ChunkNumber::of(slot) =>
+            {
+                run.slots += 1;
+            }
+            _ => runs.push(SlotRun { first: slot, slots: 1 }),
+        }
+    }
+    runs
+}

@@ -1,0 +1,39 @@
+//! Parked volumes, and who claims them.
+
+use std::sync::Arc;
+
+use super::Store;
+use crate::host;
+use crate::ids::{Epoch, VolumeId};
+use crate::wire::Status;
+use crate::wire::parking::{Claim, Parking, Verdict};
+
+impl Store {
+    pub(in crate::server) fn park(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        parking: Parking,
+    ) -> Result<(), Status> {
+        let Parking { name, keeper } = parking.clone();
+        self.volumes.lock().park(volume, epoch, parking)?;
+        tracing::info!(%volume, name, %keeper, "parked: it waits to be claimed");
+        Ok(())
+    }
+
+    /// What the replaced owner has under way is either done before it or refused after it.
+    pub(in crate::server) fn claim_parked(&self, volume: VolumeId, claim: &Claim) -> Result<Verdict, Status> {
+        let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
+        let index = books.index.lock();
+        let verdict = self.volumes.lock().claim_parked(volume, claim, host::now())?;
+        drop(index);
+        tracing::info!(%volume, by = %claim.by, epoch = claim.epoch.0, force = claim.force, ?verdict, "claimed");
+        Ok(verdict)
+    }
+
+    pub(in crate::server) fn run(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
+        self.volumes.lock().run(volume, epoch)?;
+        tracing::info!(%volume, epoch = epoch.0, "its VM runs");
+        Ok(())
+    }
+}

@@ -1,0 +1,280 @@
+//! Evict now, place later, by seed: a VM is parked, and hosts claim it, one after the other or at once, while
+//! intermediaries, the source and claimants die and the network fails.
+
+mod run;
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use libsg::host::simulation::Bug;
+use libsg::migrate::{Mode, RoundOptions, Via};
+use libsg::page::InstallUnit;
+
+use crate::content::Content;
+use crate::net::Weather;
+use crate::number;
+use crate::random::Random;
+use crate::run::Outcome;
+use crate::scenario::{Plan, Scenario};
+use crate::seeds::run_each;
+
+/// Who something happens to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    Source,
+    Intermediary(usize),
+    /// The host that makes that claim.
+    Claimant(usize),
+}
+
+/// From when on something is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum After {
+    Start,
+    Commit,
+    Evicted,
+    /// That claim was granted.
+    Claimed(usize),
+    /// The VM runs at that claimant.
+    Running(usize),
+}
+
+/// What happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Its process is killed; of an intermediary a new one is started after that long, if at all.
+    Kill(Who, Option<Duration>),
+    Freeze(Who, Duration),
+    Break(Who, Who),
+    Cut(Who, Who, Duration),
+    /// Its operator gives a claim up.
+    GiveUp(usize),
+}
+
+/// Something that happens, or a claim that is made.
+#[derive(Clone, Copy, Debug)]
+pub struct At<T> {
+    pub after: After,
+    pub delay: Duration,
+    pub what: T,
+}
+
+/// Everything about a run.
+#[derive(Clone, Debug)]
+pub struct Parking {
+    /// The VM, the intermediaries and the network.
+    pub base: Scenario,
+    /// When each claim is made. The last one comes when everything else is over.
+    pub claims: Vec<At<()>>,
+    pub events: Vec<At<What>>,
+}
+
+impl Parking {
+    /// The one of a seed.
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::new(seed).fork(40);
+        let intermediaries = random.pick(&[1, 2, 2, 3]);
+        let pages = random.pick(&[64, 64, 130, 300]);
+        let zero = random.pick(&[0, 10, 40]);
+        let mut draw = |_| match random.below(100) {
+            part if part < zero => Content::Zero,
+            part if part < zero + 5 => Content::Absent,
+            _ => Content::Version(1),
+        };
+        let mut memory: Vec<_> = (0..pages).map(&mut draw).collect();
+        if random.one_in(4) {
+            // Several index servers know of it.
+            memory.resize(1500, Content::Absent);
+            memory.extend((0..30).map(|_| Content::Version(1)));
+        }
+        let mode = random.pick(&[Mode::ScatterGather, Mode::ScatterGather, Mode::Hybrid]);
+        let rounds = RoundOptions {
+            rounds_max: Some(random.pick(&[1, 2])),
+            downtime_limit: Duration::from_millis(1),
+            via: Via::Direct,
+        };
+        let regions = vec![(memory.len() as u64, InstallUnit::Page)];
+        let base = Scenario {
+            seed,
+            vms: vec![Plan { memory, regions, logs_units: false, mode, rounds }],
+            intermediaries: (0..intermediaries).map(|_| random.pick(&[2, 4, 4, 8]) << 20).collect(),
+            spares: 0,
+            weather: Weather {
+                delay: Duration::from_micros(random.pick(&[20, 100, 1000])),
+                jitter: Duration::from_micros(random.pick(&[0, 100, 3000])),
+                port_rate: random.pick(&[0, 0, 12_500_000]),
+            },
+            gather_limit: random.pick(&[0, 1_000_000, 8_000_000]),
+            scatter_limit: random.pick(&[0, 0, 4_000_000]),
+            grace: Duration::from_millis(random.pick(&[500, 2000])),
+            think: Duration::from_micros(random.pick(&[100, 2000])),
+            events: Vec::new(),
+            sharing: random.one_in(3),
+            replicas: 1,
+        };
+        let mut parking = Self { base, claims: Vec::new(), events: Vec::new() };
+        for nth in 0..random.pick(&[1, 2, 2, 3]) {
+            let after = match nth {
+                0 => random.pick(&[After::Evicted, After::Evicted, After::Commit, After::Start]),
+                nth => random.pick(&[After::Evicted, After::Claimed(nth - 1), After::Running(nth - 1)]),
+            };
+            let delay = Duration::from_micros(random.pick(&[0, 0, 500, 50_000, 12_000_000]));
+            parking.claims.push(At { after, delay, what: () });
+        }
+        for _ in 0..random.pick(&[0, 1, 1, 2, 2, 3, 4]) {
+            let event = parking.event(&mut random);
+            parking.events.push(event);
+        }
+        parking
+    }
+
+    fn event(&self, random: &mut Random) -> At<What> {
+        let claim = random.below(self.claims.len() as u64) as usize;
+        let after = random.pick(&[
+            After::Start,
+            After::Commit,
+            After::Commit,
+            After::Evicted,
+            After::Claimed(claim),
+            After::Claimed(claim),
+            After::Claimed(claim),
+            After::Running(claim),
+        ]);
+        let most = random.pick(&[0, 200, 5000, 100_000, 1_000_000]);
+        let delay = Duration::from_micros(random.within(0, most));
+        let member = |random: &mut Random| {
+            Who::Intermediary(random.below(self.base.intermediaries.len() as u64) as usize)
+        };
+        // Of all intermediaries the first is mostly the keeper.
+        let keeper =
+            |random: &mut Random| if random.one_in(2) { Who::Intermediary(0) } else { member(random) };
+        let other = |random: &mut Random| match random.below(3) {
+            0 => Who::Source,
+            _ => Who::Claimant(claim),
+        };
+        let time = |random: &mut Random| Duration::from_millis(random.pick(&[1, 20, 600, 3000, 11_000]));
+        let what = match random.below(12) {
+            0 => What::Kill(Who::Source, None),
+            1 | 2 => What::Kill(Who::Claimant(claim), None),
+            3 => What::Kill(keeper(random), None),
+            4 => What::Kill(keeper(random), Some(time(random))),
+            5 => What::Freeze(keeper(random), time(random)),
+            6 => What::Freeze(Who::Claimant(claim), time(random)),
+            7 | 8 => What::Break(other(random), keeper(random)),
+            9 | 10 => What::Cut(other(random), keeper(random), time(random)),
+            _ => What::GiveUp(claim),
+        };
+        At { after, delay, what }
+    }
+
+    /// Whether no intermediary is ever killed.
+    pub fn keeps_intermediaries(&self) -> bool {
+        !self.events.iter().any(|event| matches!(event.what, What::Kill(Who::Intermediary(_), _)))
+    }
+}
+
+fn run(seed: u64, bug: Option<Bug>) -> Outcome {
+    run::Run::new(&Parking::of(seed), bug).run()
+}
+
+fn report(seed: u64) -> String {
+    let (parking, outcome) = (Parking::of(seed), run(seed, None));
+    let mut text = format!("seed {seed}: {:?}\n", outcome.breach);
+    let _ = writeln!(text, "claims {:?}\nevents {:?}\n{:?}", parking.claims, parking.events, parking.base);
+    outcome.lines.iter().for_each(|line| {
+        let _ = writeln!(text, "{line}");
+    });
+    let _ = writeln!(
+        text,
+        "Again by SG_SIM_FIRST={seed} SG_SIM_SEEDS=1 cargo test -p libsg --test simulation parked"
+    );
+    text
+}
+
+#[test]
+fn whatever_happens_the_contracts_hold() {
+    let (first, count) = (number("SG_SIM_FIRST", 0), number("SG_SIM_SEEDS", 300));
+    if let Ok(filter) = std::env::var("SG_SIM_LOG") {
+        tracing_subscriber::fmt().with_env_filter(filter).init();
+    }
+    let sum = run_each(first..first + count, true, 5, |seed| run(seed, None));
+    println!("{sum}");
+    let broken = sum.broken.first().map(|(seed, _)| report(*seed)).unwrap_or_default();
+    assert!(sum.broken.is_empty(), "{sum}\n{:?}\n{broken}", sum.broken);
+}
+
+#[test]
+fn a_seed_is_the_same_run_each_time() {
+    for seed in 0..10 {
+        assert_eq!(run(seed, None).trace, run(seed, None).trace, "seed {seed}");
+    }
+}
+
+/// A small VM at intermediaries of 4 MiB, claimed when it has evicted, on a fast network on which nothing happens but this.
+fn holds(intermediaries: usize, event: At<What>) {
+    let mut parking = Parking::of(0);
+    let plan = Plan {
+        memory: vec![Content::Version(1); 200],
+        regions: vec![(200, InstallUnit::Page)],
+        logs_units: false,
+        mode: Mode::ScatterGather,
+        rounds: RoundOptions::default(),
+    };
+    parking.base = Scenario {
+        vms: vec![plan],
+        intermediaries: vec![4 << 20; intermediaries],
+        weather: Weather { delay: Duration::from_micros(50), jitter: Duration::ZERO, port_rate: 0 },
+        gather_limit: 1_000_000,
+        scatter_limit: 4_000_000,
+        grace: Duration::from_millis(500),
+        sharing: false,
+        ..parking.base
+    };
+    parking.claims = vec![At { after: After::Evicted, delay: Duration::ZERO, what: () }];
+    parking.events = vec![event];
+    let outcome = run::Run::new(&parking, None).run();
+    assert_eq!(outcome.breach, None, "{:#?}", outcome.lines);
+    let runs = outcome.lines.iter().any(|line| line.contains("claimant 0: Resumed"));
+    assert!(runs, "it was not claimed at once: {:#?}", outcome.lines);
+}
+
+/// It was there and had not been told: whoever claimed, by force or not, heard that the VM was not parked.
+#[test]
+fn a_keeper_whose_connection_breaks_behind_commit_is_told_anew() {
+    for delay in (0..600).step_by(20) {
+        let what = What::Break(Who::Source, Who::Intermediary(0));
+        holds(2, At { after: After::Commit, delay: Duration::from_micros(delay), what });
+    }
+}
+
+/// It was left alone for longer than its grace, and what it knew was lost.
+#[test]
+fn an_index_server_is_asked_again_within_its_grace() {
+    for delay in (0..1000).step_by(40) {
+        let what = What::Break(Who::Claimant(0), Who::Intermediary(0));
+        holds(1, At { after: After::Running(0), delay: Duration::from_micros(delay), what });
+    }
+}
+
+/// Bugs put in on purpose are found within a thousand seeds.
+fn is_found(bug: Bug, says: &[&str]) {
+    let sum = run_each(0..1000, false, 1, |seed| run(seed, Some(bug)));
+    let (seed, breach) = sum.broken.first().unwrap_or_else(|| panic!("{bug:?} was not found: {sum}"));
+    println!("{bug:?}: seed {seed}: {breach}");
+    assert!(says.iter().any(|words| breach.contains(words)), "{bug:?} was found as something else: {breach}");
+}
+
+#[test]
+fn nothing_is_parked_before_all_is_safe() {
+    is_found(Bug::ParkedUnsafe, &["evicted means evicted", "a death is an event", "each page is right"]);
+}
+
+#[test]
+fn no_claim_is_granted_twice() {
+    is_found(Bug::ClaimedTwice, &["one owner"]);
+}
+
+#[test]
+fn nothing_runs_that_is_not_written_down() {
+    is_found(Bug::RunsUnasked, &["one owner"]);
+}
