@@ -163,6 +163,7 @@ fn migrate(memory_bytes: u64) -> Result<Report, Box<dyn Error>> {
     let options = SourceOptions {
         to: to.into(),
         intermediaries: vec![server.address()],
+        replacements: None,
         replicas: 1,
         mode: Mode::ScatterGather,
         rounds: RoundOptions::default(),

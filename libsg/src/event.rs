@@ -49,6 +49,11 @@ pub enum Event {
         /// Which, and why.
         message: String,
     },
+    /// Source: another intermediary takes the place of one that was lost.
+    NodeReplaced {
+        /// Which, and in whose place.
+        message: String,
+    },
     /// Both: something an operator should know; it is no reason for the migration to end.
     Warning {
         /// What.

@@ -58,6 +58,10 @@ pub const VOLUME_PAGES_MAX: u64 = u32::MAX as u64;
 /// Intermediaries of one volume. More are refused when the migration starts.
 pub const MEMBERS_MAX: usize = 64;
 
+/// Intermediaries that are looked for in the place of those that died, in one migration: a pool in which more die is no place
+/// for the VM's pages. Further ones are not replaced.
+pub const REPLACEMENTS_MAX: usize = 8;
+
 /// Intermediaries that hold the same page. More are refused when the migration starts, and by intermediaries: a
 /// session waits for all of them.
 pub const COPIES_MAX: usize = 8;

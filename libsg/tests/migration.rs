@@ -74,6 +74,7 @@ fn leave_in_copies(
     let options = SourceOptions {
         to: scene.address.into(),
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
+        replacements: None,
         replicas,
         mode,
         rounds: RoundOptions::default(),

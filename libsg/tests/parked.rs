@@ -66,6 +66,7 @@ impl Pool {
         SourceOptions {
             to,
             intermediaries: self.addresses(),
+            replacements: None,
             replicas: 1,
             mode,
             rounds: RoundOptions::default(),

@@ -143,6 +143,7 @@ fn options(scene: &Scene, mode: Mode, rounds: RoundOptions, limit: u64, observer
     SourceOptions {
         to: scene.address.into(),
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
+        replacements: None,
         replicas: 1,
         mode,
         rounds,

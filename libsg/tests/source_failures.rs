@@ -163,6 +163,7 @@ fn leave(scene: &Scene, to: SocketAddr, pages: (u32, End), here: Here) -> (Outgo
     let options = SourceOptions {
         to: to.into(),
         intermediaries: scene.members().iter().map(|member| member.address).collect(),
+        replacements: None,
         replicas: 1,
         mode: if scene.nodes.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
         rounds: RoundOptions::default(),

@@ -160,7 +160,7 @@ impl<'a> Following<'a> {
                 let message = format!("{}: {message}", occurred.node);
                 vm.failed.note(occurred.node, Failure { kind, message, lost: Vec::new() });
             }
-            "warning" | "node-lost" => {
+            "warning" | "node-lost" | "node-replaced" => {
                 let at = occurred.at.saturating_duration_since(self.start).as_secs_f64();
                 ui.say(&format!("  {at:6.1} s  {}: {message}", occurred.node));
             }

@@ -8,8 +8,14 @@ mod places;
 #[allow(dead_code)]
 mod world;
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use libsg::discovery::multicast::{Announcer, Place};
+use libsg::ids::{Epoch, VolumeId};
+use libsg::transport::PoolSecret;
+use libsg::vmd::{Class, Connector as _, TcpConnector};
+use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
 use rustix::process::Signal;
 use serde_json::json;
 use world::proxy::Proxy;
@@ -59,6 +65,73 @@ fn intermediaries_are_chosen_from_the_pool_and_a_dead_one_is_gone_from_it() {
     let node = &start(false)[0];
     assert_eq!(node["taken"], node["why"].as_str().is_some_and(|why| why.starts_with("taken for")));
     ends_well(&source, &destination);
+}
+
+/// Announces an intermediary as one that has much to spare, whatever this machine has at the moment.
+fn announce(place: Place, address: SocketAddr) -> Announcer {
+    let connector = TcpConnector::new(PoolSecret::open());
+    let link = connector.connect(address, VolumeId(0), Epoch(0), Class::Bulk, PATIENCE).expect("connected");
+    let (node, gib, rate) = (link.member().node.clone(), 1 << 30, 125_000_000);
+    let memory =
+        MemoryRoom { host_bytes: 4 * gib, available_bytes: 4 * gib, limit_bytes: gib, used_bytes: 0 };
+    let link = LinkRoom {
+        bytes_per_s: rate,
+        free_in_bytes_per_s: rate,
+        free_out_bytes_per_s: rate,
+        ..LinkRoom::default()
+    };
+    let host = Announcement {
+        node,
+        address,
+        zone: None,
+        duty: Duty::Lends,
+        transports: Transports::TCP,
+        memory,
+        link,
+        cpu_idle_permille: 1000,
+        connections_free: 100,
+        volumes_free: 100,
+    };
+    Announcer::start(place, &PoolSecret::open(), Box::new(move || host.clone())).expect("announced")
+}
+
+/// Two are chosen from the pool; one is killed, and a third, of whom nobody knew at the start, takes its place.
+#[test]
+fn an_intermediary_of_the_pool_that_is_killed_is_replaced() {
+    let [a, b, c, d] = libsg::ids::random_bytes().expect("random bytes");
+    let port = 40_000 + u16::from_le_bytes([c, d]) % 10_000;
+    let text = format!("239.255.{a}.{b}:{port}@127.0.0.1");
+    let place: Place = text.parse().expect("a group");
+    let mut world = World::new(3, &["--limit-in", "50mbit"]);
+    let members = world.members();
+    let _two = [announce(place, members[0]), announce(place, members[1])];
+    let source = world.vm("source", &format!("--pool multicast:{text} --link 1gbit"));
+    let destination = world.incoming("destination", "--gather-limit 50mbit");
+    let to = destination.address.to_string();
+    let began = Instant::now();
+    let chosen = || {
+        let answer = source.ask(&json!({"do": "start", "to": to, "pool": true, "dry_run": true}));
+        let nodes = answer["selection"]["nodes"].as_array().cloned().unwrap_or_default();
+        nodes.iter().filter(|node| node["taken"] == true).count()
+    };
+    while chosen() < 2 {
+        assert!(began.elapsed() < PATIENCE, "nobody is chosen");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let answer = source.ask(&json!({"do": "start", "to": to, "pool": true}));
+    assert_eq!(answer["ok"], true, "{answer}");
+    let _third = announce(place, members[2]);
+    source.process.wait_percent("scattered", 25);
+    world.intermediaries[0].process.kill();
+    let replaced = source.process.wait("node-replaced");
+    assert!(replaced["message"].as_str().is_some_and(|why| why.contains("i3")), "{replaced}");
+    let evicted = source.process.wait("evicted");
+    let by = evicted["report"]["intermediaries"].as_array().cloned().unwrap_or_default();
+    assert!(by.iter().any(|node| node["id"] == "i3" && node["bytes_in"].as_u64() > Some(0)), "{evicted}");
+    ends_well(&source, &destination);
+    assert!(source.process.has_told("node-lost", "i1"));
+    world.intermediaries.remove(0);
+    world.holds_nothing();
 }
 
 #[test]

@@ -121,7 +121,8 @@ pub struct RunArguments {
     pub secret: Option<PathBuf>,
     /// Hear the pool: with {"pool":true}, start chooses intermediaries among the hosts that announce themselves
     /// (multicast:GROUP:PORT@ADDR, where the port 7702, and the interface that the routes say, need not be named, or
-    /// etcd://HOST:PORT,HOST:PORT/PREFIX), and while a VM leaves, others do not choose nodes of this host
+    /// etcd://HOST:PORT,HOST:PORT/PREFIX), and, where pages have one copy, another in the place of one
+    /// that dies on the way; and while a VM leaves, others do not choose nodes of this host
     #[arg(long, value_name = "WHERE")]
     pub pool: Option<String>,
     /// The zone (rack, power feed) this host is in

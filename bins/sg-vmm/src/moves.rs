@@ -15,7 +15,7 @@ use libsg::migrate::destination::{
     ArrivalPhase, ClaimOptions, Destination, DestinationOptions, Incoming, claim,
 };
 use libsg::migrate::source::{Outgoing, SourceOptions, To, start};
-use libsg::migrate::{Mode, PoolSecret, RoundOptions, Via};
+use libsg::migrate::{Mode, PoolSecret, Replacements, RoundOptions, Via};
 use libsg::report::{Bytes, DestinationReport, Sample, SourceReport};
 use libsg::source::MemorySource;
 use libsg::vmd::TcpConnector;
@@ -115,7 +115,7 @@ impl Start {
 /// Leaving and arriving.
 pub struct Moves {
     secret: PoolSecret,
-    pool: Option<PoolView>,
+    pool: Option<Arc<PoolView>>,
     began: Mutex<Option<Instant>>,
     outgoing: Mutex<Option<Arc<Outgoing>>>,
     incoming: Mutex<Option<Arc<Incoming>>>,
@@ -127,7 +127,7 @@ impl Moves {
     pub fn new(secret: PoolSecret, pool: Option<PoolView>) -> Arc<Self> {
         Arc::new(Self {
             secret,
-            pool,
+            pool: pool.map(Arc::new),
             began: Mutex::new(None),
             outgoing: Mutex::new(None),
             incoming: Mutex::new(None),
@@ -166,11 +166,12 @@ impl Moves {
     /// One is under way, or it cannot be started; a choice among a pool that this VMM is not in.
     pub fn start(self: &Arc<Self>, vm: &Arc<Vm>, what: Start) -> Result<Option<Value>> {
         let to = what.to()?;
-        let mut told = None;
+        let (mut told, mut replacements) = (None, None);
         let mut intermediaries = what.intermediaries.clone();
         if what.pool {
             let pool = self.pool.as_ref().ok_or_else(pool::none)?;
             let choice = pool.choose((vm.config().memory_bytes, what.replicas()), what.to, what.evacuate)?;
+            replacements = Some(pool.replacements(&choice));
             intermediaries.extend(choice.addresses);
             told = Some(choice.told);
         } else if what.dry_run || what.evacuate {
@@ -178,7 +179,7 @@ impl Moves {
             return Err(Error::new(ErrorKind::Input, message));
         }
         if !what.dry_run {
-            self.go(vm, &what, to, intermediaries)?;
+            self.go(vm, &what, to, (intermediaries, replacements))?;
         }
         Ok(told)
     }
@@ -188,7 +189,7 @@ impl Moves {
         vm: &Arc<Vm>,
         what: &Start,
         to: To,
-        intermediaries: Vec<SocketAddr>,
+        (intermediaries, replacements): (Vec<SocketAddr>, Option<Arc<dyn Replacements>>),
     ) -> Result<()> {
         let mut slot = self.outgoing.lock();
         if slot.as_ref().is_some_and(|outgoing| !outgoing.is_over()) {
@@ -207,6 +208,7 @@ impl Moves {
             mode: what.mode,
             rounds: what.rounds(),
             intermediaries,
+            replacements,
             secret: self.secret.clone(),
             connector: self.connector(),
             scatter_limit_bytes_per_s: 0,

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use libsg::discovery::Hears;
 use libsg::discovery::meter::Meter;
-use libsg::discovery::select::{Need, Selection, Verdict, ZoneRule, select};
+use libsg::discovery::select::{Need, Selection, Verdict, ZoneRule, replacement, select};
 use libsg::ids::{NodeId, random_bytes};
-use libsg::migrate::PoolSecret;
+use libsg::migrate::{PoolSecret, Replacements, Vacancy};
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
 use libsg::{Error, ErrorKind, Result};
 use pools::Meeting;
@@ -40,6 +40,28 @@ pub struct Choice {
     pub addresses: Vec<SocketAddr>,
     /// What an operator is told.
     pub told: Value,
+    /// What the VM needs, for those who are chosen later.
+    need: Need,
+}
+
+/// Chooses others in the place of those that die on the way.
+struct Others {
+    pool: Arc<PoolView>,
+    need: Need,
+}
+
+impl Replacements for Others {
+    fn replacement(&self, vacancy: &Vacancy<'_>) -> Option<SocketAddr> {
+        let mut hosts = self.pool.announcer.hosts();
+        // Those that died may be announced for a while yet.
+        hosts.retain(|host| {
+            let is_gone = vacancy.gone.iter().any(|member| member.node == host.node);
+            !is_gone && !vacancy.tried.contains(&host.address)
+        });
+        let living: Vec<NodeId> = vacancy.living.iter().map(|member| member.node.clone()).collect();
+        let at = replacement(&hosts, &self.need, &living, &vacancy.dead.node)?;
+        Some(hosts[at].address)
+    }
 }
 
 impl PoolView {
@@ -110,7 +132,13 @@ impl PoolView {
         };
         let selection = select(&hosts, &need);
         let addresses = selection.members.iter().map(|at| hosts[*at].address).collect();
-        Ok(Choice { addresses, told: told(&hosts, &selection) })
+        Ok(Choice { addresses, told: told(&hosts, &selection), need })
+    }
+
+    /// Chooses others in the place of those of a choice that die.
+    #[must_use]
+    pub fn replacements(self: &Arc<Self>, choice: &Choice) -> Arc<dyn Replacements> {
+        Arc::new(Others { pool: Arc::clone(self), need: choice.need.clone() })
     }
 }
 

@@ -150,6 +150,7 @@ fn destination(nodes: usize) -> (Incoming, Berth, SourceOptions) {
     let options = SourceOptions {
         to: destination.address().into(),
         intermediaries: nodes.iter().map(|node| node.member().address).collect(),
+        replacements: None,
         replicas: 1,
         mode: Mode::Hybrid,
         rounds: RoundOptions { rounds_max: Some(2), downtime_limit: Duration::ZERO, via: Via::Direct },

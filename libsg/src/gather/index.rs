@@ -21,6 +21,7 @@ use crate::vmd::link::ask;
 use crate::vmd::placement::index_turn;
 use crate::vmd::{Class, Link, Reply, Request};
 use crate::wire::IndexEntry;
+use crate::wire::message::{VmdReply, VmdRequest};
 
 /// How long an index server may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
@@ -75,14 +76,17 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         let searches = (waits || shared.is_running() && silent) && shared.counts().unknown > 0;
         if searches {
             let now = host::now();
+            let first = state.is_none();
             let state =
                 state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now, turn: 0 });
-            if host::elapsed(state.anew_at) >= ASK_ANEW {
+            seats.resize_with(shared.members().len(), Seat::default);
+            let mut grows = false;
+            if first || host::elapsed(state.anew_at) >= ASK_ANEW {
                 state.anew_at = now;
                 shared.tracker.lock().ask_again(false);
+                grows = ask_for_members(shared, &mut seats)?;
             }
-            seats.resize_with(shared.members().len(), Seat::default);
-            let complete = search(shared, &mut seats, state.turn)?;
+            let complete = search(shared, &mut seats, state.turn)? && !grows;
             state.turn += 1;
             let unknown = shared.counts().unknown;
             if unknown < state.unknown {
@@ -172,6 +176,25 @@ fn overlaps(a: PageRange, b: PageRange) -> bool {
     a.positions().start < b.positions().end && b.positions().start < a.positions().end
 }
 
+/// Asks all who answer who the members are: a source that is no more may have added some and not told us. Whether there
+/// are more than we knew.
+fn ask_for_members(shared: &Shared, seats: &mut [Seat]) -> Result<bool> {
+    let mut more = false;
+    for (at, seat) in seats.iter_mut().enumerate() {
+        let describe = Request::Control(&VmdRequest::Describe);
+        let described = asked(shared, seat, MemberIndex(at as u16), describe, |reply| match reply {
+            Reply::Control(VmdReply::Volume(info)) => Ok(info.members),
+            _ => Err(another()),
+        });
+        match described {
+            Ok(members) => more |= shared.found_members(members),
+            Err(error) if is_of_link(&error) || error.kind == ErrorKind::Volume => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(more)
+}
+
 /// Whether a member that has not answered since then may do so yet.
 fn may_answer(shared: &Shared, member: MemberIndex, silent_since: Instant) -> bool {
     let Some(desk) = shared.member(member) else { return false };
@@ -186,6 +209,29 @@ fn locate(
     member: MemberIndex,
     range: PageRange,
 ) -> Result<Vec<IndexEntry>> {
+    let located = asked(shared, seat, member, Request::Locate(range), |reply| match reply {
+        Reply::Located(entries) => Ok(entries.to_vec()),
+        _ => Err(another()),
+    });
+    match located {
+        // It does not know the volume: then it knows none of its pages.
+        Err(error) if error.kind == ErrorKind::Volume => Ok(Vec::new()),
+        located => located,
+    }
+}
+
+fn another() -> Error {
+    Error::new(ErrorKind::Protocol, "an answer to another question")
+}
+
+/// Asks a member, unless it was not there just now.
+fn asked<T>(
+    shared: &Shared,
+    seat: &mut Seat,
+    member: MemberIndex,
+    request: Request<'_>,
+    take: impl FnOnce(Reply<'_>) -> Result<T>,
+) -> Result<T> {
     let unreachable = || Error::new(ErrorKind::Unreachable, "it was not there just now");
     let desk = shared.member(member).ok_or_else(unreachable)?;
     let known_lost = desk.state.lock().lost_since.is_some();
@@ -206,17 +252,13 @@ fn locate(
             }
         }
     };
-    let located = ask(&mut *link, Request::Locate(range), ANSWER_MAX, |reply| match reply {
-        Reply::Located(entries) => Ok(entries.to_vec()),
-        _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
-    });
-    match &located {
+    let answered = ask(&mut *link, request, ANSWER_MAX, take);
+    match &answered {
         Ok(_) => seat.link = Some(link),
-        // It does not know the volume: then it knows none of its pages.
-        Err(error) if error.kind == ErrorKind::Volume => return Ok(Vec::new()),
+        Err(error) if error.kind == ErrorKind::Volume => {}
         Err(_) => seat.not_before = Some(host::now() + leave_alone(shared)),
     }
-    located
+    answered
 }
 
 /// Within its grace it is asked some times.

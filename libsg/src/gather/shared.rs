@@ -2,6 +2,7 @@
 //!
 //! Nothing here is held locked across input or output.
 
+mod members;
 mod rounds;
 
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::desk::{MemberDesk, MemberState};
+use super::desk::MemberDesk;
 use super::tracker::{Counts, Tracker, Word};
 use crate::content::ContentHasher;
 use crate::error::{Error, ErrorKind, Result};
@@ -101,6 +102,8 @@ pub(crate) struct Shared {
     /// Bytes of the largest frame that the source must be able to send: a whole unit.
     pub unit_pages: u32,
     members: RwLock<Vec<Arc<MemberDesk>>>,
+    /// Members of whom an intermediary knows, and the source has not told.
+    found_members: Mutex<Option<Vec<Member>>>,
     source: Mutex<SourceState>,
     rounds: Rounds,
     /// What may be installed is known: nothing that is announced is replaced any more.
@@ -148,6 +151,7 @@ impl Shared {
             member_grace: setup.member_grace,
             unit_pages: unit.pages(),
             members: RwLock::new(Vec::new()),
+            found_members: Mutex::new(None),
             source: Mutex::new(SourceState { evicted: false, away_since: None }),
             rounds: setup.rounds,
             is_final: AtomicBool::new(setup.rounds == Rounds::None),
@@ -179,41 +183,6 @@ impl Shared {
             Some(hasher) => hasher.matches(bytes, checksum),
             None => Checksum::of(bytes) == checksum,
         }
-    }
-
-    /// The volume's members, of which there are only ever more.
-    pub fn members(&self) -> Vec<Arc<MemberDesk>> {
-        self.members.read().clone()
-    }
-
-    pub fn member(&self, index: MemberIndex) -> Option<Arc<MemberDesk>> {
-        self.members.read().get(index.as_usize()).cloned()
-    }
-
-    /// Takes the new list, which begins with the old one; returns the numbers of the new ones.
-    pub fn add_members(&self, list: &[Member]) -> Result<Vec<MemberIndex>> {
-        let mut members = self.members.write();
-        let same = members.iter().zip(list).all(|(desk, member)| desk.member == *member);
-        if !same || list.len() < members.len() || list.len() > limits::MEMBERS_MAX {
-            return Err(Error::new(
-                ErrorKind::Protocol,
-                "a list of members that does not begin with the old one",
-            ));
-        }
-        let mut added = Vec::new();
-        for member in &list[members.len()..] {
-            added.push(MemberIndex(members.len() as u16));
-            members.push(Arc::new(MemberDesk {
-                member: member.clone(),
-                waker: Waker::new()?,
-                urgent: Mutex::new(None),
-                wants_urgent: AtomicBool::new(true),
-                bytes_out: AtomicU64::new(0),
-                state: Mutex::new(MemberState::default()),
-            }));
-        }
-        self.tracker.lock().set_members(members.len());
-        Ok(added)
     }
 
     /// Takes what somebody says about where pages are.

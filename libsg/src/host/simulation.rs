@@ -103,6 +103,8 @@ pub enum Bug {
     TornKept,
     /// An intermediary that stored the beginning of an install unit is said to have stored all of it.
     UnitHalfStored,
+    /// What lies at a member that was added counts before anybody who outlives the source knows of it.
+    MemberUnknown,
     /// An intermediary answers for one volume with the index and the pages of another.
     VolumesMixed,
     /// The first holder of pages says that the others have copies, and sends them none.

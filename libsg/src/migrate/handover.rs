@@ -4,8 +4,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use super::live::Rounds;
 use super::members::{Members, Patience, ask_all, dissolve};
+use super::recruit::Recruiter;
 use super::source::{Control, SourceOptions};
 use super::{Event, Mode, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
@@ -35,6 +38,7 @@ pub(super) struct Lead<'a> {
     pub(super) control: &'a Control,
     pub(super) options: &'a SourceOptions,
     pub(super) scatter: &'a Arc<Scatter>,
+    pub(super) recruiter: &'a Mutex<Recruiter>,
 }
 
 impl Lead<'_> {
@@ -73,7 +77,8 @@ impl Lead<'_> {
         }
         let told = tell(&error);
         let of = (self.scatter.volume, self.scatter.epoch);
-        dissolve(self.options, of, &self.scatter.members, members);
+        self.recruiter.lock().end();
+        dissolve(self.options, of, &self.scatter.members.list(), members);
         drop(told);
         match resumed {
             Ok(()) => error,
@@ -108,7 +113,7 @@ impl Handover<'_> {
         let control = open.insert(Conversation::new(self.destination.dial(Purpose::MigrationControl)?));
         let offer = Talk::Offer {
             manifest: self.manifest.clone(),
-            members: self.lead.scatter.members.clone(),
+            members: self.lead.scatter.members.list(),
             elapsed_us: host::elapsed(self.started).as_micros() as u64,
             rounds: Rounds::kind(rounds.as_ref(), self.lead.options.mode),
         };
@@ -162,6 +167,7 @@ impl Handover<'_> {
                 self.lead.scatter.member_lost(member, &error);
             },
         );
+        self.lead.recruiter.lock().keep_state(state);
         if live && self.lead.options.mode == Mode::PreCopy {
             Rounds::finish(&self.lead, lines, members)?;
             return Ok(paused_at);

@@ -235,7 +235,7 @@ impl<'a> Leg<'a> {
     /// paused VM would wait for that.
     fn lags(&self, held: u64, now: Instant) -> bool {
         let options = self.lead.options;
-        if options.mode != Mode::PreCopy || self.lead.scatter.members.is_empty() {
+        if options.mode != Mode::PreCopy || self.lead.scatter.members.books().is_empty() {
             return false;
         }
         let total = u64::from(self.lead.scatter.planner.lock().progress().1);
@@ -285,7 +285,7 @@ pub(super) fn with_sinks(
         ready: false.into(),
     };
     let over_now = AtomicBool::new(false);
-    let mut lost = Vec::new();
+    let (mut lost, mut joined) = (Vec::new(), Vec::new());
     let ran = std::thread::scope(|scope| {
         let ends = Ends(&over_now, scatter);
         let ended = || over_now.load(Ordering::Acquire) || scatter.stopping();
@@ -316,8 +316,13 @@ pub(super) fn with_sinks(
             })?);
         }
         let mut stepped = Ok(());
+        let mut recruits = Vec::new();
         let mut step = || {
-            let is_over = ears.check().and_then(|ready| Ok(over()? || ready));
+            let heard = ears.check();
+            if what.members && heard.is_ok() {
+                recruits.extend(start_recruit(lead, scope, ended));
+            }
+            let is_over = heard.and_then(|ready| Ok(over()? || ready));
             is_over.unwrap_or_else(|error| {
                 stepped = Err(error);
                 true
@@ -335,9 +340,12 @@ pub(super) fn with_sinks(
                 lost.push(at);
             }
         }
+        let seat = |thread: Recruited<'_>| thread.join().unwrap_or(None);
+        joined.extend(recruits.into_iter().map(|thread| thread.and_then(seat)));
         ears.why(stepped.and(talked))
     });
     lost.into_iter().for_each(|at| members[at] = None);
+    members.extend(joined);
     if scatter.is_poisoned() { Err(scatter.failure()) } else { ran }
 }
 
@@ -365,6 +373,46 @@ fn look_on(scatter: &Scatter, over: &mut dyn FnMut() -> bool) -> Result<()> {
         scatter.control_waker().drain();
     }
     Ok(())
+}
+
+/// Starts the thread of one who has become a member, if somebody has: one who could not be is a member all the same.
+fn start_recruit<'scope>(
+    lead: &Lead<'scope>,
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    ended: impl Fn() -> bool + Send + 'scope,
+) -> Option<Option<Recruited<'scope>>> {
+    let scatter = lead.scatter;
+    let (member, seat) = lead.recruiter.lock().look(scatter, false)?;
+    let thread = host::thread::Builder::new().name(format!("sg-scatter-{member}"));
+    let started = thread.spawn_scoped(scope, move || run_recruit(scatter, member, seat, ended));
+    Some(started.map_err(|error| scatter.member_lost(member, &error.into())).ok())
+}
+
+/// A thread that gives its seat back.
+type Recruited<'scope> = host::thread::ScopedJoinHandle<'scope, Option<Seat>>;
+
+/// The thread of one who became a member meanwhile: its seat, unless it was lost.
+fn run_recruit(
+    scatter: &Arc<Scatter>,
+    member: MemberIndex,
+    mut seat: Seat,
+    ended: impl Fn() -> bool,
+) -> Option<Seat> {
+    let _poisons = PoisonsOnPanic(scatter.clone());
+    let ready = seat.wait_until_ready(scatter, member, &ended);
+    if matches!(ready, Ok(true)) {
+        seat = seat.seat(scatter, member);
+    }
+    let ran = ready.and_then(|_| seat.sink().map_or(Ok(()), |sink| sink.run(ended)));
+    match ran {
+        Ok(()) => Some(seat),
+        Err(error) => {
+            if !scatter.is_poisoned() {
+                scatter.member_lost(member, &error);
+            }
+            None
+        }
+    }
 }
 
 /// Lets the sinks end, whatever way they are left.

@@ -14,7 +14,7 @@ use crate::manifest::Manifest;
 use crate::scatter::{MemberSink, Scatter};
 use crate::transport::wait;
 use crate::vmd::link::ask;
-use crate::vmd::{Class, Link, Reply, Request, Ticket};
+use crate::vmd::{Class, Connector, Link, Reply, Request, Ticket};
 use crate::wire::message::{Member, VmdRequest};
 
 /// How long an intermediary has to be reached, to create the volume, and to answer anything else.
@@ -47,7 +47,8 @@ enum Held {
 }
 
 impl Seat {
-    fn new(link: Box<dyn Link>) -> Self {
+    /// A link to one who has the volume.
+    pub fn new(link: Box<dyn Link>) -> Self {
         Self { held: Held::Link(link, Vec::new()), since: host::now() }
     }
 
@@ -87,7 +88,11 @@ impl Seat {
         }
     }
 
-    fn ask(&mut self, request: Request<'_>) -> Result<()> {
+    /// Asks for something that has to be answered by a yes before any page goes there.
+    ///
+    /// # Errors
+    /// The link's.
+    pub fn ask(&mut self, request: Request<'_>) -> Result<()> {
         if !self.owes() {
             self.since = host::now();
         }
@@ -126,30 +131,54 @@ impl Seat {
         (self.link().poll_fd(), self.link().queued_bytes() > 0)
     }
 
-    /// Waits until it has answered everything; `None` when `over` says that nobody needs it any more.
+    /// Waits until it has answered everything, and somebody who outlives the source knows of it; then pages may go there.
+    /// `false` when `over` says that nobody needs it any more.
     ///
     /// # Errors
     /// It said no, was lost, or took too long.
+    pub fn wait_until_ready(
+        &mut self,
+        scatter: &Scatter,
+        member: MemberIndex,
+        over: impl Fn() -> bool,
+    ) -> Result<bool> {
+        loop {
+            self.hear()?;
+            #[cfg(feature = "simulation")]
+            let counts = scatter.is_known(member) || host::has_bug(host::Bug::MemberUnknown);
+            #[cfg(not(feature = "simulation"))]
+            let counts = scatter.is_known(member);
+            if !self.owes() && counts {
+                scatter.index.answered(member);
+                return Ok(true);
+            }
+            if over() {
+                return Ok(false);
+            }
+            if self.owes() {
+                self.late()?;
+            }
+            wait(&[self.awaited()], LOOK)?;
+        }
+    }
+
+    /// The same; then it is a sink.
+    ///
+    /// # Errors
+    /// As [`Self::wait_until_ready`].
     pub fn settle(
         mut self,
         scatter: &Arc<Scatter>,
         member: MemberIndex,
         over: impl Fn() -> bool,
     ) -> Result<Option<Box<MemberSink>>> {
-        loop {
-            self.hear()?;
-            if !self.owes() {
-                return Ok(match self.seat(scatter, member).held {
-                    Held::Sink(sink) => Some(sink),
-                    Held::Link(..) => None,
-                });
-            }
-            if over() {
-                return Ok(None);
-            }
-            self.late()?;
-            wait(&[self.awaited()], LOOK)?;
+        if !self.wait_until_ready(scatter, member, over)? {
+            return Ok(None);
         }
+        Ok(match self.seat(scatter, member).held {
+            Held::Sink(sink) => Some(sink),
+            Held::Link(..) => None,
+        })
     }
 }
 
@@ -318,7 +347,7 @@ pub(super) fn dissolve(
     ask_all(members, || Request::Control(&VmdRequest::Dissolve), Patience::Even, |_, _| {});
     let left = all.iter().zip(members).filter(|(_, seat)| seat.is_none()).map(|(member, _)| member);
     std::thread::scope(|scope| {
-        let anew = |member| move || dissolve_anew(options, of, member);
+        let anew = |member| move || dissolve_anew(&*options.connector, of, member);
         let start = |member| (member, host::thread::Builder::new().spawn_scoped(scope, anew(member)));
         let threads: Vec<_> = left.map(start).collect();
         for (member, thread) in threads {
@@ -338,8 +367,12 @@ pub(super) fn dissolve(
     });
 }
 
-fn dissolve_anew(options: &SourceOptions, (volume, epoch): (VolumeId, Epoch), member: &Member) -> Result<()> {
-    let connector = &options.connector;
+/// Has the volume dissolved at one who may have it, over a link of its own.
+pub(super) fn dissolve_anew(
+    connector: &dyn Connector,
+    (volume, epoch): (VolumeId, Epoch),
+    member: &Member,
+) -> Result<()> {
     let mut link = connector.connect(member.address, volume, epoch, Class::Bulk, MEMBER_TIME)?;
     let request = Request::Control(&VmdRequest::Dissolve);
     match ask(&mut *link, request, MEMBER_TIME, |_| Ok(())) {

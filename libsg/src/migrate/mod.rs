@@ -41,6 +41,7 @@ mod handover;
 mod live;
 mod members;
 mod parking;
+mod recruit;
 mod rounds;
 pub mod source;
 
@@ -49,6 +50,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::recruit::{Replacements, Vacancy};
 pub use crate::event::{Event, Observer};
 pub use crate::transport::PoolSecret;
 

@@ -14,14 +14,15 @@ use super::source::To;
 use super::{Event, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
-use crate::ids::NodeId;
+use crate::ids::{MemberIndex, NodeId};
 use crate::page::PAGE_BYTES_U64;
 use crate::report::Ended;
+use crate::scatter::Scatter;
 use crate::scatter::offers::OfferDesk;
 use crate::source::Supply;
 use crate::transport::wait;
 use crate::vmd::{Request, visit};
-use crate::wire::message::VmdRequest;
+use crate::wire::message::{Member, VmdRequest};
 use crate::wire::parking;
 
 /// Nobody has taken a page for so long, ten tries of an intermediary without room: there is none.
@@ -139,7 +140,7 @@ impl<'a> Parking<'a> {
     /// [`ErrorKind::Unreachable`] when no intermediary is left: the pages are here, and COMMIT was given.
     pub fn park(&self, members: &mut Members) -> Result<()> {
         let Some(keeper_at) = members.iter().position(Option::is_some) else { return Err(self.nobody()) };
-        let keeper = self.lead.scatter.members[keeper_at].node.clone();
+        let keeper = self.keeper(keeper_at).node.clone();
         let To::Parked(name) = &self.lead.options.to else { return Ok(()) };
         let request = VmdRequest::Park(parking::Parking { name: name.clone(), keeper: keeper.clone() });
         loop {
@@ -167,10 +168,15 @@ impl<'a> Parking<'a> {
         }
     }
 
+    fn keeper(&self, at: usize) -> &'a Member {
+        let scatter: &'a Scatter = self.lead.scatter;
+        &scatter.members.books()[MemberIndex(at as u16)].member
+    }
+
     /// A keeper whose connection broke may be there all the same. Whether it has parked the volume.
     fn park_anew(&self, keeper_at: usize, request: &VmdRequest) -> Result<bool> {
         let Lead { scatter, options, .. } = self.lead;
-        let (keeper, of) = (&scatter.members[keeper_at], (scatter.volume, scatter.epoch));
+        let (keeper, of) = (self.keeper(keeper_at), (scatter.volume, scatter.epoch));
         for _ in 0..KEEPER_TRIES {
             match visit(&*options.connector, keeper, of, request, MEMBER_TIME, |_| Some(())) {
                 Ok(()) => return Ok(true),

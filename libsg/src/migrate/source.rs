@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use self::manager::Manager;
-use super::{Event, Mode, Observer, OutgoingVm, RoundOptions};
+use super::{Event, Mode, Observer, OutgoingVm, Replacements, RoundOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, Condvar};
 use crate::limits;
@@ -75,6 +75,9 @@ pub struct SourceOptions {
     pub to: To,
     /// Intermediaries that may take pages. Those that cannot be reached are left out, with a warning.
     pub intermediaries: Vec<SocketAddr>,
+    /// Names others in the place of those that die on the way; where there is none, nobody is replaced. It is not asked
+    /// with more than one of [`Self::replicas`], nor when the VM is parked.
+    pub replacements: Option<Arc<dyn Replacements>>,
     /// How many intermediaries hold each page that goes to any: all of them but one may die. From 1 to
     /// [`limits::COPIES_MAX`]. The source sends each page once; they send it on. With fewer intermediaries alive than
     /// that, as many as there are, with a warning. With more than one, pages are not deduplicated.

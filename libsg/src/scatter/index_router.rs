@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use parking_lot::Mutex;
 
+use super::roster::Roster;
 use crate::ids::{MemberIndex, MemberSet};
 use crate::page::PageIndex;
 use crate::transport::Waker;
@@ -59,7 +60,7 @@ struct Post {
 /// Routes index entries to members.
 #[derive(Debug)]
 pub struct IndexRouter {
-    posts: Vec<Post>,
+    posts: Roster<Post>,
     /// How many shall have an entry of zero pages.
     copies: usize,
     rerouted: AtomicBool,
@@ -67,13 +68,24 @@ pub struct IndexRouter {
     fewer: AtomicBool,
 }
 
+impl Post {
+    fn new(state: u8, waker: Arc<Waker>) -> Self {
+        Self { state: AtomicU8::new(state), pending: Mutex::new(Vec::new()), waker }
+    }
+}
+
 impl IndexRouter {
     /// A router over members that all live, each with the waker of its sink. So many shall have an entry of zero pages.
     #[must_use]
     pub fn new(wakers: impl IntoIterator<Item = Arc<Waker>>, copies: usize) -> Self {
-        let post = |waker| Post { state: AtomicU8::new(ALIVE), pending: Mutex::new(Vec::new()), waker };
-        let posts = wakers.into_iter().map(post).collect();
+        let posts = Roster::new(wakers.into_iter().map(|waker| Post::new(ALIVE, waker)));
         Self { posts, copies, rerouted: AtomicBool::new(false), fewer: AtomicBool::new(false) }
+    }
+
+    /// One more member, which is relied on once it has answered. Owners change with it: where entries are is no longer sure.
+    pub fn add(&self, waker: Arc<Waker>) {
+        self.rerouted.store(true, Ordering::Relaxed);
+        let _ = self.posts.add(Post::new(SUSPECT, waker));
     }
 
     /// Hands entries to those who are to have them next. Those that need go nowhere else are appended to `finished`.
@@ -96,7 +108,7 @@ impl IndexRouter {
                 finished.extend(run.iter().map(|pending| pending.entry));
                 continue;
             };
-            let post = &self.posts[owner.as_usize()];
+            let post = &self.posts[owner];
             let mut pending = post.pending.lock();
             // Who was woken for some looks again by itself: entries are held back for a while, to travel together.
             let was_empty = pending.is_empty();
@@ -131,7 +143,7 @@ impl IndexRouter {
     /// Takes up to `max` entries that wait for a member.
     pub fn take(&self, member: MemberIndex, max: usize, out: &mut Vec<Pending>) {
         out.clear();
-        let mut pending = self.posts[member.as_usize()].pending.lock();
+        let mut pending = self.posts[member].pending.lock();
         let keep = pending.len().saturating_sub(max);
         out.extend(pending.drain(keep..));
     }
@@ -150,7 +162,7 @@ impl IndexRouter {
 
     /// A suspected member answered.
     pub fn answered(&self, member: MemberIndex) {
-        let state = &self.posts[member.as_usize()].state;
+        let state = &self.posts[member].state;
         let _ = state.compare_exchange(SUSPECT, ALIVE, Ordering::Relaxed, Ordering::Relaxed);
     }
 
@@ -160,7 +172,7 @@ impl IndexRouter {
     }
 
     fn leave(&self, member: MemberIndex, state: u8) -> Vec<Pending> {
-        let post = &self.posts[member.as_usize()];
+        let post = &self.posts[member];
         post.state.fetch_max(state, Ordering::Relaxed);
         self.rerouted.store(true, Ordering::Relaxed);
         std::mem::take(&mut *post.pending.lock())
@@ -203,14 +215,14 @@ impl IndexRouter {
     /// Whether the member is dead.
     #[must_use]
     pub fn is_dead(&self, member: MemberIndex) -> bool {
-        self.posts.get(member.as_usize()).is_none_or(|post| post.state.load(Ordering::Relaxed) == DEAD)
+        self.posts.get(member).is_none_or(|post| post.state.load(Ordering::Relaxed) == DEAD)
     }
 
     /// Who is to have an entry next: as long as nobody has it one that was silent will do, too.
     fn next(&self, pending: &Pending) -> Option<MemberIndex> {
         let at_most = |worst: u8| {
             let fits = |m: MemberIndex| {
-                !pending.done.contains(m) && self.posts[m.as_usize()].state.load(Ordering::Relaxed) <= worst
+                !pending.done.contains(m) && self.posts[m].state.load(Ordering::Relaxed) <= worst
             };
             index_owners(pending.entry.page, self.posts.len(), fits).next()
         };
@@ -269,6 +281,19 @@ mod test {
         router.answered(MemberIndex(1));
         assert!(!route(&router, &entries(&[1])));
         assert_eq!(router.alive(), 0);
+    }
+
+    #[test]
+    fn one_more_is_relied_on_once_it_answers() {
+        let router = router(2);
+        router.add(Arc::new(Waker::new().expect("eventfd")));
+        assert!(router.may_be_with(PageIndex(0), MemberIndex(1)), "owners have changed");
+        assert!(route(&router, &entries(&[2])));
+        assert_eq!((taken(&router, 2), taken(&router, 0)), (vec![], vec![2]));
+        router.answered(MemberIndex(2));
+        assert!(route(&router, &entries(&[2])));
+        assert_eq!(taken(&router, 2), [2]);
+        assert_eq!(router.alive(), 3);
     }
 
     /// Takes what waits for a member, which acknowledges it; what is finished by that.

@@ -1,6 +1,8 @@
 //! The sink of one intermediary: pulls batches, stores them there, and puts the index entries that are
 //! this member's to keep. One thread, one link, never waiting inside the link.
 
+mod beside;
+
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -18,7 +20,7 @@ use super::window::{AckTime, Window, nap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Checksum, MemberIndex, MemberSet, Round};
-use crate::limits::{BATCH_PAGES, BATCH_PAGES_MAX, INDEX_ENTRIES_MAX};
+use crate::limits::BATCH_PAGES;
 use crate::pace::{Acquire, Class, LinkReading};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{wait, wait_writable};
@@ -28,13 +30,12 @@ use crate::wire::{GetEntry, IndexEntry, ReferEntry};
 /// How long a full intermediary is left alone.
 const FULL_PAUSE: Duration = Duration::from_millis(500);
 
-/// Index entries are held back this long while pages flow, so that they travel many to a frame.
-const INDEX_EVERY: Duration = Duration::from_millis(5);
-
 enum What {
     Put(BatchId, Vec<(PageIndex, Checksum)>, MemberSet),
     Index(Vec<Pending>, Rerouted),
     Refer(Vec<ReferEntry>),
+    /// So many members.
+    Members(usize),
     /// Whether a hint arrives matters to nobody.
     Hint,
 }
@@ -67,6 +68,8 @@ pub struct MemberSink {
     spare_entries: Vec<Vec<Pending>>,
     /// Requests of whoever leads the migration that were not answered.
     owes: Vec<Ticket>,
+    /// Of how many members it was told.
+    told_members: usize,
 }
 
 impl MemberSink {
@@ -74,6 +77,7 @@ impl MemberSink {
     #[must_use]
     pub fn new(scatter: Arc<Scatter>, member: MemberIndex, link: Box<dyn Link>) -> Self {
         let now = host::now();
+        let told_members = scatter.members.books()[member].knows.load(Ordering::Acquire);
         Self {
             scatter,
             member,
@@ -91,6 +95,7 @@ impl MemberSink {
             spare_pages: Vec::new(),
             spare_entries: Vec::new(),
             owes: Vec::new(),
+            told_members,
         }
     }
 
@@ -150,6 +155,7 @@ impl MemberSink {
         let had_nothing = self.link.queued_bytes() == 0;
         let mut again = self.move_bytes(now)?;
         self.reap(now)?;
+        self.tell_members(now)?;
         self.offer(now)?;
         self.put_index(now)?;
         self.pull(now)?;
@@ -292,6 +298,10 @@ impl MemberSink {
                     answered.map(|_| ()).or_else(only_full)?;
                 }
                 (What::Hint, _) => {}
+                (What::Members(members), answered) => {
+                    answered?;
+                    self.scatter.members.member_knows(self.member, members);
+                }
                 (What::Index(mut entries, _), Ok(_)) => {
                     self.scatter.indexed(self.member, &mut entries, &mut self.entries);
                     entries.clear();
@@ -313,74 +323,6 @@ impl MemberSink {
             self.scatter.check_progress();
         }
         Ok(())
-    }
-
-    /// Slots that are of no use any more are given back; whether that succeeds matters to nobody.
-    fn give_back(&mut self) {
-        for loser in self.losers.drain(..) {
-            self.scatter.give_up(loser);
-        }
-        if self.link.queued_bytes() < BATCH_PAGES * PAGE_BYTES {
-            self.scatter.take_given_up(self.member, BATCH_PAGES_MAX, &mut self.drops);
-            if !self.drops.is_empty() {
-                let _ = self.link.submit(Request::Drop(&self.drops));
-                self.drops.clear();
-            }
-        }
-    }
-
-    /// Offers go in front of the pages that are taken after them.
-    fn offer(&mut self, now: Instant) -> Result<()> {
-        let Some(desk) = self.scatter.offers.get() else { return Ok(()) };
-        let (mut offers, mut hints) = (Vec::new(), Vec::new());
-        desk.take(self.member, BATCH_PAGES_MAX, &mut offers);
-        desk.take_hints(self.member, BATCH_PAGES_MAX, &mut hints);
-        if !offers.is_empty() {
-            let ticket = self.link.submit(Request::Refer(&offers))?;
-            self.asked.push_back(Asked { ticket, what: What::Refer(offers), at: now });
-        }
-        if !hints.is_empty() {
-            let ticket = self.link.submit(Request::Hint(&hints))?;
-            self.asked.push_back(Asked { ticket, what: What::Hint, at: now });
-        }
-        Ok(())
-    }
-
-    fn put_index(&mut self, now: Instant) -> Result<()> {
-        let busy = self.asked.iter().any(|asked| matches!(asked.what, What::Put(..)));
-        if busy && now.saturating_duration_since(self.index_sent) < INDEX_EVERY {
-            return Ok(());
-        }
-        let mut entries = self.spare_entries.pop().unwrap_or_default();
-        self.scatter.index.take(self.member, INDEX_ENTRIES_MAX, &mut entries);
-        if entries.is_empty() {
-            self.spare_entries.push(entries);
-            return Ok(());
-        }
-        self.index_sent = now;
-        self.entries.clear();
-        self.entries.extend(entries.iter().map(|pending| pending.entry));
-        let ticket = self.link.submit(Request::PutIndex(&self.entries))?;
-        self.asked.push_back(Asked { ticket, what: What::Index(entries, false), at: now });
-        Ok(())
-    }
-
-    /// Entries that this member does not acknowledge go to the next in rotation as well, once.
-    fn look_for_late_entries(&mut self, now: Instant) {
-        let late = self.silence();
-        let mut waiting = Vec::new();
-        for asked in &mut self.asked {
-            if let What::Index(entries, rerouted @ false) = &mut asked.what
-                && now.saturating_duration_since(asked.at) > late
-            {
-                waiting.extend_from_slice(entries);
-                *rerouted = true;
-            }
-        }
-        if !waiting.is_empty() {
-            waiting.extend(self.scatter.index.suspect(self.member));
-            self.scatter.reroute(&waiting);
-        }
     }
 
     /// After how long without an answer this member is not relied on.
@@ -455,7 +397,7 @@ impl MemberSink {
         pages.extend(entries.iter().map(|entry| (entry.page, entry.checksum)));
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         self.scatter.counters.staged.fetch_add(bytes, Ordering::Relaxed);
-        self.scatter.counters.members[self.member.as_usize()].fetch_add(bytes, Ordering::Relaxed);
+        self.scatter.members.books()[self.member].staged.fetch_add(bytes, Ordering::Relaxed);
         self.scatter.copies.sent(self.member, holders, bytes);
         if holders.len() < self.scatter.copies.holders() && !holders.is_empty() {
             self.scatter.tell_fewer(holders);

@@ -94,7 +94,7 @@ enum Stage {
 }
 
 impl OfferDesk {
-    /// A desk for these members.
+    /// A desk for these members. Who is added later is offered nothing: all who know these agree on owners.
     ///
     /// # Errors
     /// [`crate::ErrorKind::System`] when the kernel gives no event descriptor.
@@ -129,7 +129,8 @@ impl OfferDesk {
 
     /// Takes up to `max` offers that wait for a member's link.
     pub fn take(&self, member: MemberIndex, max: usize, out: &mut Vec<ReferEntry>) {
-        let mut offers = self.seats[member.as_usize()].offers.lock();
+        let Some(seat) = self.seats.get(member.as_usize()) else { return };
+        let mut offers = seat.offers.lock();
         let n = offers.len().min(max);
         out.extend(offers.drain(..n));
     }
@@ -142,7 +143,8 @@ impl OfferDesk {
 
     /// Takes up to `max` hints that wait for a member's link.
     pub fn take_hints(&self, member: MemberIndex, max: usize, out: &mut Vec<HintEntry>) {
-        let mut hints = self.seats[member.as_usize()].hints.lock();
+        let Some(seat) = self.seats.get(member.as_usize()) else { return };
+        let mut hints = seat.hints.lock();
         let n = hints.len().min(max);
         out.extend(hints.drain(..n));
     }
@@ -245,7 +247,7 @@ impl Scatter {
         }
         self.route(&entries);
         self.announce(&entries);
-        self.members.iter().enumerate().for_each(|(at, _)| self.member_waker(MemberIndex(at as u16)).wake());
+        self.wake_members();
         desk.waker.wake();
     }
 }
@@ -310,11 +312,7 @@ pub fn run(scatter: &Arc<Scatter>, ended: impl Fn() -> bool) -> Result<()> {
             offered = true;
         }
         if offered {
-            scatter
-                .members
-                .iter()
-                .enumerate()
-                .for_each(|(at, _)| scatter.member_waker(MemberIndex(at as u16)).wake());
+            scatter.wake_members();
         } else if desk.books.lock().out.is_empty() && scatter.planner.lock().offers_over() {
             break;
         }

@@ -1,6 +1,7 @@
 //! The connections to the destination: control, direct and urgent. When one breaks after COMMIT, all
 //! three are made again, and the destination says what it holds: nothing is inferred from TCP.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -248,8 +249,19 @@ pub fn converse(
     ended: &mut dyn FnMut() -> bool,
 ) -> Result<()> {
     let (channel, inbox, outbox) = control.parts();
-    let (entries, table) = (Vec::new(), Vec::new());
-    Control { scatter, channel, inbox, outbox, listener, told_evicted: false, entries, table }.run(ended)
+    let control = Control {
+        scatter,
+        channel,
+        inbox,
+        outbox,
+        listener,
+        told_evicted: false,
+        told_members: scatter.members.first(),
+        pings: VecDeque::new(),
+        entries: Vec::new(),
+        table: Vec::new(),
+    };
+    control.run(ended)
 }
 
 /// The control connection: announcements out, talk in.
@@ -260,6 +272,9 @@ struct Control<'a> {
     outbox: &'a mut Outbox,
     listener: &'a dyn Listener,
     told_evicted: bool,
+    /// Of how many members the destination was told, and of how many in each of the pings that are not answered.
+    told_members: usize,
+    pings: VecDeque<usize>,
     entries: Vec<IndexEntry>,
     table: Vec<u8>,
 }
@@ -283,6 +298,7 @@ impl Control<'_> {
             let reading = LinkReading::from(path.refresh(self.channel, now));
             self.scatter.pacer.observe(link, LinkReading { queue_delay: None, ..reading }, now);
             self.read()?;
+            self.tell_members()?;
             self.announce()?;
             self.tell_evicted()?;
             let written = self.outbox.flush(self.channel, usize::MAX)?;
@@ -311,9 +327,26 @@ impl Control<'_> {
                     let pong = frame.header.answer(Kind::Pong);
                     self.outbox.push_frame(pong, &[], [])?;
                 }
-                Kind::Pong => {}
+                Kind::Pong => {
+                    if let Some(members) = self.pings.pop_front() {
+                        self.scatter.members.destination_knows(members);
+                    }
+                }
                 other => return Err(unexpected(other)),
             }
+        }
+        Ok(())
+    }
+
+    /// Members that were added are told before anything speaks of them; a ping behind that says when they are known.
+    fn tell_members(&mut self) -> Result<()> {
+        let members = self.scatter.members.books().len();
+        if members > self.told_members {
+            self.told_members = members;
+            let body = message::encode(&Talk::Members(self.scatter.members.list()))?;
+            self.outbox.push_frame(self.channel.header(Kind::Talk), &body, [])?;
+            self.outbox.push_frame(self.channel.header(Kind::Ping), &[], [])?;
+            self.pings.push_back(members);
         }
         Ok(())
     }
@@ -325,6 +358,7 @@ impl Control<'_> {
             if self.entries.is_empty() {
                 break;
             }
+            self.tell_members()?;
             self.table.clear();
             let runs = encode_runs(self.entries.iter().copied(), &mut self.table);
             let header = Header { count: runs as u16, ..self.channel.header(Kind::Announce) };

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 
 use super::copies::CopyDesk;
 use super::index_router::{IndexRouter, Pending};
+use super::membership::Membership;
 use super::offers::OfferDesk;
 use super::planner::{Planner, Sink};
 use super::table::Loser;
@@ -40,8 +41,6 @@ pub struct Counters {
     pub replicated: AtomicU64,
     /// Everything written to sockets.
     pub wire: AtomicU64,
-    /// Page bytes to each member.
-    pub members: Vec<AtomicU64>,
 }
 
 impl Counters {
@@ -71,7 +70,7 @@ pub struct Scatter {
     /// Where pages come from.
     pub source: Arc<dyn PageSource>,
     /// Its intermediaries, dead ones included.
-    pub members: Vec<Member>,
+    pub members: Membership,
     /// Which pages go where next. Locked briefly, never across input or output.
     pub planner: Mutex<Planner>,
     /// The source's link: the sum over all sinks.
@@ -86,10 +85,7 @@ pub struct Scatter {
     pub observer: Observer,
     /// Where pages are offered before they are sent.
     pub offers: OnceLock<OfferDesk>,
-    wakers: Vec<Arc<Waker>>,
     announcements: Mutex<Vec<IndexEntry>>,
-    /// Slots that each member shall have back.
-    given_up: Vec<Mutex<Vec<GetEntry>>>,
     stage: AtomicU8,
     control_waker: Arc<Waker>,
     direct_waker: Arc<Waker>,
@@ -116,24 +112,20 @@ impl Scatter {
         (holders, limit_bytes_per_s): (usize, u64),
         observer: Observer,
     ) -> Result<Self> {
-        let wakers = members.iter().map(|_| Ok(Arc::new(Waker::new()?))).collect::<Result<Vec<_>>>()?;
-        let per_member = members.iter().map(|_| AtomicU64::new(0)).collect();
-        let given_up = members.iter().map(|_| Mutex::new(Vec::new())).collect();
+        let members = Membership::new(members)?;
         Ok(Self {
             volume,
             epoch,
             source,
             planner: Mutex::new(planner),
             pacer: SharedPacer::new(host::now(), limit_bytes_per_s),
-            index: IndexRouter::new(wakers.iter().cloned(), holders),
-            copies: CopyDesk::new(holders, members.len()),
-            counters: Counters { members: per_member, ..Counters::default() },
+            index: IndexRouter::new(members.books().iter().map(|books| books.waker.clone()), holders),
+            copies: CopyDesk::new(holders, members.first()),
+            counters: Counters::default(),
             observer,
             offers: OnceLock::new(),
             members,
-            wakers,
             announcements: Mutex::new(Vec::new()),
-            given_up,
             stage: AtomicU8::new(Stage::Last as u8),
             control_waker: Arc::new(Waker::new()?),
             direct_waker: Arc::new(Waker::new()?),
@@ -181,7 +173,7 @@ impl Scatter {
     /// The waker of a member's sink.
     #[must_use]
     pub fn member_waker(&self, member: MemberIndex) -> &Arc<Waker> {
-        &self.wakers[member.as_usize()]
+        &self.members.books()[member].waker
     }
 
     /// The waker of the control connection's thread.
@@ -204,10 +196,34 @@ impl Scatter {
 
     /// Wakes every sink: there may be work.
     pub fn wake_all(&self) {
-        self.wakers.iter().for_each(|waker| waker.wake());
+        self.wake_members();
         self.direct_waker.wake();
         self.control_waker.wake();
         self.urgent_waker.wake();
+    }
+
+    /// Wakes the sinks of all members.
+    pub fn wake_members(&self) {
+        self.members.books().iter().for_each(|books| books.waker.wake());
+    }
+
+    /// One more member, in the place of one that died: the volume was created there. No index entry goes there before it
+    /// runs. `None` where there is no room for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the kernel gives no event descriptor.
+    pub fn add_member(&self, member: Member) -> Result<Option<MemberIndex>> {
+        let Some(added) = self.members.add(member)? else { return Ok(None) };
+        self.index.add(self.members.books()[added].waker.clone());
+        // Everybody who knows the members is told of it.
+        self.wake_all();
+        Ok(Some(added))
+    }
+
+    /// Whether what lies at a member can be found again without the source.
+    #[must_use]
+    pub fn is_known(&self, member: MemberIndex) -> bool {
+        self.members.is_known(member, |other| self.index.is_dead(other))
     }
 
     /// What the source of pages said. Where it failed, everything here ends: no peer is to blame, and nobody
@@ -278,10 +294,12 @@ impl Scatter {
 
     /// A page's slots are of no use any more: those who live shall have them back. `false` where too many wait for that.
     pub fn give_up(&self, loser: Loser) -> bool {
-        let living = |at: &usize| !self.index.is_dead(MemberIndex(*at as u16));
-        let has_it = |at: &usize| loser.place.holders().contains(MemberIndex(*at as u16));
-        let holders = (0..self.given_up.len()).filter(has_it).filter(living);
-        let mut lists: Vec<_> = holders.map(|at| self.given_up[at].lock()).collect();
+        let all = self.members.books().iter().enumerate();
+        let living = all.filter(|(at, _)| {
+            let member = MemberIndex(*at as u16);
+            loser.place.holders().contains(member) && !self.index.is_dead(member)
+        });
+        let mut lists: Vec<_> = living.map(|(_, books)| books.given_up.lock()).collect();
         let fits = lists.iter().all(|slots| slots.len() < GIVEN_UP_MAX);
         if fits {
             lists.iter_mut().for_each(|slots| slots.push(loser.entry()));
@@ -291,7 +309,7 @@ impl Scatter {
 
     /// Takes up to `max` slots that a member shall have back.
     pub fn take_given_up(&self, member: MemberIndex, max: usize, out: &mut Vec<GetEntry>) {
-        let mut slots = self.given_up[member.as_usize()].lock();
+        let mut slots = self.members.books()[member].given_up.lock();
         let keep = slots.len().saturating_sub(max);
         out.extend(slots.drain(keep..));
     }
@@ -315,7 +333,7 @@ impl Scatter {
 
     /// A member is lost: what lay there is sent again, its index is put elsewhere.
     pub fn member_lost(&self, member: MemberIndex, error: &Error) {
-        let node = &self.members[member.as_usize()].node;
+        let node = &self.members.books()[member].member.node;
         (self.observer)(&Event::NodeLost { message: format!("intermediary {node}: {}", error.chain()) });
         self.offers_lost(member);
         let pending = self.index.dead(member);

@@ -57,6 +57,12 @@ impl ServerHandle {
         self.shared.store().describe(volume).is_ok_and(|volume| volume.committed)
     }
 
+    /// How many members a volume has, as far as is known here.
+    #[must_use]
+    pub fn members_known(&self, volume: VolumeId) -> usize {
+        self.shared.store().describe(volume).map_or(0, |volume| volume.members.len())
+    }
+
     fn with_slot<T>(
         &self,
         of: (VolumeId, Epoch),

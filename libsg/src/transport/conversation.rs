@@ -86,10 +86,14 @@ impl Conversation {
     /// # Errors
     /// As [`Self::recv`], and [`ErrorKind::Protocol`] for any other frame.
     pub fn recv_talk(&mut self, deadline: Instant) -> Result<Talk> {
-        let frame = self.recv(deadline)?;
-        match frame.header.kind {
-            Kind::Talk => Ok(Talk::decode(frame.body)?),
-            other => Err(unexpected(other)),
+        loop {
+            let frame = self.recv(deadline)?;
+            match frame.header.kind {
+                Kind::Talk => return Ok(Talk::decode(frame.body)?),
+                // Of a ping whose sender waits for it no more.
+                Kind::Pong => {}
+                other => return Err(unexpected(other)),
+            }
         }
     }
 

@@ -136,7 +136,12 @@ impl Contracts {
             }
             match find(run, of, scatter, &servers, page, contents[at], None) {
                 Found::AtDestination => self.homes[at] = None,
-                Found::At(index, content) => self.homes[at] = Some((index, content)),
+                Found::At(index, content) => {
+                    self.homes[at] = Some((index, content));
+                    if fresh && !is_home_known(run, of, scatter, &servers, page) {
+                        self.broken(format!("evicted means evicted: {page} is safe where nobody would look"));
+                    }
+                }
                 Found::Nowhere if self.is_excused(run, of, scatter, page) => {}
                 Found::Nowhere => self.broken(format!(
                     "evicted means evicted: {page} is said to be safe, and cannot be had without the source"
@@ -188,9 +193,9 @@ impl Contracts {
         if run.copies_are_enough() {
             return over || run.damaged.contains(&(of.nth, page));
         }
-        let dies_unnoticed = (0..scatter.members.len()).any(|member| {
-            let index = libsg::ids::MemberIndex(member as u16);
-            !scatter.index.is_dead(index) && run.server_of(&scatter.members[member].node).is_none()
+        let dies_unnoticed = scatter.members.list().iter().enumerate().any(|(at, member)| {
+            let index = libsg::ids::MemberIndex(at as u16);
+            !scatter.index.is_dead(index) && run.server_of(&member.node).is_none()
         });
         let home_died = self.homes[page.as_usize()]
             .is_some_and(|(index, content)| run.is_node_dead(index) || run.is_node_dead(content));
@@ -246,7 +251,7 @@ impl Contracts {
         // Where nothing lies, nothing can be found.
         units.retain(|unit| contents[unit.positions()].iter().any(|content| !content.is_zero()));
         let is_owner_calm = |member: &Member| run.server_of(&member.node).is_some_and(calm);
-        for unit in units.into_iter().filter(|_| scatter.members.iter().all(is_owner_calm)) {
+        for unit in units.into_iter().filter(|_| scatter.members.list().iter().all(is_owner_calm)) {
             let is_damaged = unit.iter().any(|page| run.damaged.contains(&(of.nth, page)));
             if !is_damaged && can_be_had(run, of, &scatter, &servers, unit) {
                 self.broken(format!("a death is an event: pages {unit} are lost though they can be had"));
@@ -372,6 +377,37 @@ impl Contracts {
     }
 }
 
+/// Whether somebody who outlives the source knows of a member at which a page lies, or its entry: the destination, or
+/// another intermediary.
+fn is_home_known(
+    run: &Run,
+    of: &Move,
+    scatter: &Scatter,
+    servers: &[(Role, Arc<ServerHandle>)],
+    page: PageIndex,
+) -> bool {
+    let members = scatter.members.list();
+    let is_known = |at: usize| {
+        let others =
+            servers.iter().filter(|(_, server)| Some(server.node()) != members.get(at).map(|m| &m.node));
+        let mut lists = others.map(|(_, server)| server.members_known(scatter.volume));
+        at < scatter.members.first()
+            || scatter.members.known_to_destination() > at
+            || lists.any(|known| known > at)
+    };
+    let content = of.vm.contents()[page.as_usize()];
+    let is_there = |at: usize| {
+        let role = members.get(at).and_then(|member| run.server_of(&member.node));
+        role.is_some() && !matches!(find(run, of, scatter, servers, page, content, role), Found::Nowhere)
+    };
+    servers.iter().any(|(_, server)| {
+        let index = members.iter().position(|member| member.node == *server.node());
+        let entries = server.index_entries(scatter.volume, scatter.epoch, PageRange::new(page, 1));
+        let mut places = entries.iter().filter_map(|entry| Some(entry.placement?.member.as_usize()));
+        index.is_some_and(is_known) && places.any(|at| is_known(at) && is_there(at))
+    })
+}
+
 /// Whether a destination could have a unit without the source.
 fn can_be_had(
     run: &Run,
@@ -408,7 +444,8 @@ fn find(
     for (index_role, index) in servers {
         for entry in index.index_entries(volume.0, volume.1, PageRange::new(page, 1)) {
             let Some(placement) = entry.placement else { continue };
-            let Some(member) = scatter.members.get(placement.member.as_usize()) else { continue };
+            let Some(books) = scatter.members.books().get(placement.member) else { continue };
+            let member = &books.member;
             let Some((role, server)) = servers.iter().find(|(_, server)| *server.node() == member.node)
             else {
                 continue;

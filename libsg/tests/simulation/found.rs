@@ -2,35 +2,12 @@
 
 use std::time::Duration;
 
-use libsg::migrate::{Mode, RoundOptions};
-use libsg::page::InstallUnit;
-
-use crate::content::Content;
-use crate::net::Weather;
 use crate::run::Run;
-use crate::scenario::{After, Event, Plan, Role, SOURCE, Scenario, What};
+use crate::scenario::{After, Event, Role, SOURCE, Scenario, What};
 
 /// A small VM, intermediaries of 4 MiB, a fast network on which nothing happens but these events.
 fn holds(intermediaries: usize, events: Vec<Event>) {
-    let scenario = Scenario {
-        seed: 0,
-        vms: vec![Plan {
-            memory: vec![Content::Version(1); 200],
-            regions: vec![(200, InstallUnit::Page)],
-            logs_units: false,
-            mode: Mode::ScatterGather,
-            rounds: RoundOptions::default(),
-        }],
-        intermediaries: vec![4 << 20; intermediaries],
-        weather: Weather { delay: Duration::from_micros(50), jitter: Duration::ZERO, port_rate: 0 },
-        gather_limit: 1_000_000,
-        scatter_limit: 4_000_000,
-        grace: Duration::from_secs(1),
-        think: Duration::from_millis(1),
-        events,
-        sharing: false,
-        replicas: 1,
-    };
+    let scenario = Scenario::plain(200, vec![4 << 20; intermediaries], events);
     let outcome = Run::new(&scenario, None).run();
     assert_eq!(outcome.breach, None, "{:#?}", outcome.lines);
 }

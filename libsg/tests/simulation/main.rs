@@ -14,6 +14,7 @@ mod moving;
 mod net;
 mod parked;
 mod random;
+mod replaced;
 mod run;
 mod scenario;
 mod seeds;

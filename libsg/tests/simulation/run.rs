@@ -80,7 +80,7 @@ impl Run {
             host.with_net(|net, _| net.add(number, address(role)));
         }
         let mut intermediaries = BTreeMap::new();
-        for (role, memory) in scenario.members().zip(&scenario.intermediaries) {
+        for (role, memory) in scenario.lenders().zip(&scenario.intermediaries) {
             intermediaries.insert(role, intermediary::start(&nodes[&role], role, *memory));
         }
         let hosts = (&nodes[&SOURCE], &nodes[&DESTINATION]);

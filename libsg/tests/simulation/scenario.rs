@@ -122,6 +122,8 @@ pub struct Scenario {
     pub vms: Vec<Plan>,
     /// Memory of each intermediary.
     pub intermediaries: Vec<u64>,
+    /// So many of them, the last ones, are there for who dies; the migration begins without them.
+    pub spares: usize,
     pub weather: Weather,
     pub gather_limit: u64,
     pub scatter_limit: u64,
@@ -142,6 +144,9 @@ const SEVERAL_IN: u64 = 8;
 
 /// In one seed in so many VMs share pages.
 const SHARING_IN: u64 = 3;
+
+/// In one seed in so many others stand by for intermediaries that die.
+const SPARES_IN: u64 = 3;
 
 /// Pages of a VM, and of those beside it.
 const SIZES: [u64; 6] = [64, 64, 128, 200, 300, 1024];
@@ -165,6 +170,7 @@ impl Scenario {
         let mut scenario = Self {
             seed,
             vms: Vec::new(),
+            spares: 0,
             intermediaries: (0..intermediaries).map(|_| random.pick(&[2, 2, 4, 8]) << 20).collect(),
             weather: Weather {
                 delay: Duration::from_micros(random.pick(&[20, 50, 100, 500, 2000])),
@@ -206,6 +212,26 @@ impl Scenario {
             }
         }
         scenario.replicas = random.pick(&[1, 1, 1, 2, 2, 3]);
+        if intermediaries > 0 && random.one_in(SPARES_IN) {
+            // Nobody is replaced where pages have copies.
+            scenario.replicas = 1;
+            scenario.spares = random.pick(&[1, 1, 2]);
+            scenario.intermediaries.extend((0..scenario.spares).map(|_| random.pick(&[2, 4, 8]) << 20));
+            // Somebody dies in whose place another comes, and perhaps that one as well, or something befalls it.
+            let (one, spare) = (random.below(intermediaries), intermediaries);
+            let dies = What::Kill(Role::Intermediary(one as usize), None);
+            let more = random.pick(&[
+                dies,
+                What::Kill(Role::Intermediary(spare as usize), None),
+                What::Freeze(Role::Intermediary(spare as usize), Duration::from_millis(600)),
+                What::Cut(SOURCE, Role::Intermediary(spare as usize), Duration::from_millis(600)),
+                What::Kill(SOURCE, None),
+            ]);
+            for what in [dies, more] {
+                let event = Event { what, ..scenario.event(&mut random) };
+                scenario.events.push(event);
+            }
+        }
         scenario
     }
 
@@ -223,17 +249,48 @@ impl Scenario {
                 || self.intermediaries.iter().any(|memory| *memory < self.room_for_all()))
     }
 
+    /// A VM of so many pages that scatters, such intermediaries, and a fast network on which nothing happens but these
+    /// events.
+    pub fn plain(pages: usize, intermediaries: Vec<u64>, events: Vec<Event>) -> Self {
+        Self {
+            seed: 0,
+            vms: vec![Plan {
+                memory: vec![Content::Version(1); pages],
+                regions: vec![(pages as u64, InstallUnit::Page)],
+                logs_units: false,
+                mode: Mode::ScatterGather,
+                rounds: RoundOptions::default(),
+            }],
+            intermediaries,
+            spares: 0,
+            weather: Weather { delay: Duration::from_micros(50), jitter: Duration::ZERO, port_rate: 0 },
+            gather_limit: 1_000_000,
+            scatter_limit: 4_000_000,
+            grace: Duration::from_secs(1),
+            think: Duration::from_millis(1),
+            events,
+            sharing: false,
+            replicas: 1,
+        }
+    }
+
     /// With whom VMs share pages.
     pub fn shares(&self) -> Option<Sharing> {
         self.sharing.then(Sharing::default)
     }
 
+    /// Those that a migration begins with.
     pub fn members(&self) -> impl Iterator<Item = Role> + use<> {
+        (0..self.intermediaries.len() - self.spares).map(Role::Intermediary)
+    }
+
+    /// All intermediaries.
+    pub fn lenders(&self) -> impl Iterator<Item = Role> + use<> {
         (0..self.intermediaries.len()).map(Role::Intermediary)
     }
 
     pub fn roles(&self) -> Vec<Role> {
-        [SOURCE, DESTINATION].into_iter().chain(self.members()).collect()
+        [SOURCE, DESTINATION].into_iter().chain(self.lenders()).collect()
     }
 
     /// The memory that an intermediary may use.

@@ -1,5 +1,6 @@
 //! The source's host: a VM that leaves, and its memory.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,11 +8,12 @@ use libsg::dirty::DirtyLog;
 use libsg::event::Observer;
 use libsg::manifest::Manifest;
 use libsg::memory::{PageSlice, PresenceMap};
-use libsg::migrate::OutgoingVm;
 use libsg::migrate::source::{self, Outgoing, SourceOptions, To};
+use libsg::migrate::{OutgoingVm, Replacements, Vacancy};
 use libsg::page::{PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
 use libsg::vmd::TcpConnector;
+use libsg::wire::message::Member;
 use parking_lot::Mutex;
 
 use crate::clock::Node;
@@ -104,6 +106,18 @@ impl PageSource for Pages {
     fn outcome(&self, _: PageRange, _: Outcome) {}
 }
 
+/// Names who lends memory and is no member, those who stood by first, then those who died and may have restarted.
+struct StandBy(Vec<SocketAddr>);
+
+impl Replacements for StandBy {
+    fn replacement(&self, vacancy: &Vacancy<'_>) -> Option<SocketAddr> {
+        let is_at = |members: &[Member], at: SocketAddr| members.iter().any(|member| member.address == at);
+        let free = self.0.iter().rev().copied();
+        let free = free.filter(|at| !is_at(vacancy.living, *at) && !vacancy.tried.contains(at));
+        free.min_by_key(|at| is_at(vacancy.gone, *at))
+    }
+}
+
 /// The migration, once it was started.
 pub type Handle = Arc<Mutex<Option<Arc<Outgoing>>>>;
 
@@ -121,6 +135,8 @@ pub fn start(
     let options = SourceOptions {
         to,
         intermediaries: scenario.members().map(address).collect(),
+        replacements: (scenario.spares > 0)
+            .then(|| Arc::new(StandBy(scenario.lenders().map(address).collect())) as Arc<dyn Replacements>),
         replicas: scenario.replicas,
         mode: plan.mode,
         rounds: plan.rounds,

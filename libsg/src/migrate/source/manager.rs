@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use super::{Control, Phase, SourceOptions, To};
 use crate::error::Result;
 use crate::host;
@@ -13,6 +15,7 @@ use crate::manifest::Manifest;
 use crate::migrate::handover::{Handover, Lead};
 use crate::migrate::live::Rounds;
 use crate::migrate::members::{self, Members, Seat};
+use crate::migrate::recruit::Recruiter;
 use crate::migrate::{Event, Mode, OutgoingVm, Via};
 use crate::page::PAGE_BYTES_U64;
 use crate::report::{Intermediary, SourceReport};
@@ -55,7 +58,7 @@ impl Manager {
         )?);
         let offers = !members.is_empty() && self.options.replicas == 1;
         if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| offers) {
-            let desk = OfferDesk::new(self.options.connector.hasher(sharing), &scatter.members)?;
+            let desk = OfferDesk::new(self.options.connector.hasher(sharing), &scatter.members.list())?;
             let _ = scatter.offers.set(desk);
         }
         {
@@ -64,13 +67,15 @@ impl Manager {
             scatter.pacer.set_limit(limit, host::now());
             state.scatter = Some(scatter.clone());
         }
+        let recruiter = Mutex::new(Recruiter::new(&self.options, &self.manifest, (volume, epoch)));
         let address = match &self.options.to {
             To::Destination(address) => *address,
-            To::Parked(_) => return self.park(&scatter, members),
+            To::Parked(_) => return self.park(&scatter, &recruiter, members),
         };
         let destination = Destination { address, secret: self.options.secret.clone(), volume, epoch };
+        let (control, options) = (&*self.control, &self.options);
         let handover = Handover {
-            lead: Lead { control: &self.control, options: &self.options, scatter: &scatter },
+            lead: Lead { control, options, scatter: &scatter, recruiter: &recruiter },
             manifest: &self.manifest,
             destination: &destination,
             started: self.control.started,
@@ -100,7 +105,8 @@ impl Manager {
         if session.is_none() && host::has_bug(host::Bug::ResumesAfterCommit) {
             self.vm.resume()?;
         }
-        self.scatter(&scatter, &destination, session, members, (rounds.as_ref(), downtime))
+        let left = Left { session, members, recruiter: &recruiter, rounds: rounds.as_ref(), downtime };
+        self.scatter(&scatter, &destination, left)
     }
 
     /// The point of no return: after it, a cancel is refused.
@@ -114,27 +120,19 @@ impl Manager {
         Ok(())
     }
 
-    fn scatter(
-        &self,
-        scatter: &Arc<Scatter>,
-        destination: &Destination,
-        session: Option<Session>,
-        members: Members,
-        before: (Option<&Rounds>, Option<Duration>),
-    ) -> Result<()> {
+    fn scatter(&self, scatter: &Arc<Scatter>, destination: &Destination, left: Left<'_>) -> Result<()> {
         // What was sent before COMMIT may have been all.
         scatter.copies.close_all();
         scatter.set_stage(Stage::Last);
         scatter.check_progress();
-        std::thread::scope(|scope| {
+        let recruiter = left.recruiter;
+        let scattered = std::thread::scope(|scope| {
             let _stops = Stops(scatter);
             let mut threads = Vec::new();
-            for (at, seat) in members.into_iter().enumerate() {
+            for (at, seat) in left.members.into_iter().enumerate() {
                 let member = MemberIndex(at as u16);
                 let Some(seat) = seat else { continue };
-                let name = format!("sg-scatter-{member}");
-                let thread = host::thread::Builder::new().name(name.clone());
-                threads.push((name, thread.spawn_scoped(scope, move || sink(scatter, member, seat))?));
+                threads.push(start_sink(scope, scatter, member, seat)?);
             }
             if scatter.offers.get().is_some() {
                 let name = "sg-scatter-offers";
@@ -142,7 +140,7 @@ impl Manager {
                 let over = || scatter.stopping() || scatter.done_at().is_some();
                 threads.push((name.into(), thread.spawn_scoped(scope, move || offers::keep(scatter, over))?));
             }
-            let control = &*self.control;
+            let (control, session) = (&*self.control, left.session);
             let name = "sg-scatter-control";
             let keeper = host::thread::Builder::new()
                 .name(name.into())
@@ -156,9 +154,16 @@ impl Manager {
                 if keeper.is_finished() {
                     break;
                 }
+                if let Some((member, seat)) = recruiter.lock().look(scatter, true) {
+                    match start_sink(scope, scatter, member, seat) {
+                        Ok(thread) => threads.push(thread),
+                        Err(error) => scatter.member_lost(member, &error),
+                    }
+                }
             }
             if let Some(at) = scatter.done_at() {
-                self.evicted(scatter, at, before);
+                self.evicted(scatter, at, (left.rounds, left.downtime));
+                recruiter.lock().end();
                 self.linger(scatter, &keeper);
             }
             scatter.stop();
@@ -167,7 +172,9 @@ impl Manager {
             }
             keeper.join().map_err(|_| panicked(name))??;
             if scatter.is_poisoned() { Err(scatter.failure()) } else { Ok(()) }
-        })
+        });
+        recruiter.lock().end();
+        scattered
     }
 
     fn supply(&self, scatter: &Scatter) -> Result<Supply> {
@@ -207,6 +214,28 @@ impl Manager {
             self.control.changed.wait_for(&mut state, Duration::from_millis(100));
         }
     }
+}
+
+/// What the handover leaves to the scatter.
+struct Left<'a> {
+    session: Option<Session>,
+    members: Members,
+    recruiter: &'a Mutex<Recruiter>,
+    rounds: Option<&'a Rounds>,
+    downtime: Option<Duration>,
+}
+
+type Named<'scope> = (String, host::thread::ScopedJoinHandle<'scope, ()>);
+
+fn start_sink<'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    scatter: &'scope Arc<Scatter>,
+    member: MemberIndex,
+    seat: Seat,
+) -> Result<Named<'scope>> {
+    let name = format!("sg-scatter-{member}");
+    let thread = host::thread::Builder::new().name(name.clone());
+    Ok((name, thread.spawn_scoped(scope, move || sink(scatter, member, seat))?))
 }
 
 /// The thread of a member: no page goes there before state and COMMIT are there.
@@ -267,11 +296,11 @@ fn report(
     report.bytes.wire_total = Some(wire);
     report.intermediaries = scatter
         .members
+        .books()
         .iter()
-        .zip(&counters.members)
-        .map(|(member, bytes)| Intermediary {
-            id: member.node.name.clone(),
-            bytes_in: Some(bytes.load(Ordering::Relaxed)),
+        .map(|books| Intermediary {
+            id: books.member.node.name.clone(),
+            bytes_in: Some(books.staged.load(Ordering::Relaxed)),
             ..Intermediary::default()
         })
         .collect();

@@ -3,6 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::manager::Manager;
 use crate::error::Result;
 use crate::host;
@@ -10,13 +12,20 @@ use crate::migrate::Event;
 use crate::migrate::handover::Lead;
 use crate::migrate::members::Members;
 use crate::migrate::parking::Parking;
+use crate::migrate::recruit::Recruiter;
 use crate::scatter::Scatter;
 use crate::scatter::shared::panicked;
 
 impl Manager {
     /// Everything to the intermediaries, COMMIT, parked: evicted.
-    pub(super) fn park(mut self, scatter: &Arc<Scatter>, mut members: Members) -> Result<()> {
-        let parking = Parking::new(Lead { control: &self.control, options: &self.options, scatter });
+    pub(super) fn park(
+        mut self,
+        scatter: &Arc<Scatter>,
+        recruiter: &Mutex<Recruiter>,
+        mut members: Members,
+    ) -> Result<()> {
+        let (control, options) = (&*self.control, &self.options);
+        let parking = Parking::new(Lead { control, options, scatter, recruiter });
         let mut rounds = None;
         // Before COMMIT nothing may leave the VM paused, not even a source of pages that panics.
         let safe =

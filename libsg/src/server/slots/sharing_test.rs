@@ -144,6 +144,8 @@ struct Model {
     holds: Vec<Hold>,
     /// What was written where, under which generation.
     written: BTreeMap<u32, (u8, Generation)>,
+    /// Bytes that were put while they lay elsewhere: the slot that is left of them may not be the known one.
+    doubled: BTreeSet<u8>,
     grants: BTreeMap<(u8, u8), Instant>,
     /// Grants of domains that may have been forgotten since.
     unsure: BTreeSet<(u8, u8)>,
@@ -180,12 +182,9 @@ impl Model {
             Referred::Pending => assert!(self.grants[&(d, content)] > self.now),
             Referred::At(_) => panic!("nobody gave a hint"),
         }
-        assert!(there.len() != 1 || matches!(referred, Referred::Have(..)) || self.was_doubled(content));
-    }
-
-    /// Whether these bytes were ever put more than once: then the slot that is left may not be the known one.
-    fn was_doubled(&self, content: u8) -> bool {
-        self.written.values().filter(|(of, _)| *of == content).count() > 1
+        assert!(
+            there.len() != 1 || matches!(referred, Referred::Have(..)) || self.doubled.contains(&content)
+        );
     }
 
     fn apply(&mut self, slots: &mut Slots, op: Op) {
@@ -198,6 +197,8 @@ impl Model {
                 let Some((slot, generation)) = put(slots, v, page, round, content) else { return };
                 assert!(self.open.contains(&v));
                 assert!(self.holds.iter().all(|hold| hold.slot != slot.0), "{slot:?} is held");
+                let lies_elsewhere = |(at, (of, _)): (&u32, &(u8, _))| *at != slot.0 && *of == content;
+                self.doubled.extend(self.written.iter().any(lies_elsewhere).then_some(content));
                 self.written.insert(slot.0, (content, generation));
                 self.holds.push(Hold { v, page, slot: slot.0, round, own: true });
                 domain(v).and_then(|d| self.grants.remove(&(d, content)));
@@ -283,6 +284,7 @@ proptest! {
             open: BTreeSet::new(),
             holds: Vec::new(),
             written: BTreeMap::new(),
+            doubled: BTreeSet::new(),
             grants: BTreeMap::new(),
             unsure: BTreeSet::new(),
             pins: Vec::new(),

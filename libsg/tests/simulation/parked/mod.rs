@@ -98,6 +98,7 @@ impl Parking {
             seed,
             vms: vec![Plan { memory, regions, logs_units: false, mode, rounds }],
             intermediaries: (0..intermediaries).map(|_| random.pick(&[2, 4, 4, 8]) << 20).collect(),
+            spares: 0,
             weather: Weather {
                 delay: Duration::from_micros(random.pick(&[20, 100, 1000])),
                 jitter: Duration::from_micros(random.pick(&[0, 100, 3000])),

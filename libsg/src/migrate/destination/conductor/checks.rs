@@ -30,6 +30,7 @@ impl Conductor {
         if let Some(failure) = self.gather.as_ref().and_then(|gather| gather.shared().failure()) {
             return Err(Told::from(&*failure).into());
         }
+        self.take_found_members()?;
         self.load()?;
         self.check_loaded()?;
         let committed = self.phase >= ArrivalPhase::Running;
@@ -50,6 +51,17 @@ impl Conductor {
         let committed = self.phase >= ArrivalPhase::Running;
         if committed && self.gather.as_ref().is_some_and(|gather| gather.shared().tracker.lock().close()) {
             self.end_well()?;
+        }
+        Ok(())
+    }
+
+    /// The source did not tell of all members, and others did.
+    fn take_found_members(&mut self) -> Result<()> {
+        let (Some(gather), Some(offer)) = (&self.gather, &mut self.offer) else { return Ok(()) };
+        if let Some(members) = gather.shared().take_found_members() {
+            gather.set_members(&members)?;
+            offer.members = members;
+            gather.shared().wake_index.wake();
         }
         Ok(())
     }

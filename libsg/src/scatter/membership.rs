@@ -1,0 +1,154 @@
+//! Who the volume's members are, and who knows. Members are only added, in the place of those that died; until somebody
+//! who outlives the source knows of a new one, nothing that lies there could be found again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use super::roster::Roster;
+use crate::error::Result;
+use crate::ids::MemberIndex;
+use crate::transport::Waker;
+use crate::wire::GetEntry;
+use crate::wire::message::Member;
+
+/// What the source has of one member.
+#[derive(Debug)]
+pub struct MemberBooks {
+    /// Who it is.
+    pub member: Member,
+    /// Of its sink.
+    pub waker: Arc<Waker>,
+    /// Page bytes sent there.
+    pub staged: AtomicU64,
+    /// Slots that it shall have back.
+    pub given_up: Mutex<Vec<GetEntry>>,
+    /// How many members it knows of.
+    pub knows: AtomicUsize,
+}
+
+/// The members of the volume, dead ones included.
+#[derive(Debug)]
+pub struct Membership {
+    books: Roster<MemberBooks>,
+    /// How many there were when the volume was created: all ends know these.
+    first: usize,
+    /// Of how many the destination is known to know.
+    destination_knows: AtomicUsize,
+}
+
+impl Membership {
+    /// Members with whom the volume was created.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::System`] when the kernel gives no event descriptors.
+    pub fn new(members: Vec<Member>) -> Result<Self> {
+        let first = members.len();
+        let books = members.into_iter().map(|member| MemberBooks::new(member, first));
+        let books = Roster::new(books.collect::<Result<Vec<_>>>()?);
+        Ok(Self { books, first, destination_knows: AtomicUsize::new(first) })
+    }
+
+    /// Takes one more, on which the volume was created with all of them and itself as members. `None` where there is no
+    /// room for it.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn add(&self, member: Member) -> Result<Option<MemberIndex>> {
+        let knows = self.books.len() + 1;
+        Ok(self.books.add(MemberBooks::new(member, knows)?))
+    }
+
+    /// What there is of each, in their order.
+    #[must_use]
+    pub const fn books(&self) -> &Roster<MemberBooks> {
+        &self.books
+    }
+
+    /// All of them, in their order.
+    #[must_use]
+    pub fn list(&self) -> Vec<Member> {
+        self.books.iter().map(|books| books.member.clone()).collect()
+    }
+
+    /// How many there were when the volume was created.
+    #[must_use]
+    pub const fn first(&self) -> usize {
+        self.first
+    }
+
+    /// A member knows of so many.
+    pub fn member_knows(&self, member: MemberIndex, of: usize) {
+        self.books[member].knows.fetch_max(of, Ordering::AcqRel);
+    }
+
+    /// The destination knows of so many.
+    pub fn destination_knows(&self, of: usize) {
+        self.destination_knows.fetch_max(of, Ordering::AcqRel);
+    }
+
+    /// Of how many the destination knows, as far as is known here.
+    #[cfg(feature = "simulation")]
+    #[must_use]
+    pub fn known_to_destination(&self) -> usize {
+        self.destination_knows.load(Ordering::Acquire)
+    }
+
+    /// Whether what lies at a member can be found without the source: the destination knows of it, or every other member
+    /// that lives does, of whom there is one at least, and each of them is asked then.
+    #[must_use]
+    pub fn is_known(&self, member: MemberIndex, is_dead: impl Fn(MemberIndex) -> bool) -> bool {
+        let needed = member.as_usize() + 1;
+        if needed <= self.first || self.destination_knows.load(Ordering::Acquire) >= needed {
+            return true;
+        }
+        let others = self.books.iter().enumerate().map(|(at, books)| (MemberIndex(at as u16), books));
+        let mut living = others.filter(|(at, _)| *at != member && !is_dead(*at)).peekable();
+        living.peek().is_some() && living.all(|(_, books)| books.knows.load(Ordering::Acquire) >= needed)
+    }
+}
+
+impl MemberBooks {
+    fn new(member: Member, knows: usize) -> Result<Self> {
+        Ok(Self {
+            member,
+            waker: Arc::new(Waker::new()?),
+            staged: AtomicU64::new(0),
+            given_up: Mutex::new(Vec::new()),
+            knows: AtomicUsize::new(knows),
+        })
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::ids::NodeId;
+
+    fn member(number: u16) -> Member {
+        let node = NodeId { name: format!("i{number}"), incarnation: number.into() };
+        Member { node, address: ([127, 0, 0, 1], 1000 + number).into() }
+    }
+
+    #[test]
+    fn a_new_one_is_known_when_all_who_live_know_it_or_the_destination_does() {
+        let members = Membership::new(vec![member(0), member(1), member(2)]).expect("event descriptors");
+        let new = members.add(member(3)).expect("event descriptor").expect("room");
+        assert_eq!((new, members.list().len(), members.first()), (MemberIndex(3), 4, 3));
+        let dead = |dead: &'static [u16]| move |at: MemberIndex| dead.contains(&at.0);
+        assert!(members.is_known(MemberIndex(2), dead(&[])), "it was there from the beginning");
+        assert!(!members.is_known(new, dead(&[0])));
+        members.member_knows(MemberIndex(1), 4);
+        assert!(!members.is_known(new, dead(&[0])), "one of two");
+        assert!(members.is_known(new, dead(&[0, 2])));
+        members.member_knows(MemberIndex(2), 4);
+        assert!(members.is_known(new, dead(&[0])));
+        assert!(!members.is_known(new, dead(&[0, 1, 2])), "nobody else is left");
+        // The next one is not known by that.
+        let next = members.add(member(4)).expect("event descriptor").expect("room");
+        assert!(!members.is_known(next, dead(&[0])));
+        members.destination_knows(5);
+        assert!(members.is_known(new, dead(&[0, 1, 2])) && members.is_known(next, dead(&[0, 1, 2])));
+    }
+}
