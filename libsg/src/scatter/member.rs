@@ -185,7 +185,12 @@ impl MemberSink {
         match self.link.poll_fd() {
             // Answers, and entries to be put, may wait until it is awake anyway: each would cost a wake of its own.
             Some(fd) if writing && self.link_paces && self.has_window() => wait_writable(fd, left)?,
-            fd => wait(&[(fd, writing), (Some(waker.as_fd()), false)], left).map(|_| ())?,
+            Some(fd) => wait(&[(Some(fd), writing), (Some(waker.as_fd()), false)], left).map(|_| ())?,
+            // What is queued is answered as soon as it is moved; with nothing there, work is waited for.
+            None => {
+                let left = if writing { Duration::ZERO } else { left };
+                wait(&[(Some(waker.as_fd()), false)], left).map(|_| ())?;
+            }
         }
         waker.drain();
         Ok(())

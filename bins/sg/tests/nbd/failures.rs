@@ -94,8 +94,9 @@ fn the_last_intermediary_takes_the_disk_with_it() {
     let mut client = Client::new(&world, "sock");
     assert_eq!(client.ask(WRITE, 0, 4096, &random(4096, 1)), 0);
     world.nodes[0].kill();
-    // It may have noticed, or notices by this.
-    let _ = client.0.write_all(&0x2560_9513_u32.to_be_bytes()).and_then(|()| client.0.write_all(&[0; 24]));
+    // It may have noticed, or notices by this: a page that lay there is to be read.
+    let read = [&0x2560_9513_u32.to_be_bytes()[..], &[0; 20], &4096_u32.to_be_bytes()].concat();
+    let _ = client.0.write_all(&read);
     assert_eq!(nbd.end().code(), Some(3));
     assert!(nbd.log().contains("no intermediary of the volume is left"), "{}", nbd.log());
 }
