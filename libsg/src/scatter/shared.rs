@@ -336,14 +336,15 @@ impl Scatter {
         let node = &self.members.books()[member].member.node;
         (self.observer)(&Event::NodeLost { message: format!("intermediary {node}: {}", error.chain()) });
         self.offers_lost(member);
-        let pending = self.index.dead(member);
         let mut moved = Vec::new();
-        #[cfg(feature = "simulation")]
-        if host::has_bug(host::Bug::DeathForgotten) {
-            return;
-        }
-        {
+        let pending = {
+            // In one step: nobody is to count it as dead, and what lay there as safe.
             let mut planner = self.planner.lock();
+            let pending = self.index.dead(member);
+            #[cfg(feature = "simulation")]
+            if host::has_bug(host::Bug::DeathForgotten) {
+                return;
+            }
             let others = (self.index.living(), self.copies.holders());
             planner.member_lost(
                 member,
@@ -351,7 +352,8 @@ impl Scatter {
                 |page| self.index.may_be_with(page, member),
                 |e| moved.push(e),
             );
-        }
+            pending
+        };
         if self.index.alive() == 0 && !self.stopping() {
             let message = "no intermediary is left: pages go to the destination only".into();
             (self.observer)(&Event::Warning { message });
@@ -395,7 +397,10 @@ impl Scatter {
             self.control_waker.wake();
             return;
         }
-        let (safe, total) = self.planner.lock().progress();
+        let ((safe, total), open) = {
+            let planner = self.planner.lock();
+            (planner.progress(), self.copies.are_open(self.index.living()))
+        };
         let percent = if total == 0 { 100 } else { (u64::from(safe) * 100 / u64::from(total)) as u8 };
         {
             let mut told = self.percent.lock();
@@ -406,7 +411,7 @@ impl Scatter {
         }
         #[cfg(feature = "simulation")]
         let total = if host::has_bug(host::Bug::EvictedEarly) { safe.max(total / 20 * 19) } else { total };
-        if safe == total && self.copies.are_open(self.index.living()) {
+        if safe == total && open {
             let mut done = self.done.lock();
             if done.is_none() {
                 *done = Some(host::now());
