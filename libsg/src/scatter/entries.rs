@@ -22,18 +22,12 @@ impl Scatter {
     }
 
     /// Routes entries to their index servers; with none left, the destination gets the pages.
-    pub fn route(&self, entries: &[IndexEntry]) {
-        let entries: Vec<Pending> = entries.iter().copied().map(Pending::from).collect();
-        self.route_on(&entries);
-    }
-
-    /// As [`Self::route`], for entries that some have already.
-    pub(super) fn route_on(&self, entries: &[Pending]) {
+    pub fn route<E: Copy + Into<Pending>>(&self, entries: &[E]) {
         if entries.is_empty() {
             return;
         }
         // Whether some are finished is looked at under the planner's lock; those that nobody has yet are not.
-        let planner = entries.iter().any(Pending::is_known).then(|| self.planner.lock());
+        let planner = entries.iter().any(|entry| (*entry).into().is_known()).then(|| self.planner.lock());
         let mut finished = Vec::new();
         let routed = self.index.route(entries, &mut finished);
         if routed && finished.is_empty() {
@@ -70,7 +64,7 @@ impl Scatter {
     /// another way. They are never passed around: that would have no end, and no bound.
     pub fn reroute(&self, entries: &[Pending]) {
         if self.index.anyone_answers() {
-            self.route_on(entries);
+            self.route(entries);
         } else {
             let entries: Vec<IndexEntry> = entries.iter().map(|pending| pending.entry).collect();
             self.planner.lock().not_indexed(&entries);

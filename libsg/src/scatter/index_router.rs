@@ -91,28 +91,33 @@ impl IndexRouter {
     /// Hands entries to those who are to have them next. Those that need go nowhere else are appended to `finished`.
     /// `false` when there is no member left to take the others.
     #[must_use]
-    pub fn route(&self, entries: &[Pending], finished: &mut Vec<IndexEntry>) -> bool {
-        let together = |a: &Pending, b: &Pending| {
-            index_range(a.entry.page) == index_range(b.entry.page) && self.goes_on(a) == self.goes_on(b)
+    pub fn route<E: Copy + Into<Pending>>(&self, entries: &[E], finished: &mut Vec<IndexEntry>) -> bool {
+        let living = self.living();
+        let goes_on = |pending: &Pending| self.goes_on(pending, living);
+        let together = |a: Pending, b: Pending| {
+            index_range(a.entry.page) == index_range(b.entry.page)
+                && goes_on(&a) == goes_on(&b)
+                && a.done == b.done
         };
-        for run in entries.chunk_by(|a, b| together(a, b) && a.done == b.done) {
-            let Some(first) = run.first() else { continue };
-            let next = if self.goes_on(first) { self.next(first) } else { None };
+        for run in entries.chunk_by(|a, b| together((*a).into(), (*b).into())) {
+            let pendings = || run.iter().map(|entry| (*entry).into());
+            let Some(first): Option<Pending> = pendings().next() else { continue };
+            let next = if goes_on(&first) { self.next(&first) } else { None };
             let Some(owner) = next else {
                 if first.done.is_empty() {
                     return false;
                 }
-                if self.goes_on(first) {
+                if goes_on(&first) {
                     self.fewer.store(true, Ordering::Relaxed);
                 }
-                finished.extend(run.iter().map(|pending| pending.entry));
+                finished.extend(pendings().map(|pending| pending.entry));
                 continue;
             };
             let post = &self.posts[owner];
             let mut pending = post.pending.lock();
             // Who was woken for some looks again by itself: entries are held back for a while, to travel together.
             let was_empty = pending.is_empty();
-            pending.extend_from_slice(run);
+            pending.extend(pendings());
             drop(pending);
             if was_empty {
                 post.waker.wake();
@@ -134,10 +139,10 @@ impl IndexRouter {
         self.route(entries, finished)
     }
 
-    /// Whether an entry is to be at more members that live.
-    fn goes_on(&self, pending: &Pending) -> bool {
+    /// Whether an entry is to be at more members of those that live.
+    fn goes_on(&self, pending: &Pending, living: MemberSet) -> bool {
         let copies = if pending.entry.placement.is_none() { self.copies } else { 1 };
-        pending.done.and(self.living()).len() < copies
+        pending.done.and(living).len() < copies
     }
 
     /// Takes up to `max` entries that wait for a member.

@@ -361,7 +361,7 @@ impl Scatter {
         } else {
             // What lay at the dead member is sent again and indexed anew.
             let of_others = |e: &Pending| e.entry.placement.is_none_or(|at| at.member != member);
-            self.route_on(&pending.into_iter().filter(of_others).collect::<Vec<_>>());
+            self.route(&pending.into_iter().filter(of_others).collect::<Vec<_>>());
             self.route(&moved);
         }
         self.wake_all();
