@@ -161,7 +161,7 @@ pub struct ServeArgs {
 
 /// Which intermediaries are asked.
 #[derive(Debug, Args)]
-pub struct PoolArgs {
+pub struct Intermediaries {
     /// An intermediary; may be given several times
     #[arg(long, value_name = "HOST:PORT")]
     pub intermediary: Vec<String>,
@@ -173,6 +173,14 @@ pub struct PoolArgs {
     /// File with the pool's secret
     #[arg(long, value_name = "FILE")]
     pub secret: Option<PathBuf>,
+}
+
+/// Which intermediaries are asked, and how the answer is told.
+#[derive(Debug, Args)]
+pub struct PoolArgs {
+    /// Which intermediaries.
+    #[command(flatten)]
+    pub at: Intermediaries,
     /// One JSON object instead of a table
     #[arg(long)]
     pub json: bool,
@@ -251,7 +259,7 @@ pub fn secret(path: Option<&Path>) -> Result<PoolSecret> {
     })
 }
 
-impl PoolArgs {
+impl Intermediaries {
     /// The intermediaries that are named or found.
     pub fn find(&self, secret: &PoolSecret) -> Result<Vec<Found>> {
         let mut names = self.intermediary.clone();
@@ -322,11 +330,10 @@ mod test {
     fn intermediaries_come_from_flags_and_files() {
         let file = std::env::temp_dir().join(format!("sg-pool-{}", std::process::id()));
         std::fs::write(&file, "# rack 7\n127.0.0.2\n\n127.0.0.3:99 # spare\n").expect("written");
-        let mut pool = PoolArgs {
+        let mut pool = Intermediaries {
             intermediary: vec!["127.0.0.1:5".into(), "::1".into()],
             pool: Some(format!("static:{}", file.display())),
             secret: None,
-            json: false,
         };
         let secret = PoolSecret::open();
         let found = pool.find(&secret).expect("good");
@@ -338,7 +345,7 @@ mod test {
             let error = pool.find(&secret).expect_err("no pool");
             assert!(error.downcast_ref::<WrongArguments>().is_some(), "{error}");
         }
-        pool = PoolArgs { intermediary: vec![], pool: None, secret: None, json: false };
+        pool = Intermediaries { intermediary: vec![], pool: None, secret: None };
         assert!(pool.find(&secret).expect_err("nobody").downcast_ref::<WrongArguments>().is_some());
     }
 }

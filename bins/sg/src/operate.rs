@@ -78,14 +78,14 @@ pub fn list(args: &PoolArgs) -> Result<u8> {
 
 /// `sg dissolve`.
 pub fn dissolve(args: &DissolveArgs) -> Result<u8> {
-    let secret = secret(args.pool.secret.as_deref())?;
+    let secret = secret(args.pool.at.secret.as_deref())?;
     let Some(volume) = named(args)? else {
         eprintln!("sg: no intermediary that answered knows a volume, or a parked VM, {:?}", args.volume);
         return Ok(1);
     };
     let mut found: Vec<(Node, VolumeInfo)> = Vec::new();
     let mut failed = false;
-    for host in args.pool.find(&secret)? {
+    for host in args.pool.at.find(&secret)? {
         let address = host.address;
         match describe(address, &secret, volume) {
             Ok(Some(known)) => found.push(known),
@@ -182,7 +182,7 @@ fn confirmed(what: &str) -> Result<bool> {
 }
 
 fn statistics(args: &PoolArgs) -> Result<Vec<Answer<NodeStatistics>>> {
-    let secret = secret(args.secret.as_deref())?;
+    let secret = secret(args.at.secret.as_deref())?;
     let ask = |address| -> libsg::Result<NodeStatistics> {
         let mut node = Node::connect(address, &secret)?;
         match node.ask(VolumeId(0), Epoch(0), &VmdRequest::Statistics)? {
@@ -191,7 +191,7 @@ fn statistics(args: &PoolArgs) -> Result<Vec<Answer<NodeStatistics>>> {
         }
     };
     // All at once: one that does not answer shall not hold up the others.
-    let hosts = args.find(&secret)?;
+    let hosts = args.at.find(&secret)?;
     let mut answers = Vec::new();
     for some in hosts.chunks(ASKED_AT_ONCE) {
         std::thread::scope(|scope| {

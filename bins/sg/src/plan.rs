@@ -16,7 +16,7 @@ const LINK: Rate = Rate::mbit(1000);
 
 /// Prints the selection; 0 when the VM fits.
 pub fn run(args: &PlanArgs) -> Result<u8> {
-    let found = args.pool.find(&secret(args.pool.secret.as_deref())?)?;
+    let found = args.pool.at.find(&secret(args.pool.at.secret.as_deref())?)?;
     let (all, nodes) = (found.len(), found.into_iter().filter_map(|found| found.announced));
     let nodes: Vec<Announcement> = nodes.collect();
     if nodes.is_empty() {

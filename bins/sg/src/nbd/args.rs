@@ -9,7 +9,7 @@ use clap::Args;
 use libsg::units::Size;
 
 use super::shared::Unwritten;
-use crate::cli::{LogFormat, PoolArgs, WrongArguments};
+use crate::cli::{Intermediaries, LogFormat, WrongArguments};
 
 /// Where clients come when nothing is said: the port of NBD, on this host alone.
 const DEFAULT_LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 10809);
@@ -55,7 +55,8 @@ pub struct NbdArgs {
     /// How large it is: a multiple of 4096 bytes. Nothing is taken before it is written
     #[arg(long, value_name = "SIZE", requires = "create")]
     pub size: Option<Size>,
-    /// Serve a volume that there is, by its name or number (see `sg ls`): to be written, too, if it was made by --create
+    /// Serve a volume that there is, by its name or number (see `sg ls`): to be written, too, if it was made by --create.
+    /// Any one of its intermediaries is enough to find it
     #[arg(long, value_name = "VOLUME")]
     pub volume: Option<String>,
     /// Only to be read, whatever it is: beside whoever writes it
@@ -85,15 +86,9 @@ pub struct NbdArgs {
     /// How logs are written, to standard error
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
-    /// An intermediary; may be given several times. For --volume, any one of its intermediaries is enough
-    #[arg(long, value_name = "HOST:PORT")]
-    pub intermediary: Vec<String>,
-    /// Where to find intermediaries: static:FILE, or multicast:GROUP:PORT@ADDR (port and address need not be named)
-    #[arg(long, value_name = "WHERE")]
-    pub pool: Option<String>,
-    /// File with the pool's secret
-    #[arg(long, value_name = "FILE")]
-    pub secret: Option<PathBuf>,
+    /// Which intermediaries.
+    #[command(flatten)]
+    pub at: Intermediaries,
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -104,16 +99,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 impl NbdArgs {
-    /// Where to ask for intermediaries.
-    pub fn pool(&self) -> PoolArgs {
-        PoolArgs {
-            intermediary: self.intermediary.clone(),
-            pool: self.pool.clone(),
-            secret: self.secret.clone(),
-            json: false,
-        }
-    }
-
     /// The TCP port to listen on, if any.
     ///
     /// # Errors

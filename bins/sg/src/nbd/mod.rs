@@ -67,12 +67,12 @@ const INTERRUPTED: i32 = 130;
 pub fn run(args: &NbdArgs) -> Result<u8> {
     serve::start_logs(args.log_format);
     process::settle(None);
-    let secret = secret(args.secret.as_deref())?;
+    let secret = secret(args.at.secret.as_deref())?;
     let listener = match &args.socket {
         Some(path) => Listener::unix(path)?,
         None => Listener::tcp(args.address()?)?,
     };
-    let known: Vec<SocketAddr> = args.pool().find(&secret)?.iter().map(|found| found.address).collect();
+    let known: Vec<SocketAddr> = args.at.find(&secret)?.iter().map(|found| found.address).collect();
     let connector = TcpConnector::new(secret);
     let vmd = VmdClient::new(Arc::new(connector.clone()), args.timeout);
     let (look, looks) = bounded(1);
