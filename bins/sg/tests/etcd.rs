@@ -4,9 +4,11 @@
 #[path = "../../discovery-etcd/tests/process/mod.rs"]
 mod process;
 
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Command, Output, Stdio};
+mod daemons;
 
+use std::process::Output;
+
+use daemons::Daemons;
 use process::{Etcd, secret_file, until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -14,17 +16,7 @@ use serde_json::Value;
 struct Pool {
     etcd: Etcd,
     directory: tempfile::TempDir,
-    daemons: Vec<Child>,
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        for daemon in &mut self.daemons {
-            // It fails only for one that ended already.
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
-    }
+    daemons: Daemons,
 }
 
 impl Pool {
@@ -33,21 +25,12 @@ impl Pool {
     }
 
     fn serve(&mut self, name: &str, secret: &str) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sg"));
-        command.args(["serve", "--memory", "64M", "--listen", "127.0.0.1:0", "--name", name]);
-        command.args(["--announce", &self.etcd.pool("sg/e2e"), "--link", "1gbit", "--zone", "rack7"]);
-        command.args(["--secret", &self.secret(secret)]).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("listening"), "{line}");
-        self.daemons.push(child);
+        let (place, secret) = (self.etcd.pool("sg/e2e"), self.secret(secret));
+        self.daemons.serve(name, &place, &secret, &[]);
     }
 
     fn sg(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sg"));
-        command.args(arguments).args(["--pool", &self.etcd.pool("sg/e2e")]);
-        command.args(["--secret", &self.secret("ours"), "--json"]).output().unwrap()
+        daemons::sg(arguments, &self.etcd.pool("sg/e2e"), &self.secret("ours"))
     }
 
     /// Names of those that `sg status` finds, dead ones included.
@@ -61,7 +44,7 @@ impl Pool {
 #[test]
 fn daemons_are_found_planned_with_and_gone_when_they_die() {
     let directory = tempfile::tempdir().unwrap();
-    let mut pool = Pool { etcd: Etcd::start(), directory, daemons: Vec::new() };
+    let mut pool = Pool { etcd: Etcd::start(), directory, daemons: Daemons::default() };
     pool.serve("a", "ours");
     pool.serve("b", "ours");
     pool.serve("stranger", "theirs");
@@ -88,12 +71,12 @@ fn daemons_are_found_planned_with_and_gone_when_they_die() {
     until("they are found again", || pool.names() == ["a", "b"]);
 
     // One leaves, and has done so when it has ended.
-    kill_process(Pid::from_child(&pool.daemons[1]), Signal::TERM).unwrap();
-    assert_eq!(pool.daemons[1].wait().unwrap().code(), Some(0));
+    kill_process(Pid::from_child(&pool.daemons.0[1]), Signal::TERM).unwrap();
+    assert_eq!(pool.daemons.0[1].wait().unwrap().code(), Some(0));
     assert_eq!(pool.names(), ["a"]);
 
     // One dies: it is listed until its lease runs out, as one that does not answer.
-    pool.daemons[0].kill().unwrap();
+    pool.daemons.0[0].kill().unwrap();
     until("it is gone", || {
         let output = pool.sg(&["status"]);
         String::from_utf8_lossy(&output.stderr).contains("nobody announces itself at etcd://")

@@ -1,11 +1,13 @@
 //! `sg serve --announce` and who looks for them: real processes, over the loopback interface.
 #![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
 
-use std::io::{BufRead as _, BufReader};
+mod daemons;
+
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use daemons::Daemons;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -14,16 +16,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 struct Pool {
     directory: PathBuf,
     place: String,
-    daemons: Vec<Child>,
+    daemons: Daemons,
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        for daemon in &mut self.daemons {
-            // It fails only for one that ended already.
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
         let _ = std::fs::remove_dir_all(&self.directory);
     }
 }
@@ -34,8 +31,11 @@ impl Pool {
         let port = 30_000 + u16::from_le_bytes([c, d]) % 10_000;
         let directory = std::env::temp_dir().join(format!("sg-pool-{}-{a}-{b}-{port}", std::process::id()));
         std::fs::create_dir(&directory).unwrap();
-        let pool =
-            Self { directory, place: format!("239.255.{a}.{b}:{port}@127.0.0.1"), daemons: Vec::new() };
+        let pool = Self {
+            directory,
+            place: format!("239.255.{a}.{b}:{port}@127.0.0.1"),
+            daemons: Daemons::default(),
+        };
         pool.secret("ours");
         pool
     }
@@ -47,31 +47,12 @@ impl Pool {
     }
 
     fn serve(&mut self, name: &str, secret: &str) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sg"));
-        command.args([
-            "serve",
-            "--memory",
-            "64M",
-            "--listen",
-            "127.0.0.1:0",
-            "--name",
-            name,
-            "--zone",
-            "rack7",
-        ]);
-        command.args(["--announce", &self.place, "--link", "1gbit", "--limit-in", "500mbit"]);
-        command.args(["--secret", &self.secret(secret)]).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.contains("listening"), "{line}");
-        self.daemons.push(child);
+        let secret = self.secret(secret);
+        self.daemons.serve(name, &self.place, &secret, &["--limit-in", "500mbit"]);
     }
 
     fn sg(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sg"));
-        command.args(arguments).args(["--pool", &format!("multicast:{}", self.place)]);
-        command.args(["--secret", &self.secret("ours"), "--json"]).output().unwrap()
+        daemons::sg(arguments, &format!("multicast:{}", self.place), &self.secret("ours"))
     }
 
     /// Waits until these are found, and no others; what is said of them.
@@ -115,9 +96,9 @@ fn daemons_are_found_and_those_of_others_and_dead_ones_are_not() {
     let far: Value = serde_json::from_slice(&far.stdout).unwrap();
     assert!(far["fits"] == false && far["nodes"][0]["taken"] == false, "{far}");
 
-    pool.daemons[1].kill().unwrap();
+    pool.daemons.0[1].kill().unwrap();
     pool.finds(&["a"]);
-    pool.daemons[0].kill().unwrap();
+    pool.daemons.0[0].kill().unwrap();
     let begun = Instant::now();
     while pool.sg(&["status"]).status.code() != Some(1) {
         assert!(begun.elapsed() < PATIENCE, "somebody is there");
