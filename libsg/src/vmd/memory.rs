@@ -21,10 +21,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{
     Checksum, Epoch, Generation, MemberIndex, NodeId, Placement, Round, SlotIndex, VolumeId, random_bytes,
 };
-use crate::manifest::Manifest;
-use crate::page::{PAGE_BYTES_U64, PageIndex, PageRange};
+use crate::page::{PageIndex, PageRange};
 use crate::transport::PoolSecret;
-use crate::wire::message::{Member, NodeStatistics, VmdReply, VmdRequest, VolumeState, VolumeSummary};
+use crate::wire::message::{Member, VolumeState};
 use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, Status};
 pub use link::MemoryLink;
 use volume::Volume;

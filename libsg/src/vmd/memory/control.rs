@@ -1,6 +1,12 @@
 //! Rare requests to an intermediary in memory: volumes and their states, and what it has and holds.
 
-use super::*;
+use super::volume::Volume;
+use super::{Asker, State};
+use crate::ids::{Epoch, VolumeId};
+use crate::manifest::Manifest;
+use crate::page::PAGE_BYTES_U64;
+use crate::wire::Status;
+use crate::wire::message::{Member, NodeStatistics, VmdReply, VmdRequest, VolumeState, VolumeSummary};
 
 impl State {
     pub(super) fn control(&mut self, asker: Asker, request: &VmdRequest) -> Result<VmdReply, Status> {
