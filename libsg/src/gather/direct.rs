@@ -40,9 +40,8 @@ const WINDOW_TIME: Duration = Duration::from_millis(24);
 /// rate leaves as much of the port free.
 const CATCH_UP_PARTS: u64 = 64;
 
-/// A pace that differs from the one told by less than one in so many is not told: a frame for less would change nothing
-/// at the source, whose kernel is told of no smaller change.
-const PACE_PARTS: u64 = 256;
+/// A pace that differs from the one told by more than one in so many is told at once; less goes with the next credit.
+const PACE_PARTS: u64 = 8;
 
 /// Credit of a connection that was just opened, granted at once.
 const FIRST_CREDIT_BYTES: u64 = 128 << 10;
@@ -137,8 +136,7 @@ fn open(shared: &Shared, channel: Channel) -> Result<Line> {
         counted: 0,
     };
     shared.pacer.charge(Class::Direct, line.saved, host::now());
-    line.pace = pace(shared);
-    grant(&mut line)?;
+    grant(shared, &mut line, host::now())?;
     Ok(line)
 }
 
@@ -175,7 +173,6 @@ fn step(shared: &Shared, line: &mut Line, work: &mut Work) -> Result<Instant> {
             let message = format!("a {:?} frame on the direct connection", header.kind);
             return Err(Error::new(ErrorKind::Protocol, message));
         }
-        let now = host::now();
         shared.direct_works();
         line.delay = header.delay_us.map(|us| Duration::from_micros(us.into())).or(line.delay);
         let bytes = decode_pages(frame.body, header.count.into(), &mut work.entries)?;
@@ -184,11 +181,12 @@ fn step(shared: &Shared, line: &mut Line, work: &mut Work) -> Result<Instant> {
         work.installer.bad.extend_from_slice(&work.installer.gone);
         shared.direct_idles(host::now());
         acknowledge(&mut line.outbox, &header, &work.installer.bad, &mut work.table)?;
-        report(shared, line, now);
         if line.outbox.queued_bytes() > OUTBOX_BYTES_MAX {
             break;
         }
     }
+    // Between frames, too: at a slow port one takes as long as four readings.
+    report(shared, line);
     let again_at = take_credit(shared, line)?;
     line.outbox.flush(&line.channel, usize::MAX)?;
     count(shared, line);
@@ -220,10 +218,8 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
         None => GRANT_BYTES_MAX,
     };
     // Told at once: a source with credit for a while yet must not fill the queue that is to be drained.
-    let pace = pace(shared);
-    if !pace::is_near(pace, line.pace, PACE_PARTS) {
-        line.pace = pace;
-        tell_credit(line)?;
+    if !pace::is_near(pace(shared, now), line.pace, PACE_PARTS) {
+        tell_credit(shared, line, now)?;
     }
     let window = window_bytes(rate, line.path.info().base_rtt(), shared.unit_pages);
     loop {
@@ -231,7 +227,7 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
         if open + GRANT_BYTES_MIN > window || line.outbox.queued_bytes() > OUTBOX_BYTES_MAX {
             // Room comes with bytes. Little is not worth a frame, and the source has most of a window yet.
             if line.saved >= piece.min(window / WINDOW_PARTS) {
-                grant(line)?;
+                grant(shared, line, now)?;
             }
             return Ok(now + NAP);
         }
@@ -241,7 +237,7 @@ fn take_credit(shared: &Shared, line: &mut Line) -> Result<Instant> {
             Acquire::WaitUntil(at) => return Ok(at),
         }
         if line.saved >= piece {
-            grant(line)?;
+            grant(shared, line, now)?;
         }
     }
 }
@@ -254,27 +250,30 @@ fn window_bytes(rate: Option<u64>, base_rtt: Option<Duration>, unit_pages: u32) 
     bytes.clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX).max(least)
 }
 
-/// The pace at which the source is to use its credit.
-fn pace(shared: &Shared) -> Option<u64> {
-    shared.pacer.link_rate().map(|rate| rate + rate / CATCH_UP_PARTS)
+/// The pace at which the source is to use its credit: what faults leave of this port. At the whole port's, credit that
+/// gathered while faults filled it would come on top of the next ones, as a queue in front of them.
+fn pace(shared: &Shared, now: Instant) -> Option<u64> {
+    shared.pacer.pace_ahead(AHEAD, now).map(|rate| rate + rate / CATCH_UP_PARTS)
 }
 
 /// Tells what was taken.
-fn grant(line: &mut Line) -> Result<()> {
+fn grant(shared: &Shared, line: &mut Line, now: Instant) -> Result<()> {
     if line.saved > 0 {
         line.granted += std::mem::take(&mut line.saved);
-        tell_credit(line)?;
+        tell_credit(shared, line, now)?;
     }
     Ok(())
 }
 
-fn tell_credit(line: &mut Line) -> Result<()> {
+fn tell_credit(shared: &Shared, line: &mut Line, now: Instant) -> Result<()> {
+    line.pace = pace(shared, now);
     let credit = Credit { limit: line.granted, pace: line.pace };
     line.outbox.push_frame(line.channel.header(Kind::Credit), &credit.encode(), [])?;
     Ok(())
 }
 
-fn report(shared: &Shared, line: &mut Line, now: Instant) {
+fn report(shared: &Shared, line: &mut Line) {
+    let now = host::now();
     let info = line.path.refresh(&line.channel, now);
     let reading = LinkReading {
         // As the kernel counts them: what this thread has read comes in lumps of a frame, 9 ms of a slow port.

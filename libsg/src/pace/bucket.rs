@@ -114,6 +114,12 @@ impl TokenBucket {
         time_of(1.0 - self.level, rate).max(Duration::from_nanos(100))
     }
 
+    /// How long the debt takes to be paid.
+    pub(crate) fn debt(&mut self, now: Instant) -> Duration {
+        self.refill(now);
+        self.rate.map_or(Duration::ZERO, |rate| time_of(-self.level, rate))
+    }
+
     /// Bytes that could have been taken since the last call and were not: the bucket was full.
     pub(crate) fn take_lost(&mut self, now: Instant) -> u64 {
         self.refill(now);

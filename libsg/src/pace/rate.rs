@@ -4,9 +4,9 @@
 //! queue that shows itself is used twice: it says "too fast", and until it is drained it says how fast is right.
 //!
 //! ```text
-//!  Startup --queue--> Measure --long enough--> Drain --empty--> Cruise --calm--> Probe
-//!  unpaced              ^                                          |               |
-//!                       +-------------------- queue ---------------+---------------+
+//!  Startup --queue--> Measure --long enough--> Drain --unseen--> Settle --empty--> Cruise --calm--> Probe
+//!  unpaced              ^                                                            |               |
+//!                       +----------------------------- queue ------------------------+---------------+
 //! ```
 //!
 //! Two mistakes would be costly and are guarded against. *Spiralling down*: a late reading looks like a
@@ -15,106 +15,15 @@
 //! *Believing a base that moved* (a new route, somebody else's standing queue): a delay that does not
 //! shrink although we send less than is delivered is not ours, and becomes the new zero.
 
+mod constants;
 mod queue;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use self::constants::*;
 use self::queue::Queue;
 use super::bucket::{SLICE_TIME, slice_bytes, time_of};
-
-/// Delay beyond a slice's own time that counts as a queue.
-const QUEUE_DELAY: Duration = Duration::from_micros(150);
-
-/// The same while unpaced: windows bound the queue there, and a path without a bottleneck (loopback) shows
-/// delays of this order from copying alone.
-const QUEUE_DELAY_STARTUP: Duration = Duration::from_micros(600);
-
-/// How long a delay lasts, without one low reading in between, and how many readings show it at least,
-/// before it is a queue. Where one is to be expected: unpaced, or while probing.
-const DETECT: (Duration, u32) = (Duration::from_millis(8), 3);
-
-/// The same at cruising speed. The queue of a rate that is 1 % too high grows by no more than half a
-/// millisecond in this time; on a host whose cores are all busy, late readings come many in a row, but not
-/// for as long, and each one that is believed would cost 1.5 % of the rate.
-const DETECT_CRUISING: (Duration, u32) = (Duration::from_millis(50), 6);
-
-/// A delay of more than this is believed soon, cruising or not: somebody else took a share of the link.
-const DELAY_EXCESSIVE: Duration = Duration::from_millis(3);
-
-/// How long a queue is kept to measure by: with acknowledgements in lumps of 64 KiB, 1 % at 1 Gb/s.
-const MEASURE_TIME: Duration = Duration::from_millis(40);
-
-/// The least time over which a measurement is used.
-const MEASURE_TIME_MIN: Duration = Duration::from_millis(25);
-
-/// A queue longer than this is drained at once, measured or not: draining it takes long enough to measure.
-const QUEUE_DELAY_MAX: Duration = Duration::from_millis(2);
-
-/// Drain rates as shares of the measured rate: between these, the longer the queue the lower.
-const DRAIN_SHARE: (f64, f64) = (0.6, 0.9);
-
-/// The delay that is drained at the lower of the two.
-const DRAIN_DELAY: Duration = Duration::from_millis(20);
-
-/// A drain that moves nothing for this long does not drain our queue.
-const DRAIN_STUCK_TIME: Duration = Duration::from_millis(100);
-
-/// The longest drain, whatever moves: windows and send buffers of the unpaced start are drained by then.
-const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
-
-/// Share of the capacity that is used between probes.
-const CRUISE_SHARE: f64 = 0.985;
-
-/// Calm time before probing.
-const CRUISE_TIME: Duration = Duration::from_millis(250);
-
-/// Time between two steps up.
-const PROBE_STEP_TIME: Duration = Duration::from_millis(100);
-
-/// The first step up, what each further one is multiplied by, and the largest: twice the rate is found
-/// after about twelve.
-const PROBE_STEP: (f64, f64, f64) = (0.006, 1.5, 0.25);
-
-/// Share of the rate that must be delivered for calm to mean anything.
-const USED_SHARE: f64 = 0.9;
-
-/// Steps without use after which probing ends.
-const PROBE_UNUSED_STEPS: u32 = 5;
-
-/// Measurements of which the largest is the estimate.
-const ESTIMATES: usize = 3;
-
-/// Two queues at cruising speed within this time: the estimate is too large.
-const REPEAT_TIME: Duration = Duration::from_millis(1_500);
-
-/// What is left of the estimate at least when that happens: a stalled core looks like a slow link too.
-const FALL_SHARE_MIN: f64 = 0.8;
-
-/// Share of what was sent that counts as all of it: acknowledgements come in lumps.
-const ALL_DELIVERED: f64 = 0.99;
-
-/// What is left of the rate when a queue stands again and again although all is delivered.
-const STEP_BACK: f64 = 0.998;
-
-/// A queue with more than one in so many readings limited by the sender is not measured by.
-const LIMITED_PARTS: u32 = 5;
-
-/// Weight of one reading in the usual delay of calm times, and how much of it is allowed for.
-const USUAL_DELAY: (f64, f64) = (1.0 / 64.0, 2.0);
-
-/// The most that is allowed for: as much of a queue of our own may stand unseen in front of faults. Simulated on a
-/// host whose readings are 0.3 ms late on average, 0.2 ms cost 1.8 % of the rate, 0.4 ms 0.5 %, 0.6 ms 0.1 %.
-const USUAL_DELAY_MAX: Duration = Duration::from_micros(500);
-
-/// Time over which the delivered rate is taken for everything but capacity, and its longest memory.
-const HISTORY_TIME: Duration = Duration::from_millis(500);
-
-/// How many more slices each time covers where a slice of one page takes longer than usual.
-const SLICES_PER_TIME: u32 = 20;
-
-/// The lowest rate ever set, in bytes/s: 1 Mb/s. Slower than this nothing could be learned any more.
-const RATE_MIN: f64 = 125_000.0;
 
 /// What is measured at one instant of a link, or of several as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,9 +42,24 @@ pub struct Reading {
 enum Phase {
     Startup,
     Measure,
-    Drain { since: Instant, stuck: Duration, least: Duration },
-    Cruise { since: Instant },
-    Probe { step: u32, unused: u32, next_at: Instant },
+    Drain {
+        since: Instant,
+        stuck: Duration,
+        least: Duration,
+    },
+    /// The rest of the queue, too short to be told from late readings, goes too: at cruising speed, which is just under
+    /// the bottleneck's, it would stand in front of faults for most of the time to the next probe.
+    Settle {
+        until: Instant,
+    },
+    Cruise {
+        since: Instant,
+    },
+    Probe {
+        step: u32,
+        unused: u32,
+        next_at: Instant,
+    },
 }
 
 /// Turns readings, one every few milliseconds, into the rate to pace at. Pure: time is an argument.
@@ -155,6 +79,12 @@ pub struct RateFinder {
     /// Delay in calm times, in seconds: the time a busy host takes to see an acknowledgement.
     usual_delay: f64,
     base_rtt: Duration,
+    /// No queue of a paced sender has been measured yet.
+    young: bool,
+    /// Probes in turn that found what was known.
+    confirmed: u32,
+    /// Whether less was sent lately than allowed, 0 to 1.
+    limited: f64,
     history: VecDeque<(Instant, u64)>,
 }
 
@@ -179,6 +109,9 @@ impl RateFinder {
             floor: Duration::ZERO,
             usual_delay: 0.0,
             base_rtt: Duration::ZERO,
+            young: true,
+            confirmed: 0,
+            limited: 0.0,
             history: VecDeque::new(),
         }
     }
@@ -207,12 +140,13 @@ impl RateFinder {
     /// Takes what was measured at `now`; returns the rate to pace at from now on.
     pub fn tick(&mut self, now: Instant, reading: Reading) -> Option<u64> {
         let before = self.history.back().copied().unwrap_or((now, reading.delivered));
-        self.remember(now, reading.delivered);
+        let delivered = reading.delivered.max(before.1);
+        self.remember(now, delivered);
         // The kernel repeats its last round trip while nothing moves; that says nothing about now.
-        if reading.delivered > before.1 {
+        if delivered > before.1 {
             self.base_rtt = reading.base_rtt;
             if let Some(delay) = reading.queue_delay {
-                self.see((now, reading.delivered), delay);
+                self.see((now, delivered), delay);
             }
             if let (true, Some(queue)) = (reading.app_limited, &mut self.queue) {
                 queue.limited += 1;
@@ -220,10 +154,13 @@ impl RateFinder {
         } else if self.delivered_rate(now, self.paced_time(PROBE_STEP_TIME)) == 0.0 {
             self.queue = None;
         }
+        self.limited += (f64::from(u8::from(reading.app_limited)) - self.limited) * LIMITED.0;
         match self.phase {
             Phase::Startup => self.startup(),
             Phase::Measure => self.measure(now),
             Phase::Drain { .. } => self.drain(now, now.saturating_duration_since(before.0)),
+            Phase::Settle { until } if now < until => {}
+            Phase::Settle { .. } => self.start_cruise(now),
             Phase::Cruise { since } => self.cruise(now, since),
             Phase::Probe { .. } => self.probe(now),
         }
@@ -248,7 +185,7 @@ impl RateFinder {
         let pace = queue.paced.is_some();
         if queue.time() >= self.paced_time(MEASURE_TIME) || (pace && queue.delay > QUEUE_DELAY_MAX) {
             let measured = queue.rate(self.paced_time(MEASURE_TIME_MIN));
-            self.queue = Some(Queue { measured, ..queue });
+            self.queue.iter_mut().for_each(|queue| queue.measured = measured);
             self.phase = Phase::Drain { since: now, stuck: Duration::ZERO, least: Duration::MAX };
             return self.drain(now, Duration::ZERO);
         }
@@ -260,9 +197,17 @@ impl RateFinder {
 
     fn drain(&mut self, now: Instant, elapsed: Duration) {
         let Phase::Drain { since, mut stuck, mut least } = self.phase else { return };
-        let Some(queue) = self.queue else { return self.start_cruise(now) };
+        let Some(queue) = self.queue else { return self.settle(now) };
+        // Whoever told of it sends no more, and others took its place: at this rate it is gone by now.
+        let gone = queue.delay.div_f64(1.0 - DRAIN_SHARE.1) + self.base_rtt;
+        if now.saturating_duration_since(queue.last.0) > gone.max(self.paced_time(MEASURE_TIME_MIN)) {
+            self.queue_is_over(queue, now);
+            return self.start_cruise(now);
+        }
         let measured = queue.rate(self.paced_time(MEASURE_TIME_MIN) / 2);
         let rate = measured.or(queue.paced).or(self.estimate()).unwrap_or(RATE_MIN);
+        // Little was delivered because a host stalled, more often than because the link became slow.
+        let rate = rate.max(self.estimate().unwrap_or(0.0) * FALL_SHARE_MIN);
         let share = 1.0 - queue.delay.as_secs_f64() / DRAIN_DELAY.as_secs_f64();
         self.set_rate(rate * share.clamp(DRAIN_SHARE.0, DRAIN_SHARE.1));
         // More is delivered than sent exactly when a queue of ours gets shorter.
@@ -275,25 +220,60 @@ impl RateFinder {
         let too_long = now.saturating_duration_since(since) > DRAIN_TIME_MAX + 10 * self.base_rtt;
         if too_long || stuck > self.paced_time(DRAIN_STUCK_TIME) {
             self.floor += if least == Duration::MAX { queue.delay } else { least };
-            self.queue_is_over(queue);
+            self.queue_is_over(queue, now);
             self.start_cruise(now);
         }
     }
 
+    fn settle(&mut self, now: Instant) {
+        let Some(estimate) = self.estimate() else { return self.start_cruise(now) };
+        let unseen = self.calm_delay();
+        self.set_rate(estimate * DRAIN_SHARE.1);
+        self.phase = Phase::Settle { until: now + unseen.div_f64(1.0 - DRAIN_SHARE.1) };
+    }
+
     fn cruise(&mut self, now: Instant, since: Instant) {
         self.calm_since = Some(since);
+        self.keep_what_was_carried(now);
         if self.queue_stands() {
             self.phase = Phase::Measure;
         } else if !self.is_used(now) {
+            self.look_below_floor(now);
             self.phase = Phase::Cruise { since: now };
-        } else if now.saturating_duration_since(since) >= self.paced_time(CRUISE_TIME) {
-            self.phase = Phase::Probe { step: 0, unused: 0, next_at: now };
+        } else {
+            let (time, step) = if self.young { YOUNG } else { (CRUISE_TIME * 2u32.pow(self.confirmed), 0) };
+            if now.saturating_duration_since(since) >= self.paced_time(time) {
+                self.phase = Phase::Probe { step, unused: 0, next_at: now };
+            }
+        }
+    }
+
+    /// A link that carried more, for long, carries more than was believed: what is urgent is not held to the rate.
+    fn keep_what_was_carried(&mut self, now: Instant) {
+        let since = self.history.front().map_or(Duration::ZERO, |(at, _)| now.saturating_duration_since(*at));
+        if since >= HISTORY_TIME {
+            let carried = self.delivered_rate(now, self.paced_time(HISTORY_TIME));
+            if self.estimate().is_some_and(|estimate| carried > estimate * CARRIED_MORE) {
+                self.raise_estimate(carried);
+                self.set_rate(self.rate.unwrap_or(0.0).max(carried * CRUISE_SHARE));
+            }
+        }
+    }
+
+    /// The rate cannot be reached, though there is enough to send: the delay that was taken for somebody else's is a
+    /// queue of ours, which windows keep from growing.
+    fn look_below_floor(&mut self, now: Instant) {
+        let delivered = self.delivered_rate(now, self.paced_time(PROBE_STEP_TIME));
+        let stuck = self.rate.is_some_and(|rate| delivered < rate * STUCK_SHARE);
+        if stuck && self.limited < LIMITED.1 {
+            self.floor = Duration::ZERO;
         }
     }
 
     fn probe(&mut self, now: Instant) {
         let Phase::Probe { step, unused, next_at } = self.phase else { return };
         self.calm_since = None;
+        self.keep_what_was_carried(now);
         if self.queue_stands() {
             self.phase = Phase::Measure;
             return;
@@ -302,6 +282,7 @@ impl RateFinder {
             return;
         }
         let next_at = now + self.paced_time(PROBE_STEP_TIME);
+        self.look_below_floor(now);
         if self.is_used(now) {
             let up = (PROBE_STEP.0 * PROBE_STEP.1.powi(step as i32)).min(PROBE_STEP.2);
             if let Some(rate) = self.rate {
@@ -325,40 +306,33 @@ impl RateFinder {
             let sample = delay.min(high).as_secs_f64();
             self.usual_delay += (sample - self.usual_delay) * USUAL_DELAY.0;
         }
+        let calm = self.calm_delay();
+        // What stood before it was last heard of need not be what stands now, nor was it there in between.
+        let silence = self.paced_time(MEASURE_TIME_MIN);
+        self.queue = self.queue.filter(|queue| present.0.saturating_duration_since(queue.last.0) <= silence);
         match &mut self.queue {
-            Some(queue) if delay > high / 2 => {
-                queue.last = present;
-                queue.readings += 1;
-                queue.delay = delay;
-            }
+            Some(queue) if delay > calm => queue.stands(present, delay),
             Some(queue) => {
                 let queue = *queue;
-                self.queue_is_over(queue);
+                self.queue_is_over(queue, present.0);
             }
             None if delay > high => {
-                self.queue = Some(Queue {
-                    from: present,
-                    last: present,
-                    readings: 1,
-                    limited: 0,
-                    delay,
-                    paced: self.rate,
-                    cruising: matches!(self.phase, Phase::Cruise { .. }),
-                    measured: None,
-                });
+                let cruising = matches!(self.phase, Phase::Cruise { .. });
+                self.queue = Some(Queue::new(present, delay, self.rate, cruising));
             }
             None => {}
         }
     }
 
     /// Takes from a queue that is gone what it has to say.
-    fn queue_is_over(&mut self, queue: Queue) {
+    fn queue_is_over(&mut self, queue: Queue, now: Instant) {
         self.queue = None;
         match (self.phase, queue.paced) {
             // It went away although we sent on at the same rate: a lump of ours after a late wake-up, or
-            // somebody else's. So the link carries more than this rate.
+            // somebody else's. So the link carries more than this rate, as far as this rate was carried: what a
+            // bottleneck lets through at once hides the first of a probe's excess.
             (Phase::Measure, Some(paced)) if queue.time() < self.paced_time(MEASURE_TIME_MIN) => {
-                self.raise_estimate(paced);
+                self.raise_estimate(paced.min(self.delivered_rate(now, HISTORY_TIME / 2)));
             }
             (Phase::Measure | Phase::Drain { .. }, _) => self.learn(&queue),
             _ => {}
@@ -366,6 +340,7 @@ impl RateFinder {
     }
 
     fn learn(&mut self, queue: &Queue) {
+        self.young &= queue.paced.is_none();
         let again = self.cruised_into_queue(queue);
         let Some(mut rate) = queue.rate(self.paced_time(MEASURE_TIME_MIN)) else { return };
         if queue.paced.is_some() && queue.limited * LIMITED_PARTS > queue.readings {
@@ -383,6 +358,8 @@ impl RateFinder {
             // What the earlier of the two queues said is kept: both must be low, not one stalled core.
             self.estimates.drain(..self.estimates.len().saturating_sub(1));
         }
+        let near = self.estimate().is_some_and(|estimate| (rate / estimate - 1.0).abs() < CONFIRMED.0);
+        self.confirmed = if near && !queue.cruising { (self.confirmed + 1).min(CONFIRMED.1) } else { 0 };
         self.add_estimate(rate);
     }
 
@@ -445,6 +422,14 @@ impl RateFinder {
         QUEUE_DELAY + usual + time_of(slice_bytes(Some(rate)) as f64, rate) + self.base_rtt / 32
     }
 
+    /// The delay down to which it is still there: half of that, but more than calm times show. A sender's piece may take
+    /// half a millisecond of a slow port by itself, and waiting for less would drain for ever.
+    fn calm_delay(&self) -> Duration {
+        let usual = Duration::from_secs_f64(self.usual_delay).min(USUAL_DELAY_MAX) + QUEUE_DELAY / 2;
+        let high = self.queue_delay();
+        usual.clamp(high / 2, high)
+    }
+
     /// A time for short and fast paths, stretched to one on which each change takes a round trip to show, or
     /// each slice so long that few of them would be counted.
     fn paced_time(&self, time: Duration) -> Duration {
@@ -470,8 +455,7 @@ impl RateFinder {
     }
 
     fn remember(&mut self, now: Instant, delivered: u64) {
-        let newest = self.history.back().map_or(0, |(_, bytes)| *bytes);
-        self.history.push_back((now, delivered.max(newest)));
+        self.history.push_back((now, delivered));
         while let Some((at, _)) = self.history.front()
             && now.saturating_duration_since(*at) > self.paced_time(HISTORY_TIME)
         {

@@ -326,6 +326,55 @@ fn a_longer_route_becomes_the_new_zero() {
 }
 
 #[test]
+fn a_queue_that_windows_bound_is_not_somebody_elses() {
+    // The start delivers in lumps, and looks half again as fast as the link. What is sent beyond that stands in front
+    // of the link, up to what windows let in: it never grows, and never shrinks at a rate that is too high.
+    const CAPACITY: f64 = 120e6;
+    const WINDOW: f64 = CAPACITY * 1.3e-3;
+    let (mut finder, mut now) = (RateFinder::new(), Instant::now());
+    let (mut delivered, mut queued) = (0.0f64, WINDOW);
+    let mut delays = Vec::new();
+    for tick in 0..1_000 {
+        now += TICK;
+        let dt = TICK.as_secs_f64();
+        let sent = finder.rate().map_or(2.0 * CAPACITY, |rate| rate as f64) * dt;
+        let carried = if tick < 12 { 1.5 * CAPACITY * dt } else { (queued + sent).min(CAPACITY * dt) };
+        delivered += carried;
+        queued = (queued + sent - carried).clamp(0.0, WINDOW);
+        let queue_delay = Some(Duration::from_secs_f64(queued / CAPACITY));
+        let reading = Reading { delivered: delivered as u64, queue_delay, ..Reading::default() };
+        finder.tick(now, reading);
+        delays.push(queue_delay);
+    }
+    let rate = finder.rate().expect("a rate") as f64;
+    assert!(rate > 0.95 * CAPACITY && rate < 1.06 * CAPACITY, "{rate}");
+    delays.drain(..500);
+    delays.sort();
+    assert!(delays[250] < Some(Duration::from_micros(300)), "{:?}", delays[250]);
+}
+
+#[test]
+fn what_was_carried_without_a_queue_is_believed() {
+    // Faults are not held to the rate: where they fill a port that was taken for a slower one, it shows.
+    const CAPACITY: f64 = 30e6;
+    let (mut finder, mut now) = (RateFinder::new(), Instant::now());
+    let mut delivered = 0.0f64;
+    for tick in 0..200 {
+        now += TICK;
+        let stalled = tick < 40;
+        delivered += if stalled { 0.5 * CAPACITY } else { CAPACITY } * TICK.as_secs_f64();
+        let queue_delay = Some(if tick < 20 { Duration::from_millis(3) } else { Duration::ZERO });
+        finder.tick(now, Reading { delivered: delivered as u64, queue_delay, ..Reading::default() });
+        if tick == 40 {
+            assert!(finder.capacity().expect("an estimate") as f64 > 0.45 * CAPACITY);
+            assert!((finder.capacity().expect("an estimate") as f64) < 0.55 * CAPACITY);
+        }
+    }
+    let capacity = finder.capacity().expect("an estimate") as f64;
+    assert!(capacity > 0.98 * CAPACITY, "{capacity}");
+}
+
+#[test]
 fn a_limit_bounds_at_once_and_lifts() {
     let mut sim = Sim::new(Path::new(1_000), 11);
     sim.finder.set_limit(32_000_000);
