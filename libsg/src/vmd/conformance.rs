@@ -91,6 +91,10 @@ const RULES: &[(&str, Rule)] = &[
     ("copies are given back with what they are copies of", copies::copies_are_given_back),
     ("an older copy hides no newer one", copies::newest_copy_is_named),
     ("of pages that lie at several members any but one may die", copies::any_but_one_may_die),
+    (
+        "of several holders one that lives is named, also when another is found dead meanwhile",
+        copies::copies_are_named_that_live,
+    ),
     ("pages of volumes that share are stored once", sharing::stored_once),
     ("nothing is shared with another domain", sharing::domains_are_apart),
     ("one is told to send what others wait for", sharing::one_sends),

@@ -78,6 +78,29 @@ impl ClientVolume {
         Ok(found)
     }
 
+    /// What these members know, all together.
+    fn locate_among(&self, members: &[MemberIndex], range: PageRange) -> Result<Vec<IndexEntry>> {
+        let mut asked = 0;
+        let mut failed = Error::new(ErrorKind::Unreachable, "no intermediary of the volume is left");
+        let mut best: BTreeMap<u32, IndexEntry> = BTreeMap::new();
+        for &member in members {
+            let found = match self.locate_at(member, range) {
+                Ok(found) => found,
+                Err(error) if matches!(error.kind, ErrorKind::Unreachable | ErrorKind::Timeout) => {
+                    failed = error;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            asked += 1;
+            let alive = self.peers.alive();
+            for entry in found {
+                merge(&mut best, entry, &alive);
+            }
+        }
+        if asked == 0 { Err(failed) } else { Ok(join(best)) }
+    }
+
     /// Whether bytes are the page of this checksum, or were referred to by its seal.
     pub(super) fn matches(&self, bytes: &[u8], checksum: Checksum) -> bool {
         match &self.hasher {
@@ -262,25 +285,14 @@ impl Volume for ClientVolume {
     }
 
     fn locate(&self, range: PageRange) -> Result<Vec<IndexEntry>> {
-        let mut asked = 0;
-        let mut failed = Error::new(ErrorKind::Unreachable, "no intermediary of the volume is left");
-        let mut best: BTreeMap<u32, IndexEntry> = BTreeMap::new();
-        for member in self.peers.living() {
-            let found = match self.locate_at(member, range) {
-                Ok(found) => found,
-                Err(error) if matches!(error.kind, ErrorKind::Unreachable | ErrorKind::Timeout) => {
-                    failed = error;
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            asked += 1;
-            let alive = self.peers.alive();
-            for entry in found {
-                merge(&mut best, entry, &alive);
+        loop {
+            let living = self.peers.living();
+            let found = self.locate_among(&living, range);
+            // Who dies while it is asked was taken for a holder by those asked before: copies elsewhere were passed over.
+            if self.peers.living().len() == living.len() {
+                return found;
             }
         }
-        if asked == 0 { Err(failed) } else { Ok(join(best)) }
     }
 
     fn scan(&self, visit: &mut dyn FnMut(&IndexEntry) -> Result<()>) -> Result<()> {

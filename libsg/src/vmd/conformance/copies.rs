@@ -243,3 +243,16 @@ pub(super) fn any_but_one_may_die(bench: &Bench<'_>) {
         assert_eq!(volume.get(&more).expect("an answer"), [Fetched::Bytes(content(9, 1).into())]);
     }
 }
+
+pub(super) fn copies_are_named_that_live(bench: &Bench<'_>) {
+    let (mut nodes, volume, [mut a, _b, mut c]) = three(bench);
+    let (placed, missing) = put(&mut *c, [5], 0, 0b110);
+    assert!(missing.is_none());
+    let at_c = placed[0].expect("stored");
+    index(&mut *a, &[IndexEntry::at(PageIndex(5), Round(0), at_c, Checksum::of(&content(5, 0)))]);
+    nodes[2].kill();
+    // Whoever is asked first still names the first holder.
+    let found = volume.locate(PageRange::new(PageIndex(5), 1)).expect("an answer");
+    assert_eq!(found.iter().map(|e| e.placement.map(|at| at.member)).collect::<Vec<_>>(), [Some(B)]);
+    assert_eq!(volume.get(&found).expect("an answer"), [Fetched::Bytes(content(5, 0).into())]);
+}
