@@ -359,6 +359,8 @@ pub struct Report {
     pub migration_cpu_s: Ends<f64>,
     /// Largest resident sets of the processes.
     pub peak_rss_bytes: Ends<u64>,
+    /// All bytes written to and read from sockets: `bytes.wire_total` by end.
+    pub wire_bytes: Ends<u64>,
     /// From the allocation sizes.
     pub bookkeeping_bytes_per_page: Ends<f64>,
     /// Cost in processor time by role, beside a plain stream's.
@@ -425,6 +427,7 @@ impl Report {
             cpu_s: Ends { source: from.cpu_s, destination: to.cpu_s },
             migration_cpu_s: Ends { source: from.migration_cpu_s, destination: to.migration_cpu_s },
             peak_rss_bytes: Ends { source: from.peak_rss_bytes, destination: to.peak_rss_bytes },
+            wire_bytes: Ends { source: from.bytes.wire_total, destination: to.bytes.wire_total },
             bookkeeping_bytes_per_page: Ends {
                 source: from.bookkeeping_bytes_per_page,
                 destination: to.bookkeeping_bytes_per_page,

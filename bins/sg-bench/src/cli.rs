@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::events::{Harm, Injection, When};
-use crate::lab::node::INTERMEDIARIES_MAX;
+use crate::lab::node::{INTERMEDIARIES_MAX, SOURCES_MAX};
 use crate::lab::{CongestionControl, LabSpec, Node, Queue};
 use libsg::units::{Rate, Size};
 
@@ -88,6 +88,9 @@ pub struct LabArgs {
     /// Rate of the destination's link [default: the link rate]
     #[arg(long, value_name = "RATE")]
     pub destination_rate: Option<Rate>,
+    /// How many hosts VMs start on, each with a link of its own: the first VM on the first, and so on in turn
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(SOURCES_MAX)))]
+    pub source_hosts: u8,
     /// Congestion control
     #[arg(long, default_value = "cubic")]
     pub cc: CongestionControl,
@@ -110,6 +113,7 @@ impl LabArgs {
             queue: self.queue,
             cc: self.cc,
             shape: self.shape,
+            sources: self.source_hosts,
             client: false,
             destination_memory,
         }

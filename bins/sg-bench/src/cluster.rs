@@ -141,11 +141,16 @@ impl Cluster {
             what.backing,
             what.seed + vm as u64,
         );
-        let destination = Vmm::spawn(lab, Node::Destination, vm, &incoming, secret, events)?;
+        let destination =
+            Vmm::spawn(lab, (Node::Destination, Node::Destination), vm, &incoming, secret, events)?;
         if let Some(memory) = lab.memory() {
             memory.admit(destination.process.pid().as_raw_pid().cast_unsigned())?;
         }
-        let source = Vmm::spawn(lab, Node::Source, vm, &outgoing, secret, events)?;
+        let host = match vm % usize::from(args.lab.source_hosts) {
+            0 => Node::Source,
+            n => Node::FurtherSource(u8::try_from(n + 1)?),
+        };
+        let source = Vmm::spawn(lab, (Node::Source, host), vm, &outgoing, secret, events)?;
         self.pairs.push(Pair { source, destination, to });
         Ok(())
     }
@@ -254,9 +259,10 @@ impl Cluster {
 }
 
 impl Vmm {
+    /// On `host`, in the role of the first such host: what it tells is told of that end.
     fn spawn(
         lab: &Lab,
-        node: Node,
+        (node, host): (Node, Node),
         vm: usize,
         arguments: &str,
         secret: &str,
@@ -269,8 +275,8 @@ impl Vmm {
             .collect();
         let told = Arc::clone(events);
         let process =
-            Process::spawn(lab, node, &name, "sg-vmm", &arguments, move |line| told.line(vm, node, line))?;
-        events.add_process(node, process.pid())?;
+            Process::spawn(lab, host, &name, "sg-vmm", &arguments, move |line| told.line(vm, node, line))?;
+        events.add_process(host, process.pid())?;
         Ok(Self { control: Control::new(&socket), process, socket })
     }
 }

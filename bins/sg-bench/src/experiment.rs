@@ -96,7 +96,12 @@ fn run_if(args: &MigrateArgs, ui: &mut Ui, links_do: impl FnOnce(&Links) -> Resu
         ui.say(&cluster.logs());
     }
     cluster.stop(failed || args.until == Until::Evicted)?;
-    let whole = whole(reports, host);
+    let mut whole = whole(reports, host);
+    // Each VM could have a link for itself; all together have those of the hosts they start on.
+    if args.vms > 1 {
+        whole.line_rate_bound_s =
+            whole.line_rate_bound_s.map(|s| s / f64::from(args.lab.source_hosts.min(args.vms)));
+    }
     Ok(Report { cpu_s_per_gib: cost, cotenants, destination_memory: pressure, ..whole })
 }
 
@@ -107,7 +112,12 @@ fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
         Rate::UNLIMITED => u64::MAX,
         Rate(bits) => bits,
     };
-    let sinks = || lab.nodes().iter().copied().filter(|node| !matches!(node, Node::Source | Node::Client));
+    let sinks = || {
+        lab.nodes()
+            .iter()
+            .copied()
+            .filter(|node| !matches!(node, Node::Source | Node::FurtherSource(_) | Node::Client))
+    };
     let best = sinks().rev().max_by_key(|node| speed(*node)).context("a lab has a destination")?;
     let mut sinks_mbps = BTreeMap::new();
     for node in sinks().filter(|node| spec.shape && speed(*node) < speed(Node::Source)) {
@@ -219,6 +229,11 @@ fn whole(mut reports: Vec<Report>, host: Host) -> Report {
     report.bytes.direct = sum(|r| r.bytes.direct);
     report.bytes.staged = sum(|r| r.bytes.staged);
     report.bytes.gathered = sum(|r| r.bytes.gathered);
+    report.bytes.dedup_saved = sum(|r| r.bytes.dedup_saved);
+    report.bytes.overhead = sum(|r| r.bytes.overhead);
+    report.bytes.wire_total = sum(|r| r.bytes.wire_total);
+    report.wire_bytes.source = sum(|r| r.wire_bytes.source);
+    report.wire_bytes.destination = sum(|r| r.wire_bytes.destination);
     report.guest = Guest {
         longest_pause_ms: reports.iter().filter_map(|r| r.guest.longest_pause_ms).reduce(f64::max),
         ops_per_s: reports.iter().map(|r| r.guest.ops_per_s).sum(),

@@ -51,6 +51,12 @@ pub enum Family {
     Staged,
     /// Four intermediaries, with two copies of each page and with one.
     Replicas,
+    /// Four VMs of two hosts that have much in common, parked, by their contents and without.
+    Alike,
+    /// The same with nothing in common.
+    Unlike,
+    /// Four VMs to one destination that has memory for two.
+    Several,
 }
 
 /// A destination's slow link, and the gather limit.
@@ -84,6 +90,12 @@ pub const FLAT: [(&str, Option<Rate>); 4] = [
     ("flat 100 Mb/s", Some(Rate::mbit(100))),
     ("flat 50 Mb/s", Some(Rate::mbit(50))),
 ];
+
+/// VMs at once, and the memory of each.
+pub const SEVERAL: u8 = 4;
+const SEVERAL_MEMORY: Size = Size(512 << 20);
+/// What they have in common, where they do.
+pub const ALIKE: f64 = 0.6;
 
 /// The experiments of a family.
 pub fn of(family: Family) -> Vec<Experiment> {
@@ -162,17 +174,37 @@ pub fn of(family: Family) -> Vec<Experiment> {
             };
             vec![copies("two copies", 2), copies("one copy", 1)]
         }
+        Family::Alike => beside_plain("alike", "alike without", ALIKE),
+        Family::Unlike => beside_plain("unlike", "unlike without", 0.0),
+        Family::Several => vec![plain("several", |a| {
+            (a.vms, a.vm.memory) = (SEVERAL, SEVERAL_MEMORY);
+            // What the processes take beside their VMs is theirs, too.
+            a.destination_memory = Some(Size(2 * SEVERAL_MEMORY.0 + (64 << 20)));
+        })],
         Family::Cotenant => {
             vec![plain("cotenant", |a| (a.gather_limit, a.cotenant) = (SLOW, Some(Vec::new())))]
         }
     }
 }
 
+/// Parked: with deduplication, and without.
+fn beside_plain(name: &'static str, without: &'static str, common: f64) -> Vec<Experiment> {
+    let parked = |name, dedup| {
+        plain(name, |a| {
+            (a.vms, a.lab.source_hosts, a.vm.memory) = (SEVERAL, 2, SEVERAL_MEMORY);
+            // A guest that writes has less and less in common with the others.
+            (a.vm.workload, a.vm.common) = ("idle".to_owned(), common);
+            (a.dedup, a.park, a.lift_at_evicted) = (dedup, true, true);
+        })
+    };
+    vec![parked(name, true), parked(without, false)]
+}
+
 impl Experiment {
     /// About how long one run of it takes, on a machine like the one it was written on.
     pub fn about_s(&self) -> u32 {
         let args = &self.args;
-        let gib = args.vm.memory.0 as f64 / (1_u64 << 30) as f64;
+        let gib = args.vm.memory.0 as f64 * f64::from(args.vms) / (1_u64 << 30) as f64;
         let at = |rates: &[Rate]| {
             let bits = rates.iter().filter(|rate| !rate.is_unlimited()).map(|rate| rate.0).min();
             bits.map_or(gib, |bits| gib * 9e9 / bits as f64)

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use libsg::page::PAGE_BYTES_U64;
 use libsg::report::Report;
 
-use super::experiments::{BOOKKEEPING, STAGED};
+use super::experiments::{ALIKE, BOOKKEEPING, SEVERAL, STAGED};
 use super::runs::{Results, Run};
 use crate::stats;
 
@@ -136,6 +136,24 @@ pub fn eviction_spread(results: &Results, experiments: &[&'static str]) -> Resul
     let whole = rounds.into_iter().filter(|values| values.len() == experiments.len());
     let whole = whole.filter_map(|values| values.into_iter().collect::<Option<Vec<f64>>>());
     Ok(whole.filter_map(|values| stats::spread(&values)).map(|(least, most)| most / least - 1.0).collect())
+}
+
+/// Bytes that left the sources over those of the pages' contents, each counted once: of [`SEVERAL`] VMs with [`ALIKE`] in
+/// common.
+pub fn sent_over_unique(run: &Run) -> Option<f64> {
+    let unique = filled_bytes(run)? as f64 * (1.0 - ALIKE + ALIKE / f64::from(SEVERAL));
+    Some(run.report.wire_bytes.source? as f64 / unique)
+}
+
+/// How much sooner the sources are free with deduplication, over how much fewer bytes left them.
+pub fn gained_over_saved(results: &Results, with: &str, without: &str) -> Result<Vec<f64>> {
+    let both = |of: fn(&Run) -> Option<f64>| -> Result<Vec<Option<f64>>> {
+        let (with, without) = (results.each(with, of)?, results.each(without, of)?);
+        Ok(with.into_iter().zip(without).map(|(with, without)| Some(without? / with?)).collect())
+    };
+    let sent = |run: &Run| run.report.wire_bytes.source.map(|bytes| bytes as f64);
+    let (gained, saved) = (both(eviction)?, both(sent)?);
+    Ok(gained.into_iter().zip(saved).filter_map(|(gained, saved)| Some(gained? / saved?)).collect())
 }
 
 /// Bytes a page: what a process's largest resident set beyond the VM's memory grows by, least squares over the

@@ -10,9 +10,9 @@ use libsg::discovery::select::CHOICES;
 use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGED};
 use super::figures::{
     destination_cotenant, destination_used, eviction, eviction_over_bound, eviction_spread,
-    fault_p50_over_idle, fault_p99_us, faults, intermediary_cotenant, intermediary_cpu_over_stream,
-    link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope, server_rss_slope,
-    source_cpu_over_stream, total, total_over_qemu,
+    fault_p50_over_idle, fault_p99_us, faults, gained_over_saved, intermediary_cotenant,
+    intermediary_cpu_over_stream, link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope,
+    sent_over_unique, server_rss_slope, source_cpu_over_stream, total, total_over_qemu,
 };
 use super::runs::{Results, Run};
 use crate::{disk, select};
@@ -85,7 +85,9 @@ pub fn all() -> Vec<Row> {
     rows.extend(cost_rows());
     rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
     let whole = [replicas_row(), server_memory_row(), select_row(), nbd_row()];
-    rows.extend(whole.map(|row| Row { issue: 4, ..row }));
+    rows.extend(
+        dedup_rows().into_iter().chain([several_row()]).chain(whole).map(|row| Row { issue: 4, ..row }),
+    );
     rows
 }
 
@@ -250,6 +252,45 @@ fn shared_rows() -> Vec<Row> {
     ]
 }
 
+/// What VMs that are alike save, and what it costs those that are not.
+fn dedup_rows() -> Vec<Row> {
+    vec![
+        row(
+            "dedup-wire",
+            "bytes leaving the sources / of contents, each once; 4 VMs of 512 MiB with 0.6 in common, 2 hosts, parked",
+            &[Family::Alike],
+            vec![figure("", "alike", AtMost(1.05), sent_over_unique)],
+        ),
+        row(
+            "dedup-eviction",
+            "the same: eviction without / with deduplication, over bytes without / with",
+            &[Family::Alike],
+            vec![Part {
+                name: String::new(),
+                experiments: vec!["alike", "alike without"],
+                want: AtLeast(0.9),
+                values: Box::new(|results| gained_over_saved(results, "alike", "alike without")),
+            }],
+        ),
+        row(
+            "dedup-cost",
+            "eviction with deduplication / without, of as many VMs with nothing in common",
+            &[Family::Unlike],
+            vec![ratio("", ("unlike", "unlike without"), AtMost(1.03), eviction)],
+        ),
+    ]
+}
+
+/// Many at once.
+fn several_row() -> Row {
+    row(
+        "several",
+        "4 VMs of 512 MiB to one destination with memory for two: first start to last evicted / bytes at link rate",
+        &[Family::Several],
+        vec![figure("", "several", AtMost(1.05), eviction_over_bound)],
+    )
+}
+
 /// What intermediaries keep beside the pages.
 fn server_memory_row() -> Row {
     row(
@@ -376,7 +417,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 22, "{names:?}");
+        assert_eq!(names.len(), 26, "{names:?}");
     }
 
     #[test]

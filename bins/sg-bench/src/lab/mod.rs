@@ -42,6 +42,8 @@ pub struct LabSpec {
     pub cc: CongestionControl,
     /// False: no namespaces, everything on loopback.
     pub shape: bool,
+    /// Hosts that VMs start on.
+    pub sources: u8,
     /// A further host, whose link has no limit, for the clients of co-tenants.
     pub client: bool,
     /// The destination's memory limit, with the size of the swap file behind it.
@@ -73,6 +75,7 @@ impl Lab {
         fs::create_dir(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
         let nodes: Vec<Node> = [Node::Source, Node::Destination]
             .into_iter()
+            .chain((2..=spec.sources).map(Node::FurtherSource))
             .chain((1..=spec.intermediaries).map(Node::Intermediary))
             .chain(spec.client.then_some(Node::Client))
             .collect();
@@ -146,7 +149,7 @@ impl LabSpec {
     /// The rate of a host's link.
     pub fn rate_of(&self, node: Node) -> Rate {
         match node {
-            Node::Source => self.link_rate,
+            Node::Source | Node::FurtherSource(_) => self.link_rate,
             Node::Destination => self.destination_rate,
             Node::Intermediary(_) => self.intermediary_rate,
             Node::Client => Rate::UNLIMITED,

@@ -7,6 +7,7 @@ use super::*;
 
 fn spec(destination_memory: Option<(Size, Size)>) -> LabSpec {
     LabSpec {
+        sources: 2,
         intermediaries: 1,
         link_rate: Rate::mbit(1000),
         destination_rate: Rate::mbit(100),
@@ -38,7 +39,7 @@ fn hosts_reach_each_other_and_leave_nothing_behind() {
     let address = lab.address(Node::Intermediary(1));
     let listener =
         lab.on(Node::Intermediary(1), || TcpListener::bind((address, 7701))).expect("enters").expect("binds");
-    for node in [Node::Source, Node::Destination] {
+    for node in [Node::Source, Node::FurtherSource(2), Node::Destination] {
         lab.on(node, || TcpStream::connect((address, 7701))).expect("enters").expect("connects");
         listener.accept().expect("accepts");
     }
