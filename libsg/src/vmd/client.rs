@@ -53,6 +53,35 @@ impl VmdClient {
         })
     }
 
+    /// Opens a volume of which only these members are there, as the caller knows: no other is asked, or waited for, or
+    /// named where one of them holds a copy.
+    pub(crate) fn open_among(
+        &self,
+        volume: VolumeId,
+        role: Role,
+        members: &[Member],
+    ) -> Result<Box<dyn Volume>> {
+        let addresses: Vec<SocketAddr> = members.iter().map(|member| member.address).collect();
+        let opened = self.opened(volume, role, &addresses)?;
+        opened.keep_only(members);
+        Ok(Box::new(opened))
+    }
+
+    fn opened(&self, volume: VolumeId, role: Role, intermediaries: &[SocketAddr]) -> Result<ClientVolume> {
+        let info = self.find(volume, intermediaries)?;
+        let epoch = match role {
+            Role::Writer(epoch) if epoch < info.epoch => {
+                return Err(Error::new(ErrorKind::Fenced, "the volume has a newer owner"));
+            }
+            Role::Writer(epoch) => epoch,
+            Role::Reader => info.epoch,
+        };
+        let peers = Peers::new(Arc::clone(&self.connector), volume, epoch, self.timeout);
+        peers.extend(info.members)?;
+        let hasher = self.hasher(&info.manifest);
+        Ok(ClientVolume::new(peers, info.manifest, hasher, role != Role::Reader))
+    }
+
     /// What the intermediaries know of a volume: from the one that knows most of its members.
     fn find(&self, volume: VolumeId, intermediaries: &[SocketAddr]) -> Result<VolumeInfo> {
         let mut best: Option<VolumeInfo> = None;
@@ -96,18 +125,7 @@ impl Vmd for VmdClient {
     }
 
     fn open(&self, volume: VolumeId, role: Role, intermediaries: &[SocketAddr]) -> Result<Box<dyn Volume>> {
-        let info = self.find(volume, intermediaries)?;
-        let epoch = match role {
-            Role::Writer(epoch) if epoch < info.epoch => {
-                return Err(Error::new(ErrorKind::Fenced, "the volume has a newer owner"));
-            }
-            Role::Writer(epoch) => epoch,
-            Role::Reader => info.epoch,
-        };
-        let peers = Peers::new(Arc::clone(&self.connector), volume, epoch, self.timeout);
-        peers.extend(info.members)?;
-        let hasher = self.hasher(&info.manifest);
-        Ok(Box::new(ClientVolume::new(peers, info.manifest, hasher, role != Role::Reader)))
+        Ok(Box::new(self.opened(volume, role, intermediaries)?))
     }
 
     fn statistics(&self, intermediary: SocketAddr) -> Result<NodeStatistics> {

@@ -168,11 +168,10 @@ impl Claimant {
         Ok(reached)
     }
 
-    /// Whether those who can be reached have everything.
+    /// Whether those who can be reached have everything, be it as copies.
     fn check_whole(&self, reached: &[Member]) -> Result<()> {
-        let addresses: Vec<_> = reached.iter().map(|member| member.address).collect();
         let vmd = VmdClient::new(Arc::clone(&self.connector), ANSWER_MAX);
-        let volume = vmd.open(self.parked.volume, Role::Writer(self.claim.epoch), &addresses)?;
+        let volume = vmd.open_among(self.parked.volume, Role::Writer(self.claim.epoch), reached)?;
         let is_there = |entry: &IndexEntry| {
             let member = entry.placement.map(|place| self.parked.members.get(place.member.as_usize()));
             member.is_none_or(|member| member.is_some_and(|member| reached.contains(member)))

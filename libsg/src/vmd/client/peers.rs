@@ -59,6 +59,14 @@ impl Peers {
         Ok(())
     }
 
+    /// Takes for dead who is not among these.
+    pub fn keep_only(&self, members: &[Member]) {
+        for peer in self.list.read().iter() {
+            let mut peer = peer.lock();
+            peer.dead |= !members.contains(&peer.member);
+        }
+    }
+
     pub fn members(&self) -> Vec<Member> {
         self.list.read().iter().map(|peer| peer.lock().member.clone()).collect()
     }

@@ -33,6 +33,11 @@ impl ClientVolume {
         Self { peers, manifest, hasher, writer, turn: AtomicUsize::new(0) }
     }
 
+    /// Takes for dead who is not among these.
+    pub fn keep_only(&self, members: &[Member]) {
+        self.peers.keep_only(members);
+    }
+
     fn check_writer(&self) -> Result<()> {
         if self.writer {
             return Ok(());
