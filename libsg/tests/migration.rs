@@ -80,7 +80,8 @@ fn leave_in_copies(
         rounds: RoundOptions::default(),
         secret: secret(),
         connector: Arc::new(scene.connector.clone()),
-        scatter_limit_bytes_per_s: 0,
+        // At a pace at which questions are answered in time: links in memory take everything at once.
+        scatter_limit_bytes_per_s: if manifest.sharing.is_some() { 20_000_000 } else { 0 },
         ready_timeout: LONG,
         observer: Arc::new(move |event| watch.lock().push(event.clone())),
     };
