@@ -145,14 +145,21 @@ pub fn sent_over_unique(run: &Run) -> Option<f64> {
     Some(run.report.wire_bytes.source? as f64 / unique)
 }
 
+/// A figure of one experiment over that of another, round by round; nothing of rounds that lack a run of either.
+pub fn ratios(
+    results: &Results,
+    (above, below): (&str, &str),
+    of: fn(&Run) -> Option<f64>,
+) -> Result<Vec<Option<f64>>> {
+    let (above, below) = (results.each(above, of)?, results.each(below, of)?);
+    Ok(above.into_iter().zip(below).map(|(above, below)| Some(above? / below?)).collect())
+}
+
 /// How much sooner the sources are free with deduplication, over how much fewer bytes left them.
 pub fn gained_over_saved(results: &Results, with: &str, without: &str) -> Result<Vec<f64>> {
-    let both = |of: fn(&Run) -> Option<f64>| -> Result<Vec<Option<f64>>> {
-        let (with, without) = (results.each(with, of)?, results.each(without, of)?);
-        Ok(with.into_iter().zip(without).map(|(with, without)| Some(without? / with?)).collect())
-    };
     let sent = |run: &Run| run.report.wire_bytes.source.map(|bytes| bytes as f64);
-    let (gained, saved) = (both(eviction)?, both(sent)?);
+    let gained = ratios(results, (without, with), eviction)?;
+    let saved = ratios(results, (without, with), sent)?;
     Ok(gained.into_iter().zip(saved).filter_map(|(gained, saved)| Some(gained? / saved?)).collect())
 }
 

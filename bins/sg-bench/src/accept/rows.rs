@@ -11,8 +11,8 @@ use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGE
 use super::figures::{
     destination_cotenant, destination_used, eviction, eviction_over_bound, eviction_spread,
     fault_p50_over_idle, fault_p99_us, faults, gained_over_saved, intermediary_cotenant,
-    intermediary_cpu_over_stream, link_used, longest_pause, over_fresh_stream, over_sum_of_rates, rss_slope,
-    sent_over_unique, server_rss_slope, source_cpu_over_stream, total, total_over_qemu,
+    intermediary_cpu_over_stream, link_used, longest_pause, over_fresh_stream, over_sum_of_rates, ratios,
+    rss_slope, sent_over_unique, server_rss_slope, source_cpu_over_stream, total, total_over_qemu,
 };
 use super::runs::{Results, Run};
 use crate::{disk, select};
@@ -376,10 +376,8 @@ fn figure(name: &str, experiment: &'static str, want: Want, of: Figure) -> Part 
 
 /// A figure of one experiment over that of another, run by run: the n-th of both were neighbours in time.
 fn ratio(name: &str, (above, below): (&'static str, &'static str), want: Want, of: Figure) -> Part {
-    let values = move |results: &Results| {
-        let (above, below) = (results.each(above, of)?, results.each(below, of)?);
-        Ok(above.iter().zip(&below).filter_map(|(a, b)| Some((*a)? / (*b)?)).collect())
-    };
+    let values =
+        move |results: &Results| Ok(ratios(results, (above, below), of)?.into_iter().flatten().collect());
     Part { name: name.to_owned(), experiments: vec![above, below], want, values: Box::new(values) }
 }
 
