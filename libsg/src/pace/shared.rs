@@ -193,12 +193,6 @@ impl SharedPacer {
         self.inner.lock().rate()
     }
 
-    /// The rate found in bytes/s, whatever the limit; `None` is unpaced.
-    #[must_use]
-    pub fn link_rate(&self) -> Option<u64> {
-        self.inner.lock().link.rate()
-    }
-
     /// The pace in bytes/s at which to use what is granted up to `ahead` of its time: what urgent links leave of the
     /// rate found, and what was not used yet within `ahead` again. `None` is unpaced.
     #[must_use]

@@ -153,7 +153,7 @@ fn a_limit_is_not_taken_for_what_the_link_carries() {
         );
     }
     let carried = (now - start).as_secs_f64() * LOW as f64;
-    assert!(delivered as f64 > 0.9 * carried, "{delivered} of {carried}, {:?}", pacer.link_rate());
+    assert!(delivered as f64 > 0.9 * carried, "{delivered} of {carried}, {:?}", pacer.capacity());
     pacer.set_limit(0, now);
     assert_eq!(pacer.rate(), None, "nothing but the limit was in the way");
 }
