@@ -24,6 +24,10 @@ const GROWTH: f64 = 1.35;
 /// goes to others.
 const USED: f64 = 0.75;
 
+/// Over what time it is learned how much a peer takes of what it says that it takes: longer than the pieces in which a
+/// kernel sends at a low pace are apart.
+const FOLLOWS_TIME: Duration = Duration::from_millis(100);
+
 /// The share of the rate that is kept for links that are to grow from nothing: direct may carry so much at least,
 /// and all bulk links together. It is part of the sum: beside a destination that takes all, 2 % for each link were
 /// rate that nobody had found, and stood as a queue in front of faults.
@@ -37,11 +41,15 @@ pub(super) struct Flow {
     pub carries: f64,
     /// Bytes/s that it may carry.
     pub share: f64,
+    /// Bytes/s that the peer says it takes now, where it says so.
+    pub takes: Option<f64>,
+    /// The means of what was carried and of what the peer said meanwhile.
+    followed: (f64, f64),
 }
 
 impl Flow {
     pub fn new(class: Class) -> Self {
-        Self { class, carries: 0.0, share: f64::MAX }
+        Self { class, carries: 0.0, share: f64::MAX, takes: None, followed: (0.0, 0.0) }
     }
 
     /// Whether something else holds it back, and it gets no more than `each` if it grows.
@@ -64,11 +72,25 @@ impl Flow {
         // The first word on a link is all there is to go by.
         let weight = if self.carries == 0.0 { 1.0 } else { elapsed / (elapsed + time) };
         self.carries += (now - self.carries) * weight;
+        if let Some(takes) = self.takes {
+            let weight = elapsed / (elapsed + FOLLOWS_TIME.as_secs_f64());
+            self.followed.0 += (now - self.followed.0) * weight;
+            self.followed.1 += (takes - self.followed.1) * weight;
+        }
+    }
+
+    /// Bytes/s that it is about to carry: what the peer says it takes, as far as that held lately. `None` where nothing
+    /// is said, or it does not hold.
+    fn about_to_carry(&self) -> Option<f64> {
+        let (carried, said) = self.followed;
+        let held = (carried / said).min(1.0);
+        self.takes.filter(|_| held >= USED).map(|takes| takes * held)
     }
 }
 
 /// Gives each flow its share of `rate` bytes/s: urgent ones take what they need, direct goes before
-/// bulk, and may have at once what nobody carries; bulk is shared alike among those that take it.
+/// bulk, and may have at once what nobody carries, and what its peer says it takes; bulk is shared alike among those
+/// that take it.
 pub(super) fn share(rate: f64, flows: &mut [Flow]) {
     let least = rate * LEAST;
     let many = flows.iter().filter(|flow| flow.class == Class::Bulk).count();
@@ -80,8 +102,11 @@ pub(super) fn share(rate: f64, flows: &mut [Flow]) {
     }
     let bulk: f64 = flows.iter().filter(|flow| flow.class == Class::Bulk).map(|flow| flow.carries).sum();
     for flow in flows.iter_mut().filter(|flow| flow.class == Class::Direct) {
-        flow.share = flow.grown(least).max(left + kept - bulk).min(left.max(least));
-        left -= flow.carries.min(flow.share);
+        let soon = flow.about_to_carry();
+        // Who takes what it said has no need to grow from what it carried while it took less.
+        let takes = flow.takes.filter(|_| soon.is_some()).unwrap_or(0.0);
+        flow.share = flow.grown(least).max(left + kept - bulk).max(takes).min(left.max(least));
+        left -= soon.unwrap_or(flow.carries).min(flow.share);
     }
     share_alike(left + kept, least_bulk, flows);
 }
@@ -202,6 +227,55 @@ mod test {
         assert!(beside < SLOW / 20.0, "{beside}");
         let after = run(0.4 * SLOW, 50);
         assert!(after > 0.55 * SLOW, "{after}");
+    }
+
+    /// A peer whose port faults fill and leave by turns, beside intermediaries that take all: what is carried of a port, and
+    /// the largest sum of shares that are used.
+    fn in_waves(told: bool) -> (f64, f64) {
+        const PORT: f64 = RATE / 4.0;
+        let mut flows = [Flow::new(Class::Direct), Flow::new(Class::Bulk), Flow::new(Class::Bulk)];
+        let (mut carried, mut left, mut most) = (0.0, 0.0, 0.0f64);
+        for tick in 0..2_000 {
+            // 100 ms each: so that growing by a third in 24 ms is too late.
+            let takes = if tick / 25 % 2 == 0 { PORT } else { PORT / 10.0 };
+            flows[0].takes = told.then_some(takes);
+            share(RATE, &mut flows);
+            let used = [flows[0].share.min(takes), flows[1].share, flows[2].share];
+            for (flow, used) in flows.iter_mut().zip(used) {
+                flow.carried((used.min(2.0 * RATE) * TICK.as_secs_f64()) as u64, TICK);
+            }
+            if tick >= 500 {
+                (carried, left) = (carried + used[0], left + takes);
+                most = most.max(used.iter().sum());
+            }
+        }
+        (carried / left, most)
+    }
+
+    #[test]
+    fn direct_takes_up_what_its_peer_says_it_takes() {
+        let (carried, most) = in_waves(true);
+        assert!(carried > 0.99 && most < 1.01 * RATE, "{carried} of what the peer takes, {most}");
+        let (untold, _) = in_waves(false);
+        assert!(untold < carried - 0.1, "{untold}: this test shows nothing");
+    }
+
+    #[test]
+    fn a_peer_that_takes_less_than_it_says_leaves_the_rest_to_others() {
+        let mut flows = [Flow::new(Class::Direct), Flow::new(Class::Bulk)];
+        for stalls in [false, true] {
+            for _ in 0..500 {
+                flows[0].takes = Some(RATE / 2.0);
+                share(RATE, &mut flows);
+                let direct = if stalls { 0.0 } else { flows[0].share.min(RATE / 2.0) };
+                let used = [direct, flows[1].share];
+                for (flow, used) in flows.iter_mut().zip(used) {
+                    flow.carried((used.min(2.0 * RATE) * TICK.as_secs_f64()) as u64, TICK);
+                }
+            }
+            let bulk = if stalls { RATE } else { RATE / 2.0 };
+            assert!(near(flows[1].share, bulk), "{flows:?}");
+        }
     }
 
     #[test]

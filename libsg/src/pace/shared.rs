@@ -187,6 +187,13 @@ impl SharedPacer {
         self.inner.lock().report(id, reading, now);
     }
 
+    /// The peer of a link says what it takes now, in bytes/s; `None`: as much as comes.
+    pub fn takes(&self, id: LinkId, bytes_per_s: Option<u64>) {
+        if let Some(flow) = self.inner.lock().flows.get_mut(id.0) {
+            flow.takes = bytes_per_s.map(|rate| rate as f64);
+        }
+    }
+
     /// The rate in force in bytes/s, the lower of found and limit; `None` is unpaced.
     #[must_use]
     pub fn rate(&self) -> Option<u64> {

@@ -90,6 +90,7 @@ impl DirectSink {
     fn step(&mut self, link: LinkId) -> Result<()> {
         let now = host::now();
         self.read(now)?;
+        self.scatter.pacer.takes(link, self.pace);
         self.pull(now)?;
         let mut again = self.write(now)?;
         if again.is_some() {
