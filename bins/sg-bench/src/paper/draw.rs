@@ -103,7 +103,11 @@ where
         .label_style((FONT, 14 * times))
         .axis_desc_style((FONT, 15 * times))
         .x_desc(figure.x)
-        .y_desc(if timeline { "guest operations a second" } else { "seconds" })
+        .y_desc(match lines.first().map(|line| line.measure.unit) {
+            _ if timeline => "guest operations a second",
+            Some("s") | None => "seconds",
+            Some(unit) => unit,
+        })
         .x_labels(if timeline { 10 } else { 5 })
         .y_labels(7)
         .x_label_formatter(&|x| if timeline { format!("{x:.few$}") } else { format!("{x:.0}") })

@@ -28,6 +28,8 @@ pub struct Figure {
 pub enum Kind {
     /// Times over whatever was varied, and the bound.
     Curves,
+    /// Bytes over whatever was varied.
+    Bytes,
     /// The same; each x adds an intermediary of so many megabits a second to what the destination takes alone.
     AddingUp(f64),
     /// Guest operations a second over time; evictions as vertical lines.
@@ -89,6 +91,15 @@ pub const P95_LATENCY: Measure = latency("95th percentile of latency", "/cotenan
 pub const IDLE_MEDIAN_LATENCY: Measure = latency("median latency, idle", "/cotenants/0/idle/p50_us");
 /// The same, 95th percentile.
 pub const IDLE_P95_LATENCY: Measure = latency("95th percentile of latency, idle", "/cotenants/0/idle/p95_us");
+
+/// See `wire_bytes.source` in the report: everything that left on the source's sockets, of all VMs together.
+pub const SENT: Measure = Measure {
+    name: "sent by the source",
+    unit: "GB",
+    key: "/wire_bytes/source",
+    times: 1e-9,
+    grows_with_memory: true,
+};
 
 const fn seconds(name: &'static str, key: &'static str) -> Measure {
     Measure { name, unit: "s", key, times: 1.0, grows_with_memory: true }

@@ -117,12 +117,13 @@ pub fn reduce(
         let dots = line.points.iter().map(|point| {
             let here = value(&point.experiment, line.measure);
             let grows = line.measure.grows_with_memory;
+            let is_time = grows && figure.kind != Kind::Bytes;
             Dot {
                 x: point.x,
                 experiment: point.experiment.clone(),
                 paper: point.paper,
                 at_the_papers_size: here.as_ref().filter(|_| grows).map(|here| here.mean * scale.times()),
-                bound: value(&point.experiment, BOUND).filter(|_| grows).map(|stat| stat.mean),
+                bound: value(&point.experiment, BOUND).filter(|_| is_time).map(|stat| stat.mean),
                 why_not: if here.is_none() { why_not(&point.experiment) } else { None },
                 here,
             }
@@ -142,7 +143,7 @@ pub fn reduce(
 
 /// What is possible: at each x the mean of what its runs' links needed for the bytes; and what adds up.
 fn bounds(kind: Kind, series: &[Line], link_mbps: impl Fn(&Experiment) -> Option<f64>) -> Vec<Bound> {
-    if kind == Kind::Timeline {
+    if matches!(kind, Kind::Timeline | Kind::Bytes) {
         return Vec::new();
     }
     let mut by_x: Vec<(f64, Vec<f64>)> = Vec::new();
