@@ -44,6 +44,10 @@ const CATCH_UP_PARTS: u64 = 16;
 /// call.
 const PACE_PARTS: u64 = 16;
 
+/// However small the share is, what was asked for comes within this time: at the pace of a share, or a limit, that has
+/// grown long since it would be waited for, and another pace goes only with the next request.
+const ANSWER_TIME_MAX: Duration = Duration::from_millis(100);
+
 /// What one page costs on the wire: its bytes, its checksum, and its part of heads and headers.
 const PAGE_WIRE_BYTES: u64 = (PAGE_BYTES + 8) as u64;
 
@@ -262,7 +266,7 @@ impl Worker<'_> {
             if let Acquire::WaitUntil(at) = self.shared.pacer.acquire_ahead(wanted, ahead, now) {
                 return Ok(at.min(nap));
             }
-            let got = self.ask_for(pages)?;
+            let got = self.ask_for(pages, asked)?;
             // A whole unit may be more than was granted: the next request then waits for longer.
             if got > wanted {
                 self.shared.pacer.charge(Class::Bulk, got - wanted, now);
@@ -275,8 +279,8 @@ impl Worker<'_> {
         }
     }
 
-    /// Submits one request for about so many pages; the bytes that it brings.
-    fn ask_for(&mut self, pages: usize) -> Result<u64> {
+    /// Submits one request for about so many pages, with so many bytes asked for already; the bytes that it brings.
+    fn ask_for(&mut self, pages: usize, asked: u64) -> Result<u64> {
         let mut reads = self.spare.pop().unwrap_or_default();
         self.shared.tracker.lock().next_batch(self.member, pages, &mut reads);
         if reads.is_empty() {
@@ -289,7 +293,7 @@ impl Worker<'_> {
         if self.flights.is_empty() {
             self.last_sign = host::now();
         }
-        let pace = self.share.map(|share| share + share / CATCH_UP_PARTS);
+        let pace = self.share.map(|share| answer_pace(share, asked + bytes));
         let submitted = match &mut self.link {
             Some(link) => {
                 if !pace::is_near(pace, self.told, PACE_PARTS) {
@@ -428,6 +432,12 @@ fn request_pages(rate: Option<u64>) -> usize {
     pages.map_or(BATCH_PAGES, |pages| (pages as usize).clamp(1, BATCH_PAGES))
 }
 
+/// Bytes/s at which answers are to leave when a share is so large and so much is asked for.
+fn answer_pace(share: u64, asked_bytes: u64) -> u64 {
+    let soon_enough = (asked_bytes as f64 / ANSWER_TIME_MAX.as_secs_f64()) as u64;
+    (share + share / CATCH_UP_PARTS).max(soon_enough)
+}
+
 /// Whether an error is about the member, not about this host.
 pub(super) fn is_of_link(error: &Error) -> bool {
     use ErrorKind as K;
@@ -459,5 +469,13 @@ mod test {
         assert_eq!(request_pages(Some(16_000_000)), 15);
         assert_eq!(request_pages(Some(125_000_000)), BATCH_PAGES);
         assert_eq!(request_pages(Some(u64::MAX)), BATCH_PAGES);
+    }
+
+    #[test]
+    fn answers_come_soon_whatever_the_share_was() {
+        assert_eq!(answer_pace(16_000_000, 64 << 10), 17_000_000);
+        // All that is asked for before anything paces, and then a limit of 1 Mb/s.
+        assert_eq!(answer_pace(60_000, WINDOW_BYTES), 10 * WINDOW_BYTES);
+        assert!(answer_pace(1, 2 * PAGE_WIRE_BYTES) < 100_000);
     }
 }
