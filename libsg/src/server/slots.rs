@@ -10,7 +10,9 @@
 //! does not matter for that: a chunk whose volume was dissolved while others hold some of it becomes one of theirs.
 
 mod chunks;
+mod hints;
 mod sharing;
+mod table;
 
 use std::collections::{HashMap, VecDeque};
 

@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use hashbrown::HashTable;
-
+use super::hints::Hints;
+use super::table::SlotTable;
 use super::{CHUNK_SLOTS, Chunk, ChunkNumber, Entry, NoVolume, Slots};
 use crate::content::{CONTENT_HASH_BYTES, ContentHash, Sharing};
 use crate::ids::{Generation, Round, SlotIndex, VolumeId};
@@ -22,9 +22,6 @@ pub const GRANT_TIME: Duration = Duration::from_secs(1);
 /// Grants of a domain that are remembered: 4 MB. Of more pages at once, some are sent twice.
 const GRANTS_MAX: usize = 64 << 10;
 
-/// Hints of a domain: 9 MB. They are forgotten when there are more; pages are then sent that need not be.
-const HINTS_MAX: usize = 256 << 10;
-
 /// Those who share with each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct DomainId(u32);
@@ -35,11 +32,11 @@ pub(super) struct Domain {
     /// Volumes and chunks of it.
     pub(super) users: u64,
     /// Slots by the hash of their bytes, one for each hash.
-    table: HashTable<u32>,
+    table: SlotTable,
     /// Until when others wait for the one who sends it.
     grants: HashMap<ContentHash, Instant>,
     /// Of hashes that this one is asked about: who may have the bytes.
-    hints: HashMap<u64, Holder>,
+    hints: Hints,
 }
 
 /// Another intermediary, by a number that its user gives it.
@@ -180,7 +177,7 @@ impl Slots {
         }
         let id = DomainId(self.domains_ever);
         self.domains_ever = self.domains_ever.wrapping_add(1);
-        let (table, grants, hints) = (HashTable::new(), HashMap::new(), HashMap::new());
+        let (table, grants, hints) = (SlotTable::new(), HashMap::new(), Hints::new());
         self.domains.insert(id, Domain { sharing: sharing.clone(), users: 1, table, grants, hints });
         id
     }
@@ -198,7 +195,7 @@ impl Slots {
     /// The slot that is known for these bytes.
     fn find(&self, domain: DomainId, hash: &ContentHash) -> Option<SlotIndex> {
         let same = |slot: &u32| hash_of(&self.entries, *slot) == Some(hash.0);
-        self.domains.get(&domain)?.table.find(hash.word(), same).map(|slot| SlotIndex(*slot))
+        self.domains.get(&domain)?.table.find(hash.word(), same).map(SlotIndex)
     }
 
     /// A slot was stored whose bytes have this hash. One that is known for them stays the one.
@@ -212,7 +209,7 @@ impl Slots {
         if let Some(domain) = self.domains.get_mut(&id) {
             domain.grants.remove(&hash);
             if !known {
-                domain.table.insert_unique(hash.word(), slot.0, |slot| word_of(entries, *slot));
+                domain.table.insert(hash.word(), slot.0, |slot| word_of(entries, slot));
             }
         }
     }
@@ -222,10 +219,8 @@ impl Slots {
         let Some((chunk, at)) = self.chunk_mut(slot) else { return };
         let Some(contents) = &chunk.contents else { return };
         let (id, hash) = (contents.domain, ContentHash(contents.hashes[at]));
-        if let Some(domain) = self.domains.get_mut(&id)
-            && let Ok(entry) = domain.table.find_entry(hash.word(), |known| *known == slot.0)
-        {
-            entry.remove();
+        if let Some(domain) = self.domains.get_mut(&id) {
+            domain.table.remove(hash.word(), slot.0);
         }
     }
 
@@ -245,8 +240,8 @@ impl Slots {
             return Ok(held);
         }
         let Some(domain) = self.domains.get_mut(&id) else { return Ok(Referred::Send) };
-        if let Some(holder) = domain.hints.get(&hash.word()) {
-            return Ok(Referred::At(*holder));
+        if let Some(holder) = domain.hints.get(hash.word()) {
+            return Ok(Referred::At(holder));
         }
         Ok(domain.grant(hash, now))
     }
@@ -263,10 +258,7 @@ impl Slots {
         let id = self.leases.get(&volume).and_then(|lease| lease.domain);
         if let Some(domain) = id.and_then(|id| self.domains.get_mut(&id)) {
             domain.grants.remove(hash);
-            if domain.hints.len() >= HINTS_MAX {
-                domain.hints.clear();
-            }
-            domain.hints.insert(hash.word(), holder);
+            domain.hints.set(hash.word(), holder);
         }
     }
 
