@@ -1,6 +1,7 @@
 //! What the benches, and `sg-bench micro`, have in common. Each other file beside this one that Cargo.toml names is a
 //! bench of its own; all together take about two minutes: `cargo bench -p sg-benches`.
 
+pub mod content;
 pub mod plain;
 pub mod pure;
 pub mod store;

@@ -1,7 +1,7 @@
 //! Pieces of memory that others may change while we look: guest memory, an intermediary's arena.
 //!
-//! Such memory is never a Rust slice. It is reached through pointer-and-length values, read and
-//! written by relaxed atomic words, so that a writer elsewhere (a vCPU, a device, a peer's late
+//! Such memory is never a Rust slice. It is reached through pointer-and-length values, read by relaxed atomic words and
+//! copied by an instruction that the compiler knows nothing of, so that a writer elsewhere (a vCPU, a device, a peer's late
 //! bytes) can make what is read stale or mixed, but never undefined behaviour.
 #![allow(unsafe_code)]
 
@@ -178,16 +178,8 @@ impl<'m> GuestSlice<'m> {
     /// When `to` has another length.
     pub fn copy_to(self, to: &mut [u8]) {
         assert_eq!(to.len(), self.bytes, "copying to a buffer of another length");
-        let (head, _, tail) = self.words();
-        for (at, byte) in to[..head].iter_mut().enumerate() {
-            *byte = self.byte(at);
-        }
-        for (index, word) in to[head..tail].chunks_exact_mut(WORD_BYTES).enumerate() {
-            word.copy_from_slice(&self.word(head + index * WORD_BYTES).to_ne_bytes());
-        }
-        for (at, byte) in to[tail..].iter_mut().enumerate() {
-            *byte = self.byte(tail + at);
-        }
+        // SAFETY: as many bytes in both, one memory that is readable for 'm and one that is exclusively ours.
+        unsafe { copy(self.start.as_ptr(), to.as_mut_ptr(), self.bytes) }
     }
 
     /// Bytes before the first aligned word, number of whole words, where the bytes after them begin.
@@ -265,29 +257,41 @@ impl<'m> SlotSlice<'m> {
     /// When `from` has another length.
     pub fn copy_from(self, from: &[u8]) {
         assert_eq!(from.len(), self.bytes, "copying from a buffer of another length");
-        let (head, _, tail) = split_words(self.start, self.bytes);
-        for (at, byte) in from[..head].iter().enumerate() {
-            self.store_byte(at, *byte);
-        }
-        for (index, word) in from[head..tail].as_chunks::<WORD_BYTES>().0.iter().enumerate() {
-            self.store_word(head + index * WORD_BYTES, u64::from_ne_bytes(*word));
-        }
-        for (at, byte) in from[tail..].iter().enumerate() {
-            self.store_byte(tail + at, *byte);
-        }
+        // SAFETY: as many bytes in both, one memory of ours and one that is writable for 'm; whoever else accesses that is
+        // no Rust reference.
+        unsafe { copy(from.as_ptr(), self.start.as_ptr(), self.bytes) }
     }
+}
 
-    fn store_byte(self, at: usize, byte: u8) {
-        debug_assert!(at < self.bytes);
-        // SAFETY: inside the memory, which is writable for 'm; whoever else accesses it is no Rust
-        // reference.
-        unsafe { AtomicU8::from_ptr(self.start.as_ptr().add(at)) }.store(byte, Ordering::Relaxed);
+/// Copies bytes of which one side may be changed by others meanwhile. By one instruction, which the compiler takes nothing
+/// for granted of: word by word it takes twice as long.
+///
+/// # Safety
+/// `from` is readable and `to` writable for so many bytes, and the two do not overlap.
+#[cfg(target_arch = "x86_64")]
+unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
+    // SAFETY: it reads and writes what the caller answers for, forwards, as the direction flag is clear between
+    // functions.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb", inout("rcx") bytes => _, inout("rsi") from => _, inout("rdi") to => _,
+            options(nostack, preserves_flags)
+        );
     }
+}
 
-    fn store_word(self, at: usize, word: u64) {
-        debug_assert!(at + WORD_BYTES <= self.bytes);
-        // SAFETY: inside the memory and aligned, as in `GuestSlice::word`; writable for 'm.
-        unsafe { AtomicU64::from_ptr(self.start.as_ptr().add(at).cast()) }.store(word, Ordering::Relaxed);
+/// The same, byte by byte.
+///
+/// # Safety
+/// As there.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
+    for at in 0..bytes {
+        // SAFETY: inside of both; relaxed accesses of a byte are allowed whatever others do.
+        unsafe {
+            let byte = AtomicU8::from_ptr(from.add(at).cast_mut()).load(Ordering::Relaxed);
+            AtomicU8::from_ptr(to.add(at)).store(byte, Ordering::Relaxed);
+        }
     }
 }
 

@@ -21,6 +21,7 @@ mod forward;
 pub mod index;
 #[cfg(feature = "simulation")]
 mod inspect;
+pub mod local;
 mod session;
 pub mod slots;
 mod store;

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use anyhow::{Result, bail};
 use libsg::discovery::select::CHOICES;
+use sg_benches::content::{self, Content};
 
 use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGED};
 use super::figures::{
@@ -16,6 +17,10 @@ use super::figures::{
 };
 use super::runs::{Results, Run};
 use crate::{disk, select};
+
+/// Pages that the store is measured with, 64 MiB, and how often.
+const STORE_PAGES: u32 = 16 << 10;
+const STORE_ROUNDS: usize = 15;
 
 /// One row of the table.
 pub struct Row {
@@ -84,7 +89,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(guest_rows());
     rows.extend(cost_rows());
     rows.extend(round_rows().into_iter().chain(shared_rows()).map(|row| Row { issue: 3, ..row }));
-    let whole = [replicas_row(), server_memory_row(), select_row(), nbd_row()];
+    let whole = [store_row(), replicas_row(), server_memory_row(), select_row(), nbd_row()];
     rows.extend(
         dedup_rows().into_iter().chain([several_row()]).chain(whole).map(|row| Row { issue: 4, ..row }),
     );
@@ -306,6 +311,29 @@ fn server_memory_row() -> Row {
     )
 }
 
+/// What an intermediary's books cost beside the hash of each page: no hosts are built for it.
+fn store_row() -> Row {
+    let part = |name: &str, of: fn(&content::Round) -> f64| Part {
+        name: name.to_owned(),
+        experiments: Vec::new(),
+        want: AtMost(1.25),
+        values: Box::new(move |_| {
+            let mut content = Content::start(STORE_PAGES)?;
+            let rounds = (0..STORE_ROUNDS).map(|_| Ok(of(&content.round()?)));
+            rounds.collect::<Result<_>>()
+        }),
+    };
+    row(
+        "store",
+        "content server with BLAKE3 and warm slots, batches of 64 pages, one thread / hash and copy alone",
+        &[],
+        vec![
+            part("put", |round| round.put_s / round.alone_s),
+            part("get", |round| round.get_s / round.alone_s),
+        ],
+    )
+}
+
 /// What copies cost.
 fn replicas_row() -> Row {
     row(
@@ -415,7 +443,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 26, "{names:?}");
+        assert_eq!(names.len(), 27, "{names:?}");
     }
 
     #[test]
