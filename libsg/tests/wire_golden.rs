@@ -227,6 +227,8 @@ fn numbers() {
         (Kind::PutCopiesReply, 48),
         (Kind::Copy, 49),
         (Kind::CopyReply, 50),
+        (Kind::Spread, 51),
+        (Kind::SpreadReply, 52),
     ];
     for (kind, number) in kinds {
         assert_eq!(kind as u16, number, "{kind:?}");

@@ -21,6 +21,18 @@ fn leave(source: &Vmm, replicas: u8, destination: &Vmm, world: &World) {
     assert_eq!(answer["ok"], true, "{answer}");
 }
 
+/// The same, sharing pages with others; once all that is left is at intermediaries.
+fn leave_and_share(source: &Vmm, replicas: u8, destination: &Vmm, world: &World) -> serde_json::Value {
+    let members: Vec<String> = world.members().iter().map(ToString::to_string).collect();
+    let start = json!({
+        "do": "start", "to": destination.address.to_string(), "intermediaries": members, "replicas": replicas,
+        "dedup": {"domain": "tenant"},
+    });
+    let answer = source.ask(&start);
+    assert_eq!(answer["ok"], true, "{answer}");
+    source.process.wait("evicted")["report"].clone()
+}
+
 /// Three intermediaries, a VM of 16 MiB, and a destination for it.
 fn usual(seed: u64) -> (World, Vmm, Vmm) {
     let world = World::new(3, &["--limit-in", "200mbit"]);
@@ -79,6 +91,37 @@ fn what_is_sent_once_lies_at_two() {
     source.quit(0);
     destination.quit(0);
     world.holds_nothing();
+}
+
+/// The second VM's pages are there already, by reference at two holders each: whichever dies, and though the first VM,
+/// who sent them, is gone.
+#[test]
+fn references_survive_a_holder() {
+    for dies in 0..3 {
+        let world = World::new(3, &[]);
+        // Little goes directly, so that it lies at intermediaries.
+        let vms = ["first", "second"].map(|name| {
+            let vm = world.vm(name, "--memory 16M --zero-fraction 0.1 --common 0.8 --workload idle");
+            (vm, world.incoming(&format!("to-{name}"), "--gather-limit 10mbit"))
+        });
+        let reports =
+            vms.each_ref().map(|(source, destination)| leave_and_share(source, 2, destination, &world));
+        let pages = |report: &serde_json::Value, key: &str| {
+            report["pages"][key].as_u64().unwrap_or_else(|| panic!("{report}"))
+        };
+        let (referenced, staged) = (pages(&reports[1], "referenced"), pages(&reports[1], "staged"));
+        assert!(referenced > staged, "most of it was there: {} {}", reports[0], reports[1]);
+        let [(source, destination), (other, there)] = &vms;
+        other.process.kill();
+        destination.ask(&json!({"do": "limit", "gather": "0"}));
+        destination.arrived(16);
+        destination.quit(0);
+        source.quit(0);
+        world.intermediaries[dies].process.kill();
+        there.ask(&json!({"do": "limit", "gather": "0"}));
+        there.arrived(16);
+        there.quit(0);
+    }
 }
 
 #[test]

@@ -109,6 +109,8 @@ pub enum Bug {
     VolumesMixed,
     /// The first holder of pages says that the others have copies, and sends them none.
     CopyNotAwaited,
+    /// A page that was stored by reference counts though others have no copies of it.
+    ReferenceAlone,
     /// An intermediary takes more memory than it may.
     LimitIgnored,
     /// Whoever does not know the pool secret is let in.

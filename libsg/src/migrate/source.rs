@@ -80,7 +80,7 @@ pub struct SourceOptions {
     pub replacements: Option<Arc<dyn Replacements>>,
     /// How many intermediaries hold each page that goes to any: all of them but one may die. From 1 to
     /// [`limits::COPIES_MAX`]. The source sends each page once; they send it on. With fewer intermediaries alive than
-    /// that, as many as there are, with a warning. With more than one, pages are not deduplicated.
+    /// that, as many as there are, with a warning.
     pub replicas: u8,
     /// How the memory leaves.
     pub mode: Mode,

@@ -34,6 +34,8 @@ enum What {
     Put(BatchId, Vec<(PageIndex, Checksum)>, MemberSet),
     Index(Vec<Pending>, Rerouted),
     Refer(Vec<ReferEntry>),
+    /// Of pages that lie there.
+    Spread(BatchId, Vec<IndexEntry>, MemberSet),
     /// So many members.
     Members(usize),
     /// Whether a hint arrives matters to nobody.
@@ -157,6 +159,7 @@ impl MemberSink {
         self.reap(now)?;
         self.tell_members(now)?;
         self.offer(now)?;
+        self.spread(now)?;
         self.put_index(now)?;
         self.pull(now)?;
         if self.link_paces && (had_nothing || again.is_some()) {
@@ -302,6 +305,15 @@ impl MemberSink {
                     self.scatter.referred(self.member, &offers, answers);
                     answered.map(|_| ()).or_else(only_full)?;
                 }
+                (What::Spread(batch, pages, holders), answered) => {
+                    let stored = match &answered {
+                        Ok(Reply::Stored { placements, missing }) => Some((*placements, *missing)),
+                        _ => None,
+                    };
+                    let spread = beside::Spread { member: self.member, batch, pages: &pages, holders };
+                    spread.answered(&self.scatter, stored, now, (&mut self.entries, &mut self.losers));
+                    answered.map(|_| ()).or_else(only_full)?;
+                }
                 (What::Hint, _) => {}
                 (What::Members(members), answered) => {
                     answered?;
@@ -416,10 +428,12 @@ impl Drop for MemberSink {
     /// What is under way is so no more.
     fn drop(&mut self) {
         for asked in &self.asked {
-            if let What::Put(_, pages, holders) = &asked.what {
-                let bytes = (pages.len() * PAGE_BYTES) as u64;
-                self.scatter.copies.landed(self.member, *holders, bytes);
-            }
+            let (pages, holders) = match &asked.what {
+                What::Put(_, pages, holders) => (pages.len(), *holders),
+                What::Spread(_, pages, holders) => (pages.len(), *holders),
+                _ => continue,
+            };
+            self.scatter.copies.landed(self.member, holders, (pages * PAGE_BYTES) as u64);
         }
     }
 }

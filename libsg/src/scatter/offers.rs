@@ -4,6 +4,9 @@
 //! Of each hash one member is the owner, by a rule on which all sources agree. It is asked first: it has the bytes, or
 //! knows of whom to ask, or says who is to send them. Where they go after that is told to it, as a hint. References are
 //! taken at the one who has the bytes, who may refuse; then the page is sent.
+//!
+//! Where pages are to lie at several members, the one who has the bytes is then asked to see to that, by its sink, which
+//! counts a batch of such pages as it counts one that it sent: when the others hold them, they are stored.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -24,7 +27,7 @@ use crate::ids::{Checksum, MemberIndex, MemberSet, Placement};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Waker, wait};
 use crate::wire::message::Member;
-use crate::wire::{HintEntry, ReferEntry, Referral};
+use crate::wire::{HintEntry, IndexEntry, ReferEntry, Referral};
 
 /// Offers that were sent and not answered, at most: the pages of a few milliseconds at 10 Gb/s.
 const OUT_MAX: usize = 1024;
@@ -63,6 +66,8 @@ struct Seat {
     salt: u64,
     offers: Mutex<Vec<ReferEntry>>,
     hints: Mutex<Vec<HintEntry>>,
+    /// Pages that lie there, and are to lie at others, too; since when.
+    had: Mutex<Vec<(IndexEntry, Instant)>>,
     /// It left an offer unanswered, or is lost: it is asked nothing more until it answers.
     silent: AtomicBool,
 }
@@ -103,6 +108,7 @@ impl OfferDesk {
             salt: salt(member),
             offers: Mutex::default(),
             hints: Mutex::default(),
+            had: Mutex::default(),
             silent: AtomicBool::new(false),
         };
         let seats = members.iter().map(seat).collect();
@@ -149,6 +155,18 @@ impl OfferDesk {
         out.extend(hints.drain(..n));
     }
 
+    /// Takes up to `max` pages that lie at a member, and are to lie at others, too.
+    pub fn take_had(&self, member: MemberIndex, max: usize, out: &mut Vec<IndexEntry>) {
+        let Some(seat) = self.seats.get(member.as_usize()) else { return };
+        let mut had = seat.had.lock();
+        let n = had.len().min(max);
+        out.extend(had.drain(..n).map(|(entry, _)| entry));
+    }
+
+    fn had(&self) -> usize {
+        self.seats.iter().map(|seat| seat.had.lock().len()).sum()
+    }
+
     /// A page was stored at a member: the owner of its hash is to know.
     fn stored(&self, books: &mut Books, page: PageIndex, member: MemberIndex) {
         let Some(hash) = books.granted.remove(&page) else { return };
@@ -176,6 +194,15 @@ impl Scatter {
         let Some(desk) = self.offers.get() else { return };
         let mut books = desk.books.lock();
         pages.for_each(|page| desk.stored(&mut books, page, member));
+    }
+
+    /// Whether pages that lie at a member by reference are to lie at others, too.
+    fn copies_references(&self) -> bool {
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::ReferenceAlone) {
+            return false;
+        }
+        self.copies.holders() > 1
     }
 
     /// A member is lost: it is asked nothing more.
@@ -207,9 +234,14 @@ impl Scatter {
                         match known {
                             Some(offer) => {
                                 let seal = entry.hash.seal(offer.checksum);
-                                let page = (entry.page, entry.round, seal);
-                                planner.have(page, placement, &mut entries, &mut losers);
                                 books.forget(entry.page);
+                                if self.copies_references() {
+                                    let had = IndexEntry::at(entry.page, entry.round, placement, seal);
+                                    desk.seats[member.as_usize()].had.lock().push((had, now));
+                                } else {
+                                    let page = (entry.page, entry.round, seal);
+                                    planner.have(page, placement, &mut entries, &mut losers);
+                                }
                             }
                             None => {
                                 let place = Place { first: placement, copies: MemberSet::NONE };
@@ -308,12 +340,13 @@ pub fn run(scatter: &Arc<Scatter>, ended: impl Fn() -> bool) -> Result<()> {
         let now = host::now();
         look_back(scatter, desk, now);
         let mut offered = false;
-        while desk.books.lock().asked() < OUT_MAX && offer(scatter, desk, &mut loaded, now)? {
+        while desk.books.lock().asked().max(desk.had()) < OUT_MAX && offer(scatter, desk, &mut loaded, now)? {
             offered = true;
         }
         if offered {
             scatter.wake_members();
-        } else if desk.books.lock().out.is_empty() && scatter.planner.lock().offers_over() {
+        } else if desk.books.lock().out.is_empty() && desk.had() == 0 && scatter.planner.lock().offers_over()
+        {
             break;
         }
         wait(&[(Some(desk.waker.as_fd()), false)], NAP)?;
@@ -322,8 +355,18 @@ pub fn run(scatter: &Arc<Scatter>, ended: impl Fn() -> bool) -> Result<()> {
     Ok(())
 }
 
-/// Offers that wait for an answer for too long are given up; those that another was sending are made again.
+/// Offers that wait for an answer for too long are given up, and pages that wait for copies; those that another was
+/// sending are offered again.
 fn look_back(scatter: &Scatter, desk: &OfferDesk, now: Instant) {
+    for seat in &desk.seats {
+        let is_late = |(_, since): &mut (IndexEntry, Instant)| now.saturating_duration_since(*since) >= LATE;
+        let late: Vec<_> = seat.had.lock().extract_if(.., is_late).collect();
+        for (IndexEntry { page, placement, .. }, _) in late {
+            scatter.planner.lock().not_there(page);
+            let lost = placement.map(|first| Loser { page, place: Place { first, copies: MemberSet::NONE } });
+            lost.map(|loser| scatter.give_up(loser));
+        }
+    }
     let mut books = desk.books.lock();
     let all: Vec<Offer> = books.out.values().copied().collect();
     for offer in all {

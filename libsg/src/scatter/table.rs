@@ -253,13 +253,13 @@ impl PageTable {
         }
     }
 
-    /// Whether a page was offered, and nobody had it.
+    /// Whether a page was offered, in this round or before.
     #[must_use]
     pub fn was_offered(&self, page: PageIndex) -> bool {
         self.state.get(page.as_usize()).is_some_and(|byte| byte & OFFERED != 0)
     }
 
-    /// Notes that a page was offered, and nobody has it.
+    /// Notes that a page was offered.
     pub fn set_offered(&mut self, page: PageIndex) {
         if let Some(byte) = self.state.get_mut(page.as_usize()) {
             *byte |= OFFERED;

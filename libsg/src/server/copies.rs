@@ -124,6 +124,15 @@ impl Copies {
         Ok(before)
     }
 
+    /// Whether something lies here that was made for `of`.
+    #[must_use]
+    pub fn contains(&self, page: PageIndex, of: Placement) -> bool {
+        let (number, at) = split(page);
+        let first =
+            self.blocks.get(&number).is_some_and(|block| block.here[at] != 0 && block.of[at] == of.to_bits());
+        first || self.more.contains_key(&(page.0, of.to_bits()))
+    }
+
     /// What was made for `of` is no more. Returns where it lay.
     pub fn remove(&mut self, page: PageIndex, of: Placement) -> Option<Here> {
         let (number, at) = split(page);
@@ -257,6 +266,7 @@ mod test {
                 // Neighbours across the border of a block.
                 let (page, of, now) = (510 + page, of(member, slot), here(n as u32, member > 0));
                 let known = list.iter().position(|(p, o, _)| (*p, *o) == (page, of));
+                prop_assert_eq!(copies.contains(PageIndex(page), of), known.is_some());
                 let before = known.map(|at| list.remove(at).2);
                 if op < 2 {
                     prop_assert_eq!(copies.put(PageIndex(page), now, of, &mut || true), Ok(before));

@@ -57,7 +57,7 @@ struct Waiting {
     missing: Missing,
 }
 
-/// A batch that was stored here.
+/// A batch that lies here.
 pub(super) struct Stored<'s> {
     /// Of the request.
     pub header: Header,
@@ -210,7 +210,8 @@ pub(super) fn push_answer(
     (placements, runs): (&[u8], u16),
 ) {
     let body_bytes = (Missing::BYTES + placements.len()) as u32;
-    let header = Header { count: runs, body_bytes, ..to.answer(Kind::PutCopiesReply) };
+    let kind = if to.kind == Kind::Spread { Kind::SpreadReply } else { Kind::PutCopiesReply };
+    let header = Header { count: runs, body_bytes, ..to.answer(kind) };
     out.reserve(HEADER_BYTES + body_bytes as usize);
     out.extend_from_slice(&header.encode());
     let mut bytes = [0; Missing::BYTES];

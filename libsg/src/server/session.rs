@@ -121,6 +121,7 @@ impl<'c> Session<'c> {
                 Kind::Put => self.put(&header)?,
                 Kind::PutCopies => self.put_copies(&header)?,
                 Kind::Copy => self.take_copies(&header)?,
+                Kind::Spread => self.spread(&header)?,
                 Kind::Get => self.get(&header)?,
                 Kind::Refer => self.refer(&header)?,
                 Kind::Hint => self.hint(&header)?,

@@ -324,12 +324,13 @@ impl Slots {
         if !chunk.stored.contains(at) || held.generation != generation.0 {
             return None;
         }
-        let checksum = Checksum(held.checksum);
-        if chunk.volume == volume && chunk.owned.contains(at) && held.page == page.0 {
-            return Some(Owner { page, checksum, round: Round(held.round) });
-        }
-        let round = self.leases.get(&volume)?.refs.get(&(page.0, slot.0))?.round;
-        Some(Owner { page, checksum, round: Round(round) })
+        let (checksum, round) = if chunk.volume == volume && chunk.owned.contains(at) && held.page == page.0 {
+            (held.checksum, held.round)
+        } else {
+            let referring = self.leases.get(&volume)?.refs.get(&(page.0, slot.0))?;
+            (referring.checksum, referring.round)
+        };
+        Some(Owner { page, checksum: Checksum(checksum), round: Round(round) })
     }
 
     /// Keeps a leased chunk and all that is in it as it is until as many [`Self::unpin`].

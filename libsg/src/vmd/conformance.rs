@@ -5,6 +5,7 @@ mod copies;
 mod links;
 mod parking;
 mod sharing;
+mod spread;
 mod volumes;
 
 use std::net::SocketAddr;
@@ -101,6 +102,9 @@ const RULES: &[(&str, Rule)] = &[
     ("who is asked about a hash says who has its bytes", sharing::hints),
     ("pages of one SHA-1 are told apart", sharing::collisions),
     ("a shared page is each one's own", sharing::own_until_given_back),
+    ("a page that was stored by reference may have copies", spread::references_have_copies),
+    ("copies of references are given back with them", spread::copies_of_references_are_given_back),
+    ("who has no copy of a reference is named", spread::missing_copies_of_references_are_named),
 ];
 
 /// What rules work with.

@@ -49,6 +49,15 @@ pub enum Request<'a> {
     /// Store pages by the hashes of their bytes, where these are (at most [`crate::limits::BATCH_PAGES_MAX`] at a
     /// time). Answered by [`Reply::Referred`].
     Refer(&'a [ReferEntry]),
+    /// Have pages that were stored here by reference held by other members, too, as [`Self::Put`] does with pages that it
+    /// stores: each finds them in [`Self::Locate`] then. Answered by [`Reply::Stored`]: a page that is not here, or for
+    /// which that was asked before, has no placement, and needs not be given back.
+    Spread {
+        /// The pages (at most [`crate::limits::BATCH_PAGES_MAX`]): where they lie here, and their checksums, the seals.
+        entries: &'a [IndexEntry],
+        /// The members that shall hold them when the answer comes, this one among them.
+        copies: MemberSet,
+    },
     /// Tell who has the bytes of hashes that this intermediary is asked about (at most
     /// [`crate::limits::BATCH_PAGES_MAX`] at a time). A hint, which may be forgotten; [`Referral::At`] answers by it.
     Hint(&'a [HintEntry]),
@@ -84,11 +93,11 @@ pub enum Request<'a> {
 /// The answer to a request.
 #[derive(Debug)]
 pub enum Reply<'a> {
-    /// To `Put`. Entries of encoding `Zero` are never put: the index has them.
+    /// To `Put` and `Spread`. Entries of encoding `Zero` are never put: the index has them.
     Stored {
-        /// Where each entry lies; `None` for one that was not stored (no room).
+        /// Where each entry lies; `None` for one that was not stored (no room), or is not there.
         placements: &'a [Option<Placement>],
-        /// The members that have none of what was stored here, though they were to hold copies.
+        /// The members that have none of what lies here, though they were to hold copies.
         missing: Missing,
     },
     /// To `Refer`: what became of each. What is had can be read like any other page, and is the page's own: it stays

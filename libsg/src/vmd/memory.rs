@@ -72,6 +72,7 @@ struct Holder {
     volume: VolumeId,
     page: PageIndex,
     round: Round,
+    checksum: Checksum,
 }
 
 /// Bytes, among those who share.
@@ -297,7 +298,7 @@ impl State {
         if let Some(known) = &known {
             self.grants.remove(known);
         }
-        let holders = vec![Holder { volume, page, round }];
+        let holders = vec![Holder { volume, page, round, checksum }];
         at.content = Some(Content { holders, checksum, bytes: bytes.into(), known });
         Some(Placement { member, slot, generation: at.generation })
     }
@@ -321,7 +322,7 @@ impl State {
         for entry in entries {
             match self.content(asker.volume, member, entry) {
                 Some((holder, content)) => {
-                    out.push(PageEntry::raw(entry.page, holder.round, content.checksum));
+                    out.push(PageEntry::raw(entry.page, holder.round, holder.checksum));
                     bytes.extend_from_slice(&content.bytes);
                 }
                 None => out.push(PageEntry::gone(entry.page)),
@@ -395,6 +396,7 @@ impl State {
         self.free_slots(|held| {
             held.volume == asker.volume && positions.contains(&held.page.as_usize()) && held.round < below
         });
+        self.forget_gone(asker.volume);
         Ok(())
     }
 

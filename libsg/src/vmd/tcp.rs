@@ -177,6 +177,13 @@ impl TcpLink {
                 self.push(Kind::Refer, offers.len(), &[])?;
                 Ok((Expected::Referred(offers.len()), self.table.len()))
             }
+            Request::Spread { entries, copies } => {
+                check_spread(entries, copies)?;
+                encode_table([copies], &mut self.table);
+                let runs = encode_runs(entries.iter().copied(), &mut self.table);
+                self.push(Kind::Spread, runs, &[])?;
+                Ok((Expected::Spread(entries.len(), copies), self.table.len()))
+            }
             Request::Hint(hints) => {
                 at_most(hints.len(), limits::BATCH_PAGES_MAX)?;
                 encode_table(hints.iter().copied(), &mut self.table);
@@ -359,16 +366,31 @@ impl Link for TcpLink {
 
 /// What every backend refuses of a `Put` before it sends anything.
 pub(super) fn check_put(entries: &[PageEntry], slices: &[PageSlice], copies: MemberSet) -> Result<()> {
-    if copies.len() > limits::COPIES_MAX {
-        let message = format!("{} copies of a page, more than {}", copies.len(), limits::COPIES_MAX);
-        return Err(Error::new(ErrorKind::Input, message));
-    }
+    check_copies(copies)?;
     at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
     let said: usize = entries.iter().map(|entry| usize::from(entry.encoded_bytes)).sum();
     let given: usize = slices.iter().map(PageSlice::len).sum();
     if said != given || entries.iter().any(|entry| entry.encoding != Encoding::Raw) {
         let message =
             format!("{given} bytes of pages for a table that says {said}, or pages that have no bytes");
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    Ok(())
+}
+
+/// The same of a `Spread`.
+pub(super) fn check_spread(entries: &[IndexEntry], copies: MemberSet) -> Result<()> {
+    check_copies(copies)?;
+    at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
+    if entries.iter().any(|entry| entry.placement.is_none()) {
+        return Err(Error::new(ErrorKind::Input, "copies of pages that lie nowhere"));
+    }
+    Ok(())
+}
+
+fn check_copies(copies: MemberSet) -> Result<()> {
+    if copies.len() > limits::COPIES_MAX {
+        let message = format!("{} copies of a page, more than {}", copies.len(), limits::COPIES_MAX);
         return Err(Error::new(ErrorKind::Input, message));
     }
     Ok(())

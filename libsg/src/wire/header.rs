@@ -103,10 +103,15 @@ pub enum Kind {
     Copy = 49,
     /// Answer: all of them are stored, or none.
     CopyReply = 50,
+    /// Client to intermediary: pages that were stored here by reference are to lie at other members, too: a
+    /// [`MemberSet`], then runs of [`super::IndexEntry`], which say where they lie here.
+    Spread = 51,
+    /// Answer: who has none of it ([`super::Missing`]), then placements of those that are here, runs.
+    SpreadReply = 52,
 }
 
 impl Kind {
-    const ALL: [Self; 37] = [
+    const ALL: [Self; 39] = [
         Self::Hello,
         Self::Challenge,
         Self::Auth,
@@ -144,6 +149,8 @@ impl Kind {
         Self::PutCopiesReply,
         Self::Copy,
         Self::CopyReply,
+        Self::Spread,
+        Self::SpreadReply,
     ];
 
     fn decode(value: u16) -> Result<Self, Malformed> {
@@ -161,7 +168,8 @@ impl Kind {
             Self::Put | Self::GetReply | Self::Pages | Self::Copy => limits::BODY_BYTES_MAX,
             Self::PutCopies => MemberSet::BYTES + limits::BODY_BYTES_MAX,
             Self::PutReply => limits::BATCH_PAGES_MAX * 12,
-            Self::PutCopiesReply => Missing::BYTES + limits::BATCH_PAGES_MAX * 12,
+            Self::PutCopiesReply | Self::SpreadReply => Missing::BYTES + limits::BATCH_PAGES_MAX * 12,
+            Self::Spread => MemberSet::BYTES + limits::BATCH_PAGES_MAX * 24,
             Self::PagesAck | Self::Fault => limits::BATCH_PAGES_MAX * 4,
             Self::Get | Self::Drop => limits::BATCH_PAGES_MAX * 16,
             Self::PutIndex | Self::LocateReply | Self::Announce => limits::INDEX_ENTRIES_MAX * 24,

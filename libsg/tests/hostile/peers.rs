@@ -129,6 +129,11 @@ fn bytes_that_make_no_sense_end_the_connection_only() {
         (Kind::Copy, 0, Vec::new()),
         (Kind::CopyReply, 0, Vec::new()),
         (Kind::PutCopiesReply, 0, vec![0; 16]),
+        (Kind::Spread, 0, vec![1; 7]),
+        (Kind::Spread, 0, members.to_vec()),
+        (Kind::Spread, 1, [&members[..], &run_of(&zeros)].concat()),
+        (Kind::Spread, 2, [&members[..], &run_of(&zeros)].concat()),
+        (Kind::SpreadReply, 0, vec![0; 16]),
     ];
     for (kind, count, body) in cases {
         let channel = channel();

@@ -48,6 +48,7 @@ canaries! {
     who_is_added_is_known: MemberUnknown, "evicted means evicted";
     volumes_are_told_apart: VolumesMixed, "each page is right", "evicted means evicted", "a death is an event";
     a_copy_is_awaited: CopyNotAwaited, "evicted means evicted", "a death is an event";
+    a_reference_has_copies: ReferenceAlone, "evicted means evicted", "a death is an event";
     a_limit_holds: LimitIgnored, "limits hold";
     strangers_stay_out: SecretIgnored, "strangers";
 }

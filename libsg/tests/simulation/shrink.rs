@@ -63,8 +63,11 @@ impl Failure {
             let _ = writeln!(text, "    {event}");
         }
         let members = &scenario.intermediaries;
-        let Scenario { weather, gather_limit, scatter_limit, grace, .. } = scenario;
-        let _ = writeln!(text, "with intermediaries of {members:?} bytes, {weather:?},");
+        let Scenario { weather, gather_limit, scatter_limit, grace, sharing, replicas, .. } = scenario;
+        let _ = writeln!(
+            text,
+            "with intermediaries of {members:?} bytes, {replicas} holders, sharing: {sharing}, {weather:?},"
+        );
         for Plan { regions, mode, rounds, .. } in &scenario.vms {
             let _ = writeln!(text, "a VM of {regions:?} pages, {mode:?}, {rounds:?},");
         }

@@ -56,8 +56,7 @@ impl Manager {
             (self.options.replicas.into(), self.options.scatter_limit_bytes_per_s),
             self.options.observer.clone(),
         )?);
-        let offers = !members.is_empty() && self.options.replicas == 1;
-        if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| offers) {
+        if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| !members.is_empty()) {
             let desk = OfferDesk::new(self.options.connector.hasher(sharing), &scatter.members.list())?;
             let _ = scatter.offers.set(desk);
         }

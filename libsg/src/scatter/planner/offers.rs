@@ -7,8 +7,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::{Planner, Sink, Work};
-use crate::ids::{Checksum, MemberSet, Placement, Round};
+use super::{BatchId, Planner, Sink, Work};
+use crate::ids::{Checksum, MemberIndex, MemberSet, Placement, Round};
 use crate::page::{InstallUnit, PageIndex};
 use crate::scatter::batch::Batch;
 use crate::scatter::planner::Cargo;
@@ -56,8 +56,9 @@ impl Planner {
         }
     }
 
-    /// The next pages to offer; none while enough of them wait for a sink. Units of many pages are not offered: they
-    /// go out whole, by one path.
+    /// The next pages to offer; none while enough of them wait for a sink. Each is offered once: what was offered in a
+    /// round before, and written since, is the VM's own, and for the sinks. Units of many pages are not offered: they go
+    /// out whole, by one path.
     pub fn next_offer(&mut self) -> Option<Batch> {
         loop {
             let pages = self.table.pages();
@@ -69,15 +70,16 @@ impl Planner {
             let span = self.span(PageIndex(cursor))?;
             let group = group(span, PageIndex(cursor));
             let passed = (group.first.0 + group.pages - cursor).min(left);
-            let mut batch = Batch::empty(group.first);
+            let (mut batch, mut again) = (Batch::empty(group.first), Batch::empty(group.first));
             if span.unit == InstallUnit::Page {
-                for page in group.iter() {
-                    if self.table.state(page) == PageState::Unsent && !self.table.was_offered(page) {
-                        batch.insert(page);
-                    }
+                for page in group.iter().filter(|page| self.table.state(*page) == PageState::Unsent) {
+                    let of = if self.table.was_offered(page) { &mut again } else { &mut batch };
+                    of.insert(page);
                 }
             }
             self.send(batch.iter(), PageState::Offered);
+            batch.iter().for_each(|page| self.table.set_offered(page));
+            again.iter().for_each(|page| self.ready(page));
             let offers = self.offers.as_mut()?;
             offers.cursor = if cursor + passed >= pages { 0 } else { cursor + passed };
             offers.left -= passed;
@@ -115,6 +117,59 @@ impl Planner {
         entries.push(IndexEntry::at(page, round, placement, seal));
     }
 
+    /// Offered pages lie at a member, which is to have others hold them, too: those of the first one's group become a
+    /// batch in flight there, of these `entries`. Says how many of `had`, which ascends, were looked at; those that
+    /// nobody needs are `losers`.
+    pub fn spread(
+        &mut self,
+        member: MemberIndex,
+        had: &[IndexEntry],
+        now: Instant,
+        entries: &mut Vec<IndexEntry>,
+        losers: &mut Vec<Loser>,
+    ) -> (Option<BatchId>, usize) {
+        entries.clear();
+        let first = had.first().map_or(PageIndex(0), |entry| entry.page);
+        let Some(group) = self.span(first).map(|span| group(span, first)) else { return (None, had.len()) };
+        let of = had.iter().take_while(|had| group.positions().contains(&had.page.as_usize())).count();
+        let mut batch = Batch::empty(group.first);
+        for had in &had[..of] {
+            self.answered();
+            let waits = self.table.state(had.page) == PageState::Offered && had.round == self.round;
+            if waits && !batch.contains(had.page) {
+                batch.insert(had.page);
+                entries.push(*had);
+            } else if let Some(first) = had.placement {
+                losers.push(Loser { page: had.page, place: Place { first, copies: MemberSet::NONE } });
+            }
+        }
+        self.send(batch.iter(), PageState::Sending);
+        let is_some = !batch.is_empty();
+        (is_some.then(|| self.launch(Sink::Member(member), Cargo::Pages(batch), now)), of)
+    }
+
+    /// As [`Self::stored`], of a batch of [`Self::spread`].
+    pub fn referenced(
+        &mut self,
+        batch: (BatchId, MemberSet),
+        pages: impl IntoIterator<Item = (PageIndex, Checksum, Option<Placement>), IntoIter: Clone>,
+        entries: &mut Vec<IndexEntry>,
+        losers: &mut Vec<Loser>,
+    ) {
+        let before = entries.len();
+        self.stored(batch, pages, entries, losers);
+        entries[before..].iter().for_each(|entry| self.table.set_way(entry.page, Way::Referenced));
+    }
+
+    /// A batch of [`Self::spread`] lies at fewer members than it is to: sinks may take its pages.
+    pub fn not_referenced(&mut self, id: BatchId) {
+        let Some(flight) = self.land(id) else { return };
+        self.take_back(&flight);
+        if let Cargo::Pages(batch) = flight.batch {
+            batch.iter().for_each(|page| self.ready(page));
+        }
+    }
+
     /// An offered page is zero, and is told to the index as that. `false` when it went another way meanwhile.
     pub fn offered_zero(&mut self, page: PageIndex) -> bool {
         self.answered();
@@ -129,11 +184,17 @@ impl Planner {
     /// Nobody has an offered page, or nobody said so in time: a sink may take it.
     pub fn not_there(&mut self, page: PageIndex) {
         self.answered();
-        if self.table.state(page) != PageState::Offered {
+        if self.table.state(page) == PageState::Offered {
+            self.table.set(page, PageState::Unsent);
+            self.ready(page);
+        }
+    }
+
+    /// A page that is to be sent, though it was offered, is for the next sink.
+    fn ready(&mut self, page: PageIndex) {
+        if self.table.state(page) != PageState::Unsent {
             return;
         }
-        self.table.set(page, PageState::Unsent);
-        self.table.set_offered(page);
         self.cursor = self.cursor.min(page);
         let Some(first) = self.span(page).map(|span| group(span, page).first) else { return };
         if let Some(offers) = &mut self.offers {

@@ -9,12 +9,13 @@ use crate::memory::vectored::IoPart;
 use crate::server::forward::{Stored, push_answer};
 use crate::server::slots::{ChunkNumber, SlotRun};
 use crate::server::store::Noted;
+use crate::server::transit::Pinned;
 use crate::wire::copies::copied_bytes;
 use crate::wire::entry::{self, Entry};
-use crate::wire::run::encode_runs;
+use crate::wire::run::{decode_runs, encode_runs};
 use crate::wire::{Encoding, Header, IndexEntry, Kind, Malformed, Missing, PageEntry, Status};
 
-impl Session<'_> {
+impl<'c> Session<'c> {
     /// Stores a batch here, and sends it on to the other members that the client names. The answer follows when
     /// they have it; the session goes on.
     pub(super) fn put_copies(&mut self, header: &Header) -> Result<()> {
@@ -42,13 +43,46 @@ impl Session<'_> {
             Ok(pinned) => pinned,
             Err(status) => return self.reply(header, Kind::PutCopiesReply, status, 0, &[]),
         };
+        let stored = self.buffers.pages.iter().zip(&self.buffers.placements);
+        let stored = stored
+            .filter_map(|(page, at)| Some(IndexEntry::at(page.page, page.round, (*at)?, page.checksum)));
+        let entries = stored.collect();
+        self.send_on(header, entries, pinned)
+    }
+
+    /// Sends pages that were stored here by reference on to the other members that the client names.
+    pub(super) fn spread(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        let Self { store, stream, buffers, targets, .. } = self;
+        let (holders, table) = buffers.body.split_at_checked(MemberSet::BYTES).ok_or(Malformed::Truncated)?;
+        let holders = MemberSet::decode(holders)?;
+        decode_runs(table, header.count.into(), &mut buffers.index)?;
+        let page_bytes = copied_bytes(&buffers.index)?;
+        let of = (header.volume, header.epoch);
+        if let Err(status) = store.targets(of, holders, targets) {
+            return self.reply(header, Kind::SpreadReply, status, 0, &[]);
+        }
+        stream.make_room(page_bytes * targets.len())?;
+        let pinned = match store.keep_first(of, &buffers.index, &mut buffers.placements) {
+            Ok(pinned) => pinned,
+            Err(status) => return self.reply(header, Kind::SpreadReply, status, 0, &[]),
+        };
+        let here = self.buffers.index.iter().zip(&self.buffers.placements);
+        let entries = here.filter_map(|(entry, at)| at.map(|_| *entry)).collect();
+        self.send_on(header, entries, Some(pinned))
+    }
+
+    /// Sends pages that lie here, as the placements in the buffers say, to the members at hand, and answers the client
+    /// when they have them.
+    fn send_on(
+        &mut self,
+        header: &Header,
+        entries: Vec<IndexEntry>,
+        pinned: Option<Pinned<'c>>,
+    ) -> Result<()> {
         let Self { stream, buffers, targets, .. } = self;
         let mut table = Vec::new();
         let runs = encode_runs(buffers.placements.iter().copied(), &mut table) as u16;
-        let stored = buffers.pages.iter().zip(&buffers.placements);
-        let stored = stored
-            .filter_map(|(page, at)| Some(IndexEntry::at(page.page, page.round, (*at)?, page.checksum)));
-        let entries: Vec<IndexEntry> = stored.collect();
         #[cfg(feature = "simulation")]
         if host::has_bug(host::Bug::CopyNotAwaited) {
             let mut answer = Vec::new();

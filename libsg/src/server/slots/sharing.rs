@@ -2,16 +2,16 @@
 //! to, who refers to it, and who was told to send what nobody has yet.
 //!
 //! Beside what any slot costs, one of a volume that shares costs 22 bytes for its hash and the count of references, and 5
-//! to 12 in the table; a page that refers to another's slot 13 to 26 instead of a slot.
+//! to 12 in the table; a page that refers to another's slot 17 to 34 instead of a slot.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::hints::Hints;
 use super::table::SlotTable;
-use super::{CHUNK_SLOTS, Chunk, ChunkNumber, Entry, NoVolume, Slots};
+use super::{CHUNK_SLOTS, Chunk, ChunkNumber, Entry, NoVolume, Owner, Slot, Slots};
 use crate::content::{CONTENT_HASH_BYTES, ContentHash, Sharing};
-use crate::ids::{Generation, Round, SlotIndex, VolumeId};
+use crate::ids::{Checksum, Generation, Round, SlotIndex, VolumeId};
 use crate::page::{PageIndex, PageRange};
 use crate::server::bits::Bits;
 
@@ -77,6 +77,8 @@ pub(super) struct Reference {
     /// The newest round in which it was put.
     pub(super) round: u16,
     times: u16,
+    /// Of its bytes, as its writer says: until that is told, the slot's.
+    pub(super) checksum: u32,
 }
 
 /// The references of a volume, by page and slot.
@@ -236,8 +238,10 @@ impl Slots {
         now: Instant,
     ) -> Result<Referred, NoVolume> {
         let Some(id) = self.leases.get(&volume).ok_or(NoVolume)?.domain else { return Ok(Referred::Send) };
-        if let Some(held) = self.find(id, hash).and_then(|slot| self.hold(volume, (page, round), slot)) {
-            return Ok(held);
+        if let Some(slot) = self.find(id, hash)
+            && let Some(generation) = self.hold(volume, (page, round), slot, None)
+        {
+            return Ok(Referred::Have(slot, generation));
         }
         let Some(domain) = self.domains.get_mut(&id) else { return Ok(Referred::Send) };
         if let Some(holder) = domain.hints.get(hash.word()) {
@@ -262,24 +266,48 @@ impl Slots {
         }
     }
 
+    /// A copy of these bytes came for a page. Where they lie already, that slot holds it, too: under what generation.
+    pub fn share(
+        &mut self,
+        volume: VolumeId,
+        owner: Owner,
+        hash: &ContentHash,
+    ) -> Option<(SlotIndex, Generation)> {
+        let id = self.leases.get(&volume)?.domain?;
+        let slot = self.find(id, hash)?;
+        let generation = self.hold(volume, (owner.page, owner.round), slot, Some(owner.checksum))?;
+        Some((slot, generation))
+    }
+
+    /// A page that refers to a slot has this checksum, by its writer's word: [`Self::read`] says so from now on.
+    pub fn seal(&mut self, volume: VolumeId, page: PageIndex, slot: SlotIndex, checksum: Checksum) {
+        let refs = self.leases.get_mut(&volume).map(|lease| &mut lease.refs);
+        if let Some(held) = refs.and_then(|refs| refs.get_mut(&(page.0, slot.0))) {
+            held.checksum = checksum.0;
+        }
+    }
+
     /// Holds a stored slot for one more page. `None` when too many hold it.
     fn hold(
         &mut self,
         volume: VolumeId,
         (page, round): (PageIndex, Round),
         slot: SlotIndex,
-    ) -> Option<Referred> {
+        checksum: Option<Checksum>,
+    ) -> Option<Generation> {
         let (chunk, at) = self.chunk_mut(slot)?;
-        let generation = Generation(chunk.slots[at].generation);
+        let Slot { generation, checksum: of_slot, .. } = chunk.slots[at];
         let contents = chunk.contents.as_mut().filter(|contents| contents.references[at] < u16::MAX)?;
         contents.references[at] += 1;
         contents.heir = Some(volume);
         let refs = &mut self.leases.get_mut(&volume)?.refs;
-        let held = refs.entry((page.0, slot.0)).or_insert(Reference { round: round.0, times: 0 });
+        let fresh = Reference { round: round.0, times: 0, checksum: of_slot };
+        let held = refs.entry((page.0, slot.0)).or_insert(fresh);
         held.times += 1;
+        held.checksum = checksum.map_or(held.checksum, |checksum| checksum.0);
         held.round = held.round.max(round.0);
         self.count_pages(volume, 1, 0);
-        Some(Referred::Have(slot, generation))
+        Some(Generation(generation))
     }
 
     /// Takes one reference of a page to a slot back; `false` when there is none.

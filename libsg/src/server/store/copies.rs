@@ -6,7 +6,7 @@ use super::{Books, COPIES_BLOCK_BYTES, Store};
 use crate::content::ContentHash;
 use crate::ids::{Epoch, MemberIndex, MemberSet, Placement, VolumeId};
 use crate::limits;
-use crate::page::PageRange;
+use crate::page::{PageIndex, PageRange};
 use crate::server::copies::{Copies, Here};
 use crate::server::index::Index;
 use crate::server::slots::{ChunkNumber, Owner, SlotRun, Slots};
@@ -63,7 +63,16 @@ impl Store {
             let slot = if entry.encoding == Encoding::Raw { free.next() } else { None };
             let placement = slot.and_then(|(slot, hash)| {
                 let owner = Owner { page: entry.page, checksum: entry.checksum, round: entry.round };
-                let generation = slots.store(slot, owner, hash)?;
+                // The first holder sent it on whether or not its bytes were here.
+                let shares = matches!(noted, Noted::CopiesOf(_));
+                let there = hash.filter(|_| shares).and_then(|hash| slots.share(volume, owner, hash));
+                if there.is_some() {
+                    slots.free(slot);
+                }
+                let (slot, generation) = match there {
+                    Some(there) => there,
+                    None => (slot, slots.store(slot, owner, hash)?),
+                };
                 Some(Placement { member, slot, generation })
             });
             let of = match noted {
@@ -72,7 +81,7 @@ impl Store {
             };
             placements.push(match (&mut copies, placement, of) {
                 (Some(copies), Some(placement), Some(of)) => {
-                    self.note(copies, &mut slots, (volume, entry), placement, of).then_some(placement)
+                    self.note(copies, &mut slots, (volume, entry.page), placement, of).then_some(placement)
                 }
                 _ => placement,
             });
@@ -88,18 +97,18 @@ impl Store {
         &self,
         copies: &mut Copies,
         slots: &mut Slots,
-        (volume, entry): (VolumeId, &PageEntry),
+        (volume, page): (VolumeId, PageIndex),
         at: Placement,
         of: Placement,
     ) -> bool {
         let here = Here { slot: at.slot, generation: at.generation, is_copy: of.member != at.member };
-        let noted = copies.put(entry.page, here, of, &mut || self.budget.take(COPIES_BLOCK_BYTES as u64));
+        let noted = copies.put(page, here, of, &mut || self.budget.take(COPIES_BLOCK_BYTES as u64));
         let gone = match noted {
             Ok(None) => return true,
             Ok(Some(before)) => before,
             Err(_) => here,
         };
-        slots.release(volume, entry.page, gone.slot, gone.generation);
+        slots.release(volume, page, gone.slot, gone.generation);
         noted.is_ok()
     }
 
@@ -178,6 +187,42 @@ impl Store {
         let own = Own { volume, me, copies: &copies, slots: &slots };
         ranges.iter().for_each(|range| own.locate(&index, *range, entries_max, out));
         Ok(())
+    }
+
+    /// Pages that were stored by reference lie here, and others get copies of them: they are noted as this one's, under
+    /// the checksums that the entries say, and their slots stay as they are until what is returned is dropped. Gives a
+    /// placement for each that is here. One that is noted already has copies that are named by the same placement: what
+    /// it holds twice it holds once from then on, and there is no placement for it.
+    pub(in crate::server) fn keep_first(
+        &self,
+        (volume, epoch): (VolumeId, Epoch),
+        entries: &[IndexEntry],
+        placements: &mut Vec<Option<Placement>>,
+    ) -> Result<Pinned<'_>, Status> {
+        placements.clear();
+        let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
+        let mut copies = books.copies.lock();
+        let volumes = self.volumes.lock();
+        let me = self.me(&volumes.admit(volume, epoch, Access::Write)?.members).ok_or(Status::State)?;
+        let mut slots = self.slots.lock();
+        drop(volumes);
+        let mut runs: Vec<SlotRun> = Vec::new();
+        for entry in entries {
+            let here = entry.placement.filter(|at| {
+                at.member == me && slots.read(volume, entry.page, at.slot, at.generation).is_some()
+            });
+            let placement = here.filter(|at| {
+                if copies.contains(entry.page, *at) {
+                    slots.release(volume, entry.page, at.slot, at.generation);
+                    return false;
+                }
+                slots.seal(volume, entry.page, at.slot, entry.checksum);
+                self.note(&mut copies, &mut slots, (volume, entry.page), *at, *at)
+            });
+            runs.extend(placement.map(|at| SlotRun { first: at.slot, slots: 1 }));
+            placements.push(placement);
+        }
+        Ok(Pinned::new(self, pin(&mut slots, &runs)))
     }
 
     /// What of the pages is no more is noted no more.

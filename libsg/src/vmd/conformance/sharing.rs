@@ -14,11 +14,11 @@ fn sharing(hash: HashKind, domain: &str) -> Sharing {
     Sharing { hash, domain: domain.into() }
 }
 
-fn tenant() -> Sharing {
+pub(super) fn tenant() -> Sharing {
     sharing(HashKind::Blake3, "tenant")
 }
 
-fn volume(bench: &Bench<'_>, nodes: &[&dyn FixtureNode], sharing: &Sharing) -> Box<dyn Volume> {
+pub(super) fn volume(bench: &Bench<'_>, nodes: &[&dyn FixtureNode], sharing: &Sharing) -> Box<dyn Volume> {
     let addresses: Vec<_> = nodes.iter().map(|node| node.address()).collect();
     let id = VolumeId::random().expect("random bytes");
     let manifest = crate::manifest::Manifest { sharing: Some(sharing.clone()), ..manifest() };
@@ -34,7 +34,7 @@ fn offer(volume: &dyn Volume, hasher: &ContentHasher, page: u32, bytes: &[u8]) -
     volume.put_by_reference(&[reference(hasher, page, bytes)]).expect("an answer")[0]
 }
 
-fn used_pages(bench: &Bench<'_>, node: &dyn FixtureNode) -> u64 {
+pub(super) fn used_pages(bench: &Bench<'_>, node: &dyn FixtureNode) -> u64 {
     bench.client().statistics(node.address()).expect("statistics").used_bytes / PAGE_BYTES_U64
 }
 

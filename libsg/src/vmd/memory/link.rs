@@ -16,7 +16,7 @@ use crate::memory::PageSlice;
 use crate::page::{PAGE_BYTES, PageRange};
 use crate::transport::refusal;
 use crate::vmd::link::{Completion, Link, PathSample, Reply, Request, Ticket};
-use crate::vmd::tcp::{at_most, check_put};
+use crate::vmd::tcp::{at_most, check_put, check_spread};
 use crate::wire::entry::Entry;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
 use crate::wire::run::table_bytes;
@@ -57,6 +57,7 @@ struct Queued {
 enum Owned {
     Put(Vec<PageEntry>, Vec<PageSlice>, MemberSet),
     Refer(Vec<ReferEntry>),
+    Spread(Vec<IndexEntry>, MemberSet),
     Hint(Vec<HintEntry>),
     PutIndex(Vec<IndexEntry>),
     Get(Vec<GetEntry>),
@@ -139,13 +140,27 @@ impl MemoryLink {
         Ok(Answer::Stored(placements, missing))
     }
 
+    /// Has others store what lies here.
+    fn spread(&self, entries: &[IndexEntry], holders: MemberSet) -> Result<Answer, Status> {
+        let (placements, targets, bytes) = self.state.lock().keep_first(self.asker, entries, holders)?;
+        let here = entries.iter().zip(&placements).filter_map(|(entry, at)| at.map(|_| *entry));
+        let here: Vec<IndexEntry> = here.collect();
+        let missing = match here.is_empty() {
+            true => Missing::NONE,
+            false => spread(&self.nodes, self.asker, targets, &here, &bytes),
+        };
+        Ok(Answer::Stored(placements, missing))
+    }
+
     fn execute(&self, request: Owned) -> Result<Answer, Status> {
-        if let Owned::Put(entries, slices, holders) = &request {
-            return self.put(entries, slices, *holders);
+        match &request {
+            Owned::Put(entries, slices, holders) => return self.put(entries, slices, *holders),
+            Owned::Spread(entries, holders) => return self.spread(entries, *holders),
+            _ => {}
         }
         let (mut state, asker) = (self.state.lock(), self.asker);
         match request {
-            Owned::Put(..) => Err(Status::Internal),
+            Owned::Put(..) | Owned::Spread(..) => Err(Status::Internal),
             Owned::Refer(offers) => state.refer(asker, &offers).map(Answer::Referred),
             Owned::Hint(hints) => state.hint(asker, &hints).map(|()| Answer::Done),
             Owned::PutIndex(entries) => state.put_index(asker, &entries).map(|()| Answer::Indexed),
@@ -175,6 +190,10 @@ fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
         Request::Refer(offers) => {
             at_most(offers.len(), limits::BATCH_PAGES_MAX)?;
             (Owned::Refer(offers.to_vec()), offers.len() * ReferEntry::BYTES)
+        }
+        Request::Spread { entries, copies } => {
+            check_spread(entries, copies)?;
+            (Owned::Spread(entries.to_vec(), copies), MemberSet::BYTES + table_bytes(entries))
         }
         Request::Hint(hints) => {
             at_most(hints.len(), limits::BATCH_PAGES_MAX)?;

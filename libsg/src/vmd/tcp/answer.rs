@@ -27,6 +27,8 @@ pub(super) enum Expected {
     Stored(usize),
     /// So many placements, and who of these has no copies.
     Copied(usize, MemberSet),
+    /// The same, of pages that were there.
+    Spread(usize, MemberSet),
     /// So many answers to offered pages.
     Referred(usize),
     Hinted,
@@ -95,6 +97,7 @@ impl Expected {
         let wanted = match self {
             Self::Stored(_) => Kind::PutReply,
             Self::Copied(..) => Kind::PutCopiesReply,
+            Self::Spread(..) => Kind::SpreadReply,
             Self::Referred(_) => Kind::ReferReply,
             Self::Hinted => Kind::HintReply,
             Self::Indexed => Kind::PutIndexReply,
@@ -133,7 +136,7 @@ impl Expected {
                 same(stored.len() == *asked, "another number of placements than of pages")?;
                 Ok(Answer::Stored(Missing::NONE))
             }
-            Self::Copied(asked, members) => {
+            Self::Copied(asked, members) | Self::Spread(asked, members) => {
                 let parts = frame.body.split_at_checked(Missing::BYTES).ok_or(Malformed::Truncated)?;
                 let missing = Missing::decode(parts.0)?;
                 decode_runs(parts.1, count, stored)?;
@@ -336,6 +339,10 @@ mod test {
         refused(copied(8, 0, 2));
         refused(copied(0, 0, 3));
         refused(checked(Expected::Copied(2, MemberSet(7)), Kind::PutCopiesReply, 2, &placements[..9]));
+        let spread = [&[0; Missing::BYTES], &placements[..]].concat();
+        assert!(checked(Expected::Spread(2, MemberSet(7)), Kind::SpreadReply, 2, &spread).is_ok());
+        refused(checked(Expected::Spread(3, MemberSet(7)), Kind::SpreadReply, 2, &spread));
+        refused(checked(Expected::Spread(2, MemberSet(7)), Kind::PutCopiesReply, 2, &spread));
         refused(checked(Expected::Referred(1), Kind::ReferReply, 1, &[4, 0, 0, 0, 0, 0, 0, 0]));
         refused(checked(Expected::Referred(2), Kind::ReferReply, 1, &[1, 0, 0, 0, 0, 0, 0, 0]));
 
