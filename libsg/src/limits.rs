@@ -24,6 +24,12 @@ pub const CONTROL_BYTES_MAX: usize = 1 << 20;
 /// Bytes of the VM's opaque CPU and device state.
 pub const STATE_BYTES_MAX: usize = 64 << 20;
 
+/// Bytes of the list of pages that were sent again, in front of the state; a longer one is cut into pieces of that many.
+pub const FINAL_PIECE_BYTES: usize = 16 << 20;
+
+/// Such pieces: 4 GiB, of a VM of several TiB that was sent again page by page. With more it is refused, and runs on.
+pub const FINAL_PIECES_MAX: u32 = 256;
+
 /// Bytes of the VMM's opaque configuration in a manifest.
 pub const VM_CONFIG_BYTES_MAX: usize = 64 << 10;
 

@@ -19,7 +19,7 @@ use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
 use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::{Entry, encode_table};
-use libsg::wire::final_set;
+use libsg::wire::final_set::{self, Blobs};
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose};
 use libsg::wire::message::{
     self, Member, NodeStatistics, Rounds, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
@@ -219,6 +219,7 @@ fn messages() -> Vec<Vec<u8>> {
     let requests = [
         VmdRequest::Create { manifest: manifest(), members: members() },
         VmdRequest::PutState { bytes: 5, checksum: 6 },
+        VmdRequest::PutPiece { number: 1, bytes: 5, checksum: 6 },
         VmdRequest::Claim { epoch: Epoch(9) },
         VmdRequest::Park(parking.clone()),
         VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }),
@@ -310,10 +311,15 @@ fn datagrams() -> Vec<Vec<u8>> {
 fn final_sets() -> Vec<Vec<u8>> {
     let runs = [(0, 1, 1), (1, 2, 1), (100, 512, 3), (9000, 1, 7)];
     let runs = runs.map(|(first, pages, round)| (PageRange::new(PageIndex(first), pages), Round(round)));
-    let behind = |pages: u32, blob: Vec<u8>| [&pages.to_le_bytes()[..], &blob].concat();
+    let blob = |blob: Vec<u8>| [&(blob.len() as u16).to_le_bytes()[..], &blob].concat();
+    let behind = |pages: u32, blobs: Vec<u8>| [&pages.to_le_bytes()[..], &blobs].concat();
+    let limits = final_set::Limits { runs_bytes: 4, ..final_set::Limits::default() };
+    let Blobs { pieces, state } =
+        final_set::encode_within(limits, runs.into_iter(), b"vcpu").expect("it fits");
     vec![
-        behind(9001, final_set::encode(runs.into_iter(), b"vcpu")),
-        behind(5, final_set::encode(std::iter::empty(), &[])),
+        behind(9001, blob(final_set::encode(runs.into_iter(), b"vcpu"))),
+        behind(5, blob(final_set::encode(std::iter::empty(), &[]))),
+        behind(9001, pieces.into_iter().chain([state]).flat_map(blob).collect()),
     ]
 }
 

@@ -232,7 +232,7 @@ impl Move {
 }
 
 const ROUNDS: RoundOptions =
-    RoundOptions { rounds_max: Some(3), downtime_limit: Duration::ZERO, via: Via::Direct };
+    RoundOptions { rounds_max: Some(3), downtime_limit: Duration::ZERO, ..RoundOptions::USUAL };
 
 /// Enough for a round to last for a while.
 const SLOW: u64 = 20_000_000;
@@ -257,6 +257,33 @@ fn hybrid_over_both_kinds_of_memory() {
     for backing in [Backing::Anon, Backing::Memfd] {
         hybrid(Plan { pages: 5000, nodes: 2, backing, ..Plan::default() });
     }
+}
+
+/// At the destination and in the volume, where the destination does not look at it.
+#[test]
+fn a_final_set_in_pieces() {
+    for (mode, via) in [(Mode::Hybrid, Via::Direct), (Mode::PreCopy, Via::Direct), (Mode::PreCopy, Via::Vmd)]
+    {
+        let plan = Plan { pages: 5000, nodes: 2, ..Plan::default() };
+        let rounds = RoundOptions { via, final_piece_bytes: 64, ..ROUNDS };
+        let moved = Move::start(plan, mode, rounds, 0);
+        moved.scene.incoming.wait_running(LONG).unwrap();
+        moved.check();
+        moved.outgoing.wait_evicted(LONG).unwrap();
+        assert_eq!(moved.scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+        moved.dissolved_without_alarm();
+    }
+}
+
+/// More pieces than there may be: nothing has happened, and the VM runs on.
+#[test]
+fn a_final_set_that_is_too_long_leaves_the_vm_here() {
+    let plan = Plan { pages: 5000, nodes: 2, ..Plan::default() };
+    let rounds = RoundOptions { final_piece_bytes: 1, ..ROUNDS };
+    let moved = Move::start(plan, Mode::Hybrid, rounds, SLOW);
+    let error = moved.outgoing.wait_evicted(LONG).unwrap_err();
+    assert!(error.to_string().contains("too many places for rounds"), "{error}");
+    moved.runs_on();
 }
 
 #[test]

@@ -299,6 +299,8 @@ fn messages() {
         (VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }), "0b09026931ac0201"),
         (VmdRequest::Run, "0c"),
         (VmdRequest::Succeed { epoch: Epoch(9) }, "0d09"),
+        (VmdRequest::PutPiece { number: 1, bytes: 5, checksum: 6 }, "0e010506"),
+        (VmdRequest::GetPiece { number: 300 }, "0fac02"),
     ];
     for (request, expected) in requests {
         assert_eq!(bytes(message::encode(&request)), expected, "{request:?}");

@@ -108,6 +108,7 @@ impl Start {
             rounds_max: self.rounds,
             via: self.via,
             downtime_limit: self.downtime_limit_ms.map_or(usual.downtime_limit, Duration::from_millis),
+            ..usual
         }
     }
 }

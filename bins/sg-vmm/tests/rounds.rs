@@ -153,7 +153,7 @@ fn destination(nodes: usize) -> (Incoming, Berth, SourceOptions) {
         replacements: None,
         replicas: 1,
         mode: Mode::Hybrid,
-        rounds: RoundOptions { rounds_max: Some(2), downtime_limit: Duration::ZERO, via: Via::Direct },
+        rounds: RoundOptions { rounds_max: Some(2), downtime_limit: Duration::ZERO, ..RoundOptions::USUAL },
         secret,
         connector: Arc::new(connector),
         // For rounds to last until some pages are written.

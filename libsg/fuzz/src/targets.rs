@@ -12,7 +12,7 @@ use libsg::transport::{Inbox, StateAssembler};
 use libsg::wire::copies::copied_bytes;
 use libsg::wire::datagram::Datagram;
 use libsg::wire::entry::{Entry, decode_table, encode_table, page_bytes};
-use libsg::wire::final_set;
+use libsg::wire::final_set::{self, Blob, FinalSet};
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, decode_mac};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
 use libsg::wire::run::{RunEntry, decode_pages, decode_runs, encode_runs, table_bytes};
@@ -115,22 +115,44 @@ pub fn messages(data: &[u8]) {
     }
 }
 
-/// The first four bytes are the pages of the volume, the rest is a state blob.
+/// The first four bytes are the pages of the volume, the rest is a state blob behind pieces of a final set, each with its
+/// length in front of it, in two bytes.
 pub fn final_set(data: &[u8]) {
-    let Some((pages, blob)) = data.split_first_chunk::<4>() else { return };
-    let decode = |blob: &[u8]| {
-        let (mut runs, mut end) = (Vec::new(), 0);
-        let state = final_set::decode(blob, u32::from_le_bytes(*pages), &mut |run, round| {
-            assert!(run.first.0 >= end && run.pages > 0 && round.0 > 0);
-            end = run.first.0 + run.pages;
-            runs.push((run, round));
-        });
-        state.map(|at| (runs, blob[at..].to_vec()))
+    let Some((pages, blobs)) = data.split_first_chunk::<4>() else { return };
+    let decode = |mut rest: &[u8]| {
+        let (mut set, mut runs, mut end) = (FinalSet::default(), Vec::new(), 0);
+        let mut pieces = 0;
+        loop {
+            let length = rest.split_first_chunk().map(|(length, rest)| (u16::from_le_bytes(*length), rest));
+            let (length, behind) = length?;
+            let (blob, behind) = behind.split_at(usize::from(length).min(behind.len()));
+            rest = behind;
+            let taken = set.take(blob, u32::from_le_bytes(*pages), &mut |run, round| {
+                assert!(run.first.0 >= end && run.pages > 0 && round.0 > 0);
+                end = run.first.0 + run.pages;
+                runs.push((run, round));
+            });
+            match taken.ok()? {
+                Blob::Piece => pieces += 1,
+                Blob::State(at) => {
+                    assert_eq!(final_set::pieces_of(blob), Ok(pieces));
+                    return Some((runs, blob[at..].to_vec()));
+                }
+            }
+        }
     };
-    if let Ok((runs, state)) = decode(blob) {
-        assert_eq!(decode(&final_set::encode(runs.iter().copied(), &state)), Ok((runs, state)));
+    if let Some((runs, state)) = decode(blobs)
+        && let Some(encoded) = final_set::encode_within(SMALL, runs.iter().copied(), &state)
+    {
+        let all = encoded.pieces.iter().chain([&encoded.state]);
+        let again: Vec<u8> =
+            all.flat_map(|blob| [&(blob.len() as u16).to_le_bytes()[..], blob].concat()).collect();
+        assert_eq!(decode(&again), Some((runs, state)));
     }
 }
+
+/// Blobs whose length fits two bytes.
+const SMALL: final_set::Limits = final_set::Limits { blob_bytes: u16::MAX as usize, runs_bytes: 16 };
 
 /// The body of a handshake frame, of each kind in turn.
 pub fn handshake(data: &[u8]) {

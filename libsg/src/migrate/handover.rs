@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::live::Rounds;
-use super::members::{Members, Patience, ask_all, dissolve};
+use super::members::{self, Members, Patience, ask_all, dissolve};
 use super::recruit::Recruiter;
 use super::source::{Control, SourceOptions};
 use super::{Event, Mode, OutgoingVm};
@@ -19,7 +19,7 @@ use crate::scatter::session::{Destination, Session, serve_while};
 use crate::scatter::{DirectSink, Scatter, UrgentSink};
 use crate::transport::Conversation;
 use crate::vmd::Request;
-use crate::wire::final_set;
+use crate::wire::final_set::{self, Blobs};
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{Talk, VmdRequest};
 
@@ -49,14 +49,16 @@ impl Lead<'_> {
     }
 
     /// The state as it travels, with the final set in front of it.
-    pub(super) fn with_final_set(&self, state: &[u8]) -> Result<Vec<u8>> {
+    pub(super) fn with_final_set(&self, state: &[u8]) -> Result<Blobs> {
         #[cfg(feature = "simulation")]
         let unnamed = host::has_bug(host::Bug::FinalSetUnnamed);
         #[cfg(not(feature = "simulation"))]
         let unnamed = false;
         let planner = self.scatter.planner.lock();
         let runs = planner.rounds().filter(|_| !unnamed);
-        final_set::encode_within(limits::STATE_BYTES_MAX, runs, state).ok_or_else(too_scattered)
+        let piece_bytes = self.options.rounds.final_piece_bytes;
+        let limits = final_set::Limits { runs_bytes: piece_bytes, ..final_set::Limits::default() };
+        final_set::encode_within(limits, runs, state).ok_or_else(too_scattered)
     }
 
     /// Before COMMIT: the VM runs on here, and nothing logs what it writes; then `tell` tells the destination, if there is
@@ -157,17 +159,21 @@ impl Handover<'_> {
         if let Some(rounds) = rounds {
             rounds.paused(&self.lead)?;
         }
-        let state = self.lead.with_final_set(&state)?;
-        lines.control.send_state(&state, deadline)?;
-        ask_all(
-            members,
-            || Request::PutState(&state),
-            Patience::Paused,
-            |member, error| {
-                self.lead.scatter.member_lost(member, &error);
-            },
-        );
-        self.lead.recruiter.lock().keep_state(state);
+        let blobs = self.lead.with_final_set(&state)?;
+        for blob in blobs.pieces.iter().chain([&blobs.state]) {
+            lines.control.send_state(blob, deadline)?;
+        }
+        for request in members::put_state(&blobs) {
+            ask_all(
+                members,
+                || request,
+                Patience::Paused,
+                |member, error| {
+                    self.lead.scatter.member_lost(member, &error);
+                },
+            );
+        }
+        self.lead.recruiter.lock().keep_state(blobs);
         if live && self.lead.options.mode == Mode::PreCopy {
             Rounds::finish(&self.lead, lines, members)?;
             return Ok(paused_at);
@@ -270,9 +276,10 @@ impl Handover<'_> {
 
 fn too_scattered() -> Error {
     let message = format!(
-        "the VM's state and the list of the pages that were sent again take more than {} MiB: it writes to too many places \
-         for rounds; use scatter-gather, or hybrid with none",
-        limits::STATE_BYTES_MAX >> 20
+        "the VM's state takes more than {} MiB, or the list of the pages that were sent again more than {} pieces: it \
+         writes to too many places for rounds; use scatter-gather, or hybrid with none",
+        limits::STATE_BYTES_MAX >> 20,
+        limits::FINAL_PIECES_MAX
     );
     Error::new(ErrorKind::Input, message)
 }

@@ -15,6 +15,7 @@ use crate::scatter::{MemberSink, Scatter};
 use crate::transport::wait;
 use crate::vmd::link::ask;
 use crate::vmd::{Class, Connector, Link, Reply, Request, Ticket};
+use crate::wire::final_set::Blobs;
 use crate::wire::message::{Member, VmdRequest};
 
 /// How long an intermediary has to be reached, to create the volume, and to answer anything else.
@@ -257,6 +258,12 @@ pub(super) fn connect(
         ));
     }
     members
+}
+
+/// The requests that put a VM's state to the volume: what it rests on goes ahead of it.
+pub(super) fn put_state(blobs: &Blobs) -> impl Iterator<Item = Request<'_>> {
+    let pieces = (0..).zip(&blobs.pieces).map(|(number, piece)| Request::PutPiece(number, piece));
+    pieces.chain([Request::PutState(&blobs.state)])
 }
 
 /// Pages may go to every member from now on.

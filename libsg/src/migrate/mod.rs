@@ -95,12 +95,25 @@ pub struct RoundOptions {
     pub downtime_limit: Duration,
     /// Where the rounds of pre-copy go.
     pub via: Via,
+    /// Bytes of the list of pages that were sent again, from which on it travels in pieces, each as long. Nobody but tests
+    /// needs another than [`crate::limits::FINAL_PIECE_BYTES`].
+    pub final_piece_bytes: usize,
+}
+
+impl RoundOptions {
+    /// A downtime limit of 300 ms, directly.
+    pub const USUAL: Self = Self {
+        rounds_max: None,
+        downtime_limit: Duration::from_millis(300),
+        via: Via::Direct,
+        final_piece_bytes: crate::limits::FINAL_PIECE_BYTES,
+    };
 }
 
 impl Default for RoundOptions {
-    /// A downtime limit of 300 ms, directly.
+    /// [`RoundOptions::USUAL`].
     fn default() -> Self {
-        Self { rounds_max: None, downtime_limit: Duration::from_millis(300), via: Via::Direct }
+        Self::USUAL
     }
 }
 

@@ -83,8 +83,10 @@ impl<'a> Parking<'a> {
         } else {
             scatter.take_stock()?;
         }
-        let state = self.lead.with_final_set(&state)?;
-        self.ask(members, |_| true, || Request::PutState(&state));
+        let blobs = self.lead.with_final_set(&state)?;
+        for request in members::put_state(&blobs) {
+            self.ask(members, |_| true, || request);
+        }
         members::seat_all(scatter, members);
         #[cfg(feature = "simulation")]
         if host::has_bug(host::Bug::ParkedUnsafe) {

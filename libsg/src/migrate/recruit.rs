@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::members::{MEMBER_TIME, Seat, dissolve_anew};
+use super::members::{MEMBER_TIME, Seat, dissolve_anew, put_state};
 use super::source::{SourceOptions, To};
 use super::{Event, Observer};
 use crate::error::{Error, ErrorKind, Result};
@@ -27,6 +27,7 @@ use crate::scatter::Scatter;
 use crate::scatter::shared::PoisonsOnPanic;
 use crate::vmd::link::ask;
 use crate::vmd::{Class, Connector, Request};
+use crate::wire::final_set::Blobs;
 use crate::wire::message::{Member, VmdRequest};
 
 /// How many that are named for one place are tried.
@@ -87,7 +88,7 @@ pub(super) struct Recruiter {
     searches: usize,
     search: Option<Search>,
     /// The VM's state, as it was put to the volume; kept for those who come later.
-    state: Option<Vec<u8>>,
+    state: Option<Blobs>,
 }
 
 impl Recruiter {
@@ -108,7 +109,7 @@ impl Recruiter {
     }
 
     /// Keeps what was put to the volume as its state, if somebody may need it.
-    pub fn keep_state(&mut self, state: Vec<u8>) {
+    pub fn keep_state(&mut self, state: Blobs) {
         self.state = self.job.is_some().then_some(state);
     }
 
@@ -188,8 +189,8 @@ impl Recruiter {
         let message = format!("intermediary {} takes the place of {}", new.node, dead.node);
         (scatter.observer)(&Event::NodeReplaced { message });
         if let Some(state) = self.state.as_ref().filter(|_| committed) {
-            let asked = seat.ask(Request::PutState(state));
-            if let Err(error) = asked.and_then(|()| seat.ask(Request::Control(&VmdRequest::Commit))) {
+            let mut all = put_state(state).chain([Request::Control(&VmdRequest::Commit)]);
+            if let Err(error) = all.try_for_each(|request| seat.ask(request)) {
                 scatter.member_lost(member, &error);
                 return None;
             }

@@ -323,7 +323,10 @@ impl<'c> Session<'c> {
         self.read_body(header)?;
         let (volume, epoch) = (header.volume, header.epoch);
         let answer = match VmdRequest::decode(&self.buffers.body)? {
-            VmdRequest::GetState => return self.send_state(header),
+            VmdRequest::GetState => return self.send_blob(header, self.store.state(volume)),
+            VmdRequest::GetPiece { number } => {
+                return self.send_blob(header, self.store.piece(volume, number));
+            }
             VmdRequest::Describe => self.store.describe(volume).map(Box::new).map(VmdReply::Volume),
             VmdRequest::Statistics => Ok((self.statistics)()),
             VmdRequest::ClaimParked(claim) => self.store.claim_parked(volume, &claim).map(VmdReply::Verdict),
@@ -340,7 +343,11 @@ impl<'c> Session<'c> {
         match request {
             VmdRequest::Create { manifest, members } => self.store.create(volume, epoch, manifest, members),
             VmdRequest::Members(members) => self.store.set_members(volume, epoch, members),
-            VmdRequest::PutState { bytes, checksum } => self.keep_state(volume, epoch, bytes, checksum),
+            VmdRequest::PutState { bytes, checksum } => {
+                self.keep_blob((bytes, checksum), |store, blob| store.put_state(volume, epoch, blob))
+            }
+            VmdRequest::PutPiece { number, bytes, checksum } => self
+                .keep_blob((bytes, checksum), |store, blob| store.put_piece(volume, epoch, (number, blob))),
             VmdRequest::Commit => self.store.commit(volume, epoch),
             VmdRequest::Seal => self.store.seal(volume, epoch),
             VmdRequest::Claim { epoch } => self.store.hand_over(volume, epoch, Volumes::claim),
@@ -350,6 +357,7 @@ impl<'c> Session<'c> {
             VmdRequest::Run => self.store.run(volume, epoch),
             VmdRequest::Describe
             | VmdRequest::GetState
+            | VmdRequest::GetPiece { .. }
             | VmdRequest::Statistics
             | VmdRequest::ClaimParked(_) => Ok(()),
         }
@@ -367,12 +375,11 @@ impl<'c> Session<'c> {
         self.state.assembler.push(Frame { header: *header, body: &self.buffers.body })
     }
 
-    fn keep_state(
+    /// What the pieces that came make up is kept.
+    fn keep_blob(
         &mut self,
-        volume: VolumeId,
-        epoch: Epoch,
-        bytes: u64,
-        checksum: u32,
+        (bytes, checksum): (u64, u32),
+        keep: impl FnOnce(&Store, StateBlob) -> Result<(), Status>,
     ) -> Result<(), Status> {
         let fresh = StateParts {
             budget: self.state.budget,
@@ -386,14 +393,14 @@ impl<'c> Session<'c> {
         }
         let whole = parts.assembler.finish(bytes, Checksum(checksum)).map_err(|_| Status::Malformed)?;
         let blob = StateBlob { bytes: whole.into(), checksum: Checksum(checksum) };
-        self.store.put_state(volume, epoch, blob)?;
+        keep(self.store, blob)?;
         // The bytes are the volume's from now on.
         parts.taken = 0;
         Ok(())
     }
 
-    fn send_state(&mut self, header: &Header) -> Result<()> {
-        let blob = match self.store.state(header.volume) {
+    fn send_blob(&mut self, header: &Header, blob: Result<StateBlob, Status>) -> Result<()> {
+        let blob = match blob {
             Ok(blob) => blob,
             Err(status) => return self.reply_vmd(header, status, &VmdReply::Done),
         };

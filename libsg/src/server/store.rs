@@ -297,7 +297,7 @@ impl Store {
         drop(volumes);
         self.stirred.notify_one();
         if let Some(gone) = gone {
-            let state_bytes = gone.blob.as_ref().map_or(0, |blob| blob.bytes.len() as u64);
+            let state_bytes = gone.blob.iter().chain(&gone.pieces).map(|blob| blob.bytes.len() as u64).sum();
             self.budget.give(state_bytes);
             tracing::info!(%volume, vm = gone.manifest.vm, pages, "volume dissolved");
         }
@@ -311,6 +311,22 @@ impl Store {
             self.budget.give(replaced.bytes.len() as u64);
         }
         Ok(())
+    }
+
+    /// Keeps a piece of the final set, in the same way.
+    pub(super) fn put_piece(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        (number, piece): (u32, StateBlob),
+    ) -> Result<(), Status> {
+        let replaced = self.volumes.lock().set_piece(volume, epoch, number, piece)?;
+        self.budget.give(replaced.iter().map(|piece| piece.bytes.len() as u64).sum());
+        Ok(())
+    }
+
+    pub(super) fn piece(&self, volume: VolumeId, number: u32) -> Result<StateBlob, Status> {
+        self.volumes.lock().get(volume)?.pieces.get(number as usize).cloned().ok_or(Status::State)
     }
 
     pub(super) fn state(&self, volume: VolumeId) -> Result<StateBlob, Status> {

@@ -57,6 +57,8 @@ pub struct Volume<P> {
     pub committed: bool,
     /// The VM's state, once it is here.
     pub blob: Option<StateBlob>,
+    /// Pieces of the final set, ahead of the state.
+    pub pieces: Vec<StateBlob>,
     /// When it was created here.
     pub created: Instant,
     /// Where it was parked, its name and keeper.
@@ -175,6 +177,7 @@ impl<P> Volumes<P> {
             state: VolumeState::Open,
             committed: false,
             blob: None,
+            pieces: Vec::new(),
             created: now,
             parking: None,
             claim: None,
@@ -212,6 +215,27 @@ impl<P> Volumes<P> {
         blob: StateBlob,
     ) -> Result<Option<StateBlob>, Status> {
         Ok(self.admit_mut(id, epoch, Access::Write)?.blob.replace(blob))
+    }
+
+    /// Keeps a piece of the final set behind those before it, instead of what was kept in its place and behind it, which
+    /// is returned.
+    ///
+    /// # Errors
+    /// As [`Self::admit`] for a write; [`Status::State`] for one out of turn, or one too many.
+    pub fn set_piece(
+        &mut self,
+        id: VolumeId,
+        epoch: Epoch,
+        number: u32,
+        piece: StateBlob,
+    ) -> Result<Vec<StateBlob>, Status> {
+        let pieces = &mut self.admit_mut(id, epoch, Access::Write)?.pieces;
+        if number as usize > pieces.len() || number >= limits::FINAL_PIECES_MAX {
+            return Err(Status::State);
+        }
+        let replaced = pieces.split_off(number as usize);
+        pieces.push(piece);
+        Ok(replaced)
     }
 
     /// The source never runs the VM again. Done again it changes nothing.
@@ -318,6 +342,7 @@ impl<P> Volume<P> {
             state: VolumeState::Dissolved,
             committed: self.committed,
             blob: None,
+            pieces: Vec::new(),
             created: self.created,
             parking: self.parking.clone(),
             claim: self.claim.clone(),

@@ -75,6 +75,7 @@ const RULES: &[(&str, Rule)] = &[
     ("a replaced writer is refused", links::fencing),
     ("a sealed volume takes nothing more", links::sealed),
     ("the state blob comes back as it was", links::state_blob),
+    ("pieces of a final set come back as they were, in their order", links::pieces),
     ("an unknown volume is no volume", links::unknown_volume),
     ("a dissolved volume gives its memory back and stays gone", links::dissolved),
     ("a link to a killed node fails for good", links::killed_node),

@@ -88,6 +88,11 @@ pub enum Request<'a> {
     PutState(&'a [u8]),
     /// Give the VM's opaque state back.
     GetState,
+    /// As `PutState`, of a piece of the final set, which lies ahead of the state
+    /// ([`crate::wire::final_set`]).
+    PutPiece(u32, &'a [u8]),
+    /// As `GetState`, of a piece of the final set.
+    GetPiece(u32),
 }
 
 /// The answer to a request.
@@ -117,11 +122,11 @@ pub enum Reply<'a> {
     },
     /// To `Locate`.
     Located(&'a [IndexEntry]),
-    /// To `Discard`, `Drop`, `PutState`, `Hint`.
+    /// To `Discard`, `Drop`, `PutState`, `PutPiece`, `Hint`.
     Done,
     /// To `Control`.
     Control(VmdReply),
-    /// To `GetState`; its checksum is right.
+    /// To `GetState` and `GetPiece`; its checksum is right.
     State(Vec<u8>),
 }
 
@@ -159,7 +164,7 @@ pub struct PathSample {
 /// - Requests may complete in any order. Requests that were outstanding when the link failed may
 ///   or may not have happened.
 /// - An older epoch than the volume's is refused with [`crate::ErrorKind::Fenced`].
-/// - Nothing here waits, except that `submit` of `PutState` may copy.
+/// - Nothing here waits, except that `submit` of `PutState` and `PutPiece` may copy.
 pub trait Link: Send {
     /// The intermediary at the other end.
     fn member(&self) -> &Member;

@@ -410,4 +410,19 @@ impl State {
         let volume = self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?;
         volume.blob.clone().ok_or(Status::State)
     }
+
+    fn put_piece(&mut self, asker: Asker, number: u32, piece: Vec<u8>) -> Result<(), Status> {
+        let pieces = &mut self.writable(asker)?.pieces;
+        if number as usize > pieces.len() || number >= crate::limits::FINAL_PIECES_MAX {
+            return Err(Status::State);
+        }
+        pieces.truncate(number as usize);
+        pieces.push(piece);
+        Ok(())
+    }
+
+    fn get_piece(&mut self, asker: Asker, number: u32) -> Result<Vec<u8>, Status> {
+        let volume = self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?;
+        volume.pieces.get(number as usize).cloned().ok_or(Status::State)
+    }
 }

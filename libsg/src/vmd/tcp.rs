@@ -227,19 +227,33 @@ impl TcpLink {
                 Ok((expected, self.table.len()))
             }
             Request::PutState(state) => {
-                let header = Header {
-                    sequence: Sequence(self.outstanding.next()),
-                    ..self.channel.header(Kind::State)
-                };
-                let (bytes, checksum) = push_state(&mut self.outbox, header, state)?;
-                self.push_control(&VmdRequest::PutState { bytes, checksum: checksum.0 })?;
-                Ok((Expected::StateStored, state.len()))
+                self.push_blob(state, |bytes, checksum| VmdRequest::PutState { bytes, checksum })
+            }
+            Request::PutPiece(number, piece) => {
+                self.push_blob(piece, |bytes, checksum| VmdRequest::PutPiece { number, bytes, checksum })
             }
             Request::GetState => {
                 self.push_control(&VmdRequest::GetState)?;
                 Ok((Expected::State(StateAssembler::new()), self.table.len()))
             }
+            Request::GetPiece(number) => {
+                self.push_control(&VmdRequest::GetPiece { number })?;
+                Ok((Expected::State(StateAssembler::new()), self.table.len()))
+            }
         }
+    }
+
+    /// Queues a blob in pieces, and what it is behind them.
+    fn push_blob(
+        &mut self,
+        blob: &[u8],
+        what: impl FnOnce(u64, u32) -> VmdRequest,
+    ) -> Result<(Expected, usize)> {
+        let header =
+            Header { sequence: Sequence(self.outstanding.next()), ..self.channel.header(Kind::State) };
+        let (bytes, checksum) = push_state(&mut self.outbox, header, blob)?;
+        self.push_control(&what(bytes, checksum.0))?;
+        Ok((Expected::StateStored, blob.len()))
     }
 
     /// Looks at frames until one ends a request. `None` when no whole frame is there.

@@ -76,6 +76,20 @@ pub enum VmdRequest {
         /// The new epoch.
         epoch: Epoch,
     },
+    /// As `PutState`, of a piece of the final set ([`super::final_set`]), which lies ahead of the state.
+    PutPiece {
+        /// Which one.
+        number: u32,
+        /// Bytes in all.
+        bytes: u64,
+        /// CRC32C over all of them.
+        checksum: u32,
+    },
+    /// As `GetState`, of a piece of the final set.
+    GetPiece {
+        /// Which one.
+        number: u32,
+    },
 }
 
 /// What an intermediary answers. The status is in the header; where that is not `Ok` the body is `Done`.

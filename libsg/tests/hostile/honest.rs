@@ -117,6 +117,22 @@ fn the_state_comes_back_whole() {
 }
 
 /// Puts and gets in one stream: neither direction may wait for the other for ever.
+/// Pieces of a final set are kept within the memory for books, and go with the volume.
+#[test]
+fn pieces_are_bounded_and_given_back() {
+    let server = serve(|config| config.memory_bytes = 2 << 20);
+    let piece = vec![7; libsg::limits::STATE_BYTES_MAX];
+    for volume in 1..=2 {
+        let mut client = Client::create(&server, volume, 100);
+        let mut put =
+            |number| ask(&mut *client.link, Request::PutPiece(number, &piece), PATIENCE, |_| Ok(()));
+        put(0).unwrap();
+        put(1).unwrap();
+        assert_eq!(put(2).unwrap_err().kind, ErrorKind::Full);
+        client.control(&VmdRequest::Dissolve).unwrap();
+    }
+}
+
 #[test]
 fn a_pipeline_of_both_kinds_does_not_lock_up() {
     let server = serve(|config| config.memory_bytes = 128 * MIB);

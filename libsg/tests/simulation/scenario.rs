@@ -232,6 +232,8 @@ impl Scenario {
                 scenario.events.push(event);
             }
         }
+        let mut pieces = Random::new(seed).fork(60);
+        scenario.vms.iter_mut().for_each(|vm| vm.rounds.final_piece_bytes = pieces.pick(&PIECES));
         scenario
     }
 
@@ -377,6 +379,9 @@ impl Scenario {
     }
 }
 
+/// Bytes of a piece of the final set: a few pages, some, more than there are.
+pub const PIECES: [usize; 3] = [20, 100, 1 << 20];
+
 impl Plan {
     fn of(memory: Vec<Content>, random: &mut Random) -> Self {
         let (mode, via) = random.pick(&[
@@ -390,7 +395,7 @@ impl Plan {
         let rounds_max = Some(random.pick(&[1, 2, 4]));
         let downtime_limit = Duration::from_millis(random.pick(&[0, 1, 20]));
         let regions = vec![(memory.len() as u64, InstallUnit::Page)];
-        let rounds = RoundOptions { rounds_max, downtime_limit, via };
+        let rounds = RoundOptions { rounds_max, downtime_limit, via, ..RoundOptions::USUAL };
         Self { memory, regions, logs_units: false, mode, rounds }
     }
 

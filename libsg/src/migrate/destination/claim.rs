@@ -18,6 +18,7 @@ use crate::vmd::{
     visit_all,
 };
 use crate::wire::IndexEntry;
+use crate::wire::final_set::{self, Blobs};
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo, VolumeState};
 use crate::wire::parking::{Claim, Verdict};
 
@@ -216,19 +217,25 @@ impl Claimant {
     ///
     /// # Errors
     /// That of the last intermediary, when none gives it.
-    pub fn state(&self, reached: &[Member]) -> Result<Vec<u8>> {
+    pub fn state(&self, reached: &[Member]) -> Result<Blobs> {
         let mut failed = Error::new(ErrorKind::Unreachable, "no intermediary gives the VM's state");
         for member in reached {
             let (volume, epoch) = self.of();
             let link = self.connector.connect(member.address, volume, epoch, Class::Bulk, ANSWER_MAX);
-            let state = link.and_then(|mut link| {
-                ask(&mut *link, Request::GetState, STATE_MAX, |reply| match reply {
-                    Reply::State(state) => Ok(state),
-                    _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
-                })
+            let blobs = link.and_then(|mut link| {
+                let mut blob = |request: Request<'_>| {
+                    ask(&mut *link, request, STATE_MAX, |reply| match reply {
+                        Reply::State(blob) => Ok(blob),
+                        _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+                    })
+                };
+                let state = blob(Request::GetState)?;
+                let pieces = 0..final_set::pieces_of(&state)?;
+                let pieces = pieces.map(|number| blob(Request::GetPiece(number))).collect::<Result<_>>()?;
+                Ok(Blobs { pieces, state })
             });
-            match state {
-                Ok(state) => return Ok(state),
+            match blobs {
+                Ok(blobs) => return Ok(blobs),
                 Err(error) => failed = error.at(&member.node),
             }
         }

@@ -29,6 +29,7 @@ use crate::ids::{Checksum, Epoch, VolumeId};
 use crate::manifest::Manifest;
 use crate::migrate::{Event, IncomingVm};
 use crate::transport::{StateAssembler, Waker, wait};
+use crate::wire::final_set::FinalSet;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{Member, Rounds, Talk};
 use crate::wire::run::decode_runs;
@@ -78,6 +79,8 @@ pub(super) struct Conductor {
     pub control: Option<Line>,
     openings: Vec<Line>,
     state: StateAssembler,
+    /// What of it came before.
+    final_set: FinalSet,
     /// A state that is all here, until it is loaded.
     unloaded: Option<Vec<u8>>,
     places: Vec<IndexEntry>,
@@ -122,6 +125,7 @@ pub(super) fn start(
         control: None,
         openings: Vec::new(),
         state: StateAssembler::new(),
+        final_set: FinalSet::default(),
         unloaded: None,
         places: Vec::new(),
         away_since: None,
@@ -390,8 +394,10 @@ impl Conductor {
         match talk {
             Talk::StateEnd { bytes, checksum } if self.phase == ArrivalPhase::Accepted => {
                 let state = self.state.finish(bytes, Checksum(checksum))?;
-                self.unloaded = Some(self.take_final_set(state)?);
-                self.load()?;
+                if let Some(state) = self.take_final_set(state)? {
+                    self.unloaded = Some(state);
+                    self.load()?;
+                }
             }
             Talk::Run if self.phase == ArrivalPhase::Ready => {
                 self.run_vm()?;

@@ -226,6 +226,7 @@ pub(super) fn requests_are_bounded(bench: &Bench<'_>) {
     let zeros = vec![IndexEntry::zero(PageIndex(0), 1, Round(0)); limits::INDEX_ENTRIES_MAX + 1];
     refused(link.submit(Request::PutIndex(&zeros)), ErrorKind::Input);
     refused(link.submit(Request::PutState(&vec![0; limits::STATE_BYTES_MAX + 1])), ErrorKind::Input);
+    refused(link.submit(Request::PutPiece(0, &vec![0; limits::STATE_BYTES_MAX + 1])), ErrorKind::Input);
     assert_eq!(link.queued_bytes(), 0);
     // And an entry behind the volume's end is refused by the other side, which goes on.
     let behind = [IndexEntry::zero(PageIndex(VOLUME_PAGES - 1), 2, Round(0))];
@@ -401,6 +402,40 @@ pub(super) fn state_blob(bench: &Bench<'_>) {
         assert!(state(&mut *reader).expect("there") == blob, "{length} bytes");
         assert!(describe(&mut *reader).expect("known").has_state);
     }
+}
+
+pub(super) fn pieces(bench: &Bench<'_>) {
+    let (node, volume, mut link) = bench.one();
+    let put = |link: &mut dyn Link, number, piece: &[u8]| {
+        asked(link, Request::PutPiece(number, piece), |reply| matches!(reply, Reply::Done).then_some(()))
+    };
+    let piece = |link: &mut dyn Link, number| {
+        asked(link, Request::GetPiece(number), |reply| match reply {
+            Reply::State(piece) => Some(piece),
+            _ => None,
+        })
+    };
+    refused(piece(&mut *link, 0), ErrorKind::Volume);
+    refused(put(&mut *link, 1, b"out of turn"), ErrorKind::Volume);
+    let long: Vec<u8> = (0..3_000_000).map(|at| (at * 7 % 251) as u8).collect();
+    for (number, bytes) in [(0, &long[..]), (1, b"one"), (2, b"two")] {
+        put(&mut *link, number, bytes).expect("stored");
+    }
+    asked(&mut *link, Request::PutState(b"the vcpus"), |_| Some(())).expect("stored");
+    let mut reader = bench.link(&*node, volume, 1);
+    for (number, bytes) in [(2, &b"two"[..]), (0, &long), (1, b"one")] {
+        assert!(piece(&mut *reader, number).expect("there") == bytes, "piece {number}");
+    }
+    // Said once more, it begins anew there.
+    put(&mut *link, 1, b"another").expect("stored");
+    assert_eq!(piece(&mut *reader, 1).expect("there"), b"another");
+    refused(piece(&mut *reader, 2), ErrorKind::Volume);
+    for number in [limits::FINAL_PIECES_MAX, u32::MAX] {
+        refused(put(&mut *link, number, b""), ErrorKind::Volume);
+        refused(piece(&mut *reader, number), ErrorKind::Volume);
+    }
+    control(&mut *link, &VmdRequest::Dissolve).expect("dissolved");
+    refused(piece(&mut *reader, 0), ErrorKind::Volume);
 }
 
 pub(super) fn unknown_volume(bench: &Bench<'_>) {

@@ -34,7 +34,10 @@ impl State {
             }
             VmdRequest::Dissolve => self.dissolve(asker)?,
             VmdRequest::Statistics => return Ok(VmdReply::Statistics(self.statistics())),
-            VmdRequest::PutState { .. } | VmdRequest::GetState => return Err(Status::Malformed),
+            VmdRequest::PutState { .. }
+            | VmdRequest::GetState
+            | VmdRequest::PutPiece { .. }
+            | VmdRequest::GetPiece { .. } => return Err(Status::Malformed),
         }
         Ok(VmdReply::Done)
     }

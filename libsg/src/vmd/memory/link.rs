@@ -67,6 +67,8 @@ enum Owned {
     Control(VmdRequest),
     PutState(Vec<u8>),
     GetState,
+    PutPiece(u32, Vec<u8>),
+    GetPiece(u32),
 }
 
 #[derive(Debug)]
@@ -173,6 +175,8 @@ impl MemoryLink {
             Owned::Control(request) => state.control(asker, &request).map(Answer::Control),
             Owned::PutState(bytes) => state.put_state(asker, bytes).map(|()| Answer::Done),
             Owned::GetState => state.get_state(asker).map(Answer::State),
+            Owned::PutPiece(number, bytes) => state.put_piece(asker, number, bytes).map(|()| Answer::Done),
+            Owned::GetPiece(number) => state.get_piece(asker, number).map(Answer::State),
         }
     }
 }
@@ -215,9 +219,11 @@ fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
             (Owned::Drop(entries.to_vec()), table_bytes(entries))
         }
         Request::Control(request) => (Owned::Control(request.clone()), 0),
-        Request::PutState(state) if state.len() > limits::STATE_BYTES_MAX => {
+        Request::PutState(state) | Request::PutPiece(_, state) if state.len() > limits::STATE_BYTES_MAX => {
             return Err(Error::new(ErrorKind::Input, format!("{} bytes of state are too many", state.len())));
         }
+        Request::PutPiece(number, piece) => (Owned::PutPiece(number, piece.to_vec()), piece.len()),
+        Request::GetPiece(number) => (Owned::GetPiece(number), 0),
         Request::PutState(state) => (Owned::PutState(state.to_vec()), state.len()),
         Request::GetState => (Owned::GetState, 0),
     };

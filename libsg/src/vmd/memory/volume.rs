@@ -19,6 +19,8 @@ pub(super) struct Volume {
     pub committed: bool,
     pub manifest: Manifest,
     pub blob: Option<Vec<u8>>,
+    /// Of the final set, ahead of the blob.
+    pub pieces: Vec<Vec<u8>>,
     members: Vec<Member>,
     /// Page by page; a zero page has no placement.
     index: BTreeMap<u32, Known>,
@@ -54,6 +56,7 @@ impl Volume {
             committed: false,
             manifest,
             blob: None,
+            pieces: Vec::new(),
             members,
             index: BTreeMap::new(),
             own: Vec::new(),

@@ -89,7 +89,10 @@ impl Expected {
             VmdRequest::ClaimParked(_) => Some(Self::Verdict),
             VmdRequest::Describe => Some(Self::Volume),
             VmdRequest::Statistics => Some(Self::Statistics),
-            VmdRequest::PutState { .. } | VmdRequest::GetState => None,
+            VmdRequest::PutState { .. }
+            | VmdRequest::GetState
+            | VmdRequest::PutPiece { .. }
+            | VmdRequest::GetPiece { .. } => None,
         }
     }
 

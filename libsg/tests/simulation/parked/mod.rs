@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use libsg::host::simulation::Bug;
-use libsg::migrate::{Mode, RoundOptions, Via};
+use libsg::migrate::{Mode, RoundOptions};
 use libsg::page::InstallUnit;
 
 use crate::content::Content;
@@ -15,7 +15,7 @@ use crate::net::Weather;
 use crate::number;
 use crate::random::Random;
 use crate::run::Outcome;
-use crate::scenario::{Plan, Scenario};
+use crate::scenario::{PIECES, Plan, Scenario};
 use crate::seeds::run_each;
 
 /// Who something happens to.
@@ -91,7 +91,8 @@ impl Parking {
         let rounds = RoundOptions {
             rounds_max: Some(random.pick(&[1, 2])),
             downtime_limit: Duration::from_millis(1),
-            via: Via::Direct,
+            final_piece_bytes: Random::new(seed).fork(60).pick(&PIECES),
+            ..RoundOptions::USUAL
         };
         let regions = vec![(memory.len() as u64, InstallUnit::Page)];
         let base = Scenario {

@@ -14,7 +14,7 @@ use crate::limits::INDEX_ENTRIES_MAX;
 use crate::migrate::Event;
 use crate::page::PageIndex;
 use crate::wire::entry::encode_table;
-use crate::wire::final_set;
+use crate::wire::final_set::Blob;
 use crate::wire::message::Talk;
 use crate::wire::{Header, Kind};
 
@@ -66,24 +66,26 @@ impl Conductor {
         Ok(())
     }
 
-    /// Takes the final set off the state: from here on it is known which copies count.
-    pub(super) fn take_final_set(&self, mut blob: Vec<u8>) -> Result<Vec<u8>> {
-        let Some(gather) = &self.gather else { return Ok(blob) };
+    /// Takes the final set, or a piece of it, off a blob. Behind the last piece is the state, and from there on it is
+    /// known which copies count.
+    pub(super) fn take_final_set(&mut self, mut blob: Vec<u8>) -> Result<Option<Vec<u8>>> {
+        let Some(gather) = &self.gather else { return Ok(Some(blob)) };
         let shared = gather.shared();
         let mut required = Ok(());
-        let state_at = {
+        let was = {
             let mut tracker = shared.tracker.lock();
             let pages = tracker.counts().total as u32;
-            final_set::decode(&blob, pages, &mut |run, round| {
+            self.final_set.take(&blob, pages, &mut |run, round| {
                 if required.is_ok() {
                     required = tracker.require(run, round);
                 }
             })?
         };
         required?;
+        let Blob::State(state_at) = was else { return Ok(None) };
         shared.set_final();
         blob.drain(..state_at);
-        Ok(blob)
+        Ok(Some(blob))
     }
 
     /// Begins to load the state, as soon as what loading may touch is right: in pre-copy there may be older bytes.

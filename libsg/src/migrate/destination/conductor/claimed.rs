@@ -34,13 +34,15 @@ impl Conductor {
         tracing::info!(%volume, name, epoch = epoch.0, "claimed");
         self.tell(&Event::Claimed { volume: volume.to_string(), name, epoch });
         let reached = claimant.fence()?;
-        let state = claimant.state(&reached)?;
+        let blobs = claimant.state(&reached)?;
         self.check_given_up()?;
         let (manifest, members) = (claimant.parked.manifest.clone(), claimant.parked.members.clone());
         self.claim = Some(claimant);
         let offer = Offer { volume, epoch, members, elapsed_us: 0, at, used, rounds: Rounds::None };
         self.build(offer, &manifest)?;
-        self.unloaded = Some(self.take_final_set(state)?);
+        for blob in blobs.pieces.into_iter().chain([blobs.state]) {
+            self.unloaded = self.take_final_set(blob)?;
+        }
         if let Some(gather) = &self.gather {
             let shared = gather.shared();
             // There is nobody to be asked but intermediaries, and the VM is nobody else's.
