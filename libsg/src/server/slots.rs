@@ -138,8 +138,8 @@ struct Lease {
     chunks: Vec<u32>,
     /// Those of them that may have free slots.
     open: Vec<u32>,
-    /// Pages, those that refer to slots included.
-    stored: u64,
+    /// Pages that refer to slots, each as often as it does. Those that own theirs are counted by the chunks.
+    referring: u64,
     domain: Option<DomainId>,
     refs: Refs,
 }
@@ -206,7 +206,15 @@ impl Slots {
     /// Pages stored of one volume.
     #[must_use]
     pub fn stored_pages_of(&self, volume: VolumeId) -> u64 {
-        self.leases.get(&volume).map_or(0, |lease| lease.stored)
+        self.leases.get(&volume).map_or(0, |lease| self.pages_of(lease))
+    }
+
+    fn pages_of(&self, lease: &Lease) -> u64 {
+        let owned = |number: &u32| match &self.entries[*number as usize] {
+            Entry::Leased(chunk) => u64::from(chunk.owned.len()),
+            Entry::Vacant { .. } | Entry::Idle { .. } => 0,
+        };
+        lease.referring + lease.chunks.iter().map(owned).sum::<u64>()
     }
 
     /// Lets slots be given to the volume from now on, and shared as it says.
@@ -289,9 +297,7 @@ impl Slots {
         let generation = chunk.slots[at].generation;
         chunk.slots[at] =
             Slot { page: owner.page.0, checksum: owner.checksum.0, round: owner.round.0, generation };
-        let volume = chunk.volume;
         self.stored += 1;
-        self.count_pages(volume, 1, 0);
         if let Some(hash) = hash {
             self.note_content(slot, *hash);
         }
@@ -358,6 +364,7 @@ impl Slots {
     /// Returns the pages that it had.
     pub fn dissolve(&mut self, volume: VolumeId) -> u64 {
         let Some(mut lease) = self.leases.remove(&volume) else { return 0 };
+        let pages = self.pages_of(&lease);
         self.drop_references(std::mem::take(&mut lease.refs));
         for number in std::mem::take(&mut lease.chunks) {
             self.leave_chunk(number);
@@ -365,7 +372,7 @@ impl Slots {
         if let Some(domain) = lease.domain {
             self.leave_domain(domain);
         }
-        lease.stored
+        pages
     }
 
     /// Chunks that the volume has now, for [`Self::discard_in`].
@@ -392,16 +399,8 @@ impl Slots {
             let slot = SlotIndex(number * CHUNK_SLOTS as u32 + at as u32);
             if let Some((chunk, at)) = self.chunk_mut(slot) {
                 chunk.owned.remove(at);
-                self.count_pages(volume, 0, 1);
                 self.let_go(slot);
             }
-        }
-    }
-
-    /// Pages of a volume came or went.
-    fn count_pages(&mut self, volume: VolumeId, more: u64, fewer: u64) {
-        if let Some(lease) = self.leases.get_mut(&volume) {
-            lease.stored = lease.stored + more - fewer;
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::hints::Hints;
 use super::table::SlotTable;
-use super::{CHUNK_SLOTS, Chunk, ChunkNumber, Entry, NoVolume, Owner, Slot, Slots};
+use super::{CHUNK_SLOTS, Chunk, ChunkNumber, Entry, Lease, NoVolume, Owner, Slot, Slots};
 use crate::content::{CONTENT_HASH_BYTES, ContentHash, Sharing};
 use crate::ids::{Checksum, Generation, Round, SlotIndex, VolumeId};
 use crate::page::{PageIndex, PageRange};
@@ -125,12 +125,16 @@ impl Slots {
     /// A page lies in the slot no more; the slot is free when nobody else holds it. Nothing happens unless [`Self::read`]
     /// finds the page there. Of a page that holds its slot twice, one hold goes.
     pub fn release(&mut self, volume: VolumeId, page: PageIndex, slot: SlotIndex, generation: Generation) {
-        if self.read(volume, page, slot, generation).is_none() || self.release_reference(volume, page, slot) {
+        if self.read(volume, page, slot, generation).is_none() {
+            return;
+        }
+        let Some((chunk, at)) = self.chunk_mut(slot) else { return };
+        let is_shared = chunk.contents.as_ref().is_some_and(|contents| contents.references[at] > 0);
+        if is_shared && self.release_reference(volume, page, slot) {
             return;
         }
         if let Some((chunk, at)) = self.chunk_mut(slot) {
             chunk.owned.remove(at);
-            self.count_pages(volume, 0, 1);
             self.let_go(slot);
         }
     }
@@ -300,13 +304,13 @@ impl Slots {
         let contents = chunk.contents.as_mut().filter(|contents| contents.references[at] < u16::MAX)?;
         contents.references[at] += 1;
         contents.heir = Some(volume);
-        let refs = &mut self.leases.get_mut(&volume)?.refs;
+        let Lease { refs, referring, .. } = self.leases.get_mut(&volume)?;
+        *referring += 1;
         let fresh = Reference { round: round.0, times: 0, checksum: of_slot };
         let held = refs.entry((page.0, slot.0)).or_insert(fresh);
         held.times += 1;
         held.checksum = checksum.map_or(held.checksum, |checksum| checksum.0);
         held.round = held.round.max(round.0);
-        self.count_pages(volume, 1, 0);
         Some(Generation(generation))
     }
 
@@ -319,7 +323,7 @@ impl Slots {
         if held.times == 0 {
             lease.refs.remove(&key);
         }
-        self.count_pages(volume, 0, 1);
+        lease.referring -= 1;
         self.unreference(slot, 1);
         true
     }
@@ -346,7 +350,7 @@ impl Slots {
             .refs
             .extract_if(|(page, _), held| positions.contains(&(*page as usize)) && held.round < below.0)
             .collect::<Refs>();
-        self.count_pages(volume, 0, gone.values().map(|held| u64::from(held.times)).sum());
+        lease.referring -= gone.values().map(|held| u64::from(held.times)).sum::<u64>();
         self.drop_references(gone);
     }
 
