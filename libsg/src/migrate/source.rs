@@ -18,7 +18,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, Condvar};
 use crate::limits;
 use crate::manifest::Manifest;
-use crate::page::PageRange;
+use crate::pace::Told;
+use crate::page::{PAGE_BYTES_U64, PageRange};
 use crate::report::{SourceReport, Status};
 use crate::scatter::Scatter;
 use crate::scatter::session::Listener;
@@ -120,6 +121,15 @@ pub struct SourceProgress {
     pub committed: bool,
     /// Whether nothing is left here.
     pub evicted: bool,
+}
+
+/// What a source tells who divides the host's link between several VMs ([`Outgoing::backlog`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// What it has sent, and what its links show.
+    pub told: Told,
+    /// What it has left to send, about.
+    pub left_bytes: u64,
 }
 
 /// A VM that is leaving.
@@ -307,6 +317,25 @@ impl Outgoing {
         }
     }
 
+    /// Grants `bytes_per_s` of the host's link for so long, beside what is urgent, as a
+    /// [`LinkDivision`](crate::pace::LinkDivision) says; `None` is any rate. Until then the source looks for no rate of its
+    /// own, after it, it does again.
+    pub fn grant(&self, bytes_per_s: Option<u64>, valid: Duration) {
+        if let Some(scatter) = &self.control.state.lock().scatter {
+            scatter.pacer.grant(bytes_per_s, host::now() + valid);
+        }
+    }
+
+    /// What it has sent and has left, for who divides the host's link.
+    #[must_use]
+    pub fn backlog(&self) -> Backlog {
+        let Some(scatter) = self.control.state.lock().scatter.clone() else { return Backlog::default() };
+        let (safe, total) = scatter.planner.lock().progress();
+        let sent =
+            scatter.counters.direct.load(Ordering::Relaxed) + scatter.counters.staged.load(Ordering::Relaxed);
+        Backlog { told: scatter.pacer.tell(host::now()), left_bytes: left_bytes(safe, total, sent) }
+    }
+
     /// Calls it off. The VM runs on here.
     ///
     /// # Errors
@@ -390,6 +419,15 @@ impl Outgoing {
             Err(error) => SourceReport { status: Status::from(&error), ..SourceReport::default() },
         }
     }
+}
+
+/// What is left to send, by what pages have cost so far: many may be zero, or stored by others already.
+fn left_bytes(safe: u32, total: u32, sent_bytes: u64) -> u64 {
+    /// Pages by which it can be told.
+    const PAGES: u32 = 4096;
+    let left = u64::from(total.saturating_sub(safe)) * PAGE_BYTES_U64;
+    let cost = sent_bytes as f64 / (f64::from(safe.max(1)) * PAGE_BYTES_U64 as f64);
+    if safe < PAGES { left } else { (left as f64 * cost.clamp(0.01, 1.0)) as u64 }
 }
 
 impl Drop for Outgoing {

@@ -10,11 +10,15 @@
 //!  sender <--- its share: KernelPace --- direct first, bulk alike  <-----rate-----------+
 //!  receiver <--- grant or wait --------- TokenBuckets  <----------------rate-----------+
 //! ```
+//!
+//! Several VMs that leave one host share its link. A [`LinkDivision`] divides it: what a VM's pacer is to its links, the
+//! division is to those pacers.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod bucket;
 mod delay;
+mod division;
 mod rate;
 mod share;
 mod shared;
@@ -26,7 +30,8 @@ mod test;
 pub use bucket::{TokenBucket, slice_bytes};
 pub(crate) use bucket::{bytes_in, is_near};
 pub use delay::{Aggregate, LinkReading, aggregate, own_delay};
+pub use division::{LinkDivision, Part};
 pub use rate::{RateFinder, Reading};
-pub use shared::{Acquire, Class, LinkId, SharedPacer};
+pub use shared::{Acquire, Class, LinkId, SharedPacer, Told};
 pub use socket::{Dscp, mark_bulk, mark_urgent, precise_timers, quick_ack, set_congestion};
 pub use tcp_info::{KernelPace, TcpInfo, wake_reader_at};

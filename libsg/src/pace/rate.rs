@@ -116,6 +116,15 @@ impl RateFinder {
         }
     }
 
+    /// Knows from somebody else what the link carried: goes on from there, and soon looks whether it carries more.
+    #[must_use]
+    pub fn begin_at(bytes_per_s: u64, now: Instant) -> Self {
+        let mut finder = Self::new();
+        finder.add_estimate(bytes_per_s as f64 / CRUISE_SHARE);
+        finder.start_cruise(now);
+        finder
+    }
+
     /// Bounds the rate to `bytes_per_s` from now on; 0 takes the bound away.
     pub fn set_limit(&mut self, bytes_per_s: u64) {
         self.limit = (bytes_per_s > 0).then_some(bytes_per_s);

@@ -43,13 +43,15 @@ pub(super) struct Flow {
     pub share: f64,
     /// Bytes/s that the peer says it takes now, where it says so.
     pub takes: Option<f64>,
+    /// Of bulk: how much of what is shared is its part, beside the others' weights.
+    pub weight: f64,
     /// The means of what was carried and of what the peer said meanwhile.
     followed: (f64, f64),
 }
 
 impl Flow {
     pub fn new(class: Class) -> Self {
-        Self { class, carries: 0.0, share: f64::MAX, takes: None, followed: (0.0, 0.0) }
+        Self { class, carries: 0.0, share: f64::MAX, takes: None, weight: 1.0, followed: (0.0, 0.0) }
     }
 
     /// Whether something else holds it back, and it gets no more than `each` if it grows.
@@ -89,12 +91,12 @@ impl Flow {
 }
 
 /// Gives each flow its share of `rate` bytes/s: urgent ones take what they need, direct goes before
-/// bulk, and may have at once what nobody carries, and what its peer says it takes; bulk is shared alike among those
-/// that take it.
-pub(super) fn share(rate: f64, flows: &mut [Flow]) {
-    let least = rate * LEAST;
-    let many = flows.iter().filter(|flow| flow.class == Class::Bulk).count();
-    let (kept, least_bulk) = if many > 0 { (least, least / many as f64) } else { (0.0, least) };
+/// bulk, and may have at once what nobody carries, and what its peer says it takes; bulk is shared by weight among those
+/// that take it. So much of the rate is kept for growth ([`LEAST`]).
+pub(super) fn share(rate: f64, kept: f64, flows: &mut [Flow]) {
+    let least = rate * kept;
+    let weights: f64 = flows.iter().filter(|flow| flow.class == Class::Bulk).map(|flow| flow.weight).sum();
+    let (kept, least_bulk) = if weights > 0.0 { (least, least / weights) } else { (0.0, least) };
     let mut left = rate - kept;
     for flow in flows.iter_mut().filter(|flow| flow.class == Class::Urgent) {
         left -= flow.carries;
@@ -112,41 +114,48 @@ pub(super) fn share(rate: f64, flows: &mut [Flow]) {
 }
 
 /// Shares `left` among bulk flows: those that something else holds back leave what they do not carry to the
-/// others, who get alike.
+/// others, who get by their weights. `least` is kept for a weight of one.
 fn share_alike(left: f64, least: f64, flows: &mut [Flow]) {
+    // What a weight of one gets.
     let mut each = f64::MAX;
     // Falls with each flow that would take more than its fair part, until none is left that would.
     loop {
-        let (mut carried, mut many) = (0.0, 0);
+        let (mut carried, mut weights) = (0.0, 0.0);
         for flow in flows.iter().filter(|flow| flow.class == Class::Bulk) {
-            if flow.is_content(each, least) {
+            if flow.is_content(each * flow.weight, least * flow.weight) {
                 carried += flow.carries;
             } else {
-                many += 1;
+                weights += flow.weight;
             }
         }
-        if many == 0 {
+        if weights == 0.0 {
             return let_grow(left, least, flows);
         }
-        let next = ((left - carried) / f64::from(many)).max(least);
+        let next = (left - carried).max(0.0) / weights;
         if next >= each {
             break;
         }
         each = next;
     }
     for flow in flows.iter_mut().filter(|flow| flow.class == Class::Bulk) {
-        flow.share = if flow.is_content(each, least) { flow.grown(least) } else { each };
+        let (part, least) = (each.max(least) * flow.weight, least * flow.weight);
+        flow.share = if flow.is_content(part, least) { flow.grown(least) } else { part };
     }
 }
 
 /// Shares `left` among bulk flows that are all held back by something else: what nobody takes is theirs to grow.
 fn let_grow(left: f64, least: f64, flows: &mut [Flow]) {
     let bulk = || flows.iter().filter(|flow| flow.class == Class::Bulk);
-    let (many, grown) = (bulk().count() as f64, bulk().map(|flow| flow.grown(least)).sum::<f64>());
+    let weights: f64 = bulk().map(|flow| flow.weight).sum();
+    let grown: f64 = bulk().map(|flow| flow.grown(least * flow.weight)).sum();
     for flow in flows.iter_mut().filter(|flow| flow.class == Class::Bulk) {
+        let least = least * flow.weight;
         let own = flow.grown(least);
-        flow.share =
-            if grown <= left { own + (left - grown) / many } else { (own * left / grown).max(least) };
+        flow.share = if grown <= left {
+            own + (left - grown) * flow.weight / weights
+        } else {
+            (own * left / grown).max(least)
+        };
     }
 }
 
@@ -163,7 +172,7 @@ mod test {
     fn settle(wants: &[(Class, f64)]) -> Vec<Flow> {
         let mut flows: Vec<Flow> = wants.iter().map(|(class, _)| Flow::new(*class)).collect();
         for _ in 0..1_000 {
-            share(RATE, &mut flows);
+            share(RATE, LEAST, &mut flows);
             for (flow, (_, wants)) in flows.iter_mut().zip(wants) {
                 let carries = flow.share.min(*wants).min(2.0 * RATE);
                 flow.carried((carries * TICK.as_secs_f64()) as u64, TICK);
@@ -214,7 +223,7 @@ mod test {
         let mut gathered = 0.0;
         let mut run = |urgent: f64, ticks: u32| {
             for _ in 0..ticks {
-                share(SLOW, &mut flows);
+                share(SLOW, LEAST, &mut flows);
                 gathered += flows[0].share * TICK.as_secs_f64();
                 let pieces = (gathered / PIECE_BYTES).floor() * PIECE_BYTES;
                 gathered -= pieces;
@@ -239,7 +248,7 @@ mod test {
             // 100 ms each: so that growing by a third in 24 ms is too late.
             let takes = if tick / 25 % 2 == 0 { PORT } else { PORT / 10.0 };
             flows[0].takes = told.then_some(takes);
-            share(RATE, &mut flows);
+            share(RATE, LEAST, &mut flows);
             let used = [flows[0].share.min(takes), flows[1].share, flows[2].share];
             for (flow, used) in flows.iter_mut().zip(used) {
                 flow.carried((used.min(2.0 * RATE) * TICK.as_secs_f64()) as u64, TICK);
@@ -266,7 +275,7 @@ mod test {
         for stalls in [false, true] {
             for _ in 0..500 {
                 flows[0].takes = Some(RATE / 2.0);
-                share(RATE, &mut flows);
+                share(RATE, LEAST, &mut flows);
                 let direct = if stalls { 0.0 } else { flows[0].share.min(RATE / 2.0) };
                 let used = [direct, flows[1].share];
                 for (flow, used) in flows.iter_mut().zip(used) {
@@ -289,7 +298,7 @@ mod test {
     fn a_path_that_recovers_gets_its_share_back() {
         let mut flows = settle(&[(Class::Bulk, 5e6), (Class::Bulk, f64::MAX)]);
         for _ in 0..1_000 {
-            share(RATE, &mut flows);
+            share(RATE, LEAST, &mut flows);
             for flow in &mut flows {
                 flow.carried((flow.share * TICK.as_secs_f64()) as u64, TICK);
             }
@@ -303,7 +312,7 @@ mod test {
         let late = 8 * TICK;
         let bytes = (flows[0].share * late.as_secs_f64()) as u64;
         flows[0].carried(bytes, late);
-        share(RATE, &mut flows);
+        share(RATE, LEAST, &mut flows);
         assert!(near(flows[0].share, 50e6), "{flows:?}");
     }
 

@@ -3,12 +3,15 @@
 //! At the source links report and get their share of the rate, which their kernel keeps. At the destination what
 //! is paced leaves elsewhere, so there they ask before they ask for bytes: credit of the direct path ahead of its
 //! time, and with what that leaves reads from intermediaries.
+//!
+//! Where several such sums share one link (VMs that leave one host), somebody may divide it ([`super::LinkDivision`]): what
+//! is granted then takes the place of the rate found here, for as long as the word holds.
 
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::bucket::{SLICE_BYTES_MAX, TokenBucket, slice_bytes, time_of};
+use super::bucket::{SLICE_BYTES_MAX, TokenBucket, bytes_in, slice_bytes, time_of};
 use super::delay::{Aggregate, LinkReading, aggregate};
 use super::rate::{RateFinder, Reading};
 use super::share::{Flow, LEAST, share};
@@ -28,6 +31,9 @@ const LIMITED_TIME: Duration = Duration::from_millis(10);
 
 /// More than one in so many bytes not sent although they might have been is less than pacing allows.
 const LOST_PARTS: u64 = 50;
+
+/// The least weight and the largest.
+const WEIGHTS: (f64, f64) = (1e-9, 1e15);
 
 /// Waiting threads that are given different times to come back at.
 const TURNS_MAX: u32 = 4;
@@ -56,6 +62,23 @@ pub enum Acquire {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkId(usize);
 
+/// What a pacer tells who divides the host's link among several.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// All of its links as one, but for the urgent ones.
+    pub paced: LinkReading,
+    /// Bytes of the urgent ones that arrived.
+    pub urgent_bytes: u64,
+}
+
+/// Somebody else's word on what may be sent.
+#[derive(Clone, Copy, Debug)]
+struct Granted {
+    /// Beside what is urgent; `None` while nobody has found it yet.
+    bytes_per_s: Option<u64>,
+    until: Instant,
+}
+
 #[derive(Clone, Copy, Debug, Default)]
 struct Link {
     earlier: LinkReading,
@@ -79,8 +102,15 @@ struct Inner {
     links: Vec<Option<Link>>,
     /// One for each of `links`; whoever is gone has none to carry.
     flows: Vec<Flow>,
+    /// What of the rate is kept for those that are to grow.
+    kept: f64,
     delivered: u64,
+    /// Of that, what was urgent.
+    delivered_urgent: u64,
     shared: Aggregate,
+    /// What was told last: what is told never goes back.
+    told: Told,
+    granted: Option<Granted>,
     ticked_at: Instant,
     /// Since the last tick somebody asked: threads keep the pace, not the kernel.
     asked: bool,
@@ -107,12 +137,23 @@ impl SharedPacer {
                 promised: now,
                 links: Vec::new(),
                 flows: Vec::new(),
+                kept: LEAST,
                 delivered: 0,
+                delivered_urgent: 0,
                 shared: Aggregate::default(),
+                told: Told::default(),
+                granted: None,
                 ticked_at: now,
                 asked: false,
             }),
         }
+    }
+
+    /// The same, with so much of the rate kept for links that are to grow.
+    pub(super) fn keeping(now: Instant, kept: f64) -> Self {
+        let pacer = Self::new(now, 0);
+        pacer.inner.lock().kept = kept;
+        pacer
     }
 
     /// Asks to send `bytes` at `now`. What is granted is charged; what is then not sent is given back by
@@ -151,6 +192,26 @@ impl SharedPacer {
     /// Bounds direct and bulk, together, to `bytes_per_s` from `now` on; 0 takes the bound away.
     pub fn set_limit(&self, bytes_per_s: u64, now: Instant) {
         self.inner.lock().limit.set_rate(now, (bytes_per_s > 0).then_some(bytes_per_s));
+    }
+
+    /// Grants `bytes_per_s` for direct and bulk together, beside what is urgent, until then: it takes the place of the
+    /// rate found here, and nothing is looked for meanwhile. `None` is any rate. After that the rate is found here
+    /// again, from what was granted on.
+    pub fn grant(&self, bytes_per_s: Option<u64>, until: Instant) {
+        self.inner.lock().granted = Some(Granted { bytes_per_s, until });
+    }
+
+    /// What was measured up to `now`, for who grants.
+    #[must_use]
+    pub fn tell(&self, now: Instant) -> Told {
+        self.inner.lock().tell(now)
+    }
+
+    /// How much of what bulk links share is this one's part, beside the others' weights; one where nobody says.
+    pub fn set_weight(&self, id: LinkId, weight: f64) {
+        if let Some(flow) = self.inner.lock().flows.get_mut(id.0) {
+            flow.weight = weight.clamp(WEIGHTS.0, WEIGHTS.1);
+        }
     }
 
     /// Adds a link that will report. Urgent connections are links too: what they carry is part of the sum, and
@@ -301,20 +362,65 @@ impl Inner {
     }
 
     /// What links carried since they last told, by what they carried lately. Each tells in its own time, a tick or
-    /// three before this one or just now: by what they told alone, 40 ms at one rate look like 36 or 44.
-    fn not_told(&self, now: Instant) -> u64 {
+    /// three before this one or just now: by what they told alone, 40 ms at one rate look like 36 or 44. Urgent ones
+    /// apart, and the others.
+    fn not_told(&self, now: Instant) -> (u64, u64) {
         let told = self.links.iter().map(|link| link.and_then(|link| link.reported_at));
-        let carried = told.zip(&self.flows).filter_map(|(told, flow)| {
-            let since = now.saturating_duration_since(told?).min(NOT_TOLD_TIME);
-            Some(flow.carries * since.as_secs_f64())
-        });
-        carried.sum::<f64>() as u64
+        let (mut urgent, mut others) = (0.0, 0.0);
+        for (told, flow) in told.zip(&self.flows) {
+            let Some(told) = told else { continue };
+            let since = now.saturating_duration_since(told).min(NOT_TOLD_TIME);
+            let sum = if flow.class == Class::Urgent { &mut urgent } else { &mut others };
+            *sum += flow.carries * since.as_secs_f64();
+        }
+        (urgent as u64, others as u64)
+    }
+
+    fn tell(&mut self, now: Instant) -> Told {
+        let (urgent, others) = self.not_told(now);
+        // No more than may leave: a burst into empty sockets, carried on, would be more than comes in seconds.
+        let most = self.link.rate().map_or(0, |rate| bytes_in(rate, NOT_TOLD_TIME));
+        let (urgent, others) = (urgent.min(most), others.min(most));
+        let paced = self.delivered - self.delivered_urgent + others;
+        self.told = Told {
+            paced: LinkReading {
+                delivered: paced.max(self.told.paced.delivered),
+                queue_delay: self.shared.queue_delay,
+                base_rtt: self.shared.base_rtt,
+                backlogged: self.is_backlogged(),
+            },
+            urgent_bytes: (self.delivered_urgent + urgent).max(self.told.urgent_bytes),
+        };
+        self.told
+    }
+
+    fn is_backlogged(&self) -> bool {
+        self.links.iter().flatten().any(|link| link.present.backlogged)
+    }
+
+    /// The rate that was granted, with what is urgent beside it; and the outer `None` where nobody's word holds. When the
+    /// last one is over, the rate is found here, from there on.
+    fn granted(&mut self, now: Instant) -> Option<Option<u64>> {
+        let granted = self.granted?;
+        let urgent = self.flows.iter().filter(|flow| flow.class == Class::Urgent);
+        let urgent = urgent.map(|flow| flow.carries).sum::<f64>() as u64;
+        let rate = granted.bytes_per_s.map(|paced| paced.saturating_add(urgent));
+        if now < granted.until {
+            return Some(rate);
+        }
+        self.granted = None;
+        self.finder = rate.map_or_else(RateFinder::new, |rate| RateFinder::begin_at(rate, now));
+        None
     }
 
     fn tick(&mut self, now: Instant) {
         self.shared = aggregate(self.links.iter().flatten().map(|link| (link.earlier, link.present)));
         for (link, flow) in self.links.iter_mut().zip(&mut self.flows) {
             let Some(link) = link else { continue };
+            if flow.class == Class::Urgent {
+                let moved = link.present.delivered.saturating_sub(link.earlier.delivered);
+                self.delivered_urgent += moved;
+            }
             // A receiver tells of what came, and nothing where nothing does.
             if link.reported_at.is_some_and(|at| now.saturating_duration_since(at) >= ACTIVE_TIME) {
                 flow.carried(0, now.saturating_duration_since(self.ticked_at));
@@ -331,8 +437,7 @@ impl Inner {
         self.delivered += self.shared.moved;
         // The link's tokens ran over: nobody had data, or came too late, or the operator's limit is the lower.
         let lost = self.link.take_lost(now) > self.shared.moved / LOST_PARTS;
-        let app_limited =
-            if self.asked { lost } else { !self.links.iter().flatten().any(|link| link.present.backlogged) };
+        let app_limited = if self.asked { lost } else { !self.is_backlogged() };
         // The limit is what paces: a delay is not the doing of what we send, and what is delivered says nothing of
         // the link. A finder that measured by it would take the limit, and then less and less, for the link.
         let limited = if self.asked {
@@ -342,16 +447,15 @@ impl Inner {
         };
         self.asked = false;
         let queue_delay = self.shared.queue_delay.map(|delay| if limited { Duration::ZERO } else { delay });
-        let delivered = self.delivered + self.not_told(now);
-        let rate = self.finder.tick(
-            now,
-            Reading {
-                delivered,
-                queue_delay,
-                base_rtt: self.shared.base_rtt,
-                app_limited: app_limited || limited,
-            },
-        );
+        let (urgent, others) = self.not_told(now);
+        let delivered = self.delivered + urgent + others;
+        let reading = Reading {
+            delivered,
+            queue_delay,
+            base_rtt: self.shared.base_rtt,
+            app_limited: app_limited || limited,
+        };
+        let rate = self.granted(now).unwrap_or_else(|| self.finder.tick(now, reading));
         self.ticked_at = now;
         tracing::trace!(
             moved = self.shared.moved,
@@ -363,7 +467,7 @@ impl Inner {
         );
         self.link.set_rate(now, rate);
         match self.rate() {
-            Some(rate) => share(rate as f64, &mut self.flows),
+            Some(rate) => share(rate as f64, self.kept, &mut self.flows),
             None => self.flows.iter_mut().for_each(|flow| flow.share = f64::MAX),
         }
     }

@@ -167,3 +167,45 @@ fn removed_links_are_reused_and_ignored() {
     pacer.observe(first, LinkReading::default(), now);
     assert_eq!(pacer.add_link(Class::Bulk), first);
 }
+
+#[test]
+fn what_is_granted_takes_the_place_of_what_is_found_until_nobody_says_more() {
+    const GRANTED: u64 = 10_000_000;
+    let start = Instant::now();
+    let pacer = SharedPacer::new(start, 0);
+    let (bulk, urgent) = (pacer.add_link(Class::Bulk), pacer.add_link(Class::Urgent));
+    let (mut now, mut sent, mut told) = (start, [0_u64; 2], Told::default());
+    let mut run = |grant: Option<Option<u64>>, ticks: u32, delay_ms: u64| {
+        for _ in 0..ticks {
+            now += TICK_TIME;
+            if let Some(bytes_per_s) = grant {
+                pacer.grant(bytes_per_s, now + Duration::from_millis(100));
+            }
+            let share = pacer.rate().map_or(20_000_000, |rate| rate.min(20_000_000) - 1_000_000);
+            sent = [sent[0] + share / 250, sent[1] + 1_000_000 / 250];
+            let reading = |delivered, queue_delay| LinkReading {
+                delivered,
+                queue_delay,
+                base_rtt: Duration::from_micros(50),
+                backlogged: true,
+            };
+            pacer.observe(urgent, reading(sent[1], None), now);
+            pacer.report(bulk, reading(sent[0], Some(Duration::from_millis(delay_ms))), now);
+            let before = std::mem::replace(&mut told, pacer.tell(now));
+            assert!(told.paced.delivered >= before.paced.delivered, "it goes back: {told:?}");
+        }
+        (pacer.rate(), told, sent)
+    };
+    // A queue that is not ours to give way to: who grants sees it.
+    assert_eq!(run(Some(None), 50, 4).0, None, "any rate");
+    let (rate, told, sent) = run(Some(Some(GRANTED)), 100, 4);
+    let rate = rate.unwrap();
+    assert!(rate.abs_diff(GRANTED + 1_000_000) < 50_000, "what is urgent comes on top: {rate}");
+    assert!(told.paced.delivered.abs_diff(sent[0]) < GRANTED / 50, "{told:?} of {sent:?}");
+    assert!(told.urgent_bytes.abs_diff(sent[1]) < GRANTED / 50, "{told:?} of {sent:?}");
+    assert_eq!(told.paced.queue_delay, Some(Duration::from_millis(4)));
+    // The last word holds for 100 ms. Then it is looked for, from there on.
+    assert_eq!(run(None, 20, 4).0, Some(rate));
+    let alone = run(None, 10, 0).0.unwrap();
+    assert!(alone.abs_diff(rate) < rate / 20, "{alone} after {rate}");
+}
