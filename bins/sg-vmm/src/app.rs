@@ -1,9 +1,10 @@
 //! The process: a VM, its control socket, and how it ends.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use libsg::page::PAGE_BYTES_U64;
 use libsg::report::{self, Status};
 use libsg::units::Rate;
 use libsg::{Error, ErrorKind, Result};
@@ -35,6 +36,9 @@ pub mod exit {
     /// Interrupted by a signal.
     pub const INTERRUPTED: u8 = 130;
 }
+
+/// The longest that a share of the host's link holds without another word.
+const SHARE_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// How the process came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -210,6 +214,27 @@ impl Vmm {
         Ok(Map::new())
     }
 
+    /// What somebody who has it leave needs to know before.
+    fn describe(&self) -> Result<Map<String, Value>> {
+        let Some(vm) = self.berth.vm() else {
+            return Ok(object(json!({ "vm": null, "state": "empty" })));
+        };
+        let present_pages = vm.memory().guest().presence()?.count();
+        Ok(object(json!({
+            "vm": vm.config().name,
+            "state": self.moves.state(&vm),
+            "memory_bytes": vm.config().memory_bytes,
+            "present_bytes": u64::from(present_pages) * PAGE_BYTES_U64,
+        })))
+    }
+
+    fn share(&self, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
+        let bytes_per_s = argument(arguments, "bytes_per_s", "bytes a second, or null")?.unwrap_or(None);
+        let valid_ms: u64 = argument(arguments, "for_ms", "milliseconds")?.unwrap_or(0);
+        let valid = Duration::from_millis(valid_ms).min(SHARE_TIME_MAX);
+        Ok(object(self.moves.share(bytes_per_s, valid)))
+    }
+
     fn start(&self, arguments: &Map<String, Value>) -> Result<Map<String, Value>> {
         let what = serde_json::from_value(Value::Object(arguments.clone())).map_err(|e| {
             let example = r#"{"do":"start","mode":"scatter-gather","to":"10.0.0.2:7700","intermediaries":["10.0.0.3:7701"]}"#;
@@ -264,6 +289,8 @@ impl Controlled for Vmm {
                 let sample = self.moves.sample(self.berth.vm().as_deref());
                 Ok(object(json!({ "sample": sample })))
             }
+            "describe" => self.describe(),
+            "share" => self.share(arguments),
             "limit" => self.limit(arguments),
             "cancel" => self.moves.cancel().map(|()| Map::new()),
             "stats" => Ok(object(json!({ "guest": self.vm()?.stats() }))),
@@ -279,7 +306,7 @@ impl Controlled for Vmm {
             other => Err(Error::new(
                 ErrorKind::Input,
                 format!(
-                    "no command {other:?}: there are start, claim, progress, limit, cancel, report, stats, verify, pause, \
+                    "no command {other:?}: there are describe, start, share, claim, progress, limit, cancel, report, stats, verify, pause, \
                      resume, spoil, quit"
                 ),
             )),

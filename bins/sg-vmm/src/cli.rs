@@ -135,10 +135,11 @@ pub struct RunArguments {
     /// "mode":"scatter-gather","intermediaries":["ADDR:PORT"]}, or instead of a list "pool":true, with "evacuate":true where
     /// the whole zone is emptied, and "dry_run":true to be told of the choice and nothing else; where "mode" may also be post-copy, hybrid or pre-copy, the
     /// latter two with "rounds" (most while the VM runs), "downtime_limit_ms", "via" (direct or vmd); with "replicas":N
-    /// each page that goes to intermediaries lies at N of them; and with "dedup":{"hash":
+    /// each page that goes to intermediaries lies at N of them; with "scatter":RATE no more leaves in bulk; and with "dedup":{"hash":
     /// "blake3" or "sha1","domain":NAME}, both optional, pages that intermediaries hold for VMs of the same domain are
     /// not sent; with "park":NAME instead of "to" the VM is left at the intermediaries under that name, and this process is
-    /// free; claim ("claim":NAME, "intermediaries", "force") in a process that has no VM (--empty); progress, limit ("gather", "scatter": RATE), cancel,
+    /// free; describe (its name, its memory and how much of it is there); share ("bytes_per_s" of the host's link
+    /// that a VM that leaves may take for "for_ms", from who divides it among several VMs: sg evict); claim ("claim":NAME, "intermediaries", "force") in a process that has no VM (--empty); progress, limit ("gather", "scatter": RATE), cancel,
     /// report, stats, verify ("by": guest or vmm), pause, resume, quit, and as a canary spoil ("page": a page that is made
     /// wrong, which must be reported as exactly one mismatch)
     #[arg(long, value_name = "PATH")]

@@ -14,10 +14,11 @@ use libsg::manifest::Manifest;
 use libsg::migrate::destination::{
     ArrivalPhase, ClaimOptions, Destination, DestinationOptions, Incoming, claim,
 };
-use libsg::migrate::source::{Outgoing, SourceOptions, To, start};
+use libsg::migrate::source::{Backlog, Outgoing, SourceOptions, To, start};
 use libsg::migrate::{Mode, PoolSecret, Replacements, RoundOptions, Via};
 use libsg::report::{Bytes, DestinationReport, Sample, SourceReport};
 use libsg::source::MemorySource;
+use libsg::units::Rate;
 use libsg::vmd::TcpConnector;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
@@ -71,6 +72,8 @@ pub struct Start {
     pub replicas: Option<u8>,
     /// With whom its pages are shared at intermediaries; nobody where it is not said.
     pub dedup: Option<Sharing>,
+    /// Most that leaves in bulk, from the start on: a rate such as "256mbit".
+    pub scatter: Option<String>,
 }
 
 /// What `claim` asks for.
@@ -202,6 +205,7 @@ impl Moves {
             let message = "the VM has not gathered its memory yet: it can migrate on when it has";
             return Err(Error::new(ErrorKind::Input, message));
         }
+        let scatter_limit = what.scatter.as_deref().map(str::parse::<Rate>).transpose()?;
         *self.began.lock() = Some(Instant::now());
         let options = SourceOptions {
             to,
@@ -212,7 +216,7 @@ impl Moves {
             replacements,
             secret: self.secret.clone(),
             connector: self.connector(),
-            scatter_limit_bytes_per_s: 0,
+            scatter_limit_bytes_per_s: scatter_limit.map_or(0, Rate::bytes_per_s),
             ready_timeout: READY_TIMEOUT,
             observer: self.observer(),
         };
@@ -301,6 +305,47 @@ impl Moves {
             self.outgoing.lock().as_ref().ok_or_else(|| here("leaves"))?.set_scatter_limit(limit);
         }
         Ok(())
+    }
+
+    /// Grants a VM that leaves a share of the host's link, in bytes a second, for so long, `None` being any rate; for no time
+    /// at all grants nothing. Says how it stands.
+    #[must_use]
+    pub fn share(&self, bytes_per_s: Option<u64>, valid: Duration) -> Value {
+        let Some(outgoing) = self.outgoing.lock().clone() else { return json!({"leaving": null}) };
+        let is_over = outgoing.is_over();
+        if !valid.is_zero() {
+            outgoing.grant(bytes_per_s, valid);
+        }
+        let Backlog { told, left_bytes } = outgoing.backlog();
+        let now = outgoing.progress();
+        let micros = |time: Duration| time.as_micros() as u64;
+        json!({"leaving": {
+            "paced_bytes": told.paced.delivered,
+            "urgent_bytes": told.urgent_bytes,
+            "queue_delay_us": told.paced.queue_delay.map(micros),
+            "base_rtt_us": micros(told.paced.base_rtt),
+            "backlogged": told.paced.backlogged,
+            "left_bytes": left_bytes,
+            "sent_bytes": now.direct_bytes + now.staged_bytes,
+            "safe_pages": now.safe_pages,
+            "total_pages": now.total_pages,
+            "committed": now.committed,
+            "evicted": now.evicted,
+            "over": is_over,
+        }})
+    }
+
+    /// What becomes of a VM: whether it leaves, has left, or is not all there yet.
+    #[must_use]
+    pub fn state(&self, vm: &Vm) -> &'static str {
+        let leaves = self.outgoing.lock().as_ref().is_some_and(|outgoing| !outgoing.is_over());
+        let arrives = |incoming: &Arc<Incoming>| incoming.wait_gathered(Duration::ZERO).is_err();
+        match vm.has_left() {
+            _ if leaves => "leaving",
+            true => "left",
+            false if self.incoming.lock().as_ref().is_some_and(arrives) => "arriving",
+            false => "here",
+        }
     }
 
     /// Calls the migration off, before COMMIT.

@@ -388,6 +388,12 @@ impl Vm {
         self.retired.store(true, Ordering::Release);
     }
 
+    /// Whether it has moved.
+    #[must_use]
+    pub fn has_left(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
     /// These pages are lost for good: the VMM does not read them, a vCPU that does gets an error.
     pub fn lose(&self, pages: &[PageRange]) {
         tracing::error!(pages = ?pages, "pages are lost");
