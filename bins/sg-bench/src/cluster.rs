@@ -13,12 +13,12 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use crate::cli::MigrateArgs;
-use crate::control::Control;
 use crate::events::Events;
 use crate::interrupt;
 use crate::lab::{Lab, Node};
 use crate::process::Process;
 use libsg::units::Size;
+use vmms::{Control, ControlSocket, Divider};
 
 const DESTINATION_PORT: u16 = 7700;
 const INTERMEDIARY_PORT: u16 = 7701;
@@ -57,6 +57,8 @@ pub struct Cluster {
     /// One for each VM.
     pub pairs: Vec<Pair>,
     peers: Vec<SocketAddr>,
+    /// One for each source host that several VMs leave.
+    dividers: Vec<Divider>,
 }
 
 impl Cluster {
@@ -73,7 +75,8 @@ impl Cluster {
             .write_all(text.as_bytes())?;
         let secret = secret.display().to_string();
 
-        let mut cluster = Self { intermediaries: Vec::new(), pairs: Vec::new(), peers: Vec::new() };
+        let mut cluster =
+            Self { intermediaries: Vec::new(), pairs: Vec::new(), peers: Vec::new(), dividers: Vec::new() };
         for &node in lab.nodes() {
             if let Some(namespace) = lab.namespace(node) {
                 events.add_link(node, namespace);
@@ -196,7 +199,23 @@ impl Cluster {
             });
             pair.source.control.request(&request, START_LIMIT)?;
         }
+        self.divide_links(usize::from(args.lab.source_hosts))?;
         Ok(start)
+    }
+
+    /// Where several VMs leave a host, its link is divided among them, as `sg evict` does it.
+    fn divide_links(&mut self, hosts: usize) -> Result<()> {
+        for host in 0..hosts {
+            let leaving: Vec<&Pair> = self.pairs.iter().skip(host).step_by(hosts).collect();
+            if leaving.len() > 1 {
+                let mut divider = Divider::new();
+                for pair in leaving {
+                    divider.add(Box::new(ControlSocket::new(&pair.source.socket)), None)?;
+                }
+                self.dividers.push(divider);
+            }
+        }
+        Ok(())
     }
 
     /// Has every VM that was parked be claimed.

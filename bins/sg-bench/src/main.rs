@@ -8,7 +8,6 @@ mod accept;
 mod beside;
 mod cli;
 mod cluster;
-mod control;
 mod cost;
 mod demo;
 mod disk;

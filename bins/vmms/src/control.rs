@@ -1,11 +1,15 @@
 //! Talks to an `sg-vmm` over its control socket: one JSON object a line each way.
 //!
-//! What sg-bench uses of it:
+//! What is used of it:
 //!
 //! | request | answer |
 //! | --- | --- |
 //! | `{"do":"start","mode":"scatter-gather","to":"ADDR:PORT","intermediaries":["ADDR:PORT"]}` | accepted, or why not |
-//! | `{"do":"limit","gather":"256mbit"}` (destination) | accepted |
+//! | `{"do":"describe"}` | `"vm"`: its name, `"state"`: `empty here leaving left arriving`, `"memory_bytes"`, `"present_bytes"` |
+//! | `{"do":"share","bytes_per_s":N,"for_ms":N}` (source) | `"leaving"`: how far it is, null where it does not leave |
+//! | `{"do":"claim","claim":NAME,"intermediaries":["ADDR:PORT"]}` (destination) | accepted |
+//! | `{"do":"limit","gather":"256mbit"}` (destination), `"scatter"` (source) | accepted |
+//! | `{"do":"cancel"}` | accepted, or why not |
 //! | `{"do":"progress"}` | `"sample"`: a [`libsg::report::Sample`], null what this end does not know |
 //! | `{"do":"report"}` | `"source"`: [`libsg::report::SourceReport`] or null, `"destination"`: [`libsg::report::DestinationReport`] or null, `"guest"`: [`libsg::report::Guest`] |
 //! | `{"do":"verify"}` | when the guest has verified every page: `"guest"` |
@@ -38,11 +42,15 @@ const QUIET: Duration = Duration::from_secs(2);
 
 impl Control {
     /// For the socket at `path`.
+    #[must_use]
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), connection: None, quiet_until: None }
     }
 
     /// The answer to `{"do": what}`, which the VMM has at hand.
+    ///
+    /// # Errors
+    /// As [`Self::request`]; for a while after that, at once.
     pub fn ask(&mut self, what: &str) -> Result<Value> {
         if self.quiet_until.is_some_and(|until| Instant::now() < until) {
             bail!("the VMM at {} did not answer", self.path.display());
@@ -85,7 +93,7 @@ impl Control {
         connection.get_mut().write_all(line.as_bytes())?;
         line.clear();
         if connection.read_line(&mut line)? == 0 {
-            bail!("it hung up");
+            return Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "it hung up").into());
         }
         Ok(serde_json::from_str(&line)?)
     }
