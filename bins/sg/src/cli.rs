@@ -43,10 +43,11 @@ Examples:
   sg status --intermediary 10.0.0.3 --intermediary 10.0.0.4 --secret pool.secret
   sg ls --pool static:/etc/sg/pool --secret pool.secret       whose pages lie there
   sg plan --pool multicast:239.83.71.1 --secret pool.secret --memory 64G   who would take them
+  sg evict --all --to 10.0.0.2 --pool multicast:239.83.71.1 --secret pool.secret     this host's VMs leave it
   sg nbd --create scratch --size 1G --pool static:/etc/sg/pool --secret pool.secret    a disk in their memory
 
 Sizes are powers of two (512M, 1G), rates powers of ten (256mbit, 1gbit; 0 is unlimited).
-Exit codes: 0 done, 1 failed and nothing lost, 2 wrong arguments, 3 something was lost."
+Exit codes: 0 done, 1 failed and nothing lost, 2 wrong arguments, 3 something was lost, 4 cancelled, 130 interrupted."
 )]
 pub struct Cli {
     /// What to do.
@@ -68,6 +69,14 @@ pub enum Command {
     Dissolve(DissolveArgs),
     /// Which intermediaries a VM would go to, and why; whether it fits, and how long it takes. Does nothing
     Plan(PlanArgs),
+    /// Empty this host of its VMs, over their VMMs' control sockets: to destinations, or parked
+    Evict(crate::evict::EvictArgs),
+    /// Follow VMs that arrive here until they hold all of their memory; claim parked ones
+    Gather(crate::evict::GatherArgs),
+    /// Call migrations off: the VMs run on where they were
+    Cancel(crate::evict::CancelArgs),
+    /// Change how fast VMs leave, or arrive in the background
+    Limit(crate::evict::LimitArgs),
     /// Serve a volume as a block device, to whatever speaks NBD
     Nbd(crate::nbd::NbdArgs),
 }
@@ -260,6 +269,16 @@ pub fn secret(path: Option<&Path>) -> Result<PoolSecret> {
 }
 
 impl Intermediaries {
+    /// Whether nobody is named.
+    pub fn is_empty(&self) -> bool {
+        self.intermediary.is_empty() && self.pool.is_none()
+    }
+
+    /// Our own address on the way to the pool, where hosts announce themselves in it.
+    pub fn own_address(&self) -> Option<IpAddr> {
+        self.pool.as_ref()?.parse::<Meeting>().ok()?.own_address().ok()
+    }
+
     /// The intermediaries that are named or found.
     pub fn find(&self, secret: &PoolSecret) -> Result<Vec<Found>> {
         let mut names = self.intermediary.clone();
@@ -298,12 +317,17 @@ fn listed(path: &str) -> Result<Vec<String>> {
     Ok(lines.filter(|line| !line.is_empty()).map(str::to_owned).collect())
 }
 
-/// The address of `HOST`, `HOST:PORT`, or `[HOST]:PORT`.
+/// The address of an intermediary.
 fn resolve(name: &str) -> Result<SocketAddr> {
+    resolve_at(name, PORT)
+}
+
+/// The address of `HOST`, `HOST:PORT`, or `[HOST]:PORT`.
+pub fn resolve_at(name: &str, port: u16) -> Result<SocketAddr> {
     if let Ok(address) = name.parse::<IpAddr>() {
-        return Ok((address, PORT).into());
+        return Ok((address, port).into());
     }
-    let found = if name.contains(':') { name.to_socket_addrs() } else { (name, PORT).to_socket_addrs() };
+    let found = if name.contains(':') { name.to_socket_addrs() } else { (name, port).to_socket_addrs() };
     let mut found = found.with_context(|| format!("{name} is no HOST:PORT that can be found"))?;
     found.next().with_context(|| format!("{name} has no address"))
 }

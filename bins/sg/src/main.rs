@@ -3,6 +3,7 @@
 mod announce;
 mod ask;
 mod cli;
+mod evict;
 mod nbd;
 mod operate;
 mod plan;
@@ -22,6 +23,10 @@ fn main() -> ExitCode {
         cli::Command::Ls(args) => operate::list(args),
         cli::Command::Dissolve(args) => operate::dissolve(args),
         cli::Command::Plan(args) => plan::run(args),
+        cli::Command::Evict(args) => evict::run(args),
+        cli::Command::Gather(args) => evict::gather(args),
+        cli::Command::Cancel(args) => evict::cancel(args),
+        cli::Command::Limit(args) => evict::limit(args),
         cli::Command::Nbd(args) => nbd::run(args),
     };
     match done {

@@ -1,0 +1,277 @@
+//! What `sg evict`, `sg gather`, `sg cancel` and `sg limit` are told.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use clap::{Args, ValueEnum};
+use libsg::units::Rate;
+
+use crate::cli::{Intermediaries, WrongArguments, resolve_at};
+
+/// Where VMMs of a host have their control sockets.
+const RUN_DIRECTORY: &str = "/run/libsg";
+
+/// The port of a destination.
+const PORT: u16 = 7700;
+
+/// Which VMMs.
+#[derive(Debug, Args)]
+pub struct Sockets {
+    /// Control sockets of VMMs (sg-vmm run --control SOCKET)
+    #[arg(value_name = "CONTROL_SOCKET")]
+    pub sockets: Vec<PathBuf>,
+    /// Every control socket in this directory [/run/libsg where none is named]
+    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = RUN_DIRECTORY)]
+    pub all: Option<PathBuf>,
+}
+
+impl Sockets {
+    /// All of them, those of the directory by name.
+    pub fn find(&self) -> Result<Vec<PathBuf>> {
+        let mut found = self.sockets.clone();
+        if let Some(directory) = &self.all {
+            found.extend(sockets_in(directory)?);
+        }
+        let mut seen = std::collections::HashSet::new();
+        found.retain(|path| seen.insert(path.clone()));
+        if found.is_empty() {
+            let what = match &self.all {
+                Some(directory) => format!("there is no control socket in {}", directory.display()),
+                None => format!("name control sockets, or --all for those in {RUN_DIRECTORY}"),
+            };
+            return Err(WrongArguments(what).into());
+        }
+        Ok(found)
+    }
+}
+
+fn sockets_in(directory: &Path) -> Result<Vec<PathBuf>> {
+    let wrong = |error| WrongArguments(format!("--all: {} cannot be read: {error}", directory.display()));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(wrong)? {
+        let entry = entry?;
+        if std::os::unix::fs::FileTypeExt::is_socket(&entry.file_type()?) {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// How the memory leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// VMs to their destinations at once, memory there and to intermediaries
+    ScatterGather,
+    /// First a round to intermediaries while they run
+    Hybrid,
+    /// VMs and memory to their destinations only
+    PostCopy,
+    /// Rounds while they run, until little is left
+    PreCopy,
+}
+
+impl From<Mode> for libsg::migrate::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::ScatterGather => Self::ScatterGather,
+            Mode::Hybrid => Self::Hybrid,
+            Mode::PostCopy => Self::PostCopy,
+            Mode::PreCopy => Self::PreCopy,
+        }
+    }
+}
+
+/// Arguments of `sg evict`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sg evict --all --to 10.0.0.2:7700 --to 10.0.0.2:7710 --pool multicast:239.83.71.1 --secret pool.secret
+  sg evict /run/libsg/web.sock --to 10.0.0.2 --intermediary 10.0.0.3 --secret pool.secret
+  sg evict --all --park --pool static:/etc/sg/pool --secret pool.secret        place them later: sg gather --claim
+  sg evict --all --park --pool multicast:239.83.71.1 --secret pool.secret --deadline 120s --explain --dry-run
+  sg evict --all /run/vms --to 10.0.0.2 --weight db=3
+
+The VMs of one `sg evict` share the host's link: by what each has left, so that all are out together, or by --weight. Pages
+that guests wait for go before the bulk of all of them. When `sg evict` itself dies, VMs that have begun go on, and each looks for
+its rate alone; another `sg evict` with the same sockets takes them over.
+
+^C (or SIGTERM) calls off what is not committed: those VMs run on here. Those that are committed go on to be evicted, and are
+followed; a second ^C leaves them alone.
+
+With --json: schema, status, host (eviction_s from the first start to the last evicted, bytes), plan (mode, why, eviction_s, deadline_s,
+fits, link_bytes_per_s), and vms[]: each VM's report, with vm (its name), socket, to, parked_as, fits, intermediary_addresses.
+
+Exit codes: 0 all are out; 1 some are not, and are where they were, or recoverable; 2 wrong arguments; 3 something was lost; 4 cancelled
+by somebody else; 130 interrupted.")]
+pub struct EvictArgs {
+    /// Which VMMs.
+    #[command(flatten)]
+    pub vmms: Sockets,
+    /// Where a destination waits for a VM (sg-vmm run --incoming); several take VMs in turn. The port 7700 need not be
+    /// named. One that has a VM already refuses another, which then stays here
+    #[arg(long, value_name = "HOST:PORT")]
+    pub to: Vec<String>,
+    /// No destination yet: each VM is parked at the intermediaries under its name, with PREFIX before it where one is named
+    /// (a VM alone then has that name itself). Two of one name are told apart by their sockets'
+    #[arg(long, value_name = "PREFIX", num_args = 0..=1, default_missing_value = "", conflicts_with = "to")]
+    pub park: Option<String>,
+    /// How the memory leaves [default: by the deadline; scatter-gather without one, post-copy without intermediaries]
+    #[arg(long, value_enum)]
+    pub mode: Option<Mode>,
+    /// How many intermediaries hold each page
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub replicas: u8,
+    /// VM by name, and how much of the link it gets beside the others, which have 1 (repeatable). Without any, VMs share
+    /// by what they have left
+    #[arg(long, value_name = "VM=N", value_parser = weight)]
+    pub weight: Vec<(String, f64)>,
+    /// When the host is gone (120s, 2m): says at once whether all are out by then, and which are not; picks the mode; and
+    /// lets those that will be leave first
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub deadline: Option<Duration>,
+    /// With --deadline: do nothing unless all are out in time (exit code 1)
+    #[arg(long, requires = "deadline")]
+    pub strict: bool,
+    /// Most that each VM may send in bulk, from the start on; `sg limit` changes it
+    #[arg(long, value_name = "RATE")]
+    pub scatter: Option<Rate>,
+    /// What the host's link carries [default: what its interface says, else 1gbit]
+    #[arg(long, value_name = "RATE")]
+    pub link: Option<Rate>,
+    /// The zone this host is in
+    #[arg(long, value_name = "Z")]
+    pub zone: Option<String>,
+    /// The whole zone is emptied: nothing goes to its nodes
+    #[arg(long)]
+    pub evacuate: bool,
+    /// Also say why each node is taken or left, and why this mode
+    #[arg(long)]
+    pub explain: bool,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Write the report as JSON; - = standard output
+    #[arg(long, value_name = "PATH")]
+    pub json: Option<PathBuf>,
+    /// Which intermediaries.
+    #[command(flatten)]
+    pub at: Intermediaries,
+}
+
+impl EvictArgs {
+    /// Where destinations wait.
+    pub fn destinations(&self) -> Result<Vec<SocketAddr>> {
+        self.to.iter().map(|name| resolve_at(name, PORT)).collect()
+    }
+
+    /// How much a VM matters beside others; nothing where none is preferred to another.
+    pub fn weight_of(&self, vm: &str) -> Option<f64> {
+        let said = self.weight.iter().rev().find(|(name, _)| name == vm).map(|(_, weight)| *weight);
+        (!self.weight.is_empty()).then(|| said.unwrap_or(1.0))
+    }
+}
+
+/// Arguments of `sg gather`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sg gather /run/libsg/there.sock                              follows the VM that arrives there
+  sg gather /run/libsg/there.sock --claim web --intermediary 10.0.0.3 --secret pool.secret
+  sg gather /run/libsg/a.sock /run/libsg/b.sock --claim web --claim db --pool static:/etc/sg/pool --secret pool.secret
+
+Ends when the VMs hold all of their memory. ^C leaves them as they are: they go on.
+Exit codes: 0 gathered; 1 failed, nothing lost (a claim that was refused, say); 2 wrong arguments; 3 something was lost;
+130 interrupted.")]
+pub struct GatherArgs {
+    /// Which VMMs: that wait for a VM, have one that arrives, or, to claim one, have none (sg-vmm run --empty)
+    #[command(flatten)]
+    pub vmms: Sockets,
+    /// The name of the parked VM that the VMM is to run, one for each VMM in their order
+    #[arg(long, value_name = "NAME")]
+    pub claim: Vec<String>,
+    /// With --claim: whatever stands against it, you know that the VM runs nowhere
+    #[arg(long, requires = "claim")]
+    pub force: bool,
+    /// Most that arrives in the background, of each VM; 0 = unlimited
+    #[arg(long, value_name = "RATE")]
+    pub limit: Option<Rate>,
+    /// Write the report as JSON; - = standard output
+    #[arg(long, value_name = "PATH")]
+    pub json: Option<PathBuf>,
+    /// Which intermediaries.
+    #[command(flatten)]
+    pub at: Intermediaries,
+}
+
+/// Arguments of `sg cancel`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A migration is called off before COMMIT: the VM runs on where it was. After it there is no way back, and it is refused.
+Exit codes: 0 called off; 1 some were not; 2 wrong arguments.")]
+pub struct CancelArgs {
+    /// Which VMMs.
+    #[command(flatten)]
+    pub vmms: Sockets,
+}
+
+/// Arguments of `sg limit`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sg limit /run/libsg/web.sock --scatter 500mbit
+  sg limit --all --gather 0                                    all at full speed
+
+Exit codes: 0 done; 1 some VMM refused (nothing leaves, or arrives, there); 2 wrong arguments.")]
+pub struct LimitArgs {
+    /// Which VMMs.
+    #[command(flatten)]
+    pub vmms: Sockets,
+    /// Most that each VM that leaves may send in bulk; 0 = unlimited. Pages that a guest waits for are exempt
+    #[arg(long, value_name = "RATE", required_unless_present = "gather")]
+    pub scatter: Option<Rate>,
+    /// Most that may arrive in the background, of each VM; 0 = unlimited
+    #[arg(long, value_name = "RATE")]
+    pub gather: Option<Rate>,
+}
+
+fn weight(text: &str) -> Result<(String, f64)> {
+    let (vm, weight) = text.split_once('=').context("write VM=N")?;
+    let weight: f64 = weight.parse().context("write VM=N, N being a number")?;
+    anyhow::ensure!((0.01..=1000.0).contains(&weight), "a weight is from 0.01 to 1000");
+    Ok((vm.to_owned(), weight))
+}
+
+fn time(text: &str) -> Result<Duration> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let seconds = match &text[digits.len()..] {
+        "ms" => 1e-3,
+        "s" | "" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => anyhow::bail!("a time is like 120s, 2m or 1500ms"),
+    };
+    let number: f64 = digits.parse().context("a time is like 120s, 2m or 1500ms")?;
+    Duration::try_from_secs_f64(number * seconds).context("a time is not negative, and ends")
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn times_and_weights() {
+        assert_eq!(time("120s").expect("good"), Duration::from_secs(120));
+        assert_eq!(time("2m").expect("good"), time("120").expect("good"));
+        assert_eq!(time("1.5h").expect("good"), time("5400000ms").expect("good"));
+        for wrong in ["", "s", "-1s", "2d", "1e300h", "nans"] {
+            assert!(time(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(weight("db=3").expect("good"), ("db".to_owned(), 3.0));
+        for wrong in ["db", "db=", "db=x", "db=0", "db=-1", "db=NaN"] {
+            assert!(weight(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! `sg evict`: a host is emptied of its VMs, whose VMMs are driven from outside.
+
+mod args;
+mod eviction;
+mod gather;
+mod nodes;
+mod plan;
+mod show;
+mod tell;
+mod told;
+mod who;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result};
+use libsg::discovery::meter::Meter;
+use libsg::ids::random_bytes;
+use libsg::units::Rate;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use vmms::Start;
+
+pub use self::args::{CancelArgs, EvictArgs, GatherArgs, LimitArgs};
+pub use self::gather::run as gather;
+pub use self::tell::{cancel, limit};
+
+use self::eviction::{Eviction, Vm};
+use self::nodes::{Chosen, Rules};
+use self::plan::{Leaver, Plan, Terms};
+use self::show::Show;
+use self::who::Found;
+use crate::cli::{Intermediaries, WrongArguments, secret};
+
+/// What an interrupted command ends with.
+const INTERRUPTED: u8 = 130;
+
+/// What is going to be done.
+struct Prepared {
+    vms: Vec<Vm>,
+    chosen: Vec<Chosen>,
+    plan: Plan,
+    link_bytes_per_s: u64,
+}
+
+/// Evicts them; the exit code.
+pub fn run(args: &EvictArgs) -> Result<u8> {
+    let interrupted = interruptible()?;
+    let asked = who::ask(&args.vmms)?;
+    for note in &asked.notes {
+        eprintln!("sg: {note}");
+    }
+    let prepared = prepare(args, &asked.found)?;
+    told::print_plan(args, &prepared);
+    let failed = u8::from(asked.failed);
+    let late = !prepared.plan.late.is_empty();
+    if args.dry_run || (args.strict && late) {
+        write_json(args.json.as_deref(), &told::planned(args, &prepared))?;
+        return Ok(u8::from(late).max(failed));
+    }
+    let mut show = Show::new("evicted", prepared.vms.len());
+    let waves = prepared.plan.waves.clone();
+    let fates = Eviction::new(&prepared.vms, waves, Arc::clone(&interrupted)).run(&mut show)?;
+    told::print_fates(&prepared, &fates);
+    write_json(args.json.as_deref(), &told::report(args, &prepared, &fates))?;
+    let code = told::exit_code(&fates).max(failed);
+    let was_interrupted = interrupted.load(Ordering::Acquire) && code != told::LOST;
+    Ok(if was_interrupted { INTERRUPTED } else { code })
+}
+
+fn prepare(args: &EvictArgs, found: &[Found]) -> Result<Prepared> {
+    let destinations = args.destinations()?;
+    let starts = found.iter().any(|vm| !vm.leaves);
+    if starts && destinations.is_empty() && args.park.is_none() {
+        let what = "say where the VMs go: --to HOST:PORT, where a destination waits, or --park";
+        return Err(WrongArguments(what.into()).into());
+    }
+    let secret = secret(args.at.secret.as_deref())?;
+    let nodes = if args.at.is_empty() { Vec::new() } else { args.at.find(&secret)? };
+    if args.park.is_some() && nodes.is_empty() {
+        let what = "VMs are parked at intermediaries: --intermediary HOST:PORT, or --pool";
+        return Err(WrongArguments(what.into()).into());
+    }
+    let own = args.at.own_address();
+    let link = link_bytes_per_s(own, args.link);
+    let to = |at: usize| (!destinations.is_empty()).then(|| destinations[at % destinations.len()]);
+    let leaver = |vm: &Found| Leaver { bytes: vm.bytes, weight: args.weight_of(&vm.name).unwrap_or(1.0) };
+    let wanted: Vec<_> = found.iter().enumerate().map(|(at, vm)| (leaver(vm), to(at))).collect();
+    let rules = Rules {
+        link_bytes_per_s: link,
+        copies: args.replicas,
+        zone: args.zone.clone(),
+        evacuate: args.evacuate,
+        own,
+        seed: u64::from_le_bytes(random_bytes()?),
+    };
+    let chosen = nodes::choose(&nodes, &wanted, &rules);
+    let takes: Option<u64> = chosen.iter().map(|chosen| chosen.takes_bytes_per_s).sum();
+    let limit = args.scatter.filter(|rate| !rate.is_unlimited()).map(Rate::bytes_per_s);
+    let may = limit.map_or(link, |limit| limit.saturating_mul(found.len() as u64).min(link));
+    let terms = Terms {
+        bytes_per_s: takes.filter(|_| !chosen.is_empty()).map_or(may, |takes| takes.min(may)),
+        deadline: args.deadline,
+        mode: args.mode.map(Into::into),
+        staged: !nodes.is_empty(),
+    };
+    let leavers: Vec<Leaver> = wanted.iter().map(|(vm, _)| vm.clone()).collect();
+    let plan = plan::plan(&leavers, &terms);
+    let names = args.park.as_ref().map(|prefix| who::parking_names(found, prefix));
+    let start = |at: usize| Start {
+        mode: plan.mode,
+        to: to(at),
+        park: names.as_ref().map(|names| names[at].clone()),
+        intermediaries: chosen[at].addresses.clone(),
+        replicas: args.replicas,
+        scatter: args.scatter.map(|rate| rate.to_string()),
+    };
+    let vm = |(at, vm): (usize, &Found)| Vm {
+        socket: vm.socket.clone(),
+        name: vm.name.clone(),
+        start: (!vm.leaves).then(|| start(at)),
+        weight: args.weight_of(&vm.name),
+    };
+    let vms = found.iter().enumerate().map(vm).collect();
+    Ok(Prepared { vms, chosen, plan, link_bytes_per_s: link })
+}
+
+/// What the link of this host carries.
+fn link_bytes_per_s(own: Option<IpAddr>, said: Option<Rate>) -> u64 {
+    let interface = match own {
+        Some(IpAddr::V4(own)) => own,
+        _ => Ipv4Addr::UNSPECIFIED,
+    };
+    let said = said.filter(|rate| !rate.is_unlimited()).map(Rate::bytes_per_s);
+    Meter::new(interface, said).measure().link.bytes_per_s
+}
+
+/// The first ^C or SIGTERM is noted, the second ends the process.
+fn interruptible() -> Result<Arc<AtomicBool>> {
+    let noted = Arc::<AtomicBool>::default();
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the first does not see that it is the first itself.
+        signal_hook::flag::register_conditional_shutdown(signal, INTERRUPTED.into(), Arc::clone(&noted))?;
+        signal_hook::flag::register(signal, Arc::clone(&noted))?;
+    }
+    Ok(noted)
+}
+
+fn write_json(path: Option<&Path>, value: &serde_json::Value) -> Result<()> {
+    match path {
+        None => Ok(()),
+        Some(path) if path == Path::new("-") => {
+            println!("{value}");
+            Ok(())
+        }
+        Some(path) => std::fs::write(path, value.to_string())
+            .with_context(|| format!("cannot write {}", path.display())),
+    }
+}
+
+/// Who is asked for a parked VM.
+fn addresses(at: &Intermediaries) -> Result<Vec<std::net::SocketAddr>> {
+    let found = at.find(&secret(at.secret.as_deref())?)?;
+    Ok(found.into_iter().map(|found| found.address).collect())
+}

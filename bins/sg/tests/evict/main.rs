@@ -1,0 +1,6 @@
+//! `sg evict` and `sg gather`: hosts that are emptied, with real processes over the loopback interface.
+#![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
+
+mod commands;
+mod failures;
+mod world;
