@@ -36,7 +36,7 @@ fn the_page_has_every_figure_and_fetches_nothing() {
     let directory = tempfile::tempdir().expect("made");
     let html = publish(directory.path(), &paper_args("--out x"));
     let figures = figures::all(&scale());
-    assert_eq!(figures.len(), 9);
+    assert_eq!(figures.len(), 10);
     for figure in &figures {
         assert!(html.contains(&format!("id=\"{}\"", figure.name)), "{}", figure.name);
         let drawn = figure.kind != Kind::Table;
@@ -46,7 +46,7 @@ fn the_page_has_every_figure_and_fetches_nothing() {
             assert!(!drawn || fs::read(&path).expect("there").starts_with(begins), "{}", path.display());
         }
     }
-    assert_eq!(html.matches("<svg").count(), 8);
+    assert_eq!(html.matches("<svg").count(), 9);
     for what in ["http:", "https:", "<script", "src=", "<link", "url(", "@import", "<iframe", "<object"] {
         assert!(!html.contains(what), "{what}");
     }
@@ -54,7 +54,7 @@ fn the_page_has_every_figure_and_fetches_nothing() {
     assert!(html.contains("<td>Post-copy (ET)</td><td>12</td><td>309 s</td><td>"), "{html}");
     let json: serde_json::Value =
         serde_json::from_slice(&fs::read(directory.path().join("paper.json")).expect("there")).expect("JSON");
-    assert_eq!(json["figures"].as_array().map(Vec::len), Some(9));
+    assert_eq!(json["figures"].as_array().map(Vec::len), Some(10));
 }
 
 #[test]
