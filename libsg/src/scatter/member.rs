@@ -318,6 +318,7 @@ impl MemberSink {
                 (What::Members(members), answered) => {
                     answered?;
                     self.scatter.members.member_knows(self.member, members);
+                    self.scatter.check_progress();
                 }
                 (What::Index(mut entries, _), Ok(_)) => {
                     self.scatter.indexed(self.member, &mut entries, &mut self.entries);

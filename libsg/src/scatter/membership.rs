@@ -96,16 +96,25 @@ impl Membership {
     }
 
     /// Whether what lies at a member can be found without the source: the destination knows of it, or every other member
-    /// that lives does, of whom there is one at least, and each of them is asked then.
+    /// that lives does, of whom the destination knows one at least, and each of them is asked then.
     #[must_use]
     pub fn is_known(&self, member: MemberIndex, is_dead: impl Fn(MemberIndex) -> bool) -> bool {
         let needed = member.as_usize() + 1;
-        if needed <= self.first || self.destination_knows.load(Ordering::Acquire) >= needed {
+        let asked = self.first.max(self.destination_knows.load(Ordering::Acquire));
+        if needed <= asked {
             return true;
         }
         let others = self.books.iter().enumerate().map(|(at, books)| (MemberIndex(at as u16), books));
-        let mut living = others.filter(|(at, _)| *at != member && !is_dead(*at)).peekable();
-        living.peek().is_some() && living.all(|(_, books)| books.knows.load(Ordering::Acquire) >= needed)
+        let living: Vec<_> = others.filter(|(at, _)| *at != member && !is_dead(*at)).collect();
+        living.iter().any(|(at, _)| at.as_usize() < asked)
+            && living.iter().all(|(_, books)| books.knows.load(Ordering::Acquire) >= needed)
+    }
+
+    /// Whether that is so of every member that lives: whoever knew of one may have died since it came.
+    #[must_use]
+    pub fn are_known(&self, is_dead: impl Fn(MemberIndex) -> bool) -> bool {
+        let added = (self.first..self.books.len()).map(|at| MemberIndex(at as u16));
+        added.filter(|at| !is_dead(*at)).all(|at| self.is_known(at, &is_dead))
     }
 }
 
@@ -148,6 +157,13 @@ mod test {
         // The next one is not known by that.
         let next = members.add(member(4)).expect("event descriptor").expect("room");
         assert!(!members.is_known(next, dead(&[0])));
+        assert!(members.are_known(dead(&[0, 4])) && !members.are_known(dead(&[0])));
+        assert!(!members.are_known(dead(&[0, 1, 2, 4])), "those who knew died since");
+        members.member_knows(MemberIndex(3), 5);
+        assert!(
+            !members.are_known(dead(&[0, 1, 2])),
+            "they know of each other, and the destination of neither"
+        );
         members.destination_knows(5);
         assert!(members.is_known(new, dead(&[0, 1, 2])) && members.is_known(next, dead(&[0, 1, 2])));
     }

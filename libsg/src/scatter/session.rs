@@ -330,6 +330,7 @@ impl Control<'_> {
                 Kind::Pong => {
                     if let Some(members) = self.pings.pop_front() {
                         self.scatter.members.destination_knows(members);
+                        self.scatter.check_progress();
                     }
                 }
                 other => return Err(unexpected(other)),

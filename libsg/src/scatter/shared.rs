@@ -226,6 +226,14 @@ impl Scatter {
         self.members.is_known(member, |other| self.index.is_dead(other))
     }
 
+    fn are_known(&self) -> bool {
+        #[cfg(feature = "simulation")]
+        if host::has_bug(host::Bug::MemberUnknown) {
+            return true;
+        }
+        self.members.are_known(|member| self.index.is_dead(member))
+    }
+
     /// What the source of pages said. Where it failed, everything here ends: no peer is to blame, and nobody
     /// else has the pages.
     ///
@@ -411,7 +419,7 @@ impl Scatter {
         }
         #[cfg(feature = "simulation")]
         let total = if host::has_bug(host::Bug::EvictedEarly) { safe.max(total / 20 * 19) } else { total };
-        if safe == total && open {
+        if safe == total && open && self.are_known() {
             let mut done = self.done.lock();
             if done.is_none() {
                 *done = Some(host::now());

@@ -43,6 +43,10 @@ pub struct Contracts {
     /// Where a page that is safe lies: on which nodes its entry and its bytes are.
     homes: Vec<Option<(NodeNumber, NodeNumber)>>,
     evicted: bool,
+    /// Its source was done.
+    done: bool,
+    /// What had happened to intermediaries when that was looked at last.
+    mishaps: usize,
     poisoned: Vec<bool>,
     direct: Direct,
 }
@@ -74,6 +78,8 @@ impl Contracts {
             safe_count: 0,
             homes: vec![None; pages],
             evicted: false,
+            done: false,
+            mishaps: 0,
             poisoned: vec![false; pages],
             direct: Direct::default(),
         }
@@ -104,8 +110,12 @@ impl Contracts {
     fn check_safe(&mut self, run: &Run, of: &Move, scatter: &Scatter) {
         let just_evicted = !self.evicted && of.log.lock().reached.contains_key(&After::Evicted);
         self.evicted |= just_evicted;
+        // Whoever knew of a member may die the moment after.
+        let just_done = !self.done && scatter.done_at().is_some();
+        let is_struck = std::mem::replace(&mut self.mishaps, run.mishaps()) != run.mishaps();
+        self.done |= just_done;
         let count = scatter.planner.lock().progress().0;
-        let full = just_evicted || self.steps.is_multiple_of(FULL_EVERY);
+        let full = just_evicted || just_done || self.steps.is_multiple_of(FULL_EVERY);
         // While it runs, what is safe is written again; and a VM that died with its source is no more.
         let is_final = !of.vm.runs_at_source() && (!run.is_dead(SOURCE) || of.vm.is_committed());
         if (count == self.safe_count && !full) || run.is_dead(DESTINATION) || !is_final {
@@ -143,7 +153,7 @@ impl Contracts {
                 Found::AtDestination => self.homes[at] = None,
                 Found::At(index, content) => {
                     self.homes[at] = Some((index, content));
-                    if fresh && !is_home_known(run, of, scatter, &servers, page) {
+                    if just_done && !is_struck && !is_home_known(run, of, scatter, &servers, page) {
                         self.broken(format!("evicted means evicted: {page} is safe where nobody would look"));
                     }
                 }

@@ -63,9 +63,10 @@ impl Conductor {
         Ok(())
     }
 
-    /// Until the source has evicted, or is gone.
+    /// Until the source has evicted, or is gone. One whose connection broke as the last page came is waited for as well:
+    /// told again when it has rejoined, it has nobody else to hear it from.
     fn hear_last_word(&mut self, held_at: Instant) -> Result<()> {
-        while self.control.is_some() && host::elapsed(held_at) < LAST_WORD {
+        while host::elapsed(held_at) < LAST_WORD {
             if self.gather.as_ref().is_none_or(|gather| gather.shared().source().evicted) {
                 return Ok(());
             }
