@@ -89,8 +89,7 @@ impl DirectSink {
 
     fn step(&mut self, link: LinkId) -> Result<()> {
         let now = host::now();
-        self.read(now)?;
-        self.scatter.pacer.takes(link, self.pace);
+        self.read(link, now)?;
         self.pull(now)?;
         let mut again = self.write(now)?;
         if again.is_some() {
@@ -139,7 +138,7 @@ impl DirectSink {
         Ok((written as u64 == allowed).then_some(now))
     }
 
-    fn read(&mut self, now: Instant) -> Result<()> {
+    fn read(&mut self, link: LinkId, now: Instant) -> Result<()> {
         let mut acked = false;
         while let Some(frame) = self.inbox.poll(&self.channel)? {
             match frame.header.kind {
@@ -147,6 +146,7 @@ impl DirectSink {
                     let credit = Credit::decode(frame.body)?;
                     self.credit = self.credit.max(credit.limit);
                     self.pace = credit.pace;
+                    self.scatter.pacer.takes(link, credit.pace);
                 }
                 Kind::PagesAck => {
                     let failed = failed_pages(&frame)?;
