@@ -5,11 +5,15 @@
 #[path = "../fuzz/src/targets.rs"]
 mod targets;
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use libsg::ErrorKind;
+use libsg::content::ContentHash;
 use libsg::ids::{
     Checksum, Epoch, Generation, MemberIndex, MemberSet, NodeId, Placement, Round, Sequence, SlotIndex,
     VolumeId,
@@ -26,11 +30,14 @@ use libsg::wire::message::{
 };
 use libsg::wire::parking::{Claim, Parking, Verdict};
 use libsg::wire::run::{RunEntry, encode_runs};
-use libsg::wire::{DiscardEntry, GetEntry, Header, IndexEntry, Kind, Missing, PageEntry};
+use libsg::wire::{
+    Credit, DiscardEntry, GetEntry, Header, HintEntry, IndexEntry, Kind, Missing, PageEntry, ReferEntry,
+    Referral,
+};
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
-const TARGETS: [Target; 8] = [
+const TARGETS: [Target; 9] = [
     ("header", targets::header, headers),
     ("tables", targets::tables, tables),
     ("pages", targets::pages, pages),
@@ -39,6 +46,7 @@ const TARGETS: [Target; 8] = [
     ("stream", targets::stream, streams),
     ("final_set", targets::final_set, final_sets),
     ("datagram", targets::datagram, datagrams),
+    ("credit", targets::credit, credits),
 ];
 
 #[test]
@@ -63,6 +71,32 @@ fn no_bytes_break_a_decoder() {
         }
         eprintln!("{name}: {runs} runs, seed {seed}");
         assert!(runs > 0);
+    }
+}
+
+/// `cargo fuzz` runs what is a binary of the fuzz crate, which is built nowhere else.
+#[test]
+fn every_target_is_a_binary_of_the_fuzz_crate() {
+    let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
+    let read =
+        |path: PathBuf| fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let manifest = read(fuzz.join("Cargo.toml"));
+    let bins: Vec<&str> = manifest
+        .split("[[bin]]\n")
+        .skip(1)
+        .filter_map(|bin| bin.strip_prefix("name = \"")?.split_once('"').map(|(name, _)| name))
+        .collect();
+    let functions = read(fuzz.join("src/targets.rs"));
+    let functions =
+        functions.lines().filter_map(|line| line.strip_prefix("pub fn ")?.split_once("(data: &[u8])"));
+    let functions: BTreeSet<&str> = functions.map(|(name, _)| name).collect();
+    let targets: BTreeSet<&str> = TARGETS.iter().map(|(name, ..)| *name).collect();
+    assert_eq!(targets, functions);
+    assert_eq!(targets, bins.iter().copied().collect());
+    for name in bins {
+        assert!(manifest.contains(&format!("path = \"fuzz_targets/{name}.rs\"")), "{name}");
+        let call = format!("libsg_fuzz::targets::{name}(data)");
+        assert!(read(fuzz.join(format!("fuzz_targets/{name}.rs"))).contains(&call), "{call}");
     }
 }
 
@@ -167,6 +201,14 @@ fn tables() -> Vec<Vec<u8>> {
         counted(&[range; 3]),
         counted(&[PageIndex(1), PageIndex(2)]),
         counted(&[MemberSet(5), MemberSet::ALL]),
+        counted(&[ReferEntry { page: PageIndex(5), round: Round(1), hash: ContentHash([7; 20]) }; 2]),
+        counted(&[HintEntry { hash: ContentHash([7; 20]), member: MemberIndex(63) }; 2]),
+        counted(&[
+            Referral::Have(placement()),
+            Referral::Send,
+            Referral::Pending,
+            Referral::At(MemberIndex(3)),
+        ]),
         counted(&[Missing { full: MemberSet(1), lost: MemberSet(6) }]),
         runs(&[Some(placement()), Some(next), None]),
         runs(&[(5, placement()), (9, next)].map(|(n, placement)| GetEntry { page: PageIndex(n), placement })),
@@ -279,6 +321,10 @@ fn handshakes() -> Vec<Vec<u8>> {
     let hello = Hello { version_min: 1, version_max: 2, purpose: Purpose::VmdBulk, nonce: [5; 32] };
     let challenge = Challenge { version: 1, nonce: [6; 32], node: members()[0].node.clone() };
     vec![hello.encode().to_vec(), challenge.encode().expect("fits"), vec![9; 32]]
+}
+
+fn credits() -> Vec<Vec<u8>> {
+    [None, Some(125_000_000)].map(|pace| Credit { limit: 1 << 40, pace }.encode().to_vec()).to_vec()
 }
 
 /// Without their seals: the target puts them on again.

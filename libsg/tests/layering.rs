@@ -258,6 +258,67 @@ fn files_open_with_what_they_are_for_and_stay_short() {
     none(breaches);
 }
 
+/// Decoders that others call on the same bytes: with what the fuzz targets reach them.
+const REACHED_BY: &[(&str, &str)] = &[
+    ("Announcement::decode", "Datagram::decode("),
+    ("decode_heads", "decode_runs("),
+    ("decode_checksums", "decode_runs("),
+];
+
+/// The decoder that a line of the wire opens, as a fuzz target names it. `within` is the type whose `impl` it is in.
+fn decoder(line: &str, within: &str) -> Option<(String, String)> {
+    let entry = |kind: &str| Some(line.strip_prefix(kind)?.trim_end_matches('{').trim().to_owned());
+    if let Some(entry) = entry("impl Entry for ") {
+        return Some((format!("table::<{entry}>("), entry));
+    }
+    if let Some(entry) = entry("impl RunEntry for ") {
+        return Some((format!("runs::<{entry}>("), entry));
+    }
+    let (_, behind) = line.trim_start().split_once("pub fn decode")?;
+    let end = behind.find(|c: char| !c.is_ascii_lowercase() && c != '_')?;
+    let name = format!("decode{}", &behind[..end]);
+    let name = if line.starts_with(' ') { format!("{within}::{name}") } else { name };
+    let called = REACHED_BY.iter().find(|(reached, _)| *reached == name);
+    Some((called.map_or_else(|| format!("{name}("), |(_, by)| (*by).to_owned()), name))
+}
+
+#[test]
+fn every_decoder_has_a_fuzz_target() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/src/targets.rs");
+    let targets = fs::read_to_string(path).expect("the fuzz targets");
+    let (mut found, mut breaches) = (0, Vec::new());
+    for source in sources().iter().filter(|source| source.module() == "wire") {
+        let mut within = "";
+        for (at, line) in source.code() {
+            if let Some(name) = line.strip_prefix("impl ") {
+                within = name.trim_end_matches('{').trim();
+            }
+            if let Some((call, name)) = decoder(line, within) {
+                found += 1;
+                if !targets.contains(&call) {
+                    breaches.push(format!("{}:{at}: no fuzz target has {call}..) for {name}", source.name));
+                }
+            }
+        }
+    }
+    none(breaches);
+    assert!(found > 20, "only {found}: these are not all decoders");
+}
+
+#[test]
+fn decoders_are_read_right() {
+    let read = |line, within| decoder(line, within).map(|(call, _)| call);
+    assert_eq!(read("impl Entry for Missing {", "").as_deref(), Some("table::<Missing>("));
+    assert_eq!(
+        read("impl RunEntry for Option<Placement> {", "").as_deref(),
+        Some("runs::<Option<Placement>>(")
+    );
+    assert_eq!(read("    pub fn decode(bytes: &[u8]) {", "Credit").as_deref(), Some("Credit::decode("));
+    assert_eq!(read("pub fn decode_mac(bytes: &[u8])", "Hello").as_deref(), Some("decode_mac("));
+    assert_eq!(read("pub fn decode_table<E: Entry>(", "").as_deref(), Some("decode_table("));
+    assert_eq!(read("    fn decode(bytes: &[u8])", "Referral"), None);
+}
+
 #[test]
 fn imports_are_read_right() {
     assert_eq!(modules_named("use crate::error::{Error, Result};"), ["error"]);

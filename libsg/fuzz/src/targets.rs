@@ -16,7 +16,10 @@ use libsg::wire::final_set::{self, Blob, FinalSet};
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, decode_mac};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
 use libsg::wire::run::{RunEntry, decode_pages, decode_runs, encode_runs, table_bytes};
-use libsg::wire::{DiscardEntry, GetEntry, HEADER_BYTES, Header, IndexEntry, Kind, Missing, PageEntry};
+use libsg::wire::{
+    Credit, DiscardEntry, GetEntry, HEADER_BYTES, Header, HintEntry, IndexEntry, Kind, Missing, PageEntry,
+    ReferEntry, Referral,
+};
 
 /// A header, as it is and under a checksum that is right.
 pub fn header(data: &[u8]) {
@@ -48,6 +51,9 @@ pub fn tables(data: &[u8]) {
     table::<PageIndex>(body, count);
     table::<MemberSet>(body, count);
     table::<Missing>(body, count);
+    table::<ReferEntry>(body, count);
+    table::<HintEntry>(body, count);
+    table::<Referral>(body, count);
     let mut entries = Vec::new();
     if decode_runs(body, count, &mut entries).is_ok()
         && let Ok(bytes) = copied_bytes(&entries)
@@ -112,6 +118,13 @@ pub fn messages(data: &[u8]) {
     if let Ok(reply) = VmdReply::decode(data) {
         let again = message::encode(&reply).expect("what was decoded can be encoded");
         assert_eq!(VmdReply::decode(&again), Ok(reply));
+    }
+}
+
+/// How far, and how fast, the direct path may be written.
+pub fn credit(data: &[u8]) {
+    if let Ok(credit) = Credit::decode(data) {
+        assert_eq!(credit.encode(), data);
     }
 }
 
