@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use libsg::page::{PAGE_BYTES, PageIndex};
 use libsg::sink::SinkEvent;
+use test_support::{free_huge_pages, skipped};
 
 use super::*;
 use crate::config::test::small;
@@ -55,25 +56,18 @@ fn paused_source(config: &VmConfig) -> (Arc<Vm>, Vec<u8>) {
     (source, state)
 }
 
-fn huge_pages_free() -> bool {
-    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
-    let enough = free.ok().and_then(|n| n.trim().parse().ok()).is_some_and(|n: u32| n >= 8);
-    if !enough {
-        eprintln!("without hugetlb: fewer than 8 huge pages are free");
-    }
-    enough
-}
+/// Huge pages for both ends of a migration of the small VM, and as many for one beside it.
+const HUGE_PAGES: u64 = 8;
 
 fn every_kind(mut test: impl FnMut(VmConfig)) {
-    let kvm = KvmVm::probe();
-    if let Err(error) = &kvm {
-        eprintln!("without KVM: {}", error.chain());
-    }
     for vcpu in [VcpuKind::Thread, VcpuKind::Kvm] {
+        if let (VcpuKind::Kvm, Err(error)) = (vcpu, KvmVm::probe()) {
+            skipped("KVM", error.chain());
+            continue;
+        }
         for backing in [BackingKind::Anon, BackingKind::Memfd, BackingKind::Hugetlb] {
-            if (vcpu == VcpuKind::Kvm && kvm.is_err())
-                || (backing == BackingKind::Hugetlb && !huge_pages_free())
-            {
+            if backing == BackingKind::Hugetlb && free_huge_pages() < HUGE_PAGES {
+                skipped("hugetlb", format!("fewer than {HUGE_PAGES} huge pages are free"));
                 continue;
             }
             test(VmConfig { backing, memory_bytes: 4 << 20, ..small(vcpu) });
@@ -110,8 +104,7 @@ fn vcpus_fault_their_pages_in() {
 #[test]
 fn a_lost_page_is_an_error_and_no_hang() {
     if let Err(error) = KvmVm::probe() {
-        eprintln!("without KVM: {}", error.chain());
-        return;
+        return skipped("KVM", error.chain());
     }
     let config = VmConfig { vcpus: 1, ..small(VcpuKind::Kvm) };
     let (source, state) = paused_source(&config);

@@ -12,6 +12,12 @@ const MAGIC: [u8; 8] = *b"SGVM\x01\0\0\0";
 /// Magic and checksum.
 const HEAD_BYTES: usize = 12;
 
+/// Writes the checksum of what is behind the head into it.
+fn seal(bytes: &mut [u8]) {
+    let sum = Checksum::of(&bytes[HEAD_BYTES..]).0;
+    bytes[MAGIC.len()..HEAD_BYTES].copy_from_slice(&sum.to_le_bytes());
+}
+
 /// Since when rate and longest pause are measured.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Window {
@@ -52,8 +58,7 @@ impl SavedVm {
         bytes.extend_from_slice(&[0; HEAD_BYTES - MAGIC.len()]);
         let mut bytes = postcard::to_extend(self, bytes)
             .map_err(|e| Error::new(ErrorKind::Vm, "the VM's state cannot be encoded").because(e))?;
-        let sum = Checksum::of(&bytes[HEAD_BYTES..]).0;
-        bytes[MAGIC.len()..HEAD_BYTES].copy_from_slice(&sum.to_le_bytes());
+        seal(&mut bytes);
         if bytes.len() > libsg::limits::STATE_BYTES_MAX {
             return Err(Error::new(ErrorKind::Vm, "the VM's state is too large"));
         }
@@ -78,6 +83,58 @@ impl SavedVm {
             Ok((saved, [])) => Ok(saved),
             Ok(_) => Err(refuse("bytes are left over")),
             Err(error) => Err(refuse("malformed").because(error)),
+        }
+    }
+}
+
+#[cfg(test)]
+pub mod test {
+    //! A state comes from a peer: whatever its bytes are, they are a state or refused.
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// These bytes behind a head that is right.
+    pub fn sealed(body: &[u8]) -> Vec<u8> {
+        let mut bytes = [&MAGIC[..], &[0; HEAD_BYTES - MAGIC.len()], body].concat();
+        seal(&mut bytes);
+        bytes
+    }
+
+    /// What a state is behind its head.
+    pub fn body(state: &[u8]) -> &[u8] {
+        &state[HEAD_BYTES..]
+    }
+
+    /// Refused, or a state that is the same when it is written again.
+    fn decoded(bytes: &[u8]) {
+        match SavedVm::decode(bytes) {
+            Ok(saved) => {
+                let again = saved.encode().expect("it was one");
+                let saved = SavedVm::decode(&again).expect("it is one");
+                assert_eq!(saved.encode().expect("it was one"), again);
+            }
+            Err(error) => assert_eq!(error.kind, ErrorKind::Vm),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..512)) {
+            prop_assert!(SavedVm::decode(&bytes).is_err());
+        }
+
+        #[test]
+        fn garbage_under_a_right_checksum_is_a_state_or_refused(body in prop::collection::vec(any::<u8>(), 0..4096)) {
+            decoded(&sealed(&body));
+        }
+
+        // The first byte of a body is how many vCPUs there are.
+        #[test]
+        fn no_number_of_vcpus_is_believed(count in prop::collection::vec(0x80_u8..=0xff, 1..9), rest in any::<[u8; 64]>()) {
+            let body = [&count[..], &[1], &rest].concat();
+            prop_assert!(SavedVm::decode(&sealed(&body)).is_err());
         }
     }
 }

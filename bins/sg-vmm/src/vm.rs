@@ -443,7 +443,8 @@ impl Vm {
         let ops = self.total(|c| &c.ops);
         let elapsed_s = monotonic_ns().saturating_sub(window.since_ns) as f64 / 1e9;
         let gap = |c: &Arc<VcpuCounters>| {
-            let open = if running { c.open_gap_ns().min(monotonic_ns() - window.since_ns) } else { 0 };
+            let open = if running { c.open_gap_ns() } else { 0 };
+            let open = open.min(monotonic_ns().saturating_sub(window.since_ns));
             c.longest_gap_ns.load(Ordering::Relaxed).max(open)
         };
         let longest = self.counters.iter().map(gap).max().unwrap_or(0);
@@ -463,7 +464,9 @@ impl Vm {
                 (ops - window.ops.min(ops)) as f64 / elapsed_s
             },
             longest_pause_ms: longest as f64 / 1e6,
-            mismatches: self.total(|c| &c.mismatches) + self.host_mismatches.load(Ordering::Relaxed),
+            mismatches: self
+                .total(|c| &c.mismatches)
+                .saturating_add(self.host_mismatches.load(Ordering::Relaxed)),
             verified_pages,
             verify_passes: self.passes.load(Ordering::Relaxed),
             fill_pages: self.fill_pages.load(Ordering::Relaxed),
@@ -477,8 +480,9 @@ impl Vm {
         matches!(&*self.engine.lock(), Engine::Running(_))
     }
 
+    /// Of all vCPUs. They come with a state, from a peer: any number at all.
     fn total(&self, counter: impl Fn(&VcpuCounters) -> &AtomicU64) -> u64 {
-        self.counters.iter().map(|c| counter(c).load(Ordering::Relaxed)).sum()
+        self.counters.iter().map(|c| counter(c).load(Ordering::Relaxed)).fold(0, u64::saturating_add)
     }
 }
 

@@ -2,18 +2,22 @@
 //! the same, down to the bytes.
 
 use libsg::page::{PAGE_BYTES, PAGE_BYTES_U64};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use test_support::skipped;
 
 use super::*;
 use crate::config::test::small;
 use crate::config::{BackingKind, Workload};
 use crate::director::order;
+use crate::saved::test::{body, sealed};
 
 /// Both kinds where there is KVM; says so where there is not.
 fn kinds() -> Vec<VcpuKind> {
     match KvmVm::probe() {
         Ok(()) => vec![VcpuKind::Thread, VcpuKind::Kvm],
         Err(error) => {
-            eprintln!("without KVM: {}", error.chain());
+            skipped("KVM", error.chain());
             vec![VcpuKind::Thread]
         }
     }
@@ -107,6 +111,42 @@ fn a_saved_vm_goes_on_over_copied_memory() {
         run_for(&source, ops + 100);
         source.stop().expect("stops");
         assert_eq!(source.stats().mismatches, 0);
+    }
+}
+
+/// What a peer with the pool secret may send as the state of a VM: a real one, changed, under a checksum that is right.
+#[test]
+fn whatever_state_comes_is_loaded_or_refused() {
+    for vcpu in kinds() {
+        let config = small(vcpu);
+        let source = started(&config);
+        run_for(&source, 100);
+        let state = source.pause().expect("state");
+        let memory = Memory::allocate(&config).expect("memory");
+        let destination = Vm::new(config, Arc::new(memory), &Serial::default()).expect("VM");
+        let change = (any::<prop::sample::Index>(), any::<u8>());
+        let changes = (prop::collection::vec(change, 1..8), prop::option::of(any::<prop::sample::Index>()));
+        let mut runner = TestRunner::new(ProptestConfig::with_cases(200));
+        let outcome = runner.run(&changes, |(changes, end)| {
+            let mut body = body(&state).to_vec();
+            changes.iter().for_each(|(at, byte)| *at.get_mut(&mut body) = *byte);
+            body.truncate(end.map_or(body.len(), |end| end.index(body.len())));
+            match destination.load(&sealed(&body)) {
+                Ok(()) if vcpu == VcpuKind::Thread => {
+                    destination.run().expect("runs");
+                    let _ = destination.stats();
+                    destination.stop().expect("stops");
+                }
+                // What a guest of KVM does with any registers is KVM's matter.
+                Ok(()) => {
+                    let _ = destination.stats();
+                }
+                Err(error) => prop_assert_eq!(error.kind, ErrorKind::Vm),
+            }
+            Ok(())
+        });
+        outcome.unwrap_or_else(|error| panic!("{vcpu:?}: {error}"));
+        destination.load(&state).expect("it is the VM that it was");
     }
 }
 

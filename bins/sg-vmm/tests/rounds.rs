@@ -22,6 +22,7 @@ use sg_vmm::memory::Memory;
 use sg_vmm::migration::{Arriving, Berth, Leaving};
 use sg_vmm::serial::Serial;
 use sg_vmm::vm::{Verifier, Vm};
+use test_support::skipped;
 
 /// Longer than anything takes that happens at all.
 const LONG: Duration = Duration::from_secs(120);
@@ -214,8 +215,7 @@ fn moved(backing: BackingKind, mode: Mode, via: Via, refused: bool) -> SourceRep
 #[test]
 fn rounds_of_a_guest_of_kvm_by_either_log() {
     if let Err(error) = KvmVm::probe() {
-        eprintln!("SKIPPED: {}", error.chain());
-        return;
+        return skipped("KVM", error.chain());
     }
     for refused in [false, true] {
         moved(BackingKind::Anon, Mode::Hybrid, Via::Direct, refused);

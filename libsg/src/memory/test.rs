@@ -3,6 +3,7 @@
 use std::ptr::NonNull;
 
 use proptest::prelude::*;
+use test_support::{free_huge_pages, skipped};
 
 use super::*;
 
@@ -23,30 +24,24 @@ fn memory(backing: Backing) -> Option<GuestMemory> {
 /// Allocates from huge pages, of which it has the kernel reserve more when there are too few: other
 /// tests run at the same time. Says by name what is left out when there are none.
 pub(crate) fn on_huge_pages<T>(allocate: impl Fn() -> Result<T>) -> Option<T> {
-    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
     /// What one test needs at most, and again as much for what it gives back meanwhile.
     const SPARE: u64 = 16;
-    let read = |file: &str| -> u64 {
-        let text = std::fs::read_to_string(format!("{POOL}/{file}")).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
-    };
+    let pool = || -> u64 { std::fs::read_to_string(POOL).unwrap_or_default().trim().parse().unwrap_or(0) };
     let mut refused = String::from("the pool is exhausted");
     for _ in 0..8 {
-        if read("free_hugepages") >= read("resv_hugepages") + SPARE {
+        if free_huge_pages() >= SPARE {
             match allocate() {
                 Ok(memory) => return Some(memory),
                 Err(error) => refused = error.chain(),
             }
         }
-        let more = read("nr_hugepages") + SPARE;
-        if let Err(error) = std::fs::write(format!("{POOL}/nr_hugepages"), more.to_string()) {
+        if let Err(error) = std::fs::write(POOL, (pool() + SPARE).to_string()) {
             refused = error.to_string();
             break;
         }
     }
-    let thread = std::thread::current();
-    let test = thread.name().unwrap_or("a test");
-    eprintln!("SKIPPED {test}, part hugetlb: no 2 MiB huge pages to be had: {refused}");
+    skipped("hugetlb", format!("no 2 MiB huge pages to be had: {refused}"));
     None
 }
 
@@ -133,7 +128,7 @@ fn pages_in_swap_are_present() {
         let map = memory.presence().expect("scanned");
         assert_eq!(map.runs().collect::<Vec<_>>(), [written], "{backing:?}");
         if swapped() <= before {
-            eprintln!("SKIPPED pages_in_swap_are_present, part {backing:?}: no page went to swap");
+            skipped(&format!("{backing:?}"), "no page went to swap: is there any?");
         }
     }
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use proptest::prelude::*;
+use test_support::skipped;
 
 use super::super::Uffd;
 use super::super::test::memory;
@@ -20,7 +21,10 @@ fn every_way(test: impl Fn(&str, &GuestMemory, WriteLog)) {
         for method in [WriteLogMethod::Scan, WriteLogMethod::Handler] {
             let Some(memory) = memory(backing) else { continue };
             if method == WriteLogMethod::Scan && Scanning::start(&memory).expect("no failure").is_none() {
-                eprintln!("SKIPPED PAGEMAP_SCAN: this kernel does not note writes");
+                skipped(
+                    &format!("{backing:?} by PAGEMAP_SCAN"),
+                    "this kernel does not note writes (Linux 6.7 does)",
+                );
                 continue;
             }
             test(&format!("{backing:?} {method:?}"), &memory, WriteLog::by(&memory, method));

@@ -1,0 +1,7 @@
+//! What tests of several crates need. It knows nothing of any of them.
+
+mod skipped;
+mod strangers;
+
+pub use skipped::{free_huge_pages, skipped};
+pub use strangers::{Strangers, raise_open_files, resident_bytes};
