@@ -1,8 +1,11 @@
 //! `sg` as operators run it: real processes and signals.
 #![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
 
+use std::fs::Permissions;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,9 +19,12 @@ use libsg::vmd::link::ask;
 use libsg::vmd::{Class, Connector, Link, Reply, Request, TcpConnector};
 use libsg::wire::PageEntry;
 use libsg::wire::message::{Member, VmdRequest};
+use test_support::{Strangers, raise_open_files, resident_bytes, skipped};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const VOLUME: VolumeId = VolumeId(0xabc);
+/// A user without any right.
+const NOBODY: u32 = 65_534;
 
 /// A running `sg serve`; killed when it is dropped.
 struct Daemon {
@@ -41,7 +47,11 @@ impl Daemon {
     }
 
     fn start_at(listen: &str, more: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sg"))
+        Self::spawn(&mut Command::new(env!("CARGO_BIN_EXE_sg")), listen, more)
+    }
+
+    fn spawn(program: &mut Command, listen: &str, more: &[&str]) -> Self {
+        let mut child = program
             .args(["serve", "--memory", "64M", "--listen", listen, "--name", "i1", "--log-format", "json"])
             .args(more)
             .stdout(Stdio::piped())
@@ -68,12 +78,6 @@ impl Daemon {
         let mut logs = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut logs).unwrap();
         (self.child.wait().unwrap(), logs)
-    }
-
-    fn resident_bytes(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        line.trim().strip_suffix("kB").unwrap().trim().parse::<u64>().unwrap() * 1024
     }
 
     fn connect(&self) -> Box<dyn Link> {
@@ -230,21 +234,94 @@ fn wrong_arguments_are_refused_before_anything_happens() {
     assert!(code == Some(1) && said.contains("2M"), "{said}");
 }
 
+/// It holds other tenants' pages: none gets into a core dump or to another user's debugger, and the kernel is told when
+/// it may be ended.
+#[test]
+fn pages_are_left_out_of_dumps_and_the_daemon_has_its_place_in_the_out_of_memory_killers_queue() {
+    if !rustix::process::getuid().is_root() {
+        return skipped("all of it", "only root may see the memory of a process that may not be dumped");
+    }
+    // Where every user can read it.
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
+    let program = directory.path().join("sg");
+    std::fs::copy(env!("CARGO_BIN_EXE_sg"), &program).unwrap();
+    let mut command = Command::new(program);
+    // A score that needs no right, and that the daemon does not choose by itself.
+    let daemon = Daemon::spawn(command.uid(NOBODY).gid(NOBODY), "127.0.0.1:0", &["--oom-score-adj", "321"]);
+    daemon.fill();
+    let read = |file: &str| {
+        let path = format!("/proc/{}/{file}", daemon.child.id());
+        std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+    };
+    assert_eq!(read("oom_score_adj").trim(), "321");
+    let limits = read("limits");
+    let limit = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(limit("Max core file size"), ["0", "0"]);
+    let files = limit("Max open files");
+    assert_eq!(files[0], files[1], "as many as it may");
+    // The arena: 64 MiB of addresses and a chunk more, of which 20 pages hold something. Its parts, open and closed, lie
+    // beside each other.
+    let maps = mappings(&read("smaps"));
+    let excluded: Vec<&Area> =
+        maps.iter().filter(|area| area.flags.iter().any(|flag| flag == "dd")).collect();
+    let bytes: u64 = excluded.iter().map(|area| area.end - area.start).sum();
+    assert!(bytes >= 66 << 20, "{bytes} bytes are left out of dumps: {maps:#?}");
+    let resident: u64 = excluded.iter().map(|area| area.resident_bytes).sum();
+    assert!(resident >= 20 * PAGE_BYTES as u64, "the pages are in there: {excluded:?}");
+    // What is in /proc of a process that may not be dumped is root's, whoever runs it.
+    let owner = std::fs::metadata(format!("/proc/{}/smaps", daemon.child.id())).unwrap().uid();
+    assert_eq!(owner, 0, "run by {NOBODY}");
+}
+
+/// A part of a process's memory.
+#[derive(Debug)]
+struct Area {
+    start: u64,
+    end: u64,
+    resident_bytes: u64,
+    flags: Vec<String>,
+}
+
+/// What the kernel tells of a process's memory.
+fn mappings(smaps: &str) -> Vec<Area> {
+    let mut areas: Vec<Area> = Vec::new();
+    for line in smaps.lines() {
+        let (key, rest) = line.split_once(' ').unwrap();
+        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+        match (key, areas.last_mut()) {
+            ("Rss:", Some(area)) => {
+                area.resident_bytes = rest.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10;
+            }
+            ("VmFlags:", Some(area)) => area.flags = rest.split_whitespace().map(str::to_owned).collect(),
+            _ => {
+                let range = key.split_once('-').and_then(|(start, end)| Some((hex(start)?, hex(end)?)));
+                let area = |(start, end)| Area { start, end, resident_bytes: 0, flags: Vec::new() };
+                areas.extend(range.map(area));
+            }
+        }
+    }
+    assert!(areas.len() > 10, "{smaps}");
+    areas
+}
+
 #[test]
 fn strangers_cost_a_bounded_amount_of_memory() {
-    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let all = rustix::process::Rlimit { current: files.maximum, ..files };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, all).unwrap();
+    raise_open_files();
     let daemon = Daemon::start(&[]);
     daemon.fill();
-    let before = daemon.resident_bytes();
-    let strangers: Vec<_> = (0..1000).map(|_| TcpStream::connect(daemon.address).unwrap()).collect();
+    let before = resident_bytes(daemon.child.id());
+    let address = daemon.address;
+    let strangers = Strangers::come(&[], move || TcpStream::connect(address));
     let deadline = Instant::now() + PATIENCE;
     let status = || daemon.sg(&["status"]).status.code();
     while status() != Some(0) {
         assert!(Instant::now() < deadline, "honest clients are locked out");
     }
-    let grown = daemon.resident_bytes().saturating_sub(before);
+    let grown = resident_bytes(daemon.child.id()).saturating_sub(before);
     assert!(grown < 32 << 20, "{grown} bytes for strangers");
     drop(strangers);
 }

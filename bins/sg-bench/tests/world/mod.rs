@@ -47,6 +47,8 @@ pub struct Daemon {
 pub struct Vmm {
     pub process: Process,
     control: RefCell<BufReader<UnixStream>>,
+    /// Its control socket.
+    pub socket: PathBuf,
     /// Where it waits for a VM, if it does.
     pub address: SocketAddr,
 }
@@ -160,7 +162,7 @@ impl World {
         command.arg("run").args(arguments).arg("--control").arg(&socket);
         let process = Process::spawn(name, &mut command, self.directory.path());
         let control = RefCell::new(process.connect(&socket));
-        Vmm { process, control, address }
+        Vmm { process, control, socket, address }
     }
 }
 
@@ -188,7 +190,7 @@ impl Process {
         Self { name: name.into(), child, log, lines, seen }
     }
 
-    fn connect(&self, socket: &Path) -> BufReader<UnixStream> {
+    pub fn connect(&self, socket: &Path) -> BufReader<UnixStream> {
         let began = Instant::now();
         loop {
             if let Ok(stream) = UnixStream::connect(socket) {
@@ -203,6 +205,11 @@ impl Process {
             );
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.borrow().id()
     }
 
     pub fn has_ended(&self) -> bool {
@@ -225,6 +232,11 @@ impl Process {
     pub fn kill(&self) {
         self.signal(Signal::KILL);
         self.child.borrow_mut().wait().expect("waits");
+    }
+
+    /// Whether it logged this.
+    pub fn log_has(&self, part: &str) -> bool {
+        std::fs::read_to_string(&self.log).unwrap_or_default().contains(part)
     }
 
     pub fn log(&self) -> String {

@@ -1,11 +1,13 @@
 //! What dies, is stopped, is full, or talks nonsense.
 
 use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
 use rustix::process::Signal;
+use test_support::{Strangers, raise_open_files, resident_bytes};
 
-use crate::world::{Client, M, World, done, eventually, fails, random, text};
+use crate::world::{Client, M, World, done, eventually, fails, random, text, tool};
 
 const WRITE: (u16, u16) = (0, 1);
 const FLUSH: (u16, u16) = (0, 3);
@@ -119,6 +121,39 @@ fn a_full_pool_is_told_and_what_is_given_back_is_used_again() {
     let image = world.image("image", 200 * M, 2);
     done("nbdcopy", &["--flush", text(&image), uri]);
     assert_ne!(client.ask(WRITE, 300 * M, 4096, &random(4096, 3)), NO_SPACE);
+}
+
+/// A thousand of them, at a port and at a Unix socket: a client that is there is served, others when they have gone.
+#[test]
+fn strangers_cost_a_bounded_amount_of_memory() {
+    raise_open_files();
+    let world = World::new(1);
+    let unix = world.nbd("sock", &["--create", "disk", "--size", "8M"]);
+    let tcp = world.nbd_tcp(&["--create", "other", "--size", "8M"]);
+    let (path, address) = (world.path("sock"), tcp.port());
+    let mut at_unix = Client::new(&world, "sock");
+    let mut at_tcp = Client::begin(TcpStream::connect(address).unwrap());
+    let before = [&unix, &tcp].map(|nbd| resident_bytes(nbd.id()));
+    // Flags, and an option of 256 bytes that are long in coming.
+    let opening = b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\x01\0";
+    let strangers = Strangers::come(opening, move || UnixStream::connect(&path));
+    let others = Strangers::come(opening, move || TcpStream::connect(address));
+    for round in 0..20_u64 {
+        let bytes = random(4096, round);
+        assert_eq!(at_unix.ask(WRITE, round * 4096, 4096, &bytes), 0);
+        assert_eq!(at_tcp.ask(WRITE, round * 4096, 4096, &bytes), 0);
+        assert!(at_unix.read(round * 4096, 4096).unwrap() == bytes);
+        assert!(at_tcp.read(round * 4096, 4096).unwrap() == bytes);
+    }
+    for (nbd, before) in [&unix, &tcp].into_iter().zip(before) {
+        let grown = resident_bytes(nbd.id()).saturating_sub(before);
+        assert!(grown < 32 << 20, "{grown} bytes for strangers: {}", nbd.log());
+        assert!(nbd.log().contains("too many"));
+    }
+    drop((strangers, others));
+    for uri in [unix.text("uri"), tcp.text("uri")] {
+        eventually(|| tool("nbdinfo", &["--size", uri]).status.success());
+    }
 }
 
 #[test]

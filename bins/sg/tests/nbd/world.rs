@@ -1,7 +1,7 @@
 //! Intermediaries, `sg nbd`, and the tools that others made, as processes.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -40,6 +40,16 @@ impl Process {
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its TCP port.
+    pub fn port(&self) -> SocketAddr {
+        let (_, rest) = self.text("uri").split_once("nbd://").unwrap();
+        rest.split_once('/').unwrap().0.parse().unwrap()
     }
 
     pub fn log(&self) -> String {
@@ -135,6 +145,14 @@ impl World {
         self.try_nbd(socket, arguments).expect("it listens")
     }
 
+    /// `sg nbd` over all intermediaries, on a TCP port.
+    pub fn nbd_tcp(&self, arguments: &[&str]) -> Process {
+        let mut all: Vec<String> = ["nbd", "--listen", "127.0.0.1:0"].map(str::to_owned).to_vec();
+        all.extend(arguments.iter().map(|argument| (*argument).to_owned()));
+        all.extend(self.pool());
+        self.start(&all).expect("it listens")
+    }
+
     /// `sg nbd` with these arguments alone.
     pub fn nbd_plain(&self, arguments: &[&str]) -> Result<Process, (Option<i32>, String)> {
         let all: Vec<String> =
@@ -217,12 +235,19 @@ pub fn text(path: &Path) -> &str {
 }
 
 /// A client of the protocol, just able enough for what no tool does.
-pub struct Client(pub UnixStream);
+pub struct Client<S = UnixStream>(pub S);
 
 impl Client {
-    /// Connects, and begins by the name, without chunks.
+    /// Connects to the socket of this name.
     pub fn new(world: &World, socket: &str) -> Self {
-        let mut client = Self(UnixStream::connect(world.path(socket)).unwrap());
+        Self::begin(UnixStream::connect(world.path(socket)).unwrap())
+    }
+}
+
+impl<S: Read + Write> Client<S> {
+    /// Begins by the name, without chunks.
+    pub fn begin(stream: S) -> Self {
+        let mut client = Self(stream);
         let mut greeting = [0; 18];
         client.0.read_exact(&mut greeting).unwrap();
         client.0.write_all(&3_u32.to_be_bytes()).unwrap();
