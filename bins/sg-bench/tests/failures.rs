@@ -17,7 +17,8 @@ use libsg::transport::PoolSecret;
 use libsg::vmd::{Class, Connector as _, TcpConnector};
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
+use test_support::{free_huge_pages, skipped};
 use world::proxy::Proxy;
 use world::{PATIENCE, Vmm, World};
 
@@ -162,7 +163,10 @@ fn an_intermediary_is_stopped() {
     source.leave(destination.address, &world.members());
     source.process.wait_percent("scattered", 30);
     world.intermediaries[0].process.signal(Signal::STOP);
-    source.process.wait("evicted");
+    let evicted = source.process.wait("evicted");
+    // What it had not answered went elsewhere too.
+    let pages = &evicted["report"]["pages"];
+    assert!(pages["hedged"].as_u64() > Some(0), "{evicted}");
     ends_well(&source, &destination);
 }
 
@@ -345,10 +349,107 @@ fn one_intermediary_is_full_then_all_are() {
         if full == 1 {
             world.serve("i2", &["--limit-in", "100mbit"]);
         }
+        // More than all of them take: 8,192 pages, of which a fifth is zero.
         let source = world.vm("source", "--zero-fraction 0.2");
         let destination = world.incoming("destination", "--gather-limit 100mbit");
         source.leave(destination.address, &world.members());
+        let evicted = source.process.wait("evicted");
+        let report = &evicted["report"];
+        let by = report["intermediaries"].as_array().cloned().unwrap_or_default();
+        for name in (1..=full).map(|n| format!("i{n}")) {
+            let node = by.iter().find(|node| node["id"] == name.as_str()).expect("it took part");
+            assert!(node["bytes_in"].as_u64() >= Some(2 << 20), "{name} has room left: {report}");
+        }
+        assert!(report["pages"]["resent"].as_u64() > Some(0), "nothing was refused: {report}");
+        if full == 2 {
+            assert!(report["pages"]["staged"].as_u64() <= Some(2 * 512), "{report}");
+        }
+        assert!(evicted["report"]["pages"]["direct"].as_u64() > Some(0), "{evicted}");
         ends_well(&source, &destination);
+    }
+}
+
+/// The page at which a worker panics, early in a VM of 32 MiB.
+const CANARY: &str = "--canary-panic-at 1000";
+
+/// A worker panicked at this end, which says so; the other is told of it, and has failed in this way.
+fn both_fail(at: &Vmm, other: &Vmm, kind: &str) {
+    let failed = at.process.wait("failed");
+    assert_eq!(failed["kind"], "poisoned", "{failed}: {}", at.process.log());
+    assert!(at.process.log_has("test canary: page 1000"), "{}", at.process.log());
+    let failed = other.process.wait("failed");
+    assert_eq!(failed["kind"], kind, "{failed}: {}", other.process.log());
+    let told = other.process.told();
+    let says = |line: &Value| line["message"].as_str().is_some_and(|message| message.contains("panicked"));
+    assert!(told.iter().any(says), "it is not told why: {}", other.process.log());
+}
+
+/// Pages are sent, and installed, before COMMIT where there are rounds.
+fn a_worker_panics_before_commit(mode: &str, here: &str, there: &str, kind: &str) {
+    let world = World::new(2, &["--limit-in", "200mbit"]);
+    let (source, destination) = (world.vm("source", here), world.incoming("destination", there));
+    source.leave_by(mode, destination.address, &world.members());
+    let (at, other) = if there.is_empty() { (&source, &destination) } else { (&destination, &source) };
+    both_fail(at, other, kind);
+    assert!(!source.process.told().iter().any(|line| line["event"] == "commit"));
+    assert_eq!(destination.ask(&json!({"do": "report"}))["vm"], json!(null));
+    destination.quit(0);
+    source.goes_on();
+    source.verify(32);
+    world.holds_nothing();
+    let other = world.incoming("other", "");
+    source.leave(other.address, &world.members());
+    ends_well(&source, &other);
+}
+
+#[test]
+fn a_worker_of_the_source_panics_before_commit() {
+    for mode in ["hybrid", "pre-copy"] {
+        a_worker_panics_before_commit(mode, CANARY, "", "unreachable");
+    }
+}
+
+#[test]
+fn a_worker_of_the_destination_panics_before_commit() {
+    a_worker_panics_before_commit("pre-copy", "", CANARY, "vm");
+}
+
+#[test]
+fn a_worker_of_the_source_panics_after_commit() {
+    for mode in ["scatter-gather", "post-copy"] {
+        let world = World::new(2, &["--limit-in", "200mbit"]);
+        // A guest that touches a page that is lost ends, where its vCPU is a thread.
+        let source = world.vm("source", &format!("--workload idle {CANARY}"));
+        let destination = world.incoming("destination", "--gather-limit 100mbit");
+        source.leave_by(mode, destination.address, &world.members());
+        // What was safe by then is gathered, and what was not is told.
+        both_fail(&source, &destination, "lost");
+        let report = source.ask(&json!({"do": "report"}));
+        let pages = &destination.process.wait("lost")["pages"];
+        let lost: u64 =
+            pages.as_array().expect("ranges").iter().filter_map(|range| range["pages"].as_u64()).sum();
+        assert!(lost > 0 && lost < 8192, "{lost}");
+        assert_eq!(report["source"]["status"]["kind"], "poisoned", "{report}");
+        destination.quit(3);
+        assert_eq!(
+            source.ask(&json!({"do": "resume"}))["ok"],
+            false,
+            "after COMMIT it never runs here again"
+        );
+        source.quit(1);
+    }
+}
+
+#[test]
+fn a_worker_of_the_destination_panics_after_commit() {
+    for mode in ["scatter-gather", "post-copy"] {
+        let world = World::new(2, &["--limit-in", "200mbit"]);
+        let source = world.vm("source", "--workload idle");
+        let destination = world.incoming("destination", &format!("--gather-limit 100mbit {CANARY}"));
+        source.leave_by(mode, destination.address, &world.members());
+        both_fail(&destination, &source, "vm");
+        destination.quit(3);
+        source.quit(1);
     }
 }
 
@@ -454,19 +555,17 @@ fn a_page_spoiled_after_the_check_is_exactly_one_mismatch() {
 
 #[test]
 fn every_kind_of_memory_and_of_vcpu() {
-    for (what, needs) in [
-        ("--zero-fraction 0.9", None),
-        ("--backing memfd", None),
-        ("--vcpus 2", None),
-        ("--backing hugetlb", Some("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")),
-        ("--vcpu kvm --vcpus 2", Some("/dev/kvm")),
+    let huge = || free_huge_pages() >= 32;
+    let kvm = || std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    for (what, there, lack) in [
+        ("--zero-fraction 0.9", true, ""),
+        ("--backing memfd", true, ""),
+        ("--vcpus 2", true, ""),
+        ("--backing hugetlb", huge(), "fewer than 32 huge pages of 2 MiB are free"),
+        ("--vcpu kvm --vcpus 2", kvm(), "/dev/kvm cannot be opened"),
     ] {
-        let free = |path: &str| match std::fs::read_to_string(path) {
-            Ok(text) => text.trim().parse::<u64>().is_ok_and(|pages| pages >= 32),
-            Err(_) => std::fs::File::options().read(true).write(true).open(path).is_ok(),
-        };
-        if let Some(path) = needs.filter(|path| !free(path)) {
-            eprintln!("SKIPPED: a VM with {what}: {path} offers nothing");
+        if !there {
+            skipped(what, lack);
             continue;
         }
         let world = World::new(2, &["--limit-in", "200mbit"]);

@@ -71,7 +71,10 @@ pub fn run(arguments: &RunArguments) -> Result<u8> {
     let pool = arguments.membership()?;
     let pool = pool.map(|pool| PoolView::join(&pool, &secret, &arguments.name)).transpose()?;
     let wanted = arguments.wanted(&secret)?;
-    let moves = Moves::new(secret, pool);
+    if arguments.canary_panic_at.is_some() {
+        tracing::warn!("TEST CANARY: a worker of a migration will panic on purpose");
+    }
+    let moves = Moves::new(secret, pool, arguments.canary_panic_at);
     let gather_limit = arguments.gather_limit.bytes_per_s();
     let vmm = Arc::new(Vmm { berth, moves, serial, gather_limit, end, ended: false.into() });
     end_on_lost_pages()?;
@@ -164,8 +167,14 @@ impl Vmm {
         };
         let stopped = vm.stop();
         self.moves.settle();
-        if vm.stats().mismatches > 0 || !vm.lost().is_empty() {
+        let has_failed = |status: Option<Status>| matches!(status, Some(Status::Failed(_)));
+        // Behind COMMIT the VM is nowhere else; before it an arrival that failed leaves no VM here.
+        let arrival = self.moves.destination_report().map(|report| report.status);
+        if vm.stats().mismatches > 0 || !vm.lost().is_empty() || has_failed(arrival) {
             return Ok(exit::LOST);
+        }
+        if vm.has_left() && has_failed(self.moves.source_report().map(|report| report.status)) {
+            return Ok(exit::FAILED);
         }
         stopped?;
         Ok(match end {

@@ -147,6 +147,10 @@ pub struct RunArguments {
     /// Where the guest's serial output goes; - = standard output
     #[arg(long, value_name = "PATH")]
     pub serial: Option<PathBuf>,
+    /// TEST CANARY: whoever handles the N-th page that leaves here, or arrives here, panics, which both ends must
+    /// report as an error. Never use it with a VM that you need
+    #[arg(long, value_name = "N")]
+    pub canary_panic_at: Option<u64>,
 }
 
 impl RunArguments {

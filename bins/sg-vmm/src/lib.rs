@@ -18,6 +18,7 @@ pub mod thread_vcpu;
 pub mod saved;
 pub mod verify;
 pub mod vm;
+pub mod canary;
 pub mod migration;
 pub mod pool;
 pub mod moves;

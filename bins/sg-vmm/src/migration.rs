@@ -11,6 +11,7 @@ use libsg::uffd::Uffd;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 
+use crate::canary::{PanicAt, Panicking};
 use crate::config::VmConfig;
 use crate::memory::Memory;
 use crate::serial::Serial;
@@ -71,13 +72,20 @@ impl Berth {
 pub struct Arriving {
     berth: Berth,
     serial: Serial,
+    canary: Option<Arc<PanicAt>>,
 }
 
 impl Arriving {
     /// A VM that will be built in `berth` when its manifest comes.
     #[must_use]
     pub fn new(berth: Berth, serial: Serial) -> Self {
-        Self { berth, serial }
+        Self { berth, serial, canary: None }
+    }
+
+    /// A canary: whoever installs a certain page panics.
+    #[must_use]
+    pub fn with_canary(self, canary: Arc<PanicAt>) -> Self {
+        Self { canary: Some(canary), ..self }
     }
 }
 
@@ -85,9 +93,12 @@ impl IncomingVm for Arriving {
     fn prepare(&mut self, manifest: &Manifest) -> Result<Arc<dyn PageSink>> {
         let config = VmConfig::from_manifest(manifest)?;
         let memory = Memory::allocate(&config)?;
-        let sink = Uffd::register(memory.guest())?;
+        let mut sink: Arc<dyn PageSink> = Arc::new(Uffd::register(memory.guest())?);
+        if let Some(canary) = &self.canary {
+            sink = Arc::new(Panicking(sink, Arc::clone(canary)));
+        }
         self.berth.place(Arc::new(Vm::new(config, Arc::new(memory), &self.serial)?));
-        Ok(Arc::new(sink))
+        Ok(sink)
     }
 
     fn load(&mut self, state: &[u8]) -> Result<()> {

@@ -17,13 +17,14 @@ use libsg::migrate::destination::{
 use libsg::migrate::source::{Backlog, Outgoing, SourceOptions, To, start};
 use libsg::migrate::{Mode, PoolSecret, Replacements, RoundOptions, Via};
 use libsg::report::{Bytes, DestinationReport, Sample, SourceReport};
-use libsg::source::MemorySource;
+use libsg::source::{MemorySource, PageSource};
 use libsg::units::Rate;
 use libsg::vmd::TcpConnector;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use crate::canary::{PanicAt, Panicking};
 use crate::migration::{Arriving, Berth, Leaving};
 use crate::pool::{self, PoolView};
 use crate::serial::Serial;
@@ -120,18 +121,20 @@ impl Start {
 pub struct Moves {
     secret: PoolSecret,
     pool: Option<Arc<PoolView>>,
+    canary: Option<Arc<PanicAt>>,
     began: Mutex<Option<Instant>>,
     outgoing: Mutex<Option<Arc<Outgoing>>>,
     incoming: Mutex<Option<Arc<Incoming>>>,
 }
 
 impl Moves {
-    /// No migration yet.
+    /// No migration yet. The canary is the page at which a worker panics.
     #[must_use]
-    pub fn new(secret: PoolSecret, pool: Option<PoolView>) -> Arc<Self> {
+    pub fn new(secret: PoolSecret, pool: Option<PoolView>, canary: Option<u64>) -> Arc<Self> {
         Arc::new(Self {
             secret,
             pool: pool.map(Arc::new),
+            canary: canary.map(|page| Arc::new(PanicAt::page(page))),
             began: Mutex::new(None),
             outgoing: Mutex::new(None),
             incoming: Mutex::new(None),
@@ -220,7 +223,10 @@ impl Moves {
             ready_timeout: READY_TIMEOUT,
             observer: self.observer(),
         };
-        let source = Arc::new(MemorySource::new(vm.memory().guest().clone()));
+        let mut source: Arc<dyn PageSource> = Arc::new(MemorySource::new(vm.memory().guest().clone()));
+        if let Some(canary) = &self.canary {
+            source = Arc::new(Panicking(source, Arc::clone(canary)));
+        }
         let leaving = Box::new(Leaving::new(Arc::clone(vm)));
         let manifest = Manifest { sharing: what.dedup.clone(), ..vm.config().manifest()? };
         let outgoing = Arc::new(start(leaving, source, manifest, options)?);
@@ -236,6 +242,14 @@ impl Moves {
             moves.pool.iter().for_each(|pool| pool.set_leaving(false));
         })?;
         Ok(())
+    }
+
+    fn arriving(&self, berth: &Berth, serial: Serial) -> Box<Arriving> {
+        let arriving = Arriving::new(berth.clone(), serial);
+        Box::new(match &self.canary {
+            Some(canary) => arriving.with_canary(Arc::clone(canary)),
+            None => arriving,
+        })
     }
 
     /// Waits for a VM on `address`. Returns the address that it listens on.
@@ -255,7 +269,7 @@ impl Moves {
         let destination = Destination::listen(options)?;
         let address = destination.address();
         *self.began.lock() = Some(Instant::now());
-        let incoming = destination.accept(Box::new(Arriving::new(berth.clone(), serial)))?;
+        let incoming = destination.accept(self.arriving(berth, serial))?;
         *self.incoming.lock() = Some(Arc::new(incoming));
         Ok(address)
     }
@@ -288,7 +302,7 @@ impl Moves {
             force: what.force,
             arbiter: None,
         };
-        let incoming = claim(Box::new(Arriving::new(berth.clone(), serial)), wanted, options)?;
+        let incoming = claim(self.arriving(berth, serial), wanted, options)?;
         Ok(Arc::clone(slot.insert(Arc::new(incoming))))
     }
 

@@ -77,7 +77,7 @@ pub(super) struct Conductor {
     pub offer: Option<Offer>,
     pub gather: Option<Gather>,
     pub control: Option<Line>,
-    openings: Vec<Line>,
+    pub(super) openings: Vec<Line>,
     state: StateAssembler,
     /// What of it came before.
     final_set: FinalSet,

@@ -20,6 +20,9 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 /// How long the members' threads may take to give the volume's memory back.
 const DISSOLVE_MAX: Duration = Duration::from_secs(20);
 
+/// How long a source that is not connected any more has to come again, to be told.
+const REJOIN_MAX: Duration = Duration::from_secs(2);
+
 /// How long the last words may take.
 const LINGER: Duration = Duration::from_millis(400);
 
@@ -168,11 +171,12 @@ impl Conductor {
         let committed = self.desk.stage.lock().committed;
         tracing::error!(error = error.chain(), committed, "the arrival failed");
         let reason = error.chain();
-        if committed {
-            self.say(&Talk::Failed { reason: reason.clone() });
+        let last_word = if committed {
+            Talk::Failed { reason: reason.clone() }
         } else {
-            self.say(&Talk::Abort { kind: error.kind, reason: reason.clone() });
-        }
+            Talk::Abort { kind: error.kind, reason: reason.clone() }
+        };
+        self.say(&last_word);
         if let Some(gather) = self.gather.take() {
             gather.stop();
             if !committed {
@@ -196,6 +200,32 @@ impl Conductor {
             stage.dissolved.get_or_insert(Err(told));
         });
         self.linger();
+        if committed && self.control.is_none() {
+            self.await_rejoin(&last_word);
+            self.linger();
+        }
+    }
+
+    /// What failed may have broken the source's connections before it was told: it dials again, and would for ever.
+    fn await_rejoin(&mut self, last_word: &Talk) {
+        let until = host::now() + REJOIN_MAX;
+        while self.control.is_none() && host::now() < until {
+            self.arrivals();
+            for mut line in std::mem::take(&mut self.openings) {
+                let greeting = *line.channel.greeting();
+                let offer = self.offer.as_ref();
+                let ours = offer.is_some_and(|o| (o.volume, o.epoch) == (greeting.volume, greeting.epoch));
+                match line.inbox.poll(&line.channel) {
+                    Ok(None) if host::elapsed(line.since) < REJOIN_MAX => self.openings.push(line),
+                    Ok(Some(_)) if ours => {
+                        line.say(last_word);
+                        self.control = Some(line);
+                    }
+                    _ => {}
+                }
+            }
+            host::thread::sleep(LINGER / 20);
+        }
     }
 
     /// Lets the last words reach a source that is still sending: closing a connection on which something is
@@ -204,6 +234,7 @@ impl Conductor {
         let until = host::now() + LINGER;
         while self.control.is_some() && host::now() < until {
             if self.control.as_mut().is_some_and(|line| line.discard().is_err()) {
+                self.control = None;
                 return;
             }
             host::thread::sleep(LINGER / 20);
