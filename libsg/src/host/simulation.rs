@@ -63,7 +63,7 @@ pub trait World: Send + Sync {
 }
 
 /// Bugs that can be switched on in a simulated world, one for each thing that the simulation must find.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Deserialize)]
 pub enum Bug {
     /// A page counts as safe before its index entry is acknowledged.
     IndexNotAwaited,

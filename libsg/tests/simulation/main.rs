@@ -53,22 +53,18 @@ fn whatever_happens_the_contracts_hold() {
     );
 }
 
-/// The seed `SG_SIM_SEED`, with all that is told; with those of its events only that `SG_SIM_EVENTS` names; and what libsg logs
-/// by `SG_SIM_LOG=libsg=debug` (its times are the real ones).
+/// The seed `SG_SIM_SEED`, with all that is told; with those of its events only that `SG_SIM_EVENTS` names; with the bug
+/// `SG_SIM_BUG`; and what libsg logs by `SG_SIM_LOG=libsg=debug` (its times are the real ones).
 #[test]
 fn one_seed() {
-    let seed = number("SG_SIM_SEED", 0);
-    let events = match std::env::var("SG_SIM_EVENTS") {
-        Ok(text) => text.split(',').filter_map(|nth| nth.parse().ok()).collect(),
-        Err(_) => (0..Scenario::of(seed).events.len()).collect::<Vec<_>>(),
-    };
+    let (seed, events, bug) = shrink::asked(|seed| Scenario::of(seed).events.len());
     if let Ok(filter) = std::env::var("SG_SIM_LOG") {
         tracing_subscriber::fmt().with_env_filter(filter).init();
     }
-    let (scenario, outcome) = shrink::run_with(seed, &events, None);
+    let (scenario, outcome) = shrink::run_with(seed, &events, bug);
     for line in &outcome.lines {
         println!("{line}");
     }
-    let failure = shrink::Failure { scenario, events, outcome };
+    let failure = shrink::Failure { scenario, events, bug, outcome };
     assert!(failure.outcome.breach.is_none(), "{}", failure.report());
 }

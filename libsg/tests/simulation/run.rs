@@ -26,7 +26,7 @@ const AFTERMATH: Duration = Duration::from_millis(300);
 const ORPHANED: Duration = Duration::from_secs(5);
 
 /// How a run went.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// The first breach of a contract.
     pub breach: Option<String>,

@@ -17,6 +17,7 @@ use crate::random::Random;
 use crate::run::Outcome;
 use crate::scenario::{PIECES, Plan, Scenario};
 use crate::seeds::run_each;
+use crate::shrink::{again, asked, without_one};
 
 /// Who something happens to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,18 +179,65 @@ fn run(seed: u64, bug: Option<Bug>) -> Outcome {
     run::Run::new(&Parking::of(seed), bug).run()
 }
 
-fn report(seed: u64) -> String {
-    let (parking, outcome) = (Parking::of(seed), run(seed, None));
+/// The run of a seed with some of its events only.
+fn run_with(seed: u64, events: &[usize], bug: Option<Bug>) -> (Parking, Outcome) {
+    let mut parking = Parking::of(seed);
+    parking.events = events.iter().filter_map(|nth| parking.events.get(*nth).copied()).collect();
+    let outcome = run::Run::new(&parking, bug).run();
+    (parking, outcome)
+}
+
+/// What is printed about a seed that fails, with the fewest events that make it fail.
+fn report(seed: u64, bug: Option<Bug>) -> Option<String> {
+    let all: Vec<_> = (0..Parking::of(seed).events.len()).collect();
+    let fails = |events: &[usize]| {
+        let (parking, outcome) = run_with(seed, events, bug);
+        outcome.breach.is_some().then(|| (events.to_vec(), parking, outcome))
+    };
+    let mut least = fails(&all)?;
+    while let Some(less) = without_one(&least.0, fails) {
+        least = less;
+    }
+    let (events, parking, outcome) = least;
     let mut text = format!("seed {seed}: {:?}\n", outcome.breach);
     let _ = writeln!(text, "claims {:?}\nevents {:?}\n{:?}", parking.claims, parking.events, parking.base);
     outcome.lines.iter().for_each(|line| {
         let _ = writeln!(text, "{line}");
     });
-    let _ = writeln!(
-        text,
-        "Again by SG_SIM_FIRST={seed} SG_SIM_SEEDS=1 cargo test -p libsg --test simulation parked"
-    );
-    text
+    let _ = write!(text, "Again by\n{}", again("parked::one_seed", seed, &events, bug));
+    Some(text)
+}
+
+/// As the test of that name beside it.
+#[test]
+fn one_seed() {
+    let (seed, events, bug) = asked(|seed| Parking::of(seed).events.len());
+    if let Ok(filter) = std::env::var("SG_SIM_LOG") {
+        tracing_subscriber::fmt().with_env_filter(filter).init();
+    }
+    let (_, outcome) = run_with(seed, &events, bug);
+    for line in &outcome.lines {
+        println!("{line}");
+    }
+    assert_eq!(outcome.breach, None);
+}
+
+#[test]
+fn a_failure_is_made_small_and_says_how_it_is_seen_again() {
+    let bug = Some(Bug::ClaimedTwice);
+    let sum = run_each(0..1000, false, 1, |seed| match Parking::of(seed).events.len() {
+        0..2 => Outcome::default(),
+        _ => run(seed, bug),
+    });
+    let (seed, _) = sum.broken.first().unwrap_or_else(|| panic!("{bug:?} was not found: {sum}"));
+    let report = report(*seed, bug).expect("it fails");
+    let (_, command) = report.split_once("SG_SIM_EVENTS=").expect("the command");
+    let (events, behind) = command.split_once(' ').expect("more");
+    assert!(behind.starts_with("SG_SIM_BUG=ClaimedTwice cargo test"), "{command}");
+    let events: Vec<usize> = events.split(',').filter_map(|nth| nth.parse().ok()).collect();
+    let all = Parking::of(*seed).events.len();
+    assert!(events.len() < all, "{events:?} of {all}: {report}");
+    assert!(run_with(*seed, &events, bug).1.breach.is_some());
 }
 
 #[test]
@@ -200,7 +248,7 @@ fn whatever_happens_the_contracts_hold() {
     }
     let sum = run_each(first..first + count, true, 5, |seed| run(seed, None));
     println!("{sum}");
-    let broken = sum.broken.first().map(|(seed, _)| report(*seed)).unwrap_or_default();
+    let broken = sum.broken.first().and_then(|(seed, _)| report(*seed, None)).unwrap_or_default();
     assert!(sum.broken.is_empty(), "{sum}\n{:?}\n{broken}", sum.broken);
 }
 
