@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -244,6 +245,9 @@ pub struct MigrateArgs {
     /// on = pages that intermediaries hold already are not sent there again (those sent direct are)
     #[arg(long, value_name = "on|off", default_value = "off", action = clap::ArgAction::Set, value_parser = on_off)]
     pub dedup: bool,
+    /// How pages travel; rdma is not built
+    #[arg(long, value_name = "tcp|rdma", default_value = "tcp", value_parser = transport)]
+    pub transport: Transport,
     /// No destination until every VM has evicted: they are parked at the intermediaries, and then each is claimed by a
     /// process that gathers it (scatter-gather, hybrid)
     #[arg(long)]
@@ -358,6 +362,28 @@ pub enum Mode {
     PreCopy,
     /// In rounds to intermediaries while the VM runs, then as scatter-gather what it has written meanwhile
     Hybrid,
+}
+
+/// How pages travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// By TCP.
+    Tcp,
+}
+
+impl Transport {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Where the rounds of pre-copy go.
@@ -479,6 +505,14 @@ fn neighbour_memory(text: &str) -> Result<Size, String> {
     if ((1 << 20)..=(16 << 30)).contains(&size.0) { Ok(size) } else { Err("not from 1M to 16G".into()) }
 }
 
+fn transport(text: &str) -> Result<Transport, String> {
+    match text {
+        "tcp" => Ok(Transport::Tcp),
+        "rdma" => Err("rdma is not built: pages travel by tcp".into()),
+        _ => Err("tcp or rdma".into()),
+    }
+}
+
 fn on_off(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
@@ -512,6 +546,10 @@ mod test {
         ] {
             assert!(Cli::try_parse_from(["sg-bench", "migrate", wrong]).is_err(), "{wrong}");
         }
+        let rdma = MigrateArgs::from_words(["--transport", "rdma"].into_iter()).expect_err("refused");
+        assert!(rdma.to_string().contains("rdma is not built"), "{rdma}");
+        let plain = MigrateArgs::from_words(["--transport", "tcp"].into_iter()).expect("taken");
+        assert_eq!(plain.transport, MigrateArgs::new().transport);
         let plain = MigrateArgs::new();
         assert_eq!((plain.vm.memory, plain.lab.intermediaries, plain.vms), (Size(1 << 30), 2, 1));
         assert!(plain.injections().is_empty());

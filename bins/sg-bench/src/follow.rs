@@ -335,7 +335,7 @@ fn report_of(
     let mut report = Report::merged(source.as_ref(), destination.as_ref());
     report.mode = Some(args.mode.name().to_owned());
     report.seed = Some(args.vm.seed);
-    report.transport = Some("tcp".to_owned());
+    report.transport = Some(args.transport.name().to_owned());
     report.guest = guest;
     // Where an end could not tell any more, this process's clock did see the event.
     let seen = |at: Option<Instant>| at.map(|at| (at - start).as_secs_f64());

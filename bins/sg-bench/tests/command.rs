@@ -3,6 +3,7 @@
 mod places;
 
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use places::Place;
 use serde_json::Value;
+use test_support::skipped;
 
 /// What nothing takes as long as, on a busy machine: not a measure of speed, but of a hang.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -109,6 +111,56 @@ fn a_source_that_is_killed_when_it_has_evicted_has_told_its_report() {
             let events = bench.events();
             assert!(events.iter().any(|line| line["event"] == "evicted" && line["node"] == "source"));
         }
+    }
+}
+
+#[test]
+fn rdma_is_refused_by_name_and_tcp_is_told() {
+    let (code, _, said) = Bench::start(&format!("{LOOPBACK} --transport rdma")).end();
+    assert!(code == Some(2) && said.contains("rdma is not built"), "{code:?} {said}");
+    let (report, _) = Bench::start(&format!("{LOOPBACK} --transport tcp --until evicted")).ends_well();
+    assert_eq!(report["transport"], "tcp");
+}
+
+/// By a user who may use userfaultfd, and has neither the right to make namespaces nor `/dev/kvm`.
+#[test]
+fn the_demo_says_what_it_goes_without() {
+    if !rustix::process::getuid().is_root() {
+        return skipped("all of it", "only root may become the user that it is about");
+    }
+    let _place = Place::take();
+    let directory = tempfile::tempdir().expect("directory");
+    // Where every user can run them, and write.
+    let open = |path: &Path| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).expect("its owner's");
+    };
+    open(directory.path());
+    let from = Path::new(env!("CARGO_BIN_EXE_sg-bench")).parent().expect("a directory");
+    for name in ["sg-bench", "sg", "sg-vmm"] {
+        let program = directory.path().join(name);
+        std::fs::copy(from.join(name), &program)
+            .unwrap_or_else(|error| panic!("{name}: {error}: cargo build --workspace --bins makes it"));
+        open(&program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args([
+        "--reuid",
+        "65534",
+        "--regid",
+        "65534",
+        "--clear-groups",
+        "--bounding-set",
+        "-all,+sys_ptrace",
+    ]);
+    command.args(["--inh-caps", "-all,+sys_ptrace", "--ambient-caps", "-all,+sys_ptrace"]);
+    command.arg(directory.path().join("sg-bench")).args(["demo", "--memory", "32M"]);
+    command.env("TMPDIR", directory.path()).current_dir(directory.path()).stdin(Stdio::null());
+    let Output { status, stdout, stderr } = command.output().expect("setpriv is of util-linux");
+    let (told, said) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert_eq!(status.code(), Some(0), "{told}\n{said}");
+    assert!(told.contains("Without network namespaces") && told.contains("Without KVM"), "{told}");
+    for shown in ["eviction", "post-copy", "scatter-gather", "The source was free"] {
+        assert!(told.contains(shown), "no {shown}: {told}\n{said}");
     }
 }
 
