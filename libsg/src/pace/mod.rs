@@ -28,7 +28,7 @@ mod tcp_info;
 mod test;
 
 pub use bucket::{TokenBucket, slice_bytes};
-pub(crate) use bucket::{bytes_in, is_near};
+pub(crate) use bucket::{bytes_in, is_near, time_of};
 pub use delay::{Aggregate, LinkReading, aggregate, own_delay};
 pub use division::{LinkDivision, Part};
 pub use rate::{RateFinder, Reading};

@@ -10,9 +10,9 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::Config;
+use super::limit::Limit;
 use super::session::Session;
 use super::store::Store;
-use super::stream::Limit;
 use crate::error::{ErrorKind, Result};
 use crate::host::{self, Condvar, Listener};
 use crate::ids::NodeId;
@@ -83,6 +83,8 @@ impl Shared {
     /// Ends every connection and lets all threads of the server return.
     pub(super) fn close(&self) {
         self.store.close();
+        self.limit_in.lift();
+        self.limit_out.lift();
         let connections = self.connections.lock();
         for stream in connections.half_open.values().chain(connections.open.values()) {
             // It fails only where the peer was faster.

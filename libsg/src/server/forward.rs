@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::peer::{Batch, Heard, Peer};
+use super::limit::{Limit, Turn};
 use super::slots::SlotRun;
 use super::store::{Store, Target};
-use super::stream::Limit;
 use super::transit::Pinned;
 use crate::host;
 use crate::ids::{MemberIndex, MemberSet};
@@ -128,8 +128,8 @@ impl<'s> Forwards<'s> {
         let at = match self.peers.iter().position(|peer| peer.index() == target.index) {
             Some(at) => at,
             None => {
-                let peer =
-                    Peer::dial(self.store, target, (header.volume, header.epoch), now).ok_or(No::Lost)?;
+                let (of, turn) = ((header.volume, header.epoch), Turn::new(self.limit_out));
+                let peer = Peer::dial(self.store, target, of, (turn, now)).ok_or(No::Lost)?;
                 self.peers.push(peer);
                 self.peers.len() - 1
             }
@@ -143,7 +143,7 @@ impl<'s> Forwards<'s> {
         let now = host::now();
         let mut at = 0;
         while at < self.peers.len() {
-            let moved = self.peers[at].progress(self.store, self.limit_out, now, &mut self.heard);
+            let moved = self.peers[at].progress(self.store, now, &mut self.heard);
             match moved {
                 Ok(()) => at += 1,
                 Err(error) => {

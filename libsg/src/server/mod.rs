@@ -21,6 +21,7 @@ mod forward;
 pub mod index;
 #[cfg(feature = "simulation")]
 mod inspect;
+mod limit;
 pub mod local;
 mod session;
 pub mod slots;

@@ -9,9 +9,10 @@ use std::sync::atomic::Ordering;
 mod copies;
 
 use super::budget::Budget;
+use super::limit::{Class, Limit};
 use super::slots::SlotRun;
 use super::store::{Noted, Store, Target};
-use super::stream::{Limit, Stream};
+use super::stream::Stream;
 use super::transit::Pinned;
 use super::volumes::{StateBlob, Volumes};
 use crate::content::ContentHash;
@@ -102,7 +103,7 @@ impl<'c> Session<'c> {
         {
             let header = Header { status: Status::Malformed, ..Header::new(Kind::Refused) };
             // Whoever sends nonsense may be gone already.
-            let _ = self.stream.write(&mut [IoPart::Bytes(&header.encode())], &|| false);
+            let _ = self.stream.write(Class::Urgent, &mut [IoPart::Bytes(&header.encode())], &|| false);
         }
         served
     }
@@ -274,7 +275,11 @@ impl<'c> Session<'c> {
         for run in &buffers.runs {
             parts.push(IoPart::Guest(store.arena().slots(*run)?.readable()));
         }
-        stream.write(&mut parts, &|| !pinned.in_the_way())?;
+        let class = match channel.greeting().purpose {
+            Purpose::VmdUrgent => Class::Urgent,
+            _ => Class::Bulk,
+        };
+        stream.write(class, &mut parts, &|| !pinned.in_the_way())?;
         store.bytes_out.fetch_add(page_bytes as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -422,7 +427,7 @@ impl<'c> Session<'c> {
     fn reply(&mut self, to: &Header, kind: Kind, status: Status, count: u16, body: &[u8]) -> Result<()> {
         let header = Header { status, count, body_bytes: body.len() as u32, ..to.answer(kind) };
         let bytes = header.encode();
-        self.stream.write(&mut [IoPart::Bytes(&bytes), IoPart::Bytes(body)], &|| true)
+        self.stream.write(Class::Urgent, &mut [IoPart::Bytes(&bytes), IoPart::Bytes(body)], &|| true)
     }
 }
 

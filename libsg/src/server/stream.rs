@@ -6,16 +6,16 @@
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::forward::Forwards;
+use super::limit::{Class, Limit, Turn};
 use super::store::Store;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::memory::SlotSlice;
 use crate::memory::vectored::{self, IoPart, IoPartMut};
-use crate::pace::{self, TokenBucket};
+use crate::pace;
 use crate::page::PAGE_BYTES;
 use crate::transport::{self, Awaited, Channel};
 
@@ -25,51 +25,10 @@ const AHEAD_BYTES: usize = 2048;
 /// How often a session that waits looks whether it still should.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// What the operator allows, over all connections of the server.
-#[derive(Debug)]
-pub(super) struct Limit(Mutex<TokenBucket>);
-
-impl Limit {
-    /// So many bytes a second; zero is unlimited.
-    pub(super) fn new(bytes_per_s: u64) -> Self {
-        let rate = (bytes_per_s > 0).then_some(bytes_per_s);
-        Self(Mutex::new(TokenBucket::new(host::now(), rate)))
-    }
-
-    /// Waits until some of `bytes` may move, and says how many.
-    fn wait(&self, bytes: usize) -> usize {
-        let mut bucket = self.0.lock();
-        let Some(rate) = bucket.rate() else { return bytes };
-        let slice = bytes.min(pace::slice_bytes(Some(rate)) as usize);
-        loop {
-            match bucket.take(host::now(), slice as u64) {
-                Ok(()) => return slice,
-                Err(wait) => parking_lot::MutexGuard::unlocked(&mut bucket, || {
-                    host::thread::sleep(wait.min(LOOK_EVERY));
-                }),
-            }
-        }
-    }
-
-    /// How many of `bytes` may move now: none is for later.
-    pub(super) fn grant(&self, bytes: usize) -> usize {
-        let mut bucket = self.0.lock();
-        let Some(rate) = bucket.rate() else { return bytes };
-        let slice = bytes.min(pace::slice_bytes(Some(rate)) as usize);
-        if bucket.take(host::now(), slice as u64).is_ok() { slice } else { 0 }
-    }
-
-    pub(super) fn give_back(&self, bytes: usize) {
-        if bytes > 0 {
-            self.0.lock().give_back(bytes as u64);
-        }
-    }
-}
-
 /// A session's end of its connection.
 pub(super) struct Stream<'c> {
     channel: &'c Channel,
-    limit_in: &'c Limit,
+    turn_in: Turn<'c>,
     ahead: [u8; AHEAD_BYTES],
     /// The part of `ahead` that was not given out.
     from: usize,
@@ -87,9 +46,9 @@ impl<'c> Stream<'c> {
         (limit_in, limit_out): (&'c Limit, &'c Limit),
     ) -> Self {
         Self {
-            back: Back { channel, limit_out, forwards: Forwards::new(store, limit_out) },
+            back: Back { channel, turn_out: Turn::new(limit_out), forwards: Forwards::new(store, limit_out) },
             channel,
-            limit_in,
+            turn_in: Turn::new(limit_in),
             ahead: [0; AHEAD_BYTES],
             from: 0,
             to: 0,
@@ -134,25 +93,25 @@ impl<'c> Stream<'c> {
         self.from += take;
         slots = slots.skip(take);
         while !slots.is_empty() {
-            let allowed = self.limit_in.wait(slots.len());
+            let allowed = self.turn_in.wait(Class::Bulk, slots.len());
             let got = self.receive(slots.len(), IoPartMut::Slot(slots.take(allowed)))?;
             if got == 0 {
                 return Err(ended());
             }
-            self.limit_in.give_back(allowed.saturating_sub(got));
+            self.turn_in.give_back(allowed.saturating_sub(got));
             slots = slots.skip(got);
         }
         Ok(())
     }
 
-    /// Drops `bytes` bytes that come.
+    /// Drops `bytes` bytes that come: they count as pages that are taken, which the link has carried.
     ///
     /// # Errors
     /// As [`Self::read`].
     pub(super) fn skip(&mut self, mut bytes: usize) -> Result<()> {
         let mut sink = [0; PAGE_BYTES];
         while bytes > 0 {
-            let piece = bytes.min(sink.len());
+            let piece = self.turn_in.wait(Class::Bulk, bytes.min(sink.len()));
             if !self.read(&mut sink[..piece])? {
                 return Err(ended());
             }
@@ -212,19 +171,24 @@ impl<'c> Stream<'c> {
         &mut self.back.forwards
     }
 
-    /// Writes all of it. `patience` is asked about once a second while the peer takes nothing.
+    /// Writes all of it, in its turn. `patience` is asked about once a second while the peer takes nothing.
     ///
     /// # Errors
     /// [`ErrorKind::Unreachable`] when the connection broke, or patience is over.
-    pub(super) fn write(&mut self, parts: &mut [IoPart<'_>], patience: &dyn Fn() -> bool) -> Result<()> {
-        self.back.write(parts, patience)
+    pub(super) fn write(
+        &mut self,
+        class: Class,
+        parts: &mut [IoPart<'_>],
+        patience: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        self.back.write(class, parts, patience)
     }
 }
 
 /// The way back to the client, with what goes on while nothing comes from it.
 struct Back<'c> {
     channel: &'c Channel,
-    limit_out: &'c Limit,
+    turn_out: Turn<'c>,
     forwards: Forwards<'c>,
 }
 
@@ -262,7 +226,10 @@ impl Back<'_> {
         }
         self.forwards.progress();
         let ready = self.forwards.take_ready();
-        if ready.is_empty() { Ok(()) } else { self.write(&mut [IoPart::Bytes(&ready)], &|| true) }
+        if ready.is_empty() {
+            return Ok(());
+        }
+        self.write(Class::Urgent, &mut [IoPart::Bytes(&ready)], &|| true)
     }
 
     fn make_room(&mut self, bytes: usize) -> Result<()> {
@@ -275,13 +242,13 @@ impl Back<'_> {
         Ok(())
     }
 
-    fn write(&self, parts: &mut [IoPart<'_>], patience: &dyn Fn() -> bool) -> Result<()> {
+    fn write(&self, class: Class, parts: &mut [IoPart<'_>], patience: &dyn Fn() -> bool) -> Result<()> {
         let mut rest = parts;
         let mut left: usize = rest.iter().map(IoPart::len).sum();
         while left > 0 {
-            let allowed = self.limit_out.wait(left);
+            let allowed = self.turn_out.wait(class, left);
             let sent = self.send(rest, allowed, patience)?;
-            self.limit_out.give_back(allowed.saturating_sub(sent));
+            self.turn_out.give_back(allowed.saturating_sub(sent));
             left -= sent;
             rest = IoPart::advance(rest, sent);
         }

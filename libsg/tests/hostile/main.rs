@@ -3,5 +3,6 @@
 
 mod copiers;
 mod honest;
+mod limits;
 mod peers;
 mod support;

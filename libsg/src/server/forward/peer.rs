@@ -14,9 +14,9 @@ use crate::host::{self, thread::JoinHandle};
 use crate::ids::{Epoch, MemberIndex, NodeId, Sequence, VolumeId};
 use crate::memory::vectored::{self, IO_PARTS_MAX, IoPart};
 use crate::page::PAGE_BYTES;
+use crate::server::limit::Turn;
 use crate::server::slots::SlotRun;
 use crate::server::store::{Store, Target};
-use crate::server::stream::Limit;
 use crate::server::transit::Pinned;
 use crate::transport::{Channel, Inbox, Waker, dial, refusal};
 use crate::wire::handshake::Purpose;
@@ -75,6 +75,7 @@ pub(super) struct Peer<'s> {
     first: u64,
     last_sign: Instant,
     held_back: bool,
+    turn: Turn<'s>,
     _place: Place<'s>,
 }
 
@@ -100,7 +101,7 @@ impl<'s> Peer<'s> {
         store: &'s Store,
         target: &Target,
         (volume, epoch): (VolumeId, Epoch),
-        now: Instant,
+        (turn, now): (Turn<'s>, Instant),
     ) -> Option<Self> {
         let place = Place::take(store.peers())?;
         let waker = Waker::new().ok()?;
@@ -126,6 +127,7 @@ impl<'s> Peer<'s> {
             first: 1,
             last_sign: now,
             held_back: false,
+            turn,
             _place: place,
         })
     }
@@ -150,15 +152,9 @@ impl<'s> Peer<'s> {
     ///
     /// # Errors
     /// The member has none of what is under way.
-    pub(super) fn progress(
-        &mut self,
-        store: &Store,
-        limit: &Limit,
-        now: Instant,
-        heard: &mut Vec<Heard>,
-    ) -> Result<()> {
+    pub(super) fn progress(&mut self, store: &Store, now: Instant, heard: &mut Vec<Heard>) -> Result<()> {
         self.open()?;
-        self.write(store, limit, now)?;
+        self.write(store, now)?;
         self.read(now, heard)?;
         let waits = !self.asked.is_empty() || !self.queue.is_empty();
         if waits && now.saturating_duration_since(self.last_sign) > SILENCE_MAX && !self.held_back {
@@ -188,7 +184,7 @@ impl<'s> Peer<'s> {
         }
     }
 
-    fn write(&mut self, store: &Store, limit: &Limit, now: Instant) -> Result<()> {
+    fn write(&mut self, store: &Store, now: Instant) -> Result<()> {
         let State::Open(channel) = &self.state else { return Ok(()) };
         self.held_back = false;
         while let Some(first) = self.queue.front_mut() {
@@ -197,7 +193,7 @@ impl<'s> Peer<'s> {
                 first.head = head(channel, &first.batch, sequence);
             }
             let total = first.head.len() + first.batch.bytes();
-            let allowed = limit.grant(total - first.written);
+            let allowed = self.turn.poll(total - first.written);
             if allowed == 0 {
                 self.held_back = true;
                 return Ok(());
@@ -205,7 +201,7 @@ impl<'s> Peer<'s> {
             let sent = match first.send(store, channel, allowed) {
                 Ok(sent) => sent,
                 Err(error) => {
-                    limit.give_back(allowed);
+                    self.turn.give_back(allowed);
                     return if error.kind() == std::io::ErrorKind::WouldBlock {
                         Ok(())
                     } else {
@@ -213,7 +209,7 @@ impl<'s> Peer<'s> {
                     };
                 }
             };
-            limit.give_back(allowed - sent);
+            self.turn.give_back(allowed - sent);
             first.written += sent;
             self.last_sign = now;
             if first.written < total {

@@ -7,6 +7,7 @@ use crate::host;
 use crate::ids::MemberSet;
 use crate::memory::vectored::IoPart;
 use crate::server::forward::{Stored, push_answer};
+use crate::server::limit::Class;
 use crate::server::slots::{ChunkNumber, SlotRun};
 use crate::server::store::Noted;
 use crate::server::transit::Pinned;
@@ -87,7 +88,7 @@ impl<'c> Session<'c> {
         if host::has_bug(host::Bug::CopyNotAwaited) {
             let mut answer = Vec::new();
             push_answer(&mut answer, header, Missing::NONE, (&table, runs));
-            return stream.write(&mut [IoPart::Bytes(&answer)], &|| true);
+            return stream.write(Class::Urgent, &mut [IoPart::Bytes(&answer)], &|| true);
         }
         match pinned.filter(|_| !entries.is_empty() && !targets.is_empty()) {
             Some(pinned) => {
@@ -100,7 +101,7 @@ impl<'c> Session<'c> {
             None => {
                 let mut answer = Vec::new();
                 push_answer(&mut answer, header, Missing::NONE, (&table, runs));
-                stream.write(&mut [IoPart::Bytes(&answer)], &|| true)
+                stream.write(Class::Urgent, &mut [IoPart::Bytes(&answer)], &|| true)
             }
         }
     }
