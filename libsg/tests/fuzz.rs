@@ -25,6 +25,7 @@ use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::{Entry, encode_table};
 use libsg::wire::final_set::{self, Blobs};
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose};
+use libsg::wire::link_use::{LinkUse, LocalTraffic};
 use libsg::wire::message::{
     self, Member, NodeStatistics, Rounds, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
 };
@@ -302,6 +303,11 @@ fn messages() -> Vec<Vec<u8>> {
         arena_bytes: 3,
         bytes_in: 4,
         bytes_out: 5,
+        link: LinkUse {
+            limit_in_bytes_per_s: 7,
+            limit_out_bytes_per_s: 0,
+            local: Some(LocalTraffic { in_bytes_per_s: 8, out_bytes_per_s: 9 }),
+        },
         connections: 6,
         volumes: vec![summary; 2],
     };

@@ -70,6 +70,7 @@ impl Setup {
         let (statistics, room) = (server.statistics(), meter.measure());
         let within = |free: u64, limit: u64| if limit == 0 { free } else { free.min(limit) };
         let (limit_in, limit_out) = self.limits_bytes_per_s;
+        let now = statistics.link;
         let left = |most: usize, used: usize| u32::try_from(most.saturating_sub(used)).unwrap_or(u32::MAX);
         Announcement {
             node: server.node().clone(),
@@ -88,8 +89,8 @@ impl Setup {
                 used_bytes: statistics.used_bytes,
             },
             link: LinkRoom {
-                free_in_bytes_per_s: within(room.link.free_in_bytes_per_s, limit_in),
-                free_out_bytes_per_s: within(room.link.free_out_bytes_per_s, limit_out),
+                free_in_bytes_per_s: within(room.link.free_in_bytes_per_s, now.limit_in_bytes_per_s),
+                free_out_bytes_per_s: within(room.link.free_out_bytes_per_s, now.limit_out_bytes_per_s),
                 limit_in_bytes_per_s: limit_in,
                 limit_out_bytes_per_s: limit_out,
                 ..room.link

@@ -105,6 +105,7 @@ pub enum LogFormat {
 Examples:
   sg serve --memory 16G --secret pool.secret
   sg serve --memory 16G --secret pool.secret --limit-in 4gbit --zone rack7
+  sg serve --memory 16G --secret pool.secret --local-first eth0 --link 10gbit
   sg serve --memory 16G --secret pool.secret --announce 239.83.71.1@10.0.0.3
   sg serve --memory 16G --secret pool.secret --announce etcd://10.0.0.1,10.0.0.2,10.0.0.5/sg
   sg serve --memory 512M --listen 127.0.0.1:7701              for a test, on this host alone
@@ -128,12 +129,18 @@ pub struct ServeArgs {
     /// The zone (rack, power feed) it is in, for those who spread copies
     #[arg(long, value_name = "Z")]
     pub zone: Option<String>,
-    /// The most page bytes to take, over all connections
+    /// The most page bytes to take, over all connections, which share it alike
     #[arg(long, value_name = "RATE", default_value = "0")]
     pub limit_in: Rate,
-    /// The most page bytes to give out, over all connections
+    /// The most page bytes to give out, over all connections, which share it alike; pages that guests wait for go first
     #[arg(long, value_name = "RATE", default_value = "0")]
     pub limit_out: Rate,
+    /// What this host itself sends and receives over the interface (all that is not the intermediary's) goes first: pages
+    /// get what it leaves of the link, within --limit-in and --limit-out, a 32nd at least. Up to an eighth of the link
+    /// stays free for it to grow into. `sg status` shows what that is at the moment. Needs to know what the link carries:
+    /// --link, where the interface does not say it
+    #[arg(long, value_name = "INTERFACE")]
+    pub local_first: Option<String>,
     /// File with the pool's secret; without one only loopback addresses are listened on
     #[arg(long, value_name = "FILE")]
     pub secret: Option<PathBuf>,
@@ -146,8 +153,9 @@ pub struct ServeArgs {
     /// dies, it is gone after 15 s. Clocks of the pool's hosts may differ by 30 s
     #[arg(long, value_name = "WHERE")]
     pub announce: Option<Meeting>,
-    /// What the host's link carries, for the announcement [default: what its interface says, else 1gbit]
-    #[arg(long, value_name = "RATE", requires = "announce")]
+    /// What the host's link carries, for --announce and --local-first [default: what its interface says, else 1gbit in
+    /// announcements]
+    #[arg(long, value_name = "RATE")]
     pub link: Option<Rate>,
     /// How pages reach it
     #[arg(long, value_enum, default_value = "auto")]

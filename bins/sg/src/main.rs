@@ -4,6 +4,7 @@ mod announce;
 mod ask;
 mod cli;
 mod evict;
+mod local_first;
 mod nbd;
 mod operate;
 mod plan;

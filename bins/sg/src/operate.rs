@@ -10,6 +10,7 @@ use libsg::ids::{Epoch, VolumeId};
 use libsg::page::PAGE_BYTES_U64;
 use libsg::transport::PoolSecret;
 use libsg::wire::announcement::LinkRoom;
+use libsg::wire::link_use::LocalTraffic;
 use libsg::wire::message::{NodeStatistics, VmdReply, VmdRequest, VolumeInfo, VolumeSummary};
 use libsg::{Error, ErrorKind};
 use serde_json::json;
@@ -46,6 +47,10 @@ pub fn status(args: &PoolArgs) -> Result<u8> {
             "FREE OUT",
             "TAKEN IN",
             "GIVEN OUT",
+            "MAY IN",
+            "MAY OUT",
+            "LOCAL IN",
+            "LOCAL OUT",
             "CONNS",
             "VMS",
         ];
@@ -230,6 +235,7 @@ fn node_json((host, answer): &Answer<NodeStatistics>) -> serde_json::Value {
             "arena_bytes": node.arena_bytes,
             "bytes_in": node.bytes_in,
             "bytes_out": node.bytes_out,
+            "link": node.link,
             "connections": node.connections,
             "volumes": node.volumes.iter().map(summary_json).collect::<Vec<_>>(),
             "announced": host.announced,
@@ -260,6 +266,10 @@ fn node_row(host: &Found, node: &NodeStatistics) -> Vec<String> {
     let rate = |of: fn(&LinkRoom) -> u64| {
         host.announced.as_ref().map_or_else(|| "-".into(), |said| table::bits(of(&said.link)))
     };
+    let may = |limit: u64| if limit == 0 { "-".into() } else { table::bits(limit) };
+    let local = |of: fn(&LocalTraffic) -> u64| {
+        node.link.local.as_ref().map_or_else(|| "-".into(), |local| table::bits(of(local)))
+    };
     vec![
         node.node.to_string(),
         host.address.to_string(),
@@ -271,6 +281,10 @@ fn node_row(host: &Found, node: &NodeStatistics) -> Vec<String> {
         rate(|link| link.free_out_bytes_per_s),
         table::bytes(node.bytes_in),
         table::bytes(node.bytes_out),
+        may(node.link.limit_in_bytes_per_s),
+        may(node.link.limit_out_bytes_per_s),
+        local(|local| local.in_bytes_per_s),
+        local(|local| local.out_bytes_per_s),
         node.connections.to_string(),
         vms(&node.volumes),
     ]

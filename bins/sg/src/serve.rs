@@ -12,9 +12,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
-use crate::announce;
 use crate::cli::{LogFormat, ServeArgs, WrongArguments, secret};
-use crate::process;
+use crate::{announce, local_first, process};
 
 /// Exit code of one that went with pages of live volumes.
 const LOST: u8 = 3;
@@ -24,11 +23,13 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     start_logs(args.log_format);
     let config = config(args)?;
     let announced = announce::Setup::of(args, &config);
+    let local_first = local_first::Setup::of(args, &config)?;
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("signals cannot be caught")?;
     process::settle(Some(args.oom_score_adj));
     process::check_memory(args.memory.0);
     let server = Server::bind(config).map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
     let server = Arc::new(server.spawn().map_err(|e| anyhow::anyhow!("{}", e.chain()))?);
+    let _watch = local_first.map(|setup| setup.start(&server)).transpose()?;
     let leaves = Arc::new(AtomicBool::new(false));
     let announcer = match announced {
         Some(setup) => Some(setup.start(&server, Arc::clone(&leaves))?),

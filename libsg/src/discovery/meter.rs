@@ -43,10 +43,37 @@ struct Counters {
     cpu_all: u64,
 }
 
+/// An interface of this host, as the process sees it.
+#[derive(Clone, Debug)]
+pub struct Interface(String);
+
+impl Interface {
+    /// By its name; nothing where there is none of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        let interface = Self(name.to_owned());
+        interface.traffic().map(|_| interface)
+    }
+
+    /// What its driver says that it carries, in bytes a second; nothing where it does not know.
+    #[must_use]
+    pub fn bytes_per_s(&self) -> Option<u64> {
+        let speed: u64 = read(&format!("/sys/class/net/{}/speed", self.0)).trim().parse().ok()?;
+        // A driver that does not know says -1, or the largest number there is.
+        (1..10_000_000).contains(&speed).then_some(speed * 125_000)
+    }
+
+    /// Bytes received and sent since it is there, headers included; nothing when it is there no more.
+    #[must_use]
+    pub fn traffic(&self) -> Option<(u64, u64)> {
+        traffic(&self.0, &read("/proc/net/dev"))
+    }
+}
+
 /// Measures a host.
 #[derive(Debug)]
 pub struct Meter {
-    interface: String,
+    interface: Interface,
     link_bytes_per_s: u64,
     last: (Instant, Counters),
     room: Room,
@@ -57,12 +84,8 @@ impl Meter {
     /// is not said, what the interface says, else 1 Gb/s.
     #[must_use]
     pub fn new(address: Ipv4Addr, link_bytes_per_s: Option<u64>) -> Self {
-        let interface = interface(address, &read("/proc/net/route"));
-        let says = || {
-            let speed: u64 = read(&format!("/sys/class/net/{interface}/speed")).trim().parse().ok()?;
-            // A driver that does not know says -1, or the largest number there is.
-            (1..10_000_000).contains(&speed).then_some(speed * 125_000)
-        };
+        let interface = Interface(interface(address, &read("/proc/net/route")));
+        let says = || interface.bytes_per_s();
         let link_bytes_per_s = link_bytes_per_s.or_else(says).unwrap_or(LINK_USUAL_BYTES_PER_S);
         let counters = count(&interface);
         let link = LinkRoom {
@@ -111,8 +134,8 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-fn count(interface: &str) -> Counters {
-    let (received, sent) = traffic(interface, &read("/proc/net/dev"));
+fn count(interface: &Interface) -> Counters {
+    let (received, sent) = interface.traffic().unwrap_or_default();
     let (cpu_idle, cpu_all) = processors(&read("/proc/stat"));
     Counters { received, sent, cpu_idle, cpu_all }
 }
@@ -154,10 +177,10 @@ fn processors(stat: &str) -> (u64, u64) {
 }
 
 /// Bytes that an interface received and sent.
-fn traffic(interface: &str, dev: &str) -> (u64, u64) {
-    let line = dev.lines().find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'));
-    let word = |at: usize| line.and_then(|line| line.split_whitespace().nth(at)?.parse().ok()).unwrap_or(0);
-    (word(0), word(8))
+fn traffic(interface: &str, dev: &str) -> Option<(u64, u64)> {
+    let line = dev.lines().find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'))?;
+    let word = |at: usize| line.split_whitespace().nth(at)?.parse().ok();
+    Some((word(0)?, word(8)?))
 }
 
 /// The interface of an address of ours: that of the narrowest route to its network.
@@ -192,7 +215,7 @@ mod test {
         let dev = "Inter-| Receive\n face |bytes\n    lo: 7 1 0 0 0 0 0 0 8 1 0 0\n  eth0: 100 1 0 0 0 0 0 0 200 1\n";
         assert_eq!(
             (traffic("eth0", dev), traffic("lo", dev), traffic("eth", dev)),
-            ((100, 200), (7, 8), (0, 0))
+            (Some((100, 200)), Some((7, 8)), None)
         );
         let routes = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n\
                       eth0\t00000000\t0100000A\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\

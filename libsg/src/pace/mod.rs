@@ -11,6 +11,8 @@
 //!  receiver <--- grant or wait --------- TokenBuckets  <----------------rate-----------+
 //! ```
 //!
+//! What a host's own traffic leaves of its link to the pages of other hosts' VMs is [`LocalFirst`]'s.
+//!
 //! Several VMs that leave one host share its link. A [`LinkDivision`] divides it: what a VM's pacer is to its links, the
 //! division is to those pacers.
 
@@ -19,6 +21,7 @@
 mod bucket;
 mod delay;
 mod division;
+mod local_first;
 mod rate;
 mod share;
 mod shared;
@@ -31,6 +34,7 @@ pub use bucket::{TokenBucket, slice_bytes};
 pub(crate) use bucket::{bytes_in, is_near, time_of};
 pub use delay::{Aggregate, LinkReading, aggregate, own_delay};
 pub use division::{LinkDivision, Part};
+pub use local_first::{LocalFirst, Passed};
 pub use rate::{RateFinder, Reading};
 pub use shared::{Acquire, Class, LinkId, SharedPacer, Told};
 pub use socket::{Dscp, mark_bulk, mark_urgent, precise_timers, quick_ack, set_congestion};

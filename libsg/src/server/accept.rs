@@ -16,8 +16,10 @@ use super::store::Store;
 use crate::error::{ErrorKind, Result};
 use crate::host::{self, Condvar, Listener};
 use crate::ids::NodeId;
+use crate::pace::TcpInfo;
 use crate::transport::{self, Channel};
 use crate::wire::Status;
+use crate::wire::link_use::LinkUse;
 use crate::wire::message::{NodeStatistics, VmdReply};
 
 /// A session's stack: it keeps a few KiB there, and a thousand of them shall cost little.
@@ -34,6 +36,7 @@ pub(super) struct Shared {
     store: Store,
     limit_in: Limit,
     limit_out: Limit,
+    link: Mutex<LinkUse>,
     connections: Mutex<Connections>,
     /// A connection's thread ended.
     left: Condvar,
@@ -45,6 +48,8 @@ struct Connections {
     next: u64,
     half_open: BTreeMap<u64, TcpStream>,
     open: BTreeMap<u64, TcpStream>,
+    /// Bytes that came over connections that are gone.
+    came_bytes: u64,
     /// Threads that have not ended, those of connections dropped from the lists included.
     threads: usize,
 }
@@ -55,6 +60,11 @@ impl Shared {
         Ok(Self {
             limit_in: Limit::new(config.limit_in_bytes_per_s),
             limit_out: Limit::new(config.limit_out_bytes_per_s),
+            link: Mutex::new(LinkUse {
+                limit_in_bytes_per_s: config.limit_in_bytes_per_s,
+                limit_out_bytes_per_s: config.limit_out_bytes_per_s,
+                local: None,
+            }),
             config,
             address,
             store,
@@ -77,14 +87,30 @@ impl Shared {
 
     pub(super) fn statistics(&self) -> NodeStatistics {
         let open = self.connections.lock().open.len();
-        self.store.statistics(u32::try_from(open).unwrap_or(u32::MAX))
+        let link = *self.link.lock();
+        NodeStatistics { link, ..self.store.statistics(u32::try_from(open).unwrap_or(u32::MAX)) }
+    }
+
+    /// Other limits from now on.
+    pub(super) fn set_link_use(&self, link: LinkUse) {
+        self.limit_in.set(link.limit_in_bytes_per_s);
+        self.limit_out.set(link.limit_out_bytes_per_s);
+        *self.link.lock() = link;
+    }
+
+    /// Bytes that came, as the kernel counts them, and that went.
+    pub(super) fn moved(&self) -> (u64, u64) {
+        let connections = self.connections.lock();
+        let came = connections.open.values().map(came_bytes).sum::<u64>() + connections.came_bytes;
+        drop(connections);
+        (came, self.limit_out.moved())
     }
 
     /// Ends every connection and lets all threads of the server return.
     pub(super) fn close(&self) {
         self.store.close();
-        self.limit_in.lift();
-        self.limit_out.lift();
+        self.limit_in.set(0);
+        self.limit_out.set(0);
         let connections = self.connections.lock();
         for stream in connections.half_open.values().chain(connections.open.values()) {
             // It fails only where the peer was faster.
@@ -130,6 +156,11 @@ impl Shared {
         connections.open.insert(number, stream);
         true
     }
+}
+
+/// Bytes that came over a connection.
+fn came_bytes(stream: &TcpStream) -> u64 {
+    TcpInfo::read(stream).map_or(0, |info| info.bytes_received)
 }
 
 /// An address that reaches a listener there, which may listen on all of them.
@@ -225,7 +256,7 @@ impl Drop for Present {
     fn drop(&mut self) {
         let mut connections = self.shared.connections.lock();
         connections.half_open.remove(&self.number);
-        connections.open.remove(&self.number);
+        connections.came_bytes += connections.open.remove(&self.number).as_ref().map_or(0, came_bytes);
         connections.threads -= 1;
         drop(connections);
         self.shared.left.notify_all();

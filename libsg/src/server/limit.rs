@@ -41,16 +41,24 @@ impl State {
 impl Limit {
     /// So many bytes a second; zero is unlimited.
     pub(super) fn new(bytes_per_s: u64) -> Self {
-        let rate = (bytes_per_s > 0).then_some(bytes_per_s);
-        Self(Mutex::new(State { line: Line::new(host::now(), rate), wakes: BTreeMap::new() }))
+        Self(Mutex::new(State { line: Line::new(host::now(), rate(bytes_per_s)), wakes: BTreeMap::new() }))
     }
 
-    /// Nobody waits any more.
-    pub(super) fn lift(&self) {
+    /// From now on so many bytes a second; zero is unlimited, and then nobody waits any more.
+    pub(super) fn set(&self, bytes_per_s: u64) {
         let mut state = self.0.lock();
-        state.line.set_rate(host::now(), None);
+        state.line.set_rate(host::now(), rate(bytes_per_s));
         state.serve(None);
     }
+
+    /// The bytes that moved so far, over all connections.
+    pub(super) fn moved(&self) -> u64 {
+        self.0.lock().line.moved()
+    }
+}
+
+fn rate(bytes_per_s: u64) -> Option<u64> {
+    (bytes_per_s > 0).then_some(bytes_per_s)
 }
 
 /// A connection's turns. Dropped, it is in nobody's way.

@@ -41,6 +41,7 @@ use crate::host::{self, Listener, thread::JoinHandle};
 use crate::ids::{NodeId, random_bytes};
 use crate::limits;
 use crate::transport::PoolSecret;
+use crate::wire::link_use::LinkUse;
 use crate::wire::message::NodeStatistics;
 
 use accept::Shared;
@@ -194,6 +195,18 @@ impl ServerHandle {
     #[must_use]
     pub fn statistics(&self) -> NodeStatistics {
         self.shared.statistics()
+    }
+
+    /// Other limits from now on, which it tells with its statistics.
+    pub fn set_link_use(&self, link: LinkUse) {
+        self.shared.set_link_use(link);
+    }
+
+    /// Bytes that came over its connections, as far as the kernel has them, and that went, without headers of the network:
+    /// what of its host's traffic is its own.
+    #[must_use]
+    pub fn moved_bytes(&self) -> (u64, u64) {
+        self.shared.moved()
     }
 
     /// What would be lost if it went now.

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Malformed;
+use super::link_use::LinkUse;
 use super::parking::{Claim, Parking, Verdict, check_node};
 use crate::error::ErrorKind;
 use crate::ids::{Epoch, NodeId, VolumeId};
@@ -178,6 +179,8 @@ pub struct NodeStatistics {
     pub bytes_in: u64,
     /// Bytes of pages given out since it started.
     pub bytes_out: u64,
+    /// How fast pages may move there now.
+    pub link: LinkUse,
     /// Open connections.
     pub connections: u32,
     /// Volumes it holds anything of: id, VM's name, state, pages, age.

@@ -17,6 +17,7 @@ pub mod final_set;
 pub mod handshake;
 pub mod header;
 mod heads;
+pub mod link_use;
 pub mod message;
 pub mod parking;
 pub mod run;

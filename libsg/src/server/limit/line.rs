@@ -33,6 +33,7 @@ pub(super) struct Line {
     /// Where the slice began that was given out last, of each class.
     clocks: [u64; 2],
     urgent_run: u32,
+    moved: u64,
     next: u64,
 }
 
@@ -55,6 +56,7 @@ impl Line {
             waiting: BTreeSet::new(),
             clocks: [0; 2],
             urgent_run: 0,
+            moved: 0,
             next: 0,
         }
     }
@@ -130,7 +132,13 @@ impl Line {
     /// What a connection was given, once.
     pub(super) fn take(&mut self, number: u64) -> Option<u64> {
         let seat = self.seats.get_mut(&number)?;
+        self.moved += seat.granted;
         (seat.granted > 0).then(|| std::mem::take(&mut seat.granted))
+    }
+
+    /// What all together were given, and did not give back.
+    pub(super) const fn moved(&self) -> u64 {
+        self.moved
     }
 
     /// How long until a connection that waits is next, if nobody comes who goes before it.
@@ -144,6 +152,7 @@ impl Line {
     /// Of what a connection took, so many bytes did not move.
     pub(super) fn give_back(&mut self, number: u64, bytes: u64) {
         self.bucket.give_back(bytes);
+        self.moved = self.moved.saturating_sub(bytes);
         if let Some(seat) = self.seats.get_mut(&number) {
             let end = &mut seat.ends[seat.class as usize];
             *end = end.saturating_sub(bytes);

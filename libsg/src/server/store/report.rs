@@ -9,6 +9,7 @@ use crate::ids::VolumeId;
 use crate::page::PAGE_BYTES_U64;
 use crate::server::volumes::Volume;
 use crate::wire::Status;
+use crate::wire::link_use::LinkUse;
 use crate::wire::message::{NodeStatistics, VolumeInfo, VolumeSummary};
 
 /// What would be lost with an intermediary.
@@ -86,6 +87,7 @@ impl Store {
             arena_bytes: slots.arena_bytes(),
             bytes_in: self.bytes_in.load(Ordering::Relaxed),
             bytes_out: self.bytes_out.load(Ordering::Relaxed),
+            link: LinkUse::default(),
             connections,
             volumes,
         }

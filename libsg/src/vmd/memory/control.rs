@@ -6,6 +6,7 @@ use crate::ids::{Epoch, VolumeId};
 use crate::manifest::Manifest;
 use crate::page::PAGE_BYTES_U64;
 use crate::wire::Status;
+use crate::wire::link_use::LinkUse;
 use crate::wire::message::{Member, NodeStatistics, VmdReply, VmdRequest, VolumeState, VolumeSummary};
 
 impl State {
@@ -99,6 +100,7 @@ impl State {
             arena_bytes: self.slots.len() as u64 * PAGE_BYTES_U64,
             bytes_in: self.bytes_in,
             bytes_out: self.bytes_out,
+            link: LinkUse::default(),
             connections: 0,
             volumes: live.map(summary).collect(),
         }
