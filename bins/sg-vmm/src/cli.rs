@@ -133,7 +133,8 @@ pub struct RunArguments {
     pub link: Option<Rate>,
     /// Unix socket to listen on for commands, one JSON object a line: {"do":"start","to":"ADDR:PORT",
     /// "mode":"scatter-gather","intermediaries":["ADDR:PORT"]}, or instead of a list "pool":true, with "evacuate":true where
-    /// the whole zone is emptied, and "dry_run":true to be told of the choice and nothing else; where "mode" may also be post-copy, hybrid or pre-copy, the
+    /// the whole zone is emptied, and "dry_run":true to be told of the choice and nothing else; with "spares":["ADDR:PORT"] beside a list, others who take the
+    /// place of those that die; where "mode" may also be post-copy, hybrid or pre-copy, the
     /// latter two with "rounds" (most while the VM runs), "downtime_limit_ms", "via" (direct or vmd); with "replicas":N
     /// each page that goes to intermediaries lies at N of them; with "scatter":RATE no more leaves in bulk; and with "dedup":{"hash":
     /// "blake3" or "sha1","domain":NAME}, both optional, pages that intermediaries hold for VMs of the same domain are

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 
 use crate::canary::{PanicAt, Panicking};
 use crate::migration::{Arriving, Berth, Leaving};
-use crate::pool::{self, PoolView};
+use crate::pool::{self, PoolView, Spares};
 use crate::serial::Serial;
 use crate::vm::Vm;
 
@@ -53,6 +53,9 @@ pub struct Start {
     /// Intermediaries that may take pages.
     #[serde(default)]
     pub intermediaries: Vec<SocketAddr>,
+    /// Others, who take the place of those that die on the way, in this order. Without `pool`, which knows whom to take.
+    #[serde(default)]
+    pub spares: Vec<SocketAddr>,
     /// Intermediaries are chosen among those of the pool that the VMM hears.
     #[serde(default)]
     pub pool: bool,
@@ -173,7 +176,7 @@ impl Moves {
     /// One is under way, or it cannot be started; a choice among a pool that this VMM is not in.
     pub fn start(self: &Arc<Self>, vm: &Arc<Vm>, what: Start) -> Result<Option<Value>> {
         let to = what.to()?;
-        let (mut told, mut replacements) = (None, None);
+        let (mut told, mut replacements) = (None, None::<Arc<dyn Replacements>>);
         let mut intermediaries = what.intermediaries.clone();
         if what.pool {
             let pool = self.pool.as_ref().ok_or_else(pool::none)?;
@@ -184,6 +187,9 @@ impl Moves {
         } else if what.dry_run || what.evacuate {
             let message = "\"dry_run\" and \"evacuate\" are about a choice: say \"pool\":true";
             return Err(Error::new(ErrorKind::Input, message));
+        }
+        if !what.spares.is_empty() && replacements.is_none() {
+            replacements = Some(Arc::new(Spares(what.spares.clone())));
         }
         if !what.dry_run {
             self.go(vm, &what, to, (intermediaries, replacements))?;

@@ -12,7 +12,7 @@ use libsg::units::{Rate, Size};
 use pools::Meeting;
 
 /// The port an intermediary listens on.
-const PORT: u16 = 7701;
+pub const PORT: u16 = 7701;
 
 /// How long hosts of a pool have to announce themselves to who asks.
 const PATIENCE: Duration = Duration::from_secs(10);

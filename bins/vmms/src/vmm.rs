@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Result;
+use libsg::content::Sharing;
 use libsg::migrate::Mode;
 use libsg::pace::Told;
 use libsg::report::{DestinationReport, Sample, SourceReport};
@@ -52,6 +53,12 @@ pub struct Start {
     pub park: Option<String>,
     /// Who may take pages.
     pub intermediaries: Vec<SocketAddr>,
+    /// Others, who take the place of those that die on the way, in this order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub spares: Vec<SocketAddr>,
+    /// With whom its pages are shared at intermediaries; nobody where it is not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dedup: Option<Sharing>,
     /// How many of them hold each page.
     pub replicas: u8,
     /// Most that leaves in bulk, as [`Rate`] is written.

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
+use libsg::limits::NAME_BYTES_MAX;
 use libsg::units::Rate;
 
-use crate::cli::{Intermediaries, WrongArguments, resolve_at};
+use crate::cli::{Intermediaries, PORT as INTERMEDIARY_PORT, WrongArguments, resolve_at};
 
 /// Where VMMs of a host have their control sockets.
 const RUN_DIRECTORY: &str = "/run/libsg";
@@ -93,6 +94,8 @@ Examples:
   sg evict --all --park --pool static:/etc/sg/pool --secret pool.secret        place them later: sg gather --claim
   sg evict --all --park --pool multicast:239.83.71.1 --secret pool.secret --deadline 120s --explain --dry-run
   sg evict --all /run/vms --to 10.0.0.2 --weight db=3
+  sg evict --all --to 10.0.0.2 --intermediary 10.0.0.3 --spare 10.0.0.4 --spare 10.0.0.5       in the place of one that dies
+  sg evict --all --park --pool static:/etc/sg/pool --dedup tenant7 --dedup db=tenant8     what is alike is sent once
 
 The VMs of one `sg evict` share the host's link: by what each has left, so that all are out together, or by --weight. Pages
 that guests wait for go before the bulk of all of them. When `sg evict` itself dies, VMs that have begun go on, and each looks for
@@ -102,7 +105,8 @@ its rate alone; another `sg evict` with the same sockets takes them over.
 followed; a second ^C leaves them alone.
 
 With --json: schema, status, host (eviction_s from the first start to the last evicted, bytes), plan (mode, why, eviction_s, deadline_s,
-fits, link_bytes_per_s), and vms[]: each VM's report, with vm (its name), socket, to, parked_as, fits, intermediary_addresses.
+fits, link_bytes_per_s), and vms[]: each VM's report, with vm (its name), socket, to, parked_as, fits, intermediary_addresses,
+spare_addresses, domain (of --dedup).
 
 Exit codes: 0 all are out; 1 some are not, and are where they were, or recoverable; 2 wrong arguments; 3 something was lost; 4 cancelled
 by somebody else; 130 interrupted.")]
@@ -121,6 +125,16 @@ pub struct EvictArgs {
     /// How the memory leaves [default: by the deadline; scatter-gather without one, post-copy without intermediaries]
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
+    /// An intermediary that takes the place of one that dies on the way, in this order (repeatable). Of a pool, where
+    /// hosts announce themselves, those that are not chosen at the start are such already. With --replicas above 1, and for
+    /// VMs that are parked, nobody is replaced: those that are left take what it had
+    #[arg(long, value_name = "HOST:PORT")]
+    pub spare: Vec<String>,
+    /// Pages that intermediaries hold already for VMs of the same domain are not sent there again: DOMAIN for all VMs, or
+    /// VM=DOMAIN for one (repeatable). A guest may learn by timing what others of its domain hold: give tenants domains of
+    /// their own
+    #[arg(long, value_name = "[VM=]DOMAIN", value_parser = domain)]
+    pub dedup: Vec<(Option<String>, String)>,
     /// How many intermediaries hold each page
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub replicas: u8,
@@ -165,6 +179,17 @@ impl EvictArgs {
     /// Where destinations wait.
     pub fn destinations(&self) -> Result<Vec<SocketAddr>> {
         self.to.iter().map(|name| resolve_at(name, PORT)).collect()
+    }
+
+    /// Who takes the place of those that die.
+    pub fn spares(&self) -> Result<Vec<SocketAddr>> {
+        self.spare.iter().map(|name| resolve_at(name, INTERMEDIARY_PORT)).collect()
+    }
+
+    /// The domain in which a VM's pages are shared; its own before that of all.
+    pub fn domain_of(&self, vm: &str) -> Option<&str> {
+        let of = |whom: Option<&str>| self.dedup.iter().rev().find(|(name, _)| name.as_deref() == whom);
+        of(Some(vm)).or_else(|| of(None)).map(|(_, domain)| domain.as_str())
     }
 
     /// How much a VM matters beside others; nothing where none is preferred to another.
@@ -242,6 +267,12 @@ fn weight(text: &str) -> Result<(String, f64)> {
     let weight: f64 = weight.parse().context("write VM=N, N being a number")?;
     anyhow::ensure!((0.01..=1000.0).contains(&weight), "a weight is from 0.01 to 1000");
     Ok((vm.to_owned(), weight))
+}
+
+fn domain(text: &str) -> Result<(Option<String>, String)> {
+    let (vm, domain) = text.split_once('=').map_or((None, text), |(vm, domain)| (Some(vm), domain));
+    anyhow::ensure!((1..=NAME_BYTES_MAX).contains(&domain.len()), "a domain has 1 to {NAME_BYTES_MAX} bytes");
+    Ok((vm.map(str::to_owned), domain.to_owned()))
 }
 
 fn time(text: &str) -> Result<Duration> {

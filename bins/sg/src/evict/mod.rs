@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
+use libsg::content::Sharing;
 use libsg::discovery::meter::Meter;
 use libsg::ids::random_bytes;
 use libsg::units::Rate;
@@ -92,6 +93,7 @@ fn prepare(args: &EvictArgs, found: &[Found]) -> Result<Prepared> {
         copies: args.replicas,
         zone: args.zone.clone(),
         evacuate: args.evacuate,
+        spares: args.spares()?,
         own,
         seed: u64::from_le_bytes(random_bytes()?),
     };
@@ -113,6 +115,10 @@ fn prepare(args: &EvictArgs, found: &[Found]) -> Result<Prepared> {
         to: to(at),
         park: names.as_ref().map(|names| names[at].clone()),
         intermediaries: chosen[at].addresses.clone(),
+        spares: chosen[at].spares.clone(),
+        dedup: args
+            .domain_of(&found[at].name)
+            .map(|domain| Sharing { domain: domain.to_owned(), ..Sharing::default() }),
         replicas: args.replicas,
         scatter: args.scatter.map(|rate| rate.to_string()),
     };

@@ -8,6 +8,9 @@ use libsg::wire::announcement::Announcement;
 
 use super::plan::Leaver;
 
+/// Others that are named for one VM: more are never asked.
+const SPARES_MAX: usize = 24;
+
 /// What a choice is made by, beside the VMs.
 pub struct Rules {
     /// What the host's link carries, in bytes a second.
@@ -18,6 +21,8 @@ pub struct Rules {
     pub zone: Option<String>,
     /// All of it is emptied.
     pub evacuate: bool,
+    /// Who takes the place of those that die, where operators say it.
+    pub spares: Vec<SocketAddr>,
     /// This host.
     pub own: Option<IpAddr>,
     /// What draws come from.
@@ -29,6 +34,8 @@ pub struct Rules {
 pub struct Chosen {
     /// The intermediaries.
     pub addresses: Vec<SocketAddr>,
+    /// Others that could have been, in the order in which they take the place of those that die.
+    pub spares: Vec<SocketAddr>,
     /// What was said of each that was looked at: where, and why it was taken or not.
     pub said: Vec<(SocketAddr, String)>,
     /// What they lack, in words.
@@ -59,6 +66,9 @@ pub fn choose(found: &[Found], vms: &[(Leaver, Option<SocketAddr>)], rules: &Rul
             add(&mut chosen, &announced, &need, &selection);
             take(&mut announced, &need, &selection);
         }
+        chosen.spares.splice(0..0, rules.spares.iter().copied());
+        chosen.spares.retain(|spare| !chosen.addresses.contains(spare));
+        chosen.spares.truncate(SPARES_MAX);
         chosen
     };
     vms.iter().enumerate().map(each).collect()
@@ -93,6 +103,13 @@ fn add(chosen: &mut Chosen, nodes: &[Announcement], need: &Need, selection: &Sel
     let lends = |(node, verdict): (&Announcement, &Verdict)| {
         (node.address.port() != 0).then(|| (node.address, verdict.to_string()))
     };
+    let spare = |(node, verdict): (&Announcement, &Verdict)| {
+        (node.address.port() != 0 && *verdict == Verdict::Spare).then_some(node.address)
+    };
+    chosen.spares.extend(nodes.iter().zip(&selection.verdicts).filter_map(spare));
+    // VMs that lose the same node shall not all turn to one other.
+    let first = need.seed.checked_rem(chosen.spares.len() as u64).unwrap_or(0);
+    chosen.spares.rotate_left(first as usize);
     chosen.said.extend(nodes.iter().zip(&selection.verdicts).filter_map(lends));
     chosen.lacks = selection.lacks.iter().map(ToString::to_string).collect();
     chosen.has_room = selection.fits();
@@ -162,7 +179,8 @@ mod test {
 
     fn rules() -> Rules {
         let link_bytes_per_s = 125_000_000;
-        Rules { link_bytes_per_s, copies: 1, zone: None, evacuate: false, own: None, seed: 7 }
+        let spares = Vec::new();
+        Rules { link_bytes_per_s, copies: 1, zone: None, evacuate: false, spares, own: None, seed: 7 }
     }
 
     fn vm(bytes: u64) -> (Leaver, Option<SocketAddr>) {
@@ -177,6 +195,22 @@ mod test {
         let three = fits(3);
         assert!(three[0].has_room && three[1].has_room && !three[2].has_room, "{three:?}");
         assert!(!three[2].lacks.is_empty());
+    }
+
+    #[test]
+    fn who_is_not_needed_stands_by_and_who_is_named_before_them() {
+        let found: Vec<Found> = (1..=12).map(|at| node(at, 64 * GIB)).collect();
+        let named = SocketAddr::from(([10, 0, 0, 99], 7701));
+        let rules = Rules { spares: vec![named, found[0].address], ..rules() };
+        let chosen = choose(&found, &[vm(GIB), vm(GIB)], &rules);
+        for chosen in &chosen {
+            let all = chosen.addresses.iter().chain(&chosen.spares);
+            let all: std::collections::BTreeSet<_> = all.copied().collect();
+            assert_eq!(all.len(), 13, "each once: {chosen:?}");
+            assert_eq!(chosen.spares[0], named);
+            assert!(chosen.spares.iter().all(|spare| !chosen.addresses.contains(spare)));
+        }
+        assert_ne!(chosen[0].spares.last(), chosen[1].spares.last(), "each begins at another");
     }
 
     #[test]

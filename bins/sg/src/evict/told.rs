@@ -140,6 +140,8 @@ fn of_vm(prepared: &Prepared, at: usize, mut report: Value) -> Value {
     report["fits"] = json!(!prepared.plan.late.contains(&at));
     report["wave"] = json!(prepared.plan.waves.iter().position(|wave| wave.contains(&at)));
     report["intermediary_addresses"] = json!(chosen.addresses);
+    report["spare_addresses"] = json!(chosen.spares);
+    report["domain"] = json!(start.and_then(|start| start.dedup.as_ref()).map(|sharing| &sharing.domain));
     report
 }
 

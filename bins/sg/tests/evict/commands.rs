@@ -109,6 +109,34 @@ fn vms_are_parked_in_a_pool_that_is_looked_at_first_and_claimed_there() {
     assert_eq!(refused.status.code(), Some(1), "once of all that claim it: {refused:?}");
 }
 
+#[test]
+fn what_vms_of_a_domain_have_alike_is_sent_once() {
+    let mut world = World::new(2);
+    for name in ["a", "b", "c"] {
+        world.vmm("here", name, &["--memory", "16M", "--workload", "idle", "--common", "0.9"]);
+    }
+    let mut evict = world.evict(&["--park", "--dedup", "tenant", "--dedup", "c=other"]);
+    let output = evict.args(world.named()).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let report = json(&output);
+    let vms = report["vms"].as_array().unwrap();
+    let domains: Vec<_> = vms.iter().map(|vm| vm["domain"].as_str().unwrap()).collect();
+    assert_eq!(domains, ["tenant", "tenant", "other"]);
+    let saved = |at: usize| vms[at]["bytes"]["dedup_saved"].as_u64().unwrap();
+    let page_bytes = 4096;
+    // Both send at once: what is under way at the same moment is sent twice.
+    assert!(saved(0) + saved(1) > super::world::PAGES * page_bytes / 4, "{report}");
+    assert!(saved(2) < super::world::PAGES * page_bytes / 4, "nobody is in its domain: {report}");
+    for name in ["a", "b", "c"] {
+        world.vmm("there", name, &["--empty"]);
+    }
+    let mut gather = world.sg(&["gather", "--claim", "a", "--claim", "b", "--claim", "c"]);
+    gather.args(["a", "b", "c"].map(|name| world.path("there").join(format!("{name}.sock"))));
+    let gathered = gather.args(world.named()).output().unwrap();
+    assert_eq!(gathered.status.code(), Some(0), "{gathered:?}");
+    assert!(["a", "b", "c"].iter().all(|name| world.is_whole("there", name)));
+}
+
 fn world_empty(world: &mut World, secret: &str) {
     world.vmm("there", "three", &["--empty", "--secret", secret]);
 }
@@ -126,6 +154,7 @@ fn what_cannot_be_is_said() {
     assert_eq!(code(&world, &["evict", "--all", here]), Some(2), "where to");
     assert_eq!(code(&world, &["evict", "--all", here, "--park"]), Some(2), "at whom");
     assert_eq!(code(&world, &["evict", "--all", here, "--park", "--to", "127.0.0.1:1"]), Some(2));
+    assert_eq!(code(&world, &["evict", "--all", here, "--park", "--dedup", "web="]), Some(2), "no domain");
     let socket = world.path("here").join("web.sock");
     let socket = socket.to_str().unwrap();
     assert_eq!(code(&world, &["limit", socket]), Some(2));

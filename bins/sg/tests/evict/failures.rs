@@ -42,6 +42,29 @@ fn a_vmm_that_dies_takes_nobody_with_it() {
 }
 
 #[test]
+fn a_spare_takes_the_place_of_an_intermediary_that_dies() {
+    let mut world = World::new(3);
+    world.vms(&["a"]);
+    let to = world.incoming("a", "1mbit");
+    let addresses: Vec<String> = world.intermediaries.iter().map(|(_, address)| address.clone()).collect();
+    let mut evict = world.evict(&["--to", &to, "--scatter", "24mbit", "--spare", &addresses[2]]);
+    let evicting =
+        evict.args(["--intermediary", &addresses[0], "--intermediary", &addresses[1]]).spawn().unwrap();
+    world.until_begun(&["a"]);
+    world.intermediaries[0].0.0.kill().unwrap();
+    let output = evicting.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let report = json(&output);
+    let vm = &report["vms"][0];
+    assert_eq!(vm["spare_addresses"], serde_json::json!([addresses[2]]), "{report}");
+    let took = vm["intermediaries"].as_array().unwrap().iter().find(|node| node["id"] == "i2");
+    assert!(took.is_some_and(|node| node["bytes_in"].as_u64() > Some(0)), "{report}");
+    let gathers = world.sg(&["limit", "--gather", "0"]).arg(world.path("there").join("a.sock")).status();
+    assert!(gathers.unwrap().success());
+    until("it is whole there", || world.is_whole("there", "a"));
+}
+
+#[test]
 fn one_that_is_stopped_holds_nobody_up() {
     let world = slow();
     let evicting = park(&world).spawn().unwrap();

@@ -27,7 +27,7 @@ pub const PAGES: u64 = 4096;
 /// All of them, and the directory with their sockets: of VMs in `here`, of VMMs that wait for one in `there`.
 pub struct World {
     directory: tempfile::TempDir,
-    intermediaries: Vec<(Process, String)>,
+    pub intermediaries: Vec<(Process, String)>,
     pub vmms: Vec<Process>,
 }
 
@@ -113,6 +113,13 @@ impl World {
     pub fn is_whole(&self, place: &str, name: &str) -> bool {
         let answer = ask(&self.path(place).join(format!("{name}.sock")), r#"{"do":"verify"}"#);
         answer["guest"]["mismatches"] == 0 && answer["guest"]["verified_pages"] == PAGES
+    }
+
+    /// A VMM that waits for a VM, which arrives slowly in the background: where.
+    pub fn incoming(&mut self, name: &str, gather_limit: &str) -> String {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        self.vmm("there", name, &["--incoming", &free, "--gather-limit", gather_limit]);
+        free
     }
 
     /// Waits until so much of every VM here is safe elsewhere, so that all are in the middle of it.
