@@ -128,8 +128,8 @@ impl InstallOutcome {
 /// Takes the pages of a VM that arrives. All methods are called from several threads.
 ///
 /// Ranges are of at most [`BATCH_PAGES_MAX`] pages and consist of whole install units. A page is
-/// installed once: what comes second is reported as already present, and changes nothing. Only before the VM runs
-/// (pre-copy) it is then overwritten, by another call.
+/// installed once: what comes second is reported as already present, and changes nothing. Only while the VM runs at its
+/// source (pre-copy, hybrid) it is then overwritten, or taken out again, by other calls.
 pub trait PageSink: Send + Sync {
     /// Installs pages, and wakes who waits for them. `bytes` are theirs, one after the other.
     ///
@@ -144,7 +144,8 @@ pub trait PageSink: Send + Sync {
     /// As [`Self::install`].
     fn install_zero(&self, range: PageRange) -> Result<InstallOutcome>;
 
-    /// Whether pages that are in place can be overwritten ([`Self::replace`]): what pre-copy needs.
+    /// Whether pages that are in place can be overwritten ([`Self::replace`]) and taken out again ([`Self::withdraw`]):
+    /// what pre-copy needs, and hybrid to install pages before the VM is paused.
     fn can_replace(&self) -> bool {
         false
     }
@@ -157,6 +158,15 @@ pub trait PageSink: Send + Sync {
     fn replace(&self, first: PageIndex, bytes: &[u8]) -> Result<()> {
         let range = PageRange::new(first, (bytes.len() / crate::page::PAGE_BYTES) as u32);
         Err(Error::new(ErrorKind::Input, "this VM's memory takes each page once").about([range]))
+    }
+
+    /// Takes pages that are in place out again: they are missing, as if they had never come, and nobody is told that they
+    /// were given up. Only before the VM loads its state, and while nobody else is at any page.
+    ///
+    /// # Errors
+    /// As [`Self::replace`].
+    fn withdraw(&self, runs: &[PageRange]) -> Result<()> {
+        Err(Error::new(ErrorKind::Input, "this VM's memory takes each page once").about(runs.iter().copied()))
     }
 
     /// The pages are lost for good: who waits for one of them, or touches one later, gets an error

@@ -12,6 +12,7 @@
 
 mod raw;
 mod steps;
+mod withdraw;
 mod writes;
 
 use std::fmt;
@@ -163,6 +164,11 @@ impl Uffd {
         let (_, start) = self.locate(range)?;
         raw::wake(&self.descriptor, start, range.pages as usize * PAGE_BYTES)
             .map_err(|cause| failed(range, cause))
+    }
+
+    fn own_memory(&self) -> Result<&GuestMemory> {
+        let refused = || Error::new(ErrorKind::Input, "another process's memory takes each page once");
+        self.memory.as_ref().ok_or_else(refused)
     }
 
     /// The window of a range, and its address.
@@ -331,13 +337,12 @@ impl PageSink for Uffd {
     /// See the trait. Memory of this process only: it is written through its mapping.
     fn replace(&self, first: PageIndex, bytes: &[u8]) -> Result<()> {
         let range = PageRange::new(first, u32::try_from(bytes.len() / PAGE_BYTES).unwrap_or(u32::MAX));
-        match &self.memory {
-            Some(memory) => memory.copy_in(range, bytes),
-            None => {
-                Err(Error::new(ErrorKind::Input, "another process's memory takes each page once")
-                    .about([range]))
-            }
-        }
+        self.own_memory()?.copy_in(range, bytes)
+    }
+
+    /// See the trait. Memory of this process only.
+    fn withdraw(&self, runs: &[PageRange]) -> Result<()> {
+        self.take_out(self.own_memory()?, runs)
     }
 
     /// See the trait. Kernels before 6.6 cannot poison: there the access to missing pages of this

@@ -297,3 +297,50 @@ fn pages_that_there_are_not_are_refused() {
         uffd.finish().expect("finished");
     });
 }
+
+#[test]
+fn pages_that_were_taken_out_are_waited_for_again() {
+    every_backing(|backing, memory, uffd| {
+        let unit = memory.unit(PageIndex(600)).expect("unit").pages;
+        let all = PageRange::new(PageIndex(0), memory.pages());
+        let install = |range: PageRange| {
+            for first in range.iter().step_by(512.min(range.pages as usize)) {
+                let some = PageRange::new(first, range.pages.min(512));
+                assert_eq!(
+                    uffd.install(first, &content(some)).expect("installed").installed_pages(),
+                    some.pages
+                );
+            }
+        };
+        install(all);
+        // Alone, beside each other over the border of a huge page and of a region, and a whole huge page and more.
+        let few = [3, 5, 511, 512, 700, 1023, 1025].map(|first| PageRange::new(PageIndex(first), 1));
+        let large = [PageRange::new(PageIndex(1100), 412), PageRange::new(PageIndex(1536), 512)];
+        let units = [0, 512, 1536].map(|first| PageRange::new(PageIndex(first), 512));
+        let runs: Vec<_> = if unit == 1 { few.into_iter().chain(large).collect() } else { units.to_vec() };
+        uffd.withdraw(&runs).expect("taken out");
+        let mut events = Vec::new();
+        uffd.events(&mut events).expect("read");
+        assert_eq!(events, [], "{backing:?}: nobody gave anything up");
+        let is_out = |page: PageIndex| runs.iter().any(|run| run.positions().contains(&page.as_usize()));
+        for page in all.iter().filter(|page| !is_out(*page)) {
+            assert_eq!(
+                page_byte(&memory, page),
+                content(PageRange::new(page, 1))[0],
+                "{backing:?}: {page} stays"
+            );
+        }
+        for run in &runs {
+            thread::scope(|scope| {
+                let reader = scope.spawn(|| page_byte(&memory, run.first));
+                let [SinkEvent::Fault { page, .. }] = wait(&uffd)[..] else { panic!("a fault") };
+                assert_eq!(page, run.first, "{backing:?}");
+                // What comes now is new.
+                let bytes = vec![255; run.pages as usize * PAGE_BYTES];
+                assert_eq!(uffd.install(run.first, &bytes).expect("installed").installed_pages(), run.pages);
+                assert_eq!(reader.join().expect("reader"), 255);
+            });
+        }
+        uffd.finish().expect("finished");
+    });
+}
