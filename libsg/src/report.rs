@@ -99,6 +99,9 @@ pub struct Pages {
     pub direct: Option<u64>,
     /// Pages whose bytes went to intermediaries.
     pub staged: Option<u64>,
+    /// Pages that the destination had installed while the VM ran at the source, and took out again at the switch: they
+    /// were written since.
+    pub withdrawn: Option<u64>,
     /// Pages that were stored as a reference to bytes that were there already.
     pub referenced: Option<u64>,
     /// Pages the guest waited for.
@@ -277,7 +280,7 @@ pub struct DestinationReport {
     /// From the start command accepted at the source (which tells its age in its first message) to
     /// every page installed here.
     pub total_migration_s: Option<f64>,
-    /// `total`, `faulted`; `direct` and `staged` count pages installed from the source and from intermediaries.
+    /// `total`, `faulted`, `withdrawn`; `direct` and `staged` count pages installed from the source and from intermediaries.
     pub pages: Pages,
     /// `direct`, `gathered`, `overhead`, `wire_total`, of what the destination received and sent to
     /// intermediaries.
@@ -412,6 +415,7 @@ impl Report {
                 direct: from.pages.direct.or(to.pages.direct),
                 staged: from.pages.staged.or(to.pages.staged),
                 faulted: to.pages.faulted,
+                withdrawn: to.pages.withdrawn,
                 ..from.pages
             },
             bytes: Bytes {

@@ -6,7 +6,7 @@ mod gather_common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gather_common::*;
 use libsg::dirty::DirtyLog;
@@ -58,8 +58,12 @@ impl Guest {
         Self { memory, state, runs: true.into(), ended: false.into(), logs: None }
     }
 
-    /// Writes pages, every 50 µs or so, some of them more often than others.
+    /// Writes pages, each 50 µs or so, some of them more often than others.
     fn live(self: &Arc<Self>) -> JoinHandle<()> {
+        self.live_by(Duration::from_micros(50))
+    }
+
+    fn live_by(self: &Arc<Self>, rest: Duration) -> JoinHandle<()> {
         let guest = Arc::clone(self);
         std::thread::spawn(move || {
             let (mut seed, pages) = (1_u32, guest.state.lock().1.len() as u32);
@@ -67,7 +71,7 @@ impl Guest {
                 seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 let of = if seed >> 31 == 0 { 40 } else { pages };
                 guest.write((seed >> 8) % of);
-                std::thread::sleep(Duration::from_micros(50));
+                std::thread::sleep(rest);
             }
         })
     }
@@ -89,12 +93,13 @@ fn one(page: u32) -> PageRange {
     PageRange::new(PageIndex(page), 1)
 }
 
-struct Leaving(Arc<Guest>);
+struct Leaving(Arc<Guest>, Arc<Seen>);
 
 impl OutgoingVm for Leaving {
     fn pause(&mut self) -> Result<Vec<u8>> {
         let _written = self.0.state.lock();
         self.0.runs.store(false, Ordering::SeqCst);
+        self.1.installed_before.store(self.1.installed.load(Ordering::SeqCst), Ordering::SeqCst);
         Ok(b"state of the vCPUs".to_vec())
     }
 
@@ -176,9 +181,10 @@ impl Move {
         limit: u64,
         (logs, live): (Option<WriteLogMethod>, impl FnOnce(&Arc<Guest>) -> JoinHandle<()>),
     ) -> Self {
-        let backing = plan.backing;
+        let (backing, takes_once) = (plan.backing, plan.takes_once);
         let scene = Scene::new(plan);
-        scene.seen.replaces.store(mode == Mode::PreCopy, Ordering::SeqCst);
+        scene.seen.replaces.store(true, Ordering::SeqCst);
+        scene.seen.takes_once.store(takes_once, Ordering::SeqCst);
         let guest = Arc::new(Guest { logs, ..Guest::new(&scene, backing) });
         let life = live(&guest);
         let events = Arc::<Mutex<Vec<Event>>>::default();
@@ -186,7 +192,7 @@ impl Move {
         let observer = Arc::new(move |event: &Event| watch.lock().push(event.clone()));
         let options = options(&scene, mode, rounds, limit, observer);
         let source = Arc::new(MemorySource::new(guest.memory.clone()));
-        let vm = Box::new(Leaving(Arc::clone(&guest)));
+        let vm = Box::new(Leaving(Arc::clone(&guest), Arc::clone(&scene.seen)));
         let outgoing = start(vm, source, scene.manifest.clone(), options).unwrap();
         Self { scene, guest, life, outgoing, events }
     }
@@ -249,6 +255,65 @@ fn hybrid(plan: Plan) {
     assert_eq!(there.status, Status::Ok);
     // Of few and large units, all may have been written.
     assert!(there.pages.staged > Some(0) || pages < 1 << 12, "{there:?}");
+    moved.dissolved_without_alarm();
+}
+
+/// A VM whose memory was gathered for a while when it is paused.
+fn gathered_early(plan: Plan) -> Move {
+    let pages = plan.pages;
+    // Large units that are written all the time are torn all the time.
+    let rest = Duration::from_micros(if plan.unit == InstallUnit::Page { 50 } else { 20_000 });
+    let live = |guest: &Arc<Guest>| guest.live_by(rest);
+    let moved = Move::start_with(plan, Mode::Hybrid, ROUNDS, 4 * SLOW, (None, live));
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    let early = moved.scene.seen.installed_before.load(Ordering::SeqCst);
+    assert!(early >= pages / 8, "{early} pages were installed before it was paused");
+    moved
+}
+
+#[test]
+fn hybrid_gathers_in_its_rounds_and_takes_out_what_was_written() {
+    let huge = (InstallUnit::Huge2M, Backing::Hugetlb2M, 4 * 512);
+    for (unit, backing, pages) in
+        [(InstallUnit::Page, Backing::Anon, 8000), (InstallUnit::Page, Backing::Memfd, 8000), huge]
+    {
+        let moved = gathered_early(Plan { pages, nodes: 2, unit, backing, ..Plan::default() });
+        moved.check();
+        let report = moved.outgoing.wait_evicted(LONG).unwrap();
+        let there = moved.scene.incoming.wait_gathered(LONG).unwrap();
+        assert_eq!(there.status, Status::Ok);
+        let withdrawn = moved.scene.seen.withdrawn.load(Ordering::SeqCst);
+        assert_eq!(there.pages.withdrawn, Some(withdrawn));
+        assert!(withdrawn > 0 || report.rounds.iter().all(|round| round.dirty_after == 0), "{report:?}");
+        moved.dissolved_without_alarm();
+    }
+}
+
+#[test]
+fn hybrid_into_memory_that_takes_each_page_once_gathers_behind_its_rounds() {
+    let plan = Plan { pages: 4000, nodes: 2, takes_once: true, ..Plan::default() };
+    let moved = Move::start(plan, Mode::Hybrid, ROUNDS, 4 * SLOW);
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    assert_eq!(moved.scene.seen.installed_before.load(Ordering::SeqCst), 0);
+    moved.check();
+    moved.outgoing.wait_evicted(LONG).unwrap();
+    assert_eq!(moved.scene.incoming.wait_gathered(LONG).unwrap().pages.withdrawn, Some(0));
+    moved.dissolved_without_alarm();
+}
+
+#[test]
+fn a_gather_limit_holds_in_the_rounds_of_hybrid() {
+    let (plan, limit) = (Plan { pages: 8000, nodes: 2, ..Plan::default() }, 2_000_000);
+    let began = Instant::now();
+    let moved = Move::start(Plan { gather_limit: limit, ..plan }, Mode::Hybrid, ROUNDS, 4 * SLOW);
+    moved.scene.incoming.wait_running(LONG).unwrap();
+    let most = limit as f64 * began.elapsed().as_secs_f64() * 1.1 + f64::from(2 << 20);
+    let early = moved.scene.seen.installed_before.load(Ordering::SeqCst);
+    assert!(early > 0 && early as f64 * 4096.0 < most, "{early} pages");
+    moved.scene.incoming.set_gather_limit(0);
+    moved.check();
+    moved.outgoing.wait_evicted(LONG).unwrap();
+    moved.scene.incoming.wait_gathered(LONG).unwrap();
     moved.dissolved_without_alarm();
 }
 

@@ -194,6 +194,8 @@ fn moved(backing: BackingKind, mode: Mode, via: Via, refused: bool) -> SourceRep
     let report = outgoing.wait_evicted(LONG).expect("evicted");
     let there = incoming.wait_gathered(LONG).expect("gathered");
     assert_eq!(there.status, Status::Ok, "{case}");
+    // Half of the memory is written while it is gathered.
+    assert!(mode != Mode::Hybrid || there.pages.withdrawn > Some(0), "{case}: {there:?}");
 
     let collected = seen.collected.load(Ordering::SeqCst);
     assert_eq!(collected, report.rounds.len() as u64 + 1, "{case}: {report:?}");
@@ -219,6 +221,7 @@ fn rounds_of_a_guest_of_kvm_by_either_log() {
     }
     for refused in [false, true] {
         moved(BackingKind::Anon, Mode::Hybrid, Via::Direct, refused);
+        moved(BackingKind::Memfd, Mode::Hybrid, Via::Direct, refused);
         moved(BackingKind::Memfd, Mode::PreCopy, Via::Vmd, refused);
         moved(BackingKind::Anon, Mode::PreCopy, Via::Direct, refused);
     }

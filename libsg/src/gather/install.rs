@@ -65,7 +65,7 @@ impl Installer {
                     |entry: &PageEntry| IndexEntry::zero(entry.page, u32::from(entry.run_pages), entry.round);
                 entries.iter().filter(|entry| entry.encoding == Encoding::Zero).map(zero)
             };
-            if shared.replaces() {
+            if shared.waits_for_all() {
                 zeros().try_for_each(|zero| shared.zero_over(&zero))?;
             }
             let mut wanted = false;
@@ -119,7 +119,7 @@ impl Installer {
                 lost.by_ref().filter(|r| tracker.copy_lost(r.page, r.placement)).map(|r| r.page).collect();
             *bad = known;
             drop(tracker);
-            // In a round, a copy that was torn or given back meanwhile is replaced by the next.
+            // In a round, a copy that was torn or given back meanwhile is replaced by the next, or tried again.
             let matters = !shared.replaces() || shared.waits_since().is_some();
             if let (Some(read), true) = (reads.first(), matters && !self.bad.is_empty()) {
                 shared.copy_was_lost(&self.bad, read.placement.member);
@@ -175,6 +175,9 @@ impl Installer {
                     }
                     _ => self.runs.push((unit, piece.offset)),
                 }
+            } else if tracker.is_stopped() {
+                // It may not be held by anybody: it has to come again.
+                self.bad.push(piece.page);
             }
             at += 1;
         }
@@ -209,13 +212,16 @@ impl Installer {
             let mut tracker = shared.tracker.lock();
             let came = |page: PageIndex| pieces.iter().any(|piece| piece.page == page);
             let complete = pieces.len() == unit.pages as usize
-                || unit.iter().all(|page| came(page) || tracker.is_zero(page));
+                || unit.iter().all(|page| came(page) || tracker.is_zero(page, round));
             if !complete && !tracker.is_held(unit.first) {
                 tracing::warn!(unit = unit.first.0, "part of an install unit came: it is not installed");
                 self.bad.extend(pieces.iter().map(|piece| piece.page));
                 return Ok(());
             }
             if tracker.claim(unit.first, round) == Claim::Held {
+                if tracker.is_stopped() {
+                    self.bad.extend(pieces.iter().map(|piece| piece.page));
+                }
                 return Ok(());
             }
         }

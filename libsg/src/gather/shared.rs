@@ -106,6 +106,8 @@ pub(crate) struct Shared {
     found_members: Mutex<Option<Vec<Member>>>,
     source: Mutex<SourceState>,
     rounds: Rounds,
+    /// What goes to intermediaries in rounds is gathered meanwhile: the sink gives back what comes too early.
+    gathers_early: bool,
     /// What may be installed is known: nothing that is announced is replaced any more.
     is_final: AtomicBool,
     final_at: Mutex<Option<Instant>>,
@@ -135,6 +137,10 @@ impl Shared {
         let mut tracker = Tracker::new(&setup.manifest);
         tracker.set_members(setup.members.len());
         tracker.set_replaces(setup.rounds == Rounds::Installed);
+        let gathers_early = setup.rounds == Rounds::Staged && setup.sink.can_replace();
+        if gathers_early {
+            tracker.install_early();
+        }
         let huge = setup.manifest.regions.iter().any(|region| region.unit == InstallUnit::Huge2M);
         let unit = if huge { InstallUnit::Huge2M } else { InstallUnit::Page };
         let shared = Self {
@@ -154,6 +160,7 @@ impl Shared {
             found_members: Mutex::new(None),
             source: Mutex::new(SourceState { evicted: false, away_since: None }),
             rounds: setup.rounds,
+            gathers_early,
             is_final: AtomicBool::new(setup.rounds == Rounds::None),
             final_at: Mutex::new(None),
             running: AtomicBool::new(false),
@@ -188,7 +195,7 @@ impl Shared {
     /// Takes what somebody says about where pages are.
     pub fn announce(&self, entries: &[IndexEntry], word: Word) -> Result<()> {
         let mut wanted = false;
-        if self.replaces() {
+        if self.waits_for_all() {
             entries.iter().try_for_each(|entry| self.zero_over(entry))?;
         }
         let mut told = [false; limits::MEMBERS_MAX];
@@ -250,10 +257,13 @@ impl Shared {
         self.tracker.lock().counts()
     }
 
-    /// Tells the conductor when nothing is left to come.
+    /// Tells the conductor when nothing is left to come, or nobody installs any more, as it wanted.
     pub fn progressed(&self) {
-        let counts = self.counts();
-        if counts.held + counts.lost == counts.total {
+        let (counts, still) = {
+            let tracker = self.tracker.lock();
+            (tracker.counts(), tracker.is_still())
+        };
+        if still || counts.held + counts.lost == counts.total {
             self.conductor.wake();
         }
     }

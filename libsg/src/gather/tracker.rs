@@ -4,7 +4,7 @@
 //! Every path (direct, prepage, fault) claims an install unit before it installs it and says so
 //! afterwards, so that each unit is installed exactly once, whichever path comes first. 15 bytes a
 //! page: placement 8, checksum 4, round 2, state 1; of these only the state is ever touched for a
-//! page that came directly.
+//! page that came directly. And a bit for each as long as hybrid's rounds are installed.
 
 mod batch;
 mod claims;
@@ -14,6 +14,7 @@ mod search;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use self::rounds::Early;
 use super::books::{Kind, State, Units, Waiting};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, MemberIndex, Placement, Round};
@@ -138,6 +139,7 @@ pub struct Tracker {
     closed: bool,
     /// The VM does not run yet, and a newer round replaces what is installed.
     replaces: bool,
+    early: Early,
 }
 
 impl Tracker {
@@ -164,6 +166,7 @@ impl Tracker {
             bad: BTreeSet::new(),
             closed: false,
             replaces: false,
+            early: Early::default(),
         }
     }
 
@@ -174,6 +177,7 @@ impl Tracker {
             + self.members.capacity() * size_of::<MemberBook>()
             + self.units.allocated_bytes()
             + self.bad.len() * size_of::<(u32, u64)>()
+            + self.early.allocated_bytes()
             + self.waiting.allocated_bytes()
     }
 
@@ -341,6 +345,10 @@ impl Tracker {
         }
         let mut at = None;
         for page in unit.positions() {
+            // A unit is sent again as a whole: of one that is at two rounds, not all was announced yet.
+            if self.rounds[page] != self.rounds[first] {
+                return Wanted::Unknown;
+            }
             match self.kind(page) {
                 Kind::Zero | Kind::Removed => {}
                 Kind::Announced => {
@@ -415,11 +423,11 @@ impl Tracker {
         }
     }
 
-    /// Whether the page is known to be zero, and not installed.
+    /// Whether the page is known to be zero in that round or a later one, and not installed.
     #[must_use]
-    pub fn is_zero(&self, page: PageIndex) -> bool {
+    pub fn is_zero(&self, page: PageIndex, round: Round) -> bool {
         let kind = self.states.get(page.as_usize()).map(|state| state.kind());
-        matches!(kind, Some(Kind::Zero | Kind::Removed))
+        matches!(kind, Some(Kind::Zero | Kind::Removed)) && self.rounds[page.as_usize()] >= round.0
     }
 
     /// Whether the page is in place or known to be zero.

@@ -95,6 +95,8 @@ pub enum Bug {
     FlightForgotten,
     /// Before the VM runs, whatever came first is not replaced by a newer round.
     OlderRoundWins,
+    /// What was installed before the switch and is out of date there stays.
+    StaleKept,
     /// The final set names no page.
     FinalSetUnnamed,
     /// What was written since the log was last collected is collected behind the pause, and not sent.

@@ -191,7 +191,9 @@ impl<'a> Leg<'a> {
             (planner.is_round_over(), planner.progress().0 + planner.torn_pages())
         };
         let now = host::now();
-        let held = self.lead.control.heard_pages();
+        // Hybrid does not wait for what the destination gathers.
+        let gathers = self.lead.options.mode == Mode::PreCopy;
+        let held = if gathers { self.lead.control.heard_pages() } else { 0 };
         if (through, held) != (self.through.0, self.through.1) {
             self.through = (through, held, now);
         }

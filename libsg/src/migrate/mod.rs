@@ -174,7 +174,8 @@ pub trait OutgoingVm: Send {
 /// The VM that arrives. Called from one of libsg's threads, one call at a time.
 pub trait IncomingVm: Send {
     /// Builds the VM that the manifest describes, with empty memory registered with the returned
-    /// sink, which from now on answers its faults.
+    /// sink, which from now on answers its faults. Nobody touches the memory before [`Self::load`]: what is there may be
+    /// out of date until then.
     ///
     /// # Errors
     /// Anything that stands against running this VM here; the source is told and keeps the VM.

@@ -302,7 +302,8 @@ pub enum Rounds {
     /// Nothing: it is paused first.
     #[default]
     None,
-    /// They go to intermediaries. The destination leaves them there.
+    /// They go to intermediaries. The destination may gather them from there, and takes what the final set says is out of
+    /// date out again before it loads the state.
     Staged,
     /// They go to the destination, and to intermediaries if there are any. It installs them, a newer round over an
     /// older one, and says READY when it has all of the last ones.

@@ -82,6 +82,12 @@ pub struct Seen {
     /// Units may be installed again before the VM runs.
     pub replaces: AtomicBool,
     pub replaced: AtomicU64,
+    /// Pages that were taken out again.
+    pub withdrawn: AtomicU64,
+    /// Each page is taken once.
+    pub takes_once: AtomicBool,
+    /// Pages that were installed before the VM was paused at the source.
+    pub installed_before: AtomicU64,
 }
 
 impl Seen {
@@ -183,13 +189,23 @@ impl PageSink for Spy {
     }
 
     fn can_replace(&self) -> bool {
-        self.uffd.can_replace()
+        self.uffd.can_replace() && !self.seen.takes_once.load(Ordering::SeqCst)
     }
 
     fn replace(&self, first: PageIndex, bytes: &[u8]) -> Result<()> {
         assert!(self.seen.replaces.load(Ordering::SeqCst) && !self.seen.running.load(Ordering::SeqCst));
         self.seen.replaced.fetch_add(bytes.len() as u64 / 4096, Ordering::SeqCst);
         self.uffd.replace(first, bytes)
+    }
+
+    fn withdraw(&self, runs: &[PageRange]) -> Result<()> {
+        assert!(
+            self.can_replace() && self.seen.state.lock().is_empty(),
+            "taken out before the state is loaded"
+        );
+        let pages: u32 = runs.iter().map(|run| run.pages).sum();
+        self.seen.withdrawn.fetch_add(pages.into(), Ordering::SeqCst);
+        self.uffd.withdraw(runs)
     }
 
     fn poison(&self, range: PageRange) -> Result<()> {
@@ -229,6 +245,8 @@ pub struct Plan {
     pub gather_limit: u64,
     pub grace: Duration,
     pub touch: Vec<u32>,
+    /// Its memory takes each page once.
+    pub takes_once: bool,
 }
 
 impl Default for Plan {
@@ -241,6 +259,7 @@ impl Default for Plan {
             gather_limit: 0,
             grace: Duration::from_millis(300),
             touch: Vec::new(),
+            takes_once: false,
         }
     }
 }

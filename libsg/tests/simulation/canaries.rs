@@ -41,6 +41,7 @@ canaries! {
     what_is_late_is_hedged: LateNotHedged, "no tail";
     what_was_in_flight_is_sent_again: FlightForgotten, "no tail";
     a_newer_round_wins: OlderRoundWins, "each page is right", "evicted means evicted";
+    what_is_out_of_date_is_taken_out: StaleKept, "each page is right";
     the_final_set_is_named: FinalSetUnnamed, "each page is right", "evicted means evicted";
     what_was_written_last_is_sent: WriteMissed, "each page is right", "evicted means evicted";
     what_was_torn_is_sent_again: TornKept, "each page is right", "evicted means evicted";

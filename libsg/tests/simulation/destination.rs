@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use crate::clock::Node;
 use crate::guest::Vm;
-use crate::memory::{Memory, run_at_destination};
+use crate::memory::{Early, Memory, run_at_destination};
 use crate::random::Random;
 use crate::scenario::{Plan, Scenario, door, secret};
 
@@ -38,6 +38,7 @@ impl IncomingVm for Arriving {
 
     fn load(&mut self, state: &[u8]) -> libsg::Result<()> {
         assert_eq!(state, [7; 3000]);
+        self.memory.loads();
         Ok(())
     }
 
@@ -79,10 +80,10 @@ pub struct Host {
 pub fn arriving(
     node: &Arc<Node>,
     vm: &Arc<Vm>,
-    replaces: bool,
+    early: Early,
     (random, think): (Random, Duration),
 ) -> (Arc<Memory>, Box<dyn IncomingVm>) {
-    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node), replaces));
+    let memory = Arc::new(Memory::new(Arc::clone(vm), Arc::clone(node), early));
     let (vm, node) = (Arc::clone(vm), Arc::clone(node));
     let arriving = Arriving { vm, node, memory: Arc::clone(&memory), random, think };
     (memory, Box::new(arriving))
@@ -96,9 +97,13 @@ pub fn start(
     scenario: &Scenario,
     observer: Observer,
 ) -> Host {
-    let replaces = plan.mode == Mode::PreCopy;
+    let early = match plan.mode {
+        Mode::PreCopy => Early::UntilRun,
+        Mode::Hybrid if !plan.takes_once => Early::UntilLoaded,
+        Mode::Hybrid | Mode::ScatterGather | Mode::PostCopy => Early::Never,
+    };
     let (memory, arriving) =
-        arriving(node, vm, replaces, (scenario.random(4 + 16 * nth as u64), scenario.think));
+        arriving(node, vm, early, (scenario.random(4 + 16 * nth as u64), scenario.think));
     let options = DestinationOptions {
         gather_limit: scenario.gather_limit,
         source_grace: scenario.grace,

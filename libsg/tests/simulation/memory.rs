@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
@@ -22,12 +23,23 @@ enum Place {
     Poisoned,
 }
 
+/// Until when something else may be in place than is to be there in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Early {
+    /// Never: each page is taken once.
+    Never,
+    /// Until the VM loads its state: by then what was out of date was taken out.
+    UntilLoaded,
+    /// Until it runs: by then all is there.
+    UntilRun,
+}
+
 /// The guest's memory at the destination, and where faults come from.
 pub struct Memory {
     vm: Arc<Vm>,
     node: Arc<Node>,
-    /// It is sent in rounds: what is installed before it runs may be replaced.
-    replaces: bool,
+    early: Early,
+    loaded: AtomicBool,
     state: Mutex<MemoryState>,
     faulted: Waker,
     resolved: Waker,
@@ -49,7 +61,7 @@ struct MemoryState {
 }
 
 impl Memory {
-    pub fn new(vm: Arc<Vm>, node: Arc<Node>, replaces: bool) -> Self {
+    pub fn new(vm: Arc<Vm>, node: Arc<Node>, early: Early) -> Self {
         let pages = vm.pages() as usize;
         let state = MemoryState {
             places: vec![Place::Missing; pages],
@@ -62,18 +74,40 @@ impl Memory {
             runs: false,
         };
         let waker = || Waker::new().expect("an eventfd");
-        Self { vm, node, replaces, state: Mutex::new(state), faulted: waker(), resolved: waker() }
+        let (loaded, state) = (AtomicBool::new(false), Mutex::new(state));
+        Self { vm, node, early, loaded, state, faulted: waker(), resolved: waker() }
     }
 
-    /// Whether a page is in place, as it is to be.
+    /// Whether a page is in place, as it is to be, and will not be taken out again.
     pub fn has(&self, page: PageIndex) -> bool {
         let truth = self.vm.content_to_be(page).mark(page);
         let is_right = !self.may_replace() || self.state.lock().holds[page.as_usize()] == truth;
-        self.place(page) == Place::Present && is_right
+        self.place(page) == Place::Present && is_right && !self.may_withdraw()
     }
 
     fn may_replace(&self) -> bool {
-        self.replaces && !self.vm.runs_at_destination()
+        match self.early {
+            Early::Never => false,
+            Early::UntilLoaded => self.may_withdraw(),
+            Early::UntilRun => !self.vm.runs_at_destination(),
+        }
+    }
+
+    fn may_withdraw(&self) -> bool {
+        self.early == Early::UntilLoaded && !self.loaded.load(Ordering::Relaxed)
+    }
+
+    /// The VM loads its state: what is there from now on is what it has to be.
+    pub fn loads(&self) {
+        let state = self.state.lock();
+        let there = state.places.iter().enumerate().filter(|(_, place)| **place == Place::Present);
+        for (at, _) in there.filter(|_| self.may_withdraw()) {
+            let page = PageIndex(at as u32);
+            if state.holds[at] != self.vm.content_to_be(page).mark(page) {
+                self.vm.breach(format!("each page is right: {page} is old when the VM loads its state"));
+            }
+        }
+        self.loaded.store(true, Ordering::Relaxed);
     }
 
     /// The VM runs from now on: what was installed in rounds is what it has to be.
@@ -81,7 +115,7 @@ impl Memory {
         let contents = self.vm.contents();
         let mut state = self.state.lock();
         state.runs = true;
-        for (at, content) in contents.into_iter().enumerate().filter(|_| self.replaces) {
+        for (at, content) in contents.into_iter().enumerate().filter(|_| self.early == Early::UntilRun) {
             let page = PageIndex(at as u32);
             let is_right = match state.places[at] {
                 Place::Present => state.holds[at] == content.mark(page),
@@ -203,7 +237,21 @@ impl PageSink for Memory {
     }
 
     fn can_replace(&self) -> bool {
-        true
+        self.early != Early::Never
+    }
+
+    fn withdraw(&self, runs: &[PageRange]) -> libsg::Result<()> {
+        for run in runs {
+            self.look_at_units(*run);
+            let mut state = self.state.lock();
+            for page in run.positions() {
+                if !self.may_withdraw() || state.places[page] != Place::Present {
+                    self.vm.breach(format!("install once: page {page} is taken out where it must not be"));
+                }
+                (state.places[page], state.holds[page]) = (Place::Missing, Mark::default());
+            }
+        }
+        Ok(())
     }
 
     fn replace(&self, first: PageIndex, bytes: &[u8]) -> libsg::Result<()> {

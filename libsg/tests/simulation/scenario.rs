@@ -112,6 +112,8 @@ pub struct Plan {
     pub logs_units: bool,
     pub mode: Mode,
     pub rounds: RoundOptions,
+    /// By hybrid it arrives in memory that takes each page once.
+    pub takes_once: bool,
 }
 
 /// Everything about a run.
@@ -154,6 +156,9 @@ const SIZES_BESIDE: [u64; 4] = [32, 64, 64, 128];
 
 /// One VM in so many has memory of 2 MiB units.
 const HUGE_IN: u64 = 8;
+
+/// One VM in so many arrives by hybrid in memory that takes each page once.
+const TAKEN_ONCE_IN: u64 = 4;
 
 /// Pages of what an intermediary gives to a volume at once.
 const CHUNK_PAGES: u64 = 512;
@@ -234,6 +239,8 @@ impl Scenario {
         }
         let mut pieces = Random::new(seed).fork(60);
         scenario.vms.iter_mut().for_each(|vm| vm.rounds.final_piece_bytes = pieces.pick(&PIECES));
+        let mut once = Random::new(seed).fork(61);
+        scenario.vms.iter_mut().for_each(|vm| vm.takes_once = once.one_in(TAKEN_ONCE_IN));
         scenario
     }
 
@@ -262,6 +269,7 @@ impl Scenario {
                 logs_units: false,
                 mode: Mode::ScatterGather,
                 rounds: RoundOptions::default(),
+                takes_once: false,
             }],
             intermediaries,
             spares: 0,
@@ -396,7 +404,7 @@ impl Plan {
         let downtime_limit = Duration::from_millis(random.pick(&[0, 1, 20]));
         let regions = vec![(memory.len() as u64, InstallUnit::Page)];
         let rounds = RoundOptions { rounds_max, downtime_limit, via, ..RoundOptions::USUAL };
-        Self { memory, regions, logs_units: false, mode, rounds }
+        Self { memory, regions, logs_units: false, mode, rounds, takes_once: false }
     }
 
     /// Memory of 2 MiB units, mostly with some of 4 KiB before or behind it, which shifts them against everything

@@ -9,26 +9,43 @@ use crate::page::{PageIndex, PageRange};
 /// Pages behind a fault that are prepaged before the sweep goes on; a gap of so many ends it.
 const NEAR_PAGES: usize = 256;
 
+/// Where to look for pages to read.
+#[derive(Clone, Copy)]
+struct Search {
+    from: usize,
+    pages: usize,
+    /// Only for pages that were sent once.
+    first_round: bool,
+}
+
 impl Tracker {
     /// The next pages to read from a member in the background: near the last fault first, then on
     /// in a sweep. At most `pages_max`, or one whole unit. Marks them in flight.
+    ///
+    /// While rounds replace each other, pages that were sent again come last: what was written once is most likely
+    /// written again, and then it was read for nothing.
     pub fn next_batch(&mut self, member: MemberIndex, pages_max: usize, out: &mut Vec<Read>) {
         out.clear();
         let Some(&book) = self.members.get(member.as_usize()) else { return };
-        if book.lost || book.announced == book.in_flight || self.states.is_empty() {
+        if book.lost || self.left_at(member) == 0 || self.states.is_empty() {
             return;
         }
         let mut unit_reads = Vec::new();
         if let Some(near) = book.near {
-            let next = self.collect(member, near as usize, NEAR_PAGES, pages_max, out, &mut unit_reads);
+            let search = Search { from: near as usize, pages: NEAR_PAGES, first_round: false };
+            let next = self.collect(member, search, pages_max, out, &mut unit_reads);
             self.members[member.as_usize()].near = (!out.is_empty()).then_some(next as u32);
             self.fly(out);
         }
         // What is near is few pages where a guest goes here and there: the batch is filled up.
         let near = out.len();
         if near < pages_max {
-            let from = book.cursor as usize;
-            let next = self.collect(member, from, SEARCH_PAGES_MAX, pages_max, out, &mut unit_reads);
+            let search =
+                |first_round| Search { from: book.cursor as usize, pages: SEARCH_PAGES_MAX, first_round };
+            let mut next = self.collect(member, search(self.replaces), pages_max, out, &mut unit_reads);
+            if self.replaces && out.is_empty() {
+                next = self.collect(member, search(false), pages_max, out, &mut unit_reads);
+            }
             self.members[member.as_usize()].cursor = if next >= self.states.len() { 0 } else { next as u32 };
         }
         self.fly(&out[near..]);
@@ -40,24 +57,24 @@ impl Tracker {
         }
     }
 
-    /// Collects what can be read from `member` among `search` pages from `from` on; returns where it
-    /// stopped.
+    /// Collects what can be read from `member`; returns where it stopped.
     fn collect(
         &self,
         member: MemberIndex,
-        from: usize,
-        search: usize,
+        search: Search,
         pages_max: usize,
         out: &mut Vec<Read>,
         unit_reads: &mut Vec<Read>,
     ) -> usize {
-        let end = (from + search).min(self.states.len());
-        let mut page = from;
+        let end = (search.from + search.pages).min(self.states.len());
+        let is_meant = |page: usize| !search.first_round || self.rounds[page] == 0;
+        let mut page = search.from;
         while page < end && out.len() < pages_max {
             let state = self.states[page];
             let Some(unit) = self.units.of(PageIndex(page as u32)) else { return end };
             if unit.pages == 1 {
                 if state.is_idle_announced()
+                    && is_meant(page)
                     && let Some(placement) = Placement::from_bits(self.placements[page])
                     && placement.member == member
                 {
@@ -67,7 +84,7 @@ impl Tracker {
                 continue;
             }
             let idle = unit.positions().all(|page| !self.states[page].is_in_flight());
-            if idle && self.look(unit, unit_reads) == Wanted::Read(member) {
+            if idle && is_meant(page) && self.look(unit, unit_reads) == Wanted::Read(member) {
                 if !out.is_empty() && out.len() + unit_reads.len() > pages_max.max(limits::BATCH_PAGES) {
                     return unit.first.as_usize();
                 }
@@ -85,9 +102,10 @@ impl Tracker {
         }
     }
 
-    /// Pages announced at a member that are neither held nor on their way.
+    /// Pages announced at a member that are neither held nor on their way; none while nobody may install.
     #[must_use]
     pub fn left_at(&self, member: MemberIndex) -> u64 {
-        self.members.get(member.as_usize()).map_or(0, |book| book.announced - book.in_flight)
+        let book = self.members.get(member.as_usize()).filter(|_| !self.is_stopped());
+        book.map_or(0, |book| book.announced - book.in_flight)
     }
 }

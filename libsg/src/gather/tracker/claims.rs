@@ -16,7 +16,7 @@ impl Tracker {
             Kind::Installed => !self.replaces,
             kind => matches!(kind, Kind::Removed | Kind::Lost),
         };
-        if self.closed || settled || state.is_installing() {
+        if self.closed || settled || state.is_installing() || self.is_stopped() {
             return Claim::Held;
         }
         let stale = |page: usize| match self.states[page].kind() {
@@ -72,6 +72,7 @@ impl Tracker {
             Path::Staged => self.staged += u64::from(range.pages),
             Path::Zero => {}
         }
+        self.early.note(range);
         let mut waited = false;
         for page in range.positions() {
             self.tally(page, false);

@@ -137,6 +137,7 @@ impl Conductor {
                 total: Some(counts.total),
                 direct: Some(counts.direct),
                 staged: Some(counts.staged),
+                withdrawn: Some(tracker.withdrawn()),
                 faulted: Some(counts.faults),
                 ..Pages::default()
             },

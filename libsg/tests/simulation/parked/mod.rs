@@ -98,7 +98,7 @@ impl Parking {
         let regions = vec![(memory.len() as u64, InstallUnit::Page)];
         let base = Scenario {
             seed,
-            vms: vec![Plan { memory, regions, logs_units: false, mode, rounds }],
+            vms: vec![Plan { memory, regions, logs_units: false, mode, rounds, takes_once: false }],
             intermediaries: (0..intermediaries).map(|_| random.pick(&[2, 4, 4, 8]) << 20).collect(),
             spares: 0,
             weather: Weather {
@@ -268,6 +268,7 @@ fn holds(intermediaries: usize, event: At<What>) {
         logs_units: false,
         mode: Mode::ScatterGather,
         rounds: RoundOptions::default(),
+        takes_once: false,
     };
     parking.base = Scenario {
         vms: vec![plan],

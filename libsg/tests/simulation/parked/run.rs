@@ -18,7 +18,7 @@ use super::{After, At, Parking, What, Who};
 use crate::clock::{Host, Node, Step};
 use crate::destination::{ALWAYS, arriving};
 use crate::guest::Vm;
-use crate::memory::Memory;
+use crate::memory::{Early, Memory};
 use crate::net::Net;
 use crate::random::Random;
 use crate::run::Outcome;
@@ -301,7 +301,7 @@ impl Run {
         self.host.with_net(|net, _| net.add(node.number(), at));
         let base = &self.parking.base;
         let random: Random = base.random(100 + nth as u64);
-        let (memory, vm) = arriving(&node, &self.vm, false, (random, base.think));
+        let (memory, vm) = arriving(&node, &self.vm, Early::Never, (random, base.think));
         let wanted = ClaimOptions {
             name: NAME.into(),
             intermediaries: base.members().map(address).collect(),

@@ -83,15 +83,16 @@ impl Conductor {
         };
         required?;
         let Blob::State(state_at) = was else { return Ok(None) };
-        shared.set_final();
         blob.drain(..state_at);
         Ok(Some(blob))
     }
 
-    /// Begins to load the state, as soon as what loading may touch is right: in pre-copy there may be older bytes.
+    /// Begins to load the state, as soon as what loading may touch is right: where there were rounds there may be older
+    /// bytes.
     pub(super) fn load(&mut self) -> Result<()> {
         let Some(gather) = self.gather.as_ref().filter(|_| self.unloaded.is_some()) else { return Ok(()) };
-        if gather.shared().replaces() && !gather.shared().tracker.lock().is_complete() {
+        let shared = gather.shared();
+        if !shared.settle()? || shared.waits_for_all() && !shared.tracker.lock().is_complete() {
             return Ok(());
         }
         if let (Some(state), Some(vm)) = (self.unloaded.take(), self.vm.take()) {
