@@ -28,10 +28,13 @@ const USED: f64 = 0.75;
 /// kernel sends at a low pace are apart.
 const FOLLOWS_TIME: Duration = Duration::from_millis(100);
 
-/// The share of the rate that is kept for links that are to grow from nothing: direct may carry so much at least,
-/// and all bulk links together. It is part of the sum: beside a destination that takes all, 2 % for each link were
-/// rate that nobody had found, and stood as a queue in front of faults.
+/// The share of the rate that direct may carry at least, to grow from nothing.
 pub(super) const LEAST: f64 = 0.02;
+
+/// The same for all bulk links together. It is part of the sum: beside a destination that takes all, 2 % for each link
+/// were rate that nobody had found, and stood as a queue in front of faults. And what goes to intermediaries by it, though
+/// the destination would take it, comes there when the source has evicted, and so makes a migration longer.
+pub(super) const LEAST_BULK: f64 = 0.005;
 
 /// One link, as far as sharing goes.
 #[derive(Clone, Copy, Debug)]
@@ -92,11 +95,11 @@ impl Flow {
 
 /// Gives each flow its share of `rate` bytes/s: urgent ones take what they need, direct goes before
 /// bulk, and may have at once what nobody carries, and what its peer says it takes; bulk is shared by weight among those
-/// that take it. So much of the rate is kept for growth ([`LEAST`]).
+/// that take it. So much of the rate is kept for bulk to grow ([`LEAST_BULK`]).
 pub(super) fn share(rate: f64, kept: f64, flows: &mut [Flow]) {
-    let least = rate * kept;
+    let (least, kept) = (rate * LEAST, rate * kept);
     let weights: f64 = flows.iter().filter(|flow| flow.class == Class::Bulk).map(|flow| flow.weight).sum();
-    let (kept, least_bulk) = if weights > 0.0 { (least, least / weights) } else { (0.0, least) };
+    let (kept, least_bulk) = if weights > 0.0 { (kept, kept / weights) } else { (0.0, kept) };
     let mut left = rate - kept;
     for flow in flows.iter_mut().filter(|flow| flow.class == Class::Urgent) {
         left -= flow.carries;
@@ -107,7 +110,12 @@ pub(super) fn share(rate: f64, kept: f64, flows: &mut [Flow]) {
         let soon = flow.about_to_carry();
         // Who takes what it said has no need to grow from what it carried while it took less.
         let takes = flow.takes.filter(|_| soon.is_some()).unwrap_or(0.0);
+        let fresh = flow.share == f64::MAX;
         flow.share = flow.grown(least).max(left + kept - bulk).max(takes).min(left.max(least));
+        if fresh {
+            // Beside bulk without shares it carried what that left: no reason to grow from there.
+            flow.carries = flow.carries.max(flow.share);
+        }
         left -= soon.unwrap_or(flow.carries).min(flow.share);
     }
     share_alike(left + kept, least_bulk, flows);
@@ -172,7 +180,7 @@ mod test {
     fn settle(wants: &[(Class, f64)]) -> Vec<Flow> {
         let mut flows: Vec<Flow> = wants.iter().map(|(class, _)| Flow::new(*class)).collect();
         for _ in 0..1_000 {
-            share(RATE, LEAST, &mut flows);
+            share(RATE, LEAST_BULK, &mut flows);
             for (flow, (_, wants)) in flows.iter_mut().zip(wants) {
                 let carries = flow.share.min(*wants).min(2.0 * RATE);
                 flow.carried((carries * TICK.as_secs_f64()) as u64, TICK);
@@ -223,7 +231,7 @@ mod test {
         let mut gathered = 0.0;
         let mut run = |urgent: f64, ticks: u32| {
             for _ in 0..ticks {
-                share(SLOW, LEAST, &mut flows);
+                share(SLOW, LEAST_BULK, &mut flows);
                 gathered += flows[0].share * TICK.as_secs_f64();
                 let pieces = (gathered / PIECE_BYTES).floor() * PIECE_BYTES;
                 gathered -= pieces;
@@ -248,7 +256,7 @@ mod test {
             // 100 ms each: so that growing by a third in 24 ms is too late.
             let takes = if tick / 25 % 2 == 0 { PORT } else { PORT / 10.0 };
             flows[0].takes = told.then_some(takes);
-            share(RATE, LEAST, &mut flows);
+            share(RATE, LEAST_BULK, &mut flows);
             let used = [flows[0].share.min(takes), flows[1].share, flows[2].share];
             for (flow, used) in flows.iter_mut().zip(used) {
                 flow.carried((used.min(2.0 * RATE) * TICK.as_secs_f64()) as u64, TICK);
@@ -275,7 +283,7 @@ mod test {
         for stalls in [false, true] {
             for _ in 0..500 {
                 flows[0].takes = Some(RATE / 2.0);
-                share(RATE, LEAST, &mut flows);
+                share(RATE, LEAST_BULK, &mut flows);
                 let direct = if stalls { 0.0 } else { flows[0].share.min(RATE / 2.0) };
                 let used = [direct, flows[1].share];
                 for (flow, used) in flows.iter_mut().zip(used) {
@@ -285,6 +293,31 @@ mod test {
             let bulk = if stalls { RATE } else { RATE / 2.0 };
             assert!(near(flows[1].share, bulk), "{flows:?}");
         }
+    }
+
+    /// What bulk carries, in parts of the rate, so many ticks after there are shares: before, all links had what they could
+    /// get beside each other, and direct a fifth.
+    fn bulk_after_the_start(port: f64, ticks: u32) -> f64 {
+        let mut flows = [Flow::new(Class::Direct), Flow::new(Class::Bulk), Flow::new(Class::Bulk)];
+        for (flow, part) in flows.iter_mut().zip([0.2, 0.4, 0.4]) {
+            flow.carried((part * RATE * TICK.as_secs_f64()) as u64, TICK);
+        }
+        for _ in 0..ticks {
+            share(RATE, LEAST_BULK, &mut flows);
+            let used = [flows[0].share.min(port), flows[1].share, flows[2].share];
+            for (flow, used) in flows.iter_mut().zip(used) {
+                flow.carried((used.min(2.0 * RATE) * TICK.as_secs_f64()) as u64, TICK);
+            }
+        }
+        (flows[1].share + flows[2].share) / RATE
+    }
+
+    #[test]
+    fn direct_starts_with_all_and_leaves_at_once_what_it_does_not_take() {
+        let fast = [1, 5, 25].map(|ticks| bulk_after_the_start(RATE, ticks));
+        assert!(fast.iter().all(|bulk| *bulk < 0.02), "{fast:?}");
+        let slow = bulk_after_the_start(RATE / 4.0, 25);
+        assert!(slow > 0.7, "{slow}");
     }
 
     #[test]
@@ -298,7 +331,7 @@ mod test {
     fn a_path_that_recovers_gets_its_share_back() {
         let mut flows = settle(&[(Class::Bulk, 5e6), (Class::Bulk, f64::MAX)]);
         for _ in 0..1_000 {
-            share(RATE, LEAST, &mut flows);
+            share(RATE, LEAST_BULK, &mut flows);
             for flow in &mut flows {
                 flow.carried((flow.share * TICK.as_secs_f64()) as u64, TICK);
             }
@@ -312,7 +345,7 @@ mod test {
         let late = 8 * TICK;
         let bytes = (flows[0].share * late.as_secs_f64()) as u64;
         flows[0].carried(bytes, late);
-        share(RATE, LEAST, &mut flows);
+        share(RATE, LEAST_BULK, &mut flows);
         assert!(near(flows[0].share, 50e6), "{flows:?}");
     }
 

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use super::bucket::{SLICE_BYTES_MAX, TokenBucket, bytes_in, slice_bytes, time_of};
 use super::delay::{Aggregate, LinkReading, aggregate};
 use super::rate::{RateFinder, Reading};
-use super::share::{Flow, LEAST, share};
+use super::share::{Flow, LEAST, LEAST_BULK, share};
 
 /// Readings closer together than this are taken as one.
 const TICK_TIME: Duration = Duration::from_millis(4);
@@ -137,7 +137,7 @@ impl SharedPacer {
                 promised: now,
                 links: Vec::new(),
                 flows: Vec::new(),
-                kept: LEAST,
+                kept: LEAST_BULK,
                 delivered: 0,
                 delivered_urgent: 0,
                 shared: Aggregate::default(),
