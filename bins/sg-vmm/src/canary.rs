@@ -83,6 +83,10 @@ impl PageSink for Panicking<dyn PageSink> {
         self.0.replace(first, bytes)
     }
 
+    fn withdraw(&self, runs: &[PageRange]) -> Result<()> {
+        self.0.withdraw(runs)
+    }
+
     fn poison(&self, range: PageRange) -> Result<()> {
         self.0.poison(range)
     }

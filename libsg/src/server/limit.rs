@@ -82,6 +82,9 @@ impl<'l> Turn<'l> {
     /// Waits until some of `bytes`, which are not none, may move, and says how many.
     pub(super) fn wait(&self, class: Class, bytes: usize) -> usize {
         let mut state = self.limit.0.lock();
+        if state.line.passes(bytes as u64) {
+            return bytes;
+        }
         state.line.ask(self.number, class, bytes as u64);
         loop {
             state.serve(Some(self.number));
@@ -97,6 +100,9 @@ impl<'l> Turn<'l> {
     /// again, it wants the same bytes.
     pub(super) fn poll(&self, bytes: usize) -> usize {
         let mut state = self.limit.0.lock();
+        if state.line.passes(bytes as u64) {
+            return bytes;
+        }
         state.line.ask(self.number, Class::Bulk, bytes as u64);
         state.serve(Some(self.number));
         state.line.take(self.number).map_or(0, |granted| granted as usize)

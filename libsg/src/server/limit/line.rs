@@ -77,6 +77,13 @@ impl Line {
         }
     }
 
+    /// Whether there is no limit: then so many bytes move at once, and nobody need ask.
+    pub(super) fn passes(&mut self, bytes: u64) -> bool {
+        let unlimited = self.bucket.rate().is_none();
+        self.moved += if unlimited { bytes } else { 0 };
+        unlimited
+    }
+
     /// A connection asks for some of so many bytes. One that waits, or has what it asked for before, goes on with that.
     pub(super) fn ask(&mut self, number: u64, class: Class, bytes: u64) {
         let Some(seat) = self.seats.get_mut(&number) else { return };
