@@ -256,6 +256,7 @@ fn messages() -> Vec<Vec<u8>> {
         Talk::Abort { kind: ErrorKind::Full, reason: "no room".into() },
         Talk::Lost(vec![PageRange::new(PageIndex(1), 2)]),
         Talk::Members(members()),
+        Talk::Written { round: Round(3), runs: vec![PageRange::new(PageIndex(1), 2)], last: true },
     ];
     let node = || members()[0].node.clone();
     let parking = Parking { name: "web".into(), keeper: node() };

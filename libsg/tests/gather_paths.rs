@@ -11,10 +11,10 @@ use libsg::ids::{Checksum, Round};
 use libsg::memory::Backing;
 use libsg::migrate::Event;
 use libsg::migrate::destination::ArrivalPhase;
-use libsg::page::{InstallUnit, PageIndex};
+use libsg::page::{InstallUnit, PageIndex, PageRange};
 use libsg::report::Status;
-use libsg::wire::message::Talk;
-use libsg::wire::{IndexEntry, PageEntry};
+use libsg::wire::message::{Rounds, Talk};
+use libsg::wire::{IndexEntry, PageEntry, final_set};
 
 fn finish(scene: &Scene, mut source: Source) -> libsg::report::DestinationReport {
     source.say(&Talk::Evicted);
@@ -247,4 +247,64 @@ fn a_guest_that_runs_sees_only_right_pages() {
     scene.check(|_| false, |_| false);
     assert_eq!(scene.seen.installed.load(Ordering::SeqCst), 4000);
     assert!(report.pages.direct > Some(0) && report.pages.staged > Some(0));
+}
+
+fn run(first: u32, pages: u32) -> PageRange {
+    PageRange::new(PageIndex(first), pages)
+}
+
+fn written(runs: &[PageRange], last: bool) -> Talk {
+    Talk::Written { round: Round(1), runs: runs.to_vec(), last }
+}
+
+#[test]
+fn what_came_in_a_round_and_was_written_is_taken_out() {
+    let scene = Scene::new(Plan { nodes: 1, touch: vec![10, 40, 50], ..Plan::default() });
+    let mut source = Source::offer_in(&scene, Rounds::Staged);
+    let last = [run(10, 10), run(30, 1), run(40, 1), run(299, 1)];
+    let again = scene.stage(0, last.into_iter().flat_map(PageRange::iter).map(|page| page.0));
+    let again: Vec<_> = again.into_iter().map(|entry| IndexEntry { round: Round(1), ..entry }).collect();
+    let places = again.clone();
+    source.connect(&scene, move |page| {
+        places.iter().find(|entry| entry.page.0 == page).map_or(Answer::Silent, |entry| Answer::At(*entry))
+    });
+    source.announce(&scene.stage(0, 0..300));
+    until("all is installed", || scene.seen.installed.load(Ordering::SeqCst) == 300);
+    source.say(&written(&[run(10, 10), run(30, 1)], false));
+    source.say(&written(&[run(299, 1)], true));
+    source.hear(|talk| *talk == Talk::Cleared);
+    assert_eq!(scene.seen.withdrawn.load(Ordering::SeqCst), 12);
+    // One more is written until the pause.
+    let state = final_set::encode(last.into_iter().map(|run| (run, Round(1))), b"state of the vCPUs");
+    source.control.send_state(&state, soon()).unwrap();
+    // What loading touches of it is asked for anew.
+    source.hear(|talk| *talk == Talk::Ready);
+    assert_eq!(scene.seen.withdrawn.load(Ordering::SeqCst), 13);
+    assert!(source.faults.load(Ordering::SeqCst) >= 2);
+    source.say(&Talk::Run);
+    source.hear(|talk| *talk == Talk::Running);
+    source.announce(&again);
+    let report = finish(&scene, source);
+    scene.check(|_| false, |_| false);
+    assert_eq!(report.pages.withdrawn, Some(13));
+    assert_eq!(scene.seen.installed.load(Ordering::SeqCst), 313);
+}
+
+#[test]
+fn what_cannot_be_written_is_a_protocol_error() {
+    for (rounds, runs, state_first) in [
+        (Rounds::None, run(3, 1), false),
+        (Rounds::Installed, run(3, 1), false),
+        (Rounds::Staged, run(299, 2), false),
+        (Rounds::Staged, run(3, 1), true),
+    ] {
+        let scene = Scene::new(Plan { nodes: 1, ..Plan::default() });
+        let mut source = Source::offer_in(&scene, rounds);
+        if state_first {
+            source.send_state();
+        }
+        source.say(&written(&[runs], true));
+        assert!(source.try_hear(|talk| *talk == Talk::Cleared).is_err(), "{rounds:?} {runs}");
+        assert!(!scene.seen.running.load(Ordering::SeqCst));
+    }
 }

@@ -269,6 +269,11 @@ fn messages() {
         (Talk::Abort { kind: ErrorKind::Cancelled, reason: "no".into() }, "0c0b026e6f"),
         (Talk::Lost(vec![PageRange::new(PageIndex(1), 2)]), "0d010102"),
         (Talk::Failed { reason: "no".into() }, "0e026e6f"),
+        (
+            Talk::Written { round: Round(3), runs: vec![PageRange::new(PageIndex(1), 2)], last: true },
+            "0f0301010201",
+        ),
+        (Talk::Cleared, "10"),
     ];
     for (talk, expected) in talks {
         assert_eq!(bytes(message::encode(&talk)), expected, "{talk:?}");

@@ -13,8 +13,10 @@ use super::source::{Control, SourceOptions};
 use super::{Event, Mode, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
+use crate::ids::Round;
 use crate::limits;
 use crate::manifest::Manifest;
+use crate::page::PageRange;
 use crate::scatter::session::{Destination, Session, serve_while};
 use crate::scatter::{DirectSink, Scatter, UrgentSink};
 use crate::transport::Conversation;
@@ -25,6 +27,9 @@ use crate::wire::message::{Talk, VmdRequest};
 
 /// How often a wait looks whether the migration was cancelled.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// A destination has so long to take out what was written since it came, before the VM is paused all the same.
+const CLEARS: Duration = Duration::from_millis(300);
 
 /// The connections to the destination, before COMMIT.
 pub(super) struct Lines<'a> {
@@ -46,6 +51,42 @@ impl Lead<'_> {
     pub(super) fn look(&self) -> Result<()> {
         self.control.check_cancelled()?;
         if self.scatter.is_poisoned() { Err(self.scatter.failure()) } else { Ok(()) }
+    }
+
+    /// Tells the destination what was written since it was last sent, so that it takes out what it has of that while the VM
+    /// still runs, and not while it is paused. One that is slow to do so is not waited for: the final set says it again.
+    pub(super) fn tell_written(&self, control: &mut Conversation, runs: &[PageRange]) -> Result<()> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        // The one that begins when the VM is paused.
+        let round = Round(self.scatter.planner.lock().round().0.saturating_add(1));
+        let mut rest = runs;
+        while !rest.is_empty() {
+            let (some, behind) = rest.split_at(rest.len().min(limits::INDEX_ENTRIES_MAX));
+            rest = behind;
+            let written = Talk::Written { round, runs: some.to_vec(), last: rest.is_empty() };
+            control.send_talk(&written, host::now() + self.options.ready_timeout)?;
+        }
+        match self.expect(control, &Talk::Cleared, host::now() + CLEARS) {
+            Err(error) if error.kind != ErrorKind::Timeout => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits for one message, looking for a cancel in between.
+    pub(super) fn expect(&self, control: &mut Conversation, wanted: &Talk, deadline: Instant) -> Result<()> {
+        loop {
+            self.look()?;
+            match control.recv_talk(deadline.min(host::now() + LOOK)) {
+                Ok(talk) if talk == *wanted => return Ok(()),
+                // The last may be late: the destination was not waited for.
+                Ok(Talk::Progress { .. } | Talk::Cleared) => {}
+                Ok(other) => return Err(refused(other, &format!("where {wanted:?} belongs"))),
+                Err(error) if error.kind == ErrorKind::Timeout && host::now() < deadline => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// The state as it travels, with the final set in front of it.
@@ -125,7 +166,7 @@ impl Handover<'_> {
         if host::has_bug(host::Bug::StockBeforePause) {
             self.lead.scatter.take_stock()?;
         }
-        self.expect(control, &Talk::Accepted, deadline)?;
+        self.lead.expect(control, &Talk::Accepted, deadline)?;
         let direct = self.destination.dial(Purpose::MigrationDirect)?;
         let mut direct = DirectSink::new(self.lead.scatter.clone(), direct);
         let urgent = self.destination.dial(Purpose::MigrationUrgent)?;
@@ -183,23 +224,9 @@ impl Handover<'_> {
         }
         // Loading the state may touch guest memory: faults are answered from here on.
         serve_while(self.lead.scatter, (lines.control, lines.urgent), |control| {
-            self.expect(control, &Talk::Ready, deadline)
+            self.lead.expect(control, &Talk::Ready, deadline)
         })?;
         Ok(paused_at)
-    }
-
-    /// Waits for one message, looking for a cancel in between.
-    fn expect(&self, control: &mut Conversation, wanted: &Talk, deadline: Instant) -> Result<()> {
-        loop {
-            self.lead.look()?;
-            match control.recv_talk(deadline.min(host::now() + LOOK)) {
-                Ok(talk) if talk == *wanted => return Ok(()),
-                Ok(Talk::Progress { .. }) => {}
-                Ok(other) => return Err(refused(other, &format!("where {wanted:?} belongs"))),
-                Err(error) if error.kind == ErrorKind::Timeout && host::now() < deadline => {}
-                Err(error) => return Err(error),
-            }
-        }
     }
 
     /// COMMIT is written to the volume, then the destination is told to run. Whatever fails from here
@@ -226,7 +253,7 @@ impl Handover<'_> {
         let ran = run.and_then(|()| {
             let Session { control, urgent, .. } = &mut session;
             serve_while(self.lead.scatter, (control, urgent), |control| {
-                self.expect(control, &Talk::Running, deadline)
+                self.lead.expect(control, &Talk::Running, deadline)
             })
         });
         match ran {

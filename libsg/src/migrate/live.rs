@@ -85,7 +85,7 @@ impl Rounds {
     pub fn run(
         &mut self,
         lead: &Lead<'_>,
-        lines: Option<&mut Lines<'_>>,
+        mut lines: Option<&mut Lines<'_>>,
         members: &mut Members,
     ) -> Result<()> {
         let scatter = lead.scatter;
@@ -105,9 +105,12 @@ impl Rounds {
         if total > 0 {
             // With several holders a page that a round took back was found with one of them.
             let what = With { members: true, ready: false, offers: scatter.copies.holders() == 1 };
-            with_sinks(lead, lines, members, what, &mut || leg.step(self))?;
+            with_sinks(lead, lines.as_deref_mut(), members, what, &mut || leg.step(self))?;
         }
-        Ok(())
+        match lines.filter(|_| options.mode == Mode::Hybrid) {
+            Some(lines) => lead.tell_written(lines.control, &self.dirty),
+            None => Ok(()),
+        }
     }
 
     /// The VM is paused: nothing is written any more. The last round begins, and with it the final set stands.

@@ -10,7 +10,7 @@ use super::Malformed;
 use super::link_use::LinkUse;
 use super::parking::{Claim, Parking, Verdict, check_node};
 use crate::error::ErrorKind;
-use crate::ids::{Epoch, NodeId, VolumeId};
+use crate::ids::{Epoch, NodeId, Round, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::page::PageRange;
@@ -216,6 +216,8 @@ pub struct VolumeSummary {
 /// source                                   destination
 ///   Offer ---------------------------------->  build the VM, register its memory
 ///   <--------------------------------- Accepted
+///   (hybrid, after the rounds) Written ----->  take out what is out of date
+///   <---------------------------------- Cleared
 ///   (VM paused) State frames, StateEnd ----->  load it, paused
 ///   <------------------------------------ Ready
 ///   (COMMIT written to the volume)
@@ -293,6 +295,18 @@ pub enum Talk {
         /// Why, for the operator.
         reason: String,
     },
+    /// Source, in hybrid, before the pause: these pages were written since they were last sent. What the final set will
+    /// say of them is known by now: no copy before this round counts.
+    Written {
+        /// The round that sends them.
+        round: Round,
+        /// Which. At most [`limits::INDEX_ENTRIES_MAX`] runs.
+        runs: Vec<PageRange>,
+        /// Whether those were all.
+        last: bool,
+    },
+    /// Destination: nothing of those is in place any more.
+    Cleared,
 }
 
 /// What happens to a VM's pages while it runs at the source. Until the final set is there (in front of the
@@ -403,6 +417,9 @@ impl Talk {
                 check_members(members)?;
             }
             Self::Members(members) => check_members(members)?,
+            Self::Written { runs, .. } if runs.len() > limits::INDEX_ENTRIES_MAX => {
+                return Err(Malformed::Bounds("runs of pages that were written"));
+            }
             Self::StateEnd { bytes, .. } if *bytes > limits::STATE_BYTES_MAX as u64 => {
                 return Err(Malformed::Bounds("state"));
             }

@@ -434,12 +434,17 @@ pub struct Source {
 impl Source {
     /// Offers the VM and waits until it is accepted.
     pub fn offer(scene: &Scene) -> Self {
+        Self::offer_in(scene, Rounds::None)
+    }
+
+    /// The same, of a VM that is sent in rounds.
+    pub fn offer_in(scene: &Scene, rounds: Rounds) -> Self {
         let mut control = Conversation::new(scene.dial(Purpose::MigrationControl));
         let offer = Talk::Offer {
             manifest: scene.manifest.clone(),
             members: scene.members(),
             elapsed_us: 1_000,
-            rounds: Rounds::None,
+            rounds,
         };
         control.send_talk(&offer, soon()).unwrap();
         let mut source = Self { control, direct: None, faults: Arc::default(), urgent: None };

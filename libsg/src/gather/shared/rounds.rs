@@ -46,6 +46,20 @@ impl Shared {
         Ok(true)
     }
 
+    /// Takes out what is known to be out of date by now, while the VM still runs: less is left to do behind the pause.
+    /// `false` as in [`Self::settle`].
+    pub fn clear(&self) -> Result<bool> {
+        if self.is_final() || !self.gathers_early {
+            return Ok(true);
+        }
+        if !self.withdraw()? {
+            return Ok(false);
+        }
+        self.tracker.lock().go_on_installing();
+        self.wake_all();
+        Ok(true)
+    }
+
     /// Takes out what is out of date, once nobody installs any more.
     fn withdraw(&self) -> Result<bool> {
         if !self.tracker.lock().stop_installing() {

@@ -81,6 +81,8 @@ pub(super) struct Conductor {
     state: StateAssembler,
     /// What of it came before.
     final_set: FinalSet,
+    /// The source waits until what it named is taken out.
+    clears: bool,
     /// A state that is all here, until it is loaded.
     unloaded: Option<Vec<u8>>,
     places: Vec<IndexEntry>,
@@ -126,6 +128,7 @@ pub(super) fn start(
         openings: Vec::new(),
         state: StateAssembler::new(),
         final_set: FinalSet::default(),
+        clears: false,
         unloaded: None,
         places: Vec::new(),
         away_since: None,
@@ -398,6 +401,9 @@ impl Conductor {
                     self.unloaded = Some(state);
                     self.load()?;
                 }
+            }
+            Talk::Written { round, runs, last } if self.may_be_written() => {
+                self.written(round, &runs, last)?
             }
             Talk::Run if self.phase == ArrivalPhase::Ready => {
                 self.run_vm()?;

@@ -10,12 +10,13 @@ use super::{Conductor, TICK};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gather::Gather;
 use crate::host;
+use crate::ids::Round;
 use crate::limits::INDEX_ENTRIES_MAX;
 use crate::migrate::Event;
-use crate::page::PageIndex;
+use crate::page::{PageIndex, PageRange};
 use crate::wire::entry::encode_table;
 use crate::wire::final_set::Blob;
-use crate::wire::message::Talk;
+use crate::wire::message::{Rounds, Talk};
 use crate::wire::{Header, Kind};
 
 /// Without COMMIT from the source, the volume is looked into this often.
@@ -31,6 +32,7 @@ impl Conductor {
             return Err(Told::from(&*failure).into());
         }
         self.take_found_members()?;
+        self.clear()?;
         self.load()?;
         self.check_loaded()?;
         let committed = self.phase >= ArrivalPhase::Running;
@@ -85,6 +87,32 @@ impl Conductor {
         let Blob::State(state_at) = was else { return Ok(None) };
         blob.drain(..state_at);
         Ok(Some(blob))
+    }
+
+    /// Whether the VM is sent in rounds, and runs at its source.
+    pub(super) fn may_be_written(&self) -> bool {
+        let staged = self.offer.as_ref().is_some_and(|offer| offer.rounds == Rounds::Staged);
+        staged && self.phase == ArrivalPhase::Accepted && self.unloaded.is_none() && self.loading.is_none()
+    }
+
+    /// Pages were written since they were sent: a part of the final set, before the VM is paused.
+    pub(super) fn written(&mut self, round: Round, runs: &[PageRange], last: bool) -> Result<()> {
+        let Some(gather) = &self.gather else { return Ok(()) };
+        let mut tracker = gather.shared().tracker.lock();
+        runs.iter().try_for_each(|run| tracker.require(*run, round))?;
+        self.clears |= last;
+        Ok(())
+    }
+
+    /// Takes out what was written, and says so, unless the final set is there by now.
+    fn clear(&mut self) -> Result<()> {
+        self.clears &= self.may_be_written();
+        let Some(gather) = self.gather.as_ref().filter(|_| self.clears) else { return Ok(()) };
+        if gather.shared().clear()? {
+            self.clears = false;
+            self.say(&Talk::Cleared);
+        }
+        Ok(())
     }
 
     /// Begins to load the state, as soon as what loading may touch is right: where there were rounds there may be older
@@ -209,7 +237,7 @@ impl Conductor {
 pub(super) fn send_holdings(line: &mut Line, gather: &Gather) {
     let total = gather.shared().counts().total;
     let (mut from, mut ranges, mut table) = (PageIndex(0), Vec::new(), Vec::new());
-    let mut send = |ranges: &[crate::page::PageRange]| {
+    let mut send = |ranges: &[PageRange]| {
         table.clear();
         encode_table(ranges.iter().copied(), &mut table);
         let header = Header { count: ranges.len() as u16, ..line.channel.header(Kind::Holdings) };
