@@ -259,7 +259,7 @@ fn messages() -> Vec<Vec<u8>> {
         Talk::Written { round: Round(3), runs: vec![PageRange::new(PageIndex(1), 2)], last: true },
     ];
     let node = || members()[0].node.clone();
-    let parking = Parking { name: "web".into(), keeper: node() };
+    let parking = Parking { name: "web".into(), keeper: node(), term: 2 };
     let requests = [
         VmdRequest::Create { manifest: manifest(), members: members() },
         VmdRequest::PutState { bytes: 5, checksum: 6 },

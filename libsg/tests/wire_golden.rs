@@ -229,6 +229,13 @@ fn numbers() {
         (Kind::CopyReply, 50),
         (Kind::Spread, 51),
         (Kind::SpreadReply, 52),
+        (Kind::HandPages, 53),
+        (Kind::HandCopies, 54),
+        (Kind::HandReply, 55),
+        (Kind::HandIndex, 56),
+        (Kind::HandIndexReply, 57),
+        (Kind::Moved, 58),
+        (Kind::MovedReply, 59),
     ];
     for (kind, number) in kinds {
         assert_eq!(kind as u16, number, "{kind:?}");
@@ -300,7 +307,7 @@ fn messages() {
         (VmdRequest::Claim { epoch: Epoch(9) }, "0709"),
         (VmdRequest::Dissolve, "08"),
         (VmdRequest::Statistics, "09"),
-        (VmdRequest::Park(Parking { name: "web".into(), keeper: node() }), "0a03776562026931ac02"),
+        (VmdRequest::Park(Parking { name: "web".into(), keeper: node(), term: 3 }), "0a03776562026931ac0203"),
         (VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }), "0b09026931ac0201"),
         (VmdRequest::Run, "0c"),
         (VmdRequest::Succeed { epoch: Epoch(9) }, "0d09"),

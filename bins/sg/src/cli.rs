@@ -108,14 +108,17 @@ Examples:
   sg serve --memory 16G --secret pool.secret --local-first eth0 --link 10gbit
   sg serve --memory 16G --secret pool.secret --announce 239.83.71.1@10.0.0.3
   sg serve --memory 16G --secret pool.secret --announce etcd://10.0.0.1,10.0.0.2,10.0.0.5/sg
+  sg serve --memory 16G --secret pool.secret --peer 10.0.0.4 --peer 10.0.0.5       who takes over when it goes
   sg serve --memory 512M --listen 127.0.0.1:7701              for a test, on this host alone
 
 Memory is taken as pages come, and given back when a migration is done. Once it listens, one line is
 written to standard output: {\"event\":\"listening\",\"address\":\"...\",\"node\":\"...\"}.
 
-On SIGTERM or SIGINT it goes at once when nobody needs what it holds. While it holds pages of a live
-volume it stays, and logs whose they are; a second signal makes it go, and it reports what was lost
-(exit code 3). Logs are filtered by RUST_LOG (info).")]
+On SIGTERM or SIGINT it goes at once when nobody needs what it holds. Pages of live volumes it hands to
+other intermediaries first: the volume's own, then those of --peer and --pool; it takes none from then on,
+and is read from until it goes. Where nobody has room for them within --drain-timeout it stays, logs whose
+they are and why, and takes pages again. A second signal makes it go at any time, and it reports what was
+lost (exit code 3). Logs are filtered by RUST_LOG (info).")]
 pub struct ServeArgs {
     /// The most memory to give to pages; books about them may take an eighth of it more
     #[arg(long, value_name = "SIZE")]
@@ -163,9 +166,18 @@ pub struct ServeArgs {
     /// How logs are written, to standard error
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
-    /// Go at the first signal, also with pages of live volumes
+    /// Go at the first signal, also with pages of live volumes, which are lost
     #[arg(long)]
     pub force: bool,
+    /// How long it may take at a signal to hand what is here to others. Then it stays, and a second signal goes
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = seconds, conflicts_with = "force")]
+    pub drain_timeout: Duration,
+    /// Who may take over what volumes' own intermediaries have no room for; may be given several times
+    #[arg(long, value_name = "HOST:PORT")]
+    pub peer: Vec<String>,
+    /// Where to find others that may: as --pool of the other commands [default: where it announces itself]
+    #[arg(long, value_name = "WHERE")]
+    pub pool: Option<String>,
     /// How ready the kernel is to kill this process when memory runs out (-1000 never, 1000 first)
     #[arg(long, value_name = "N", default_value_t = -500, allow_negative_numbers = true,
           value_parser = clap::value_parser!(i16).range(-1000..=1000))]
@@ -315,6 +327,14 @@ impl Intermediaries {
         let named = StaticPool(named).find(PATIENCE).map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
         Ok(named.into_iter().chain(found).collect())
     }
+}
+
+/// A time.
+pub fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.1..=3600.0).contains(seconds));
+    seconds
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| format!("{text} is no number of seconds from 0.1 to 3600"))
 }
 
 /// What a file of addresses names.

@@ -4,6 +4,7 @@ mod announce;
 mod ask;
 mod cli;
 mod evict;
+mod leave;
 mod local_first;
 mod nbd;
 mod operate;

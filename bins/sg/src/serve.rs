@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result};
-use libsg::page::PAGE_BYTES_U64;
 use libsg::server::{Config, Holding, Server};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -13,7 +12,7 @@ use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{LogFormat, ServeArgs, WrongArguments, secret};
-use crate::{announce, local_first, process};
+use crate::{announce, leave, local_first, process};
 
 /// Exit code of one that went with pages of live volumes.
 const LOST: u8 = 3;
@@ -46,25 +45,24 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     });
     let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
 
-    let mut refused = false;
+    let (handle, mut leaving) = (signals.handle(), None);
     for signal in signals.forever() {
         let held = server.holdings();
         if held.is_empty() {
             tracing::info!(signal, "nobody needs what is here: going");
-            // It says that it leaves.
-            drop(announcer);
-            return Ok(0);
+            break;
         }
-        if args.force || refused {
+        if args.force || leaving.is_some() {
             drop(announcer);
             return Ok(go_anyway(&held));
         }
-        refused = true;
         leaves.store(true, Ordering::Relaxed);
         announcer.iter().for_each(|announcer| announcer.announce());
-        refuse(&held);
+        leaving = Some(leave::start(&server, args, handle.clone())?);
     }
-    Ok(1)
+    // It says that it leaves.
+    drop(announcer);
+    Ok(0)
 }
 
 /// Logs go to standard error.
@@ -101,27 +99,6 @@ fn config(args: &ServeArgs) -> Result<Config> {
         tracing::warn!("TEST CANARY: a stored page will be damaged on purpose");
     }
     Ok(config)
-}
-
-fn refuse(held: &[Holding]) {
-    for holding in held {
-        let volume = &holding.summary;
-        tracing::warn!(
-            volume = %volume.volume,
-            vm = volume.vm,
-            state = ?volume.state,
-            pages = volume.stored_pages,
-            bytes = volume.stored_pages * PAGE_BYTES_U64,
-            indexed_pages = holding.indexed_pages,
-            has_state = holding.has_state,
-            age_s = volume.age_s,
-            "staying: this volume is needed"
-        );
-    }
-    tracing::warn!(
-        volumes = held.len(),
-        "pages of live volumes are here; a second signal goes and loses them"
-    );
 }
 
 fn go_anyway(held: &[Holding]) -> u8 {

@@ -137,7 +137,8 @@ fn without_live_volumes_it_goes_at_once() {
 
 #[test]
 fn it_stays_for_a_live_volume_and_a_second_signal_reports_what_is_lost() {
-    let mut daemon = Daemon::start(&[]);
+    // Nobody else is there to take it over.
+    let mut daemon = Daemon::start(&["--drain-timeout", "0.2"]);
     daemon.fill();
     daemon.signal(rustix::process::Signal::TERM);
     let mut first = BufReader::new(daemon.child.stderr.take().unwrap());

@@ -18,10 +18,10 @@ use crate::limits::INDEX_RANGE_PAGES;
 use crate::page::{PageIndex, PageRange};
 use crate::transport::wait;
 use crate::vmd::link::ask;
-use crate::vmd::placement::index_turn;
 use crate::vmd::{Class, Link, Reply, Request};
 use crate::wire::IndexEntry;
 use crate::wire::message::{VmdReply, VmdRequest};
+use crate::wire::placement::index_turn;
 
 /// How long an index server may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
@@ -62,12 +62,15 @@ struct Search {
     anew_at: Instant,
     /// Each search begins at another member: an index may name copies that are gone, and whoever has one names his own.
     turn: usize,
+    /// Members that were gone when everything was last asked for anew: one that leaves has told the others first.
+    gone: usize,
 }
 
 /// The thread `sg-gather-index`.
 pub(crate) fn run(shared: &Shared) -> Result<()> {
     let mut seats: Vec<Seat> = Vec::new();
     let mut state: Option<Search> = None;
+    let mut asked_at = host::now();
     while !shared.is_stopping() && !shared.is_dissolving() {
         shared.wake_index.drain();
         let source = shared.source();
@@ -77,16 +80,24 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         if searches {
             let now = host::now();
             let first = state.is_none();
-            let state =
-                state.get_or_insert(Search { unknown: u64::MAX, fewer_at: now, anew_at: now, turn: 0 });
+            let state = state.get_or_insert(Search {
+                unknown: u64::MAX,
+                fewer_at: now,
+                anew_at: now,
+                turn: 0,
+                gone: 0,
+            });
             seats.resize_with(shared.members().len(), Seat::default);
-            let mut grows = false;
-            if first || host::elapsed(state.anew_at) >= ASK_ANEW {
-                state.anew_at = now;
+            let gone = gone_members(shared);
+            if first || gone != state.gone || host::elapsed(state.anew_at) >= ASK_ANEW {
+                (state.anew_at, state.gone) = (now, gone);
                 shared.tracker.lock().ask_again(false);
-                grows = ask_for_members(shared, &mut seats)?;
+                ask_for_members(shared, &mut seats)?;
             }
-            let complete = search(shared, &mut seats, state.turn)? && !grows;
+            // Who went meanwhile may have given others what they were asked for before.
+            let complete = search(shared, &mut seats, state.turn)?
+                && !shared.has_found_members()
+                && gone_members(shared) == gone;
             state.turn += 1;
             let unknown = shared.counts().unknown;
             if unknown < state.unknown {
@@ -97,10 +108,21 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         } else {
             state = None;
             seats.iter_mut().for_each(|seat| seat.silent_since = None);
+            // Who leaves may have named others, of whom nobody else might tell.
+            if shared.is_running() && silent && host::elapsed(asked_at) >= ASK_ANEW {
+                asked_at = host::now();
+                seats.resize_with(shared.members().len(), Seat::default);
+                ask_for_members(shared, &mut seats)?;
+            }
         }
         wait(&[(Some(shared.wake_index.as_fd()), false)], if searches { PAUSE } else { NAP })?;
     }
     Ok(())
+}
+
+/// Members that will not come back.
+fn gone_members(shared: &Shared) -> usize {
+    shared.members().iter().filter(|desk| desk.state.lock().gone).count()
 }
 
 /// Asks for every page that is not known. `false` when some index server could not be asked that may
@@ -176,23 +198,24 @@ fn overlaps(a: PageRange, b: PageRange) -> bool {
     a.positions().start < b.positions().end && b.positions().start < a.positions().end
 }
 
-/// Asks all who answer who the members are: a source that is no more may have added some and not told us. Whether there
-/// are more than we knew.
-fn ask_for_members(shared: &Shared, seats: &mut [Seat]) -> Result<bool> {
-    let mut more = false;
+/// Asks all who answer who the members are: a source that is no more, or an intermediary that left, may have added some and
+/// not told us. At the place of a member that is gone whoever is there now is asked: it
+/// may have taken over what is here. What it says begins with what we know, or is not heard.
+fn ask_for_members(shared: &Shared, seats: &mut [Seat]) -> Result<()> {
     for (at, seat) in seats.iter_mut().enumerate() {
         let describe = Request::Control(&VmdRequest::Describe);
-        let described = asked(shared, seat, MemberIndex(at as u16), describe, |reply| match reply {
+        let member = MemberIndex(at as u16);
+        let described = asked_there(shared, seat, (member, true), describe, |reply| match reply {
             Reply::Control(VmdReply::Volume(info)) => Ok(info.members),
             _ => Err(another()),
         });
         match described {
-            Ok(members) => more |= shared.found_members(members),
+            Ok(members) => shared.found_members(members),
             Err(error) if is_of_link(&error) || error.kind == ErrorKind::Volume => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(more)
+    Ok(())
 }
 
 /// Whether a member that has not answered since then may do so yet.
@@ -232,18 +255,29 @@ fn asked<T>(
     request: Request<'_>,
     take: impl FnOnce(Reply<'_>) -> Result<T>,
 ) -> Result<T> {
+    asked_there(shared, seat, (member, false), request, take)
+}
+
+/// The same, or `anybody` who is in its place.
+fn asked_there<T>(
+    shared: &Shared,
+    seat: &mut Seat,
+    (member, anybody): (MemberIndex, bool),
+    request: Request<'_>,
+    take: impl FnOnce(Reply<'_>) -> Result<T>,
+) -> Result<T> {
     let unreachable = || Error::new(ErrorKind::Unreachable, "it was not there just now");
     let desk = shared.member(member).ok_or_else(unreachable)?;
     let known_lost = desk.state.lock().lost_since.is_some();
-    if known_lost || seat.not_before.is_some_and(|at| host::now() < at) {
+    if (known_lost && !anybody) || seat.not_before.is_some_and(|at| host::now() < at) {
         return Err(unreachable());
     }
     let mut link = match seat.link.take() {
-        Some(link) => link,
-        None => {
+        Some(link) if !known_lost => link,
+        _ => {
             let address = desk.member.address;
             match shared.connector.connect(address, shared.volume, shared.epoch, Class::Bulk, ANSWER_MAX) {
-                Ok(link) if link.member().node == desk.member.node => link,
+                Ok(link) if anybody || link.member().node == desk.member.node => link,
                 Ok(_) => return Err(unreachable()),
                 Err(error) => {
                     seat.not_before = Some(host::now() + leave_alone(shared));
@@ -254,6 +288,7 @@ fn asked<T>(
     };
     let answered = ask(&mut *link, request, ANSWER_MAX, take);
     match &answered {
+        Ok(_) if known_lost => {}
         Ok(_) => seat.link = Some(link),
         Err(error) if error.kind == ErrorKind::Volume => {}
         Err(_) => seat.not_before = Some(host::now() + leave_alone(shared)),

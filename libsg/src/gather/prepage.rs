@@ -416,7 +416,11 @@ impl Worker<'_> {
     fn dissolve(&mut self) -> Result<()> {
         let mut link = match self.link.take() {
             Some(link) => link,
-            None => self.connect_once(vmd::Class::Bulk)?,
+            None => match self.connect_once(vmd::Class::Bulk) {
+                // Nobody is there, or somebody else: its memory is the host's again.
+                Err(error) if error.kind == ErrorKind::Volume || was_refused(&error) => return Ok(()),
+                connected => connected?,
+            },
         };
         match ask(&mut *link, Request::Control(&VmdRequest::Dissolve), DISSOLVE_WAIT, |_| Ok(())) {
             // It does not know the volume (any more): there is nothing to give back.

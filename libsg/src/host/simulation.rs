@@ -123,6 +123,8 @@ pub enum Bug {
     ClaimedTwice,
     /// Whoever claimed a parked volume runs the VM without having that written down.
     RunsUnasked,
+    /// An intermediary leaves before what it hands over is acknowledged.
+    LeavesEarly,
 }
 
 thread_local! {

@@ -144,7 +144,8 @@ impl<'a> Parking<'a> {
         let Some(keeper_at) = members.iter().position(Option::is_some) else { return Err(self.nobody()) };
         let keeper = self.keeper(keeper_at).node.clone();
         let To::Parked(name) = &self.lead.options.to else { return Ok(()) };
-        let request = VmdRequest::Park(parking::Parking { name: name.clone(), keeper: keeper.clone() });
+        let request =
+            VmdRequest::Park(parking::Parking { name: name.clone(), keeper: keeper.clone(), term: 0 });
         loop {
             let claimed = self.ask(members, |at| at != keeper_at, || Request::Control(&request));
             #[cfg(feature = "simulation")]

@@ -17,8 +17,8 @@ use super::roster::Roster;
 use crate::ids::{MemberIndex, MemberSet};
 use crate::page::PageIndex;
 use crate::transport::Waker;
-use crate::vmd::placement::{index_owners, index_range, index_turn};
 use crate::wire::IndexEntry;
+use crate::wire::placement::{index_owners, index_range, index_turn};
 
 const ALIVE: u8 = 0;
 const SUSPECT: u8 = 1;

@@ -4,8 +4,8 @@
 use crate::ids::Round;
 use crate::limits::BATCH_PAGES;
 use crate::page::{InstallUnit, PageIndex, PageRange};
-use crate::vmd::placement::owner_runs;
 use crate::wire::IndexEntry;
+use crate::wire::placement::owner_runs;
 
 /// A region as the sweep sees it.
 #[derive(Clone, Copy, Debug)]

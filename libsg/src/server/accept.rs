@@ -77,6 +77,10 @@ impl Shared {
         &self.store
     }
 
+    pub(super) fn limit_out(&self) -> &Limit {
+        &self.limit_out
+    }
+
     pub(super) fn node(&self) -> &NodeId {
         self.store.node()
     }

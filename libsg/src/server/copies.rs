@@ -156,6 +156,22 @@ impl Copies {
         Some(gone)
     }
 
+    /// What a page that lies here was made for.
+    #[must_use]
+    pub fn of(&self, page: PageIndex, slot: SlotIndex, generation: Generation) -> Option<Placement> {
+        let (number, at) = split(page);
+        let block = self.blocks.get(&number)?;
+        let is_it = |bits: u64| {
+            Here::from_bits(bits).is_some_and(|here| (here.slot, here.generation) == (slot, generation))
+        };
+        if is_it(block.here[at]) {
+            return Placement::from_bits(block.of[at]);
+        }
+        let mut others = self.more.range((page.0, 0)..=(page.0, u64::MAX));
+        let found = others.find_map(|((_, of), here)| is_it(*here).then_some(*of))?;
+        Placement::from_bits(found)
+    }
+
     /// Shows the pages of `range` that lie here, ascending, until `visit` has seen enough: a page that is here more
     /// than once is shown as often.
     pub fn visit(&self, range: PageRange, visit: &mut dyn FnMut(PageIndex, Here) -> bool) {
@@ -248,6 +264,8 @@ mod test {
         copies.put(page, here(5, true), of(1, 9), &mut || true).unwrap();
         copies.put(page, here(6, true), of(2, 9), &mut || true).unwrap();
         assert_eq!(slots_of(&copies, 700), [5, 6]);
+        let made_for = |slot, generation| copies.of(page, SlotIndex(slot), Generation(generation));
+        assert_eq!((made_for(5, 3), made_for(6, 3), made_for(6, 2)), (Some(of(1, 9)), Some(of(2, 9)), None));
         assert_eq!(copies.remove(page, of(1, 8)), None);
         assert_eq!(copies.remove(page, of(1, 9)), Some(here(5, true)));
         assert_eq!((slots_of(&copies, 700), copies.copied()), (vec![6], 1));

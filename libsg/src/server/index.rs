@@ -4,7 +4,11 @@
 //! page. Consecutive blocks that are zero throughout are one extent, however many they are, so that an
 //! empty VM of a tebibyte costs a few dozen bytes.
 
+mod handed;
+
 use std::collections::BTreeMap;
+
+pub use handed::MOVE_BYTES;
 
 use crate::ids::{Checksum, Placement, Round};
 use crate::page::{PageIndex, PageRange};
@@ -112,6 +116,8 @@ pub struct Index {
     extents: BTreeMap<u32, Extent>,
     dense: usize,
     zero_pages: u64,
+    /// Of pages that others took over, by page and where it lay: where it lies.
+    moves: BTreeMap<(u32, u64), Placement>,
 }
 
 impl Index {
@@ -142,6 +148,7 @@ impl Index {
     }
 
     fn put_one(&mut self, entry: &IndexEntry, more: &mut dyn FnMut() -> bool) -> Result<(), Full> {
+        let entry = &self.current(entry);
         let (first, end) = bounds(entry.range());
         let (inner, inner_end) = (first.div_ceil(u64::from(BLOCK_PAGES)), end / u64::from(BLOCK_PAGES));
         if inner >= inner_end {

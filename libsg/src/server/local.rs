@@ -4,6 +4,7 @@
 use super::Config;
 use super::slots::SlotRun;
 use super::store::{Noted, Store};
+use super::volumes::Access;
 use crate::content::{ContentHash, Sharing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Epoch, NodeId, Placement, VolumeId};
@@ -56,7 +57,7 @@ impl LocalStore {
         placements: &mut Vec<Option<Placement>>,
     ) -> Result<()> {
         let runs = std::mem::take(&mut self.runs);
-        let filling = self.store.fill(VOLUME, EPOCH, entries, runs).map_err(refusal)?;
+        let filling = self.store.fill(VOLUME, (EPOCH, Access::Write), entries, runs).map_err(refusal)?;
         if filling.slots() != entries.len() {
             return Err(Error::new(ErrorKind::Full, "a page found no room"));
         }

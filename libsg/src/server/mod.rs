@@ -10,13 +10,14 @@
 //! ```
 //!
 //! A session whose client wants copies sends what it stored on to other members, over connections of its own
-//! (`forward`), while it goes on.
+//! (`forward`), while it goes on. One that leaves hands over what it has first (`drain`).
 
 mod accept;
 mod arena;
 mod bits;
 mod budget;
 pub mod copies;
+pub mod drain;
 mod forward;
 pub mod index;
 #[cfg(feature = "simulation")]
@@ -45,6 +46,7 @@ use crate::wire::link_use::LinkUse;
 use crate::wire::message::NodeStatistics;
 
 use accept::Shared;
+pub use drain::{DrainOptions, Drained};
 pub use store::Holding;
 
 /// Connections that wait in the kernel to be accepted.
@@ -212,7 +214,16 @@ impl ServerHandle {
     /// What would be lost if it went now.
     #[must_use]
     pub fn holdings(&self) -> Vec<Holding> {
-        self.shared.store().holdings().into_iter().filter(Holding::matters).collect()
+        self.shared.store().losses()
+    }
+
+    /// Takes nothing more in, and hands over all that is here, until others have it: then it can go, and nothing is lost.
+    /// Waits as long as that takes. Whoever reads here is answered meanwhile, and afterwards.
+    ///
+    /// # Errors
+    /// What could not be handed over in time, and why: it stays, and takes pages again.
+    pub fn drain(&self, options: &DrainOptions<'_>) -> Result<Drained> {
+        drain::run(self.shared.store(), self.shared.limit_out(), options)
     }
 
     /// Ends every connection, forgets everything, and waits for all threads.

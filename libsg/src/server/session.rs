@@ -7,11 +7,12 @@
 use std::sync::atomic::Ordering;
 
 mod copies;
+mod handover;
 
 use super::budget::Budget;
 use super::limit::{Class, Limit};
 use super::slots::SlotRun;
-use super::store::{Noted, Store, Target};
+use super::store::{Noted, Store, Target, Writing};
 use super::stream::Stream;
 use super::transit::Pinned;
 use super::volumes::{StateBlob, Volumes};
@@ -42,6 +43,8 @@ pub(super) struct Session<'c> {
     buffers: Buffers,
     /// Members that get copies of the batch at hand.
     targets: Vec<Target>,
+    /// The client writes its volume.
+    writing: Option<Writing>,
     statistics: &'c (dyn Fn() -> VmdReply + 'c),
 }
 
@@ -88,7 +91,7 @@ impl<'c> Session<'c> {
         let stream = Stream::new(store, channel, limits);
         let path = TcpPath::new();
         let (buffers, targets) = (Buffers::default(), Vec::new());
-        Self { store, channel, stream, path, state, buffers, targets, statistics }
+        Self { store, channel, stream, path, state, buffers, targets, writing: None, statistics }
     }
 
     /// Serves the client until it closes the connection.
@@ -118,11 +121,15 @@ impl<'c> Session<'c> {
             let header = Header::decode(&bytes)?;
             self.check(&header)?;
             self.stream.move_copies()?;
+            self.note_writer(&header);
             match header.kind {
                 Kind::Put => self.put(&header)?,
                 Kind::PutCopies => self.put_copies(&header)?,
                 Kind::Copy => self.take_copies(&header)?,
                 Kind::Spread => self.spread(&header)?,
+                Kind::HandPages | Kind::HandCopies => self.take_pages(&header)?,
+                Kind::HandIndex => self.take_index(&header)?,
+                Kind::Moved => self.moved(&header)?,
                 Kind::Get => self.get(&header)?,
                 Kind::Refer => self.refer(&header)?,
                 Kind::Hint => self.hint(&header)?,
@@ -150,6 +157,15 @@ impl<'c> Session<'c> {
             ));
         }
         Ok(())
+    }
+
+    /// Whoever puts something writes the volume, for as long as the connection lasts.
+    fn note_writer(&mut self, header: &Header) {
+        let writes =
+            matches!(header.kind, Kind::Put | Kind::PutCopies | Kind::Spread | Kind::PutIndex | Kind::Refer);
+        if writes && self.writing.is_none() {
+            self.writing = self.store.writing(header.volume);
+        }
     }
 
     /// Reads the whole body, of a kind that has no page bytes.
@@ -192,7 +208,7 @@ impl<'c> Session<'c> {
         let Self { store, stream, buffers, .. } = self;
         let pages = &buffers.pages;
         let runs = std::mem::take(&mut buffers.runs);
-        let filling = match store.fill(header.volume, header.epoch, pages, runs) {
+        let filling = match store.fill(header.volume, (header.epoch, noted.access()), pages, runs) {
             Ok(filling) => filling,
             Err(status) => {
                 stream.skip(page_bytes)?;
@@ -250,6 +266,7 @@ impl<'c> Session<'c> {
     fn get(&mut self, header: &Header) -> Result<()> {
         self.read_body(header)?;
         let Self { store, channel, stream, path, buffers, .. } = self;
+        store.reads.fetch_add(1, Ordering::Relaxed);
         path.refresh(*channel, host::now());
         // Where the kernel does not keep a pace, the answer comes in a burst.
         let _ = path.pace(*channel, header.answer_bytes_per_s());
@@ -357,6 +374,10 @@ impl<'c> Session<'c> {
             VmdRequest::Seal => self.store.seal(volume, epoch),
             VmdRequest::Claim { epoch } => self.store.hand_over(volume, epoch, Volumes::claim),
             VmdRequest::Succeed { epoch } => self.store.hand_over(volume, epoch, Volumes::succeed),
+            VmdRequest::Inherit(said) => self.inherit(volume, epoch, &said),
+            VmdRequest::InheritPiece { number, bytes, checksum } => {
+                self.keep_blob((bytes, checksum), |store, blob| store.inherit_piece(volume, (number, blob)))
+            }
             VmdRequest::Dissolve => self.store.dissolve(volume, epoch),
             VmdRequest::Park(parking) => self.store.park(volume, epoch, parking),
             VmdRequest::Run => self.store.run(volume, epoch),

@@ -10,12 +10,14 @@
 //! does not matter for that: a chunk whose volume was dissolved while others hold some of it becomes one of theirs.
 
 mod chunks;
+mod held;
 mod hints;
 mod sharing;
 mod table;
 
 use std::collections::{HashMap, VecDeque};
 
+pub use held::Held;
 pub use sharing::{GRANT_TIME, Holder, Referred};
 
 use self::sharing::{Contents, Domain, DomainId, Refs};

@@ -4,10 +4,12 @@
 //! slots, so that what the replaced writer had under way is either done before it or refused after it.
 
 mod copies;
+mod handover;
 mod offers;
 mod parked;
 mod report;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -15,21 +17,22 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard};
 
 pub(super) use self::copies::{Noted, Target};
+pub(super) use self::handover::{Parcel, Portrait, Writing};
 pub use self::report::Holding;
 use super::Config;
 use super::arena::Arena;
 use super::budget::Budget;
 use super::copies::{BLOCK_BYTES as COPIES_BLOCK_BYTES, Copies};
-use super::index::{BLOCK_BYTES, Index};
+use super::index::{BLOCK_BYTES, Index, MOVE_BYTES};
 use super::slots::{ChunkNumber, NoVolume, SlotRun, Slots};
 use super::transit::{Filling, Pinned};
 use super::volumes::{Access, StateBlob, Volumes};
-use crate::content::ContentHasher;
+use crate::content::{ContentHasher, Sharing};
 use crate::error::Result;
 use crate::host::{self, Condvar};
-use crate::ids::{Epoch, MemberIndex, NodeId, Round, SlotIndex, VolumeId};
+use crate::ids::{Epoch, MemberIndex, NodeId, Round, VolumeId};
 use crate::manifest::Manifest;
-use crate::page::{PAGE_BYTES, PageRange};
+use crate::page::PageRange;
 use crate::transport::PoolSecret;
 use crate::wire::message::Member;
 use crate::wire::{Encoding, GetEntry, IndexEntry, PageEntry, Status};
@@ -53,6 +56,8 @@ pub(super) struct Books {
     index: Mutex<Index>,
     /// What lies here, where the volume has copies.
     copies: Mutex<Copies>,
+    /// Connections on which it is written.
+    writers: AtomicUsize,
     budget: Arc<Budget>,
     /// Of its pages, where it shares them.
     hasher: Option<ContentHasher>,
@@ -60,7 +65,8 @@ pub(super) struct Books {
 
 impl Drop for Books {
     fn drop(&mut self) {
-        let index_bytes = self.index.get_mut().blocks() * BLOCK_BYTES;
+        let index = self.index.get_mut();
+        let index_bytes = index.blocks() * BLOCK_BYTES + index.moves() * MOVE_BYTES;
         self.budget.give((index_bytes + self.copies.get_mut().blocks() * COPIES_BLOCK_BYTES) as u64);
     }
 }
@@ -77,6 +83,10 @@ pub(super) struct Store {
     /// Slots were taken, chunks are leaving, or the server closes.
     stirred: Condvar,
     closing: AtomicBool,
+    /// It leaves, and takes nothing in.
+    leaving: AtomicBool,
+    /// Volumes that others have taken over. Locked last.
+    handed: Mutex<BTreeSet<VolumeId>>,
     volumes: Mutex<Volumes<Arc<Books>>>,
     budget: Arc<Budget>,
     /// Other intermediaries that have pages which this one is asked about. Locked last.
@@ -87,6 +97,8 @@ pub(super) struct Store {
     canary_flip: Option<u64>,
     pub(super) bytes_in: AtomicU64,
     pub(super) bytes_out: AtomicU64,
+    /// Requests for pages.
+    pub(super) reads: AtomicU64,
 }
 
 impl Store {
@@ -102,6 +114,8 @@ impl Store {
             slots: Mutex::new(slots),
             stirred: Condvar::new(),
             closing: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
+            handed: Mutex::default(),
             volumes: Mutex::new(Volumes::new(config.volumes_max)),
             budget: Arc::new(Budget::new(limit_bytes / BOOKS_SHARE + BOOKS_BYTES_MIN)),
             holders: Mutex::default(),
@@ -110,6 +124,7 @@ impl Store {
             canary_flip: config.canary_flip_slot,
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
         })
     }
 
@@ -142,13 +157,16 @@ impl Store {
     pub(super) fn fill(
         &self,
         volume: VolumeId,
-        epoch: Epoch,
+        (epoch, access): (Epoch, Access),
         entries: &[PageEntry],
         mut runs: Vec<SlotRun>,
     ) -> Result<Filling<'_>, Status> {
         runs.clear();
         let volumes = self.volumes.lock();
-        let known = volumes.admit(volume, epoch, Access::Write)?;
+        let known = volumes.admit(volume, epoch, access)?;
+        if self.is_leaving() {
+            return Err(Status::Full);
+        }
         let (pages, hasher) = (u64::from(known.manifest.pages()), known.payload.hasher.clone());
         let inside = |entry: &PageEntry| u64::from(entry.page.0) + u64::from(entry.run_pages) <= pages;
         if !entries.iter().all(inside) {
@@ -246,10 +264,11 @@ impl Store {
     ) -> Result<(), Status> {
         // Whoever is not among a volume's members keeps none of it.
         self.me(&members).ok_or(Status::State)?;
+        if self.is_leaving() {
+            return Err(Status::Busy);
+        }
         let sharing = manifest.sharing.clone();
-        let hasher = sharing.as_ref().map(|sharing| self.secret.hasher(sharing));
-        let budget = Arc::clone(&self.budget);
-        let books = Arc::new(Books { index: Mutex::default(), copies: Mutex::default(), budget, hasher });
+        let books = Arc::new(self.fresh_books(sharing.as_ref()));
         let vm = manifest.vm.clone();
         let mut volumes = self.volumes.lock();
         if volumes.create(volume, epoch, (manifest, members), books, host::now())? {
@@ -257,6 +276,16 @@ impl Store {
             tracing::info!(%volume, vm, epoch = epoch.0, "volume created");
         }
         Ok(())
+    }
+
+    fn fresh_books(&self, sharing: Option<&Sharing>) -> Books {
+        Books {
+            index: Mutex::default(),
+            copies: Mutex::default(),
+            writers: AtomicUsize::new(0),
+            budget: Arc::clone(&self.budget),
+            hasher: sharing.map(|sharing| self.secret.hasher(sharing)),
+        }
     }
 
     pub(super) fn set_members(
@@ -277,16 +306,6 @@ impl Store {
     pub(super) fn seal(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
         self.volumes.lock().seal(volume, epoch)?;
         tracing::info!(%volume, "sealed");
-        Ok(())
-    }
-
-    /// A new owner, or writer. Under the index's lock: what the older one has begun is over before.
-    pub(super) fn hand_over(&self, volume: VolumeId, epoch: Epoch, to: HandOver) -> Result<(), Status> {
-        let books = Arc::clone(&self.volumes.lock().get(volume)?.payload);
-        let index = books.index.lock();
-        to(&mut self.volumes.lock(), volume, epoch)?;
-        drop(index);
-        tracing::info!(%volume, epoch = epoch.0, "a new owner");
         Ok(())
     }
 
@@ -348,16 +367,12 @@ impl Store {
             if !entries.iter().all(inside) {
                 return Err(Status::Malformed);
             }
-            let before = index.blocks();
-            let mut reserved = 0;
-            let put = index.put(entries, &mut || {
-                let granted = self.budget.take(BLOCK_BYTES as u64);
-                reserved += usize::from(granted);
-                granted
-            });
-            // Blocks that became runs of zeros are gone again.
-            self.budget.give(((before + reserved - index.blocks()) * BLOCK_BYTES) as u64);
-            put.map_err(|_| Status::Full)
+            // Before COMMIT nothing of it is handed over.
+            if self.is_leaving() && self.volumes.lock().get(volume)?.committed {
+                // Its client gives them to the next.
+                return Err(Status::Full);
+            }
+            self.change_index(index, |index, more| index.put(entries, more))
         })
     }
 
@@ -475,20 +490,5 @@ impl Store {
         let first = || self.volumes.lock().iter().next().map(|(id, _)| id);
         let mixed = host::has_bug(host::Bug::VolumesMixed);
         mixed.then(first).flatten().unwrap_or(volume)
-    }
-
-    /// For the test canary: damages the n-th page that was ever stored.
-    fn canary(&self, slot: SlotIndex) {
-        let Some(nth) = self.canary_flip else { return };
-        if self.stored_ever.fetch_add(1, Ordering::Relaxed) + 1 != nth {
-            return;
-        }
-        if let Ok(memory) = self.arena.slots(SlotRun { first: slot, slots: 1 }) {
-            let byte = memory.skip(PAGE_BYTES / 2).take(1);
-            let mut value = [0];
-            byte.readable().copy_to(&mut value);
-            byte.copy_from(&[!value[0]]);
-            tracing::warn!(slot = slot.0, "test canary: flipped a byte of a stored page");
-        }
     }
 }

@@ -98,6 +98,7 @@ mod test {
     use crate::manifest::{Manifest, Region};
     use crate::page::{InstallUnit, PageIndex};
     use crate::server::Config;
+    use crate::server::volumes::Access;
     use crate::transport::PoolSecret;
     use crate::wire::GetEntry;
     use crate::wire::message::Member;
@@ -130,17 +131,18 @@ mod test {
     fn a_panic_frees_what_was_being_filled_and_what_was_pinned() {
         let store = store();
         let mut placements = Vec::new();
-        let filling = store.fill(VOLUME, EPOCH, &entries(2), Vec::new()).unwrap();
+        let filling = store.fill(VOLUME, (EPOCH, Access::Write), &entries(2), Vec::new()).unwrap();
         filling.finish(EPOCH, (&entries(2), Noted::No), &mut Vec::new(), &mut placements).unwrap();
         let wanted = [GetEntry { page: PageIndex(1), placement: placements[1].unwrap() }];
         let session = catch_unwind(AssertUnwindSafe(|| {
-            let _filling = store.fill(VOLUME, EPOCH, &entries(100), Vec::new()).unwrap();
+            let _filling = store.fill(VOLUME, (EPOCH, Access::Write), &entries(100), Vec::new()).unwrap();
             let _pinned = store.pin((VOLUME, EPOCH), &wanted, &mut Vec::new(), &mut Vec::new()).unwrap();
             panic!("a session's mistake");
         }));
         assert!(session.is_err());
         let mut runs = Vec::new();
-        let filling = store.fill(VOLUME, EPOCH, &entries(256), std::mem::take(&mut runs)).unwrap();
+        let filling =
+            store.fill(VOLUME, (EPOCH, Access::Write), &entries(256), std::mem::take(&mut runs)).unwrap();
         assert_eq!(filling.slots(), 256);
         drop(filling);
         store.dissolve(VOLUME, EPOCH).unwrap();
@@ -152,7 +154,7 @@ mod test {
     #[test]
     fn what_was_claimed_meanwhile_is_not_stored() {
         let store = store();
-        let filling = store.fill(VOLUME, EPOCH, &entries(5), Vec::new()).unwrap();
+        let filling = store.fill(VOLUME, (EPOCH, Access::Write), &entries(5), Vec::new()).unwrap();
         store.hand_over(VOLUME, Epoch(2), crate::server::volumes::Volumes::claim).unwrap();
         assert_eq!(
             filling.finish(EPOCH, (&entries(5), Noted::No), &mut Vec::new(), &mut Vec::new()).err(),

@@ -5,6 +5,7 @@
 //! older one is refused. What is dissolved is remembered for a while, so that a late request
 //! does not bring it to life again.
 
+mod inherit;
 pub mod parked;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -31,6 +32,8 @@ pub enum Access {
     Write,
     /// Drops pages: any epoch but an older one, unless the volume is sealed; the writer's own while it is parked.
     Discard,
+    /// Takes over what was admitted at an intermediary that leaves: any state, any epoch.
+    Inherit,
 }
 
 /// A volume's opaque state.
@@ -65,6 +68,8 @@ pub struct Volume<P> {
     pub parking: Option<Parking>,
     /// Who claimed it since.
     pub claim: Option<Claimed>,
+    /// Another grants claims from now on, or is about to.
+    stopped: bool,
     /// The server's own.
     pub payload: P,
 }
@@ -181,6 +186,7 @@ impl<P> Volumes<P> {
             created: now,
             parking: None,
             claim: None,
+            stopped: false,
             payload,
         };
         self.live.insert(id, volume);
@@ -317,11 +323,11 @@ impl<P> Volumes<P> {
 
 impl<P> Volume<P> {
     fn admit(&self, epoch: Epoch, access: Access) -> Result<(), Status> {
-        if epoch < self.epoch {
+        if epoch < self.epoch && access != Access::Inherit {
             return Err(Status::Fenced);
         }
         let allowed = match access {
-            Access::Read => true,
+            Access::Read | Access::Inherit => true,
             Access::Write => {
                 matches!(self.state, VolumeState::Open | VolumeState::Parked) && epoch == self.epoch
             }
@@ -346,6 +352,7 @@ impl<P> Volume<P> {
             created: self.created,
             parking: self.parking.clone(),
             claim: self.claim.clone(),
+            stopped: self.stopped,
             payload: (),
         }
     }

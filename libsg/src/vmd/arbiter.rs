@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, VolumeId};
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo};
-use crate::wire::parking::{Claim, Verdict};
+use crate::wire::parking::{Claim, Parking, Verdict};
 
 /// Says who may have a parked volume.
 ///
@@ -39,6 +39,9 @@ pub trait Arbiter: Send + Sync {
     fn run(&self, parked: &VolumeInfo, claim: &Claim) -> Result<()>;
 }
 
+/// How often it is asked who the keeper is, where that is away.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// The volume's keeper decides. Where it cannot be reached, or was never told that the volume is parked, and the claim is
 /// forced, all other intermediaries of the volume that can be reached do: two who force it at once, each reaching others, both get it. That is for
 /// operators who know that nobody else does.
@@ -54,16 +57,48 @@ impl KeeperArbiter {
         Self { connector, timeout }
     }
 
+    /// What the keeper says. One that is away may have left, and named another: the members are asked who, for a while,
+    /// since between the two nobody decides.
     fn at_keeper<T>(
         &self,
         parked: &VolumeInfo,
         (epoch, request): (Epoch, &VmdRequest),
-        take: impl FnOnce(VmdReply) -> Option<T>,
+        take: impl Fn(VmdReply) -> Option<T>,
     ) -> Result<T> {
-        let parking = parked.parking.as_ref().ok_or_else(not_parked)?;
-        let keeper = parked.members.iter().find(|member| member.node == parking.keeper);
-        let keeper = keeper.ok_or_else(|| Error::new(ErrorKind::Unreachable, "it is no member"))?;
-        visit(&*self.connector, keeper, (parked.volume, epoch), request, self.timeout, take)
+        let mut parking = parked.parking.clone().ok_or_else(not_parked)?;
+        let mut members = parked.members.clone();
+        let deadline = host::now() + self.timeout;
+        loop {
+            let keeper = members.iter().find(|member| member.node == parking.keeper);
+            let keeper = keeper.ok_or_else(|| Error::new(ErrorKind::Unreachable, "it is no member"))?;
+            let of = (parked.volume, epoch);
+            let away = match visit(&*self.connector, keeper, of, request, self.timeout, &take) {
+                Err(error) if is_away(&error) => error,
+                decided => return decided,
+            };
+            match self.newest(parked.volume, &members) {
+                Some((newer, list)) if newer.term > parking.term => (parking, members) = (newer, list),
+                _ if host::now() >= deadline => return Err(away),
+                _ => host::thread::sleep(LOOK_EVERY),
+            }
+        }
+    }
+
+    /// Who the keeper is, as far as those know who can be reached; with the members that this one knows.
+    fn newest(&self, volume: VolumeId, members: &[Member]) -> Option<(Parking, Vec<Member>)> {
+        let of = (volume, Epoch(u64::MAX));
+        let described = visit_all(
+            &*self.connector,
+            members,
+            of,
+            &VmdRequest::Describe,
+            self.timeout,
+            |reply| match reply {
+                VmdReply::Volume(info) => info.parking.clone().map(|parking| (parking, info.members)),
+                _ => None,
+            },
+        );
+        described.into_iter().flatten().max_by_key(|(parking, members)| (parking.term, members.len()))
     }
 
     /// What those say who are not the keeper.

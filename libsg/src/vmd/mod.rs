@@ -11,9 +11,9 @@ pub mod conformance;
 mod device;
 pub mod link;
 mod memory;
-pub mod placement;
 mod tcp;
 
+pub use crate::wire::placement;
 pub use arbiter::{Arbiter, KeeperArbiter};
 pub(crate) use arbiter::{is_away, verdict, visit, visit_all};
 pub use client::VmdClient;

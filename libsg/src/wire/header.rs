@@ -8,7 +8,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::entry::{Entry, HintEntry, ReferEntry, Referral};
-use super::{Malformed, Missing, VERSION_NEWEST, VERSION_OLDEST};
+use super::{Malformed, Missing, MovedEntry, VERSION_NEWEST, VERSION_OLDEST};
 use crate::ids::{Checksum, Epoch, MemberSet, Sequence, VolumeId};
 use crate::limits;
 
@@ -108,10 +108,25 @@ pub enum Kind {
     Spread = 51,
     /// Answer: who has none of it ([`super::Missing`]), then placements of those that are here, runs.
     SpreadReply = 52,
+    /// Intermediary that leaves, to another: store these pages in its place: as `Copy`.
+    HandPages = 53,
+    /// The same, where each holder notes what it has: what each was made for instead of where it lies.
+    HandCopies = 54,
+    /// Answer to both: where they lie, runs of placements, all of them or none.
+    HandReply = 55,
+    /// Intermediary that leaves, to another: what it knows of the index, as `PutIndex`. Kept where nothing as new is known.
+    HandIndex = 56,
+    /// Answer: kept.
+    HandIndexReply = 57,
+    /// Intermediary that leaves, to an index server: pages lie elsewhere now, each a [`MovedEntry`].
+    Moved = 58,
+    /// Answer: of which pages the index did not say that they lay there (4 bytes each). Where it is told so later, it
+    /// will say where they are now.
+    MovedReply = 59,
 }
 
 impl Kind {
-    const ALL: [Self; 39] = [
+    const ALL: [Self; 46] = [
         Self::Hello,
         Self::Challenge,
         Self::Auth,
@@ -151,6 +166,13 @@ impl Kind {
         Self::CopyReply,
         Self::Spread,
         Self::SpreadReply,
+        Self::HandPages,
+        Self::HandCopies,
+        Self::HandReply,
+        Self::HandIndex,
+        Self::HandIndexReply,
+        Self::Moved,
+        Self::MovedReply,
     ];
 
     fn decode(value: u16) -> Result<Self, Malformed> {
@@ -165,14 +187,20 @@ impl Kind {
     pub const fn body_bytes_max(self) -> usize {
         match self {
             Self::Hello | Self::Challenge | Self::Auth | Self::Welcome | Self::Refused => 256,
-            Self::Put | Self::GetReply | Self::Pages | Self::Copy => limits::BODY_BYTES_MAX,
+            Self::Put | Self::GetReply | Self::Pages | Self::Copy | Self::HandPages | Self::HandCopies => {
+                limits::BODY_BYTES_MAX
+            }
             Self::PutCopies => MemberSet::BYTES + limits::BODY_BYTES_MAX,
-            Self::PutReply => limits::BATCH_PAGES_MAX * 12,
+            Self::PutReply | Self::HandReply => limits::BATCH_PAGES_MAX * 12,
             Self::PutCopiesReply | Self::SpreadReply => Missing::BYTES + limits::BATCH_PAGES_MAX * 12,
             Self::Spread => MemberSet::BYTES + limits::BATCH_PAGES_MAX * 24,
             Self::PagesAck | Self::Fault => limits::BATCH_PAGES_MAX * 4,
             Self::Get | Self::Drop => limits::BATCH_PAGES_MAX * 16,
-            Self::PutIndex | Self::LocateReply | Self::Announce => limits::INDEX_ENTRIES_MAX * 24,
+            Self::PutIndex | Self::HandIndex | Self::LocateReply | Self::Announce => {
+                limits::INDEX_ENTRIES_MAX * 24
+            }
+            Self::Moved => limits::INDEX_ENTRIES_MAX * MovedEntry::BYTES,
+            Self::MovedReply => limits::INDEX_ENTRIES_MAX * 4,
             Self::Locate | Self::Holdings => limits::INDEX_ENTRIES_MAX * 8,
             Self::Refer => limits::BATCH_PAGES_MAX * ReferEntry::BYTES,
             Self::ReferReply => limits::BATCH_PAGES_MAX * Referral::BYTES,
@@ -185,6 +213,7 @@ impl Kind {
             | Self::DropReply
             | Self::HintReply
             | Self::CopyReply
+            | Self::HandIndexReply
             | Self::Ping
             | Self::Pong => 0,
         }

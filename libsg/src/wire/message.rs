@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Malformed;
+use super::handover::Inheritance;
 use super::link_use::LinkUse;
 use super::parking::{Claim, Parking, Verdict, check_node};
 use crate::error::ErrorKind;
@@ -90,6 +91,18 @@ pub enum VmdRequest {
     GetPiece {
         /// Which one.
         number: u32,
+    },
+    /// An intermediary that leaves says all that it knows of the volume, to one that is, or becomes, a member. What is
+    /// known there and newer stays. Done again it changes nothing. The header's epoch is that of what is said.
+    Inherit(Box<Inheritance>),
+    /// As `PutPiece`, from one that leaves. Needs no epoch.
+    InheritPiece {
+        /// Which one.
+        number: u32,
+        /// Bytes in all.
+        bytes: u64,
+        /// CRC32C over all of them.
+        checksum: u32,
     },
 }
 
@@ -344,7 +357,7 @@ pub(super) fn decode<M: DeserializeOwned>(bytes: &[u8]) -> Result<M, Malformed> 
     }
 }
 
-fn check_members(members: &[Member]) -> Result<(), Malformed> {
+pub(super) fn check_members(members: &[Member]) -> Result<(), Malformed> {
     let named = members.iter().all(|m| m.node.name.len() <= limits::NODE_NAME_BYTES_MAX);
     if members.len() > limits::MEMBERS_MAX || !named {
         return Err(Malformed::Bounds("members"));
@@ -352,7 +365,7 @@ fn check_members(members: &[Member]) -> Result<(), Malformed> {
     Ok(())
 }
 
-fn check_manifest(manifest: &Manifest) -> Result<(), Malformed> {
+pub(super) fn check_manifest(manifest: &Manifest) -> Result<(), Malformed> {
     manifest.check().map_err(|_| Malformed::Bounds("manifest"))
 }
 
@@ -373,6 +386,7 @@ impl VmdRequest {
                 return Err(Malformed::Bounds("state"));
             }
             Self::Park(parking) => parking.check()?,
+            Self::Inherit(inheritance) => inheritance.check()?,
             Self::ClaimParked(claim) => claim.check()?,
             _ => {}
         }

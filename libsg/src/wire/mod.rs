@@ -14,17 +14,20 @@ mod credit;
 pub mod datagram;
 pub mod entry;
 pub mod final_set;
+pub mod handover;
 pub mod handshake;
 pub mod header;
 mod heads;
 pub mod link_use;
 pub mod message;
 pub mod parking;
+pub mod placement;
 pub mod run;
 
 pub use copies::Missing;
 pub use credit::Credit;
 pub use entry::{DiscardEntry, Encoding, GetEntry, HintEntry, IndexEntry, PageEntry, ReferEntry, Referral};
+pub use handover::MovedEntry;
 pub use header::{HEADER_BYTES, Header, Kind, Status};
 
 /// Versions of the wire protocol, newest first.

@@ -19,9 +19,11 @@ use crate::limits;
 pub struct Parking {
     /// What operators call it.
     pub name: String,
-    /// The intermediary that grants claims. Named before anybody can claim, and never another one: of two there might be
-    /// two owners.
+    /// The intermediary that grants claims: one at a time, since of two there might be two owners. Named before anybody can
+    /// claim; one that leaves stops, and names another.
     pub keeper: NodeId,
+    /// How often another was named: of two that are said to be the keeper, it is the one with more.
+    pub term: u32,
 }
 
 /// Somebody wants to own a parked volume.
@@ -109,7 +111,7 @@ mod test {
 
     #[test]
     fn names_are_bounded() {
-        let parking = |name: usize, keeper| Parking { name: "p".repeat(name), keeper: node(keeper) };
+        let parking = |name: usize, keeper| Parking { name: "p".repeat(name), keeper: node(keeper), term: 1 };
         let decoded = |parking| VmdRequest::decode(&encode(&VmdRequest::Park(parking)).expect("encodes"));
         let (most, longest) = (limits::PARKING_NAME_BYTES_MAX, limits::NODE_NAME_BYTES_MAX);
         assert_eq!(decoded(parking(most, longest)), Ok(VmdRequest::Park(parking(most, longest))));

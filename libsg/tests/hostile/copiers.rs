@@ -17,14 +17,14 @@ use libsg::wire::{Header, Kind, Missing, Status};
 use super::support::{Client, PATIENCE, batch, manifest, secret, serve};
 
 /// Takes connections as a member that is no server, and does with each what `behaves` says.
-struct Stranger {
-    member: Member,
+pub struct Stranger {
+    pub member: Member,
     thread: Option<JoinHandle<()>>,
     stop: Sender<()>,
 }
 
 impl Stranger {
-    fn new(says_it_is: &str, behaves: impl Fn(&Channel) + Send + 'static) -> Self {
+    pub fn new(says_it_is: &str, behaves: impl Fn(&Channel) + Send + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let says = NodeId { name: says_it_is.into(), incarnation: 7 };
@@ -53,7 +53,7 @@ impl Drop for Stranger {
 }
 
 /// The next frame; `None` at the end of the connection.
-fn next(channel: &Channel, inbox: &mut Inbox) -> Option<Header> {
+pub fn next(channel: &Channel, inbox: &mut Inbox) -> Option<Header> {
     loop {
         match inbox.poll(channel) {
             Ok(Some(frame)) => return Some(frame.header),

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
 
 mod copiers;
+mod heirs;
 mod honest;
 mod limits;
 mod peers;

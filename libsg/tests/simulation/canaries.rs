@@ -52,4 +52,5 @@ canaries! {
     a_reference_has_copies: ReferenceAlone, "evicted means evicted", "a death is an event";
     a_limit_holds: LimitIgnored, "limits hold";
     strangers_stay_out: SecretIgnored, "strangers";
+    nobody_leaves_early: LeavesEarly, "evicted means evicted", "leaving loses nothing";
 }

@@ -153,7 +153,9 @@ impl Contracts {
                 Found::AtDestination => self.homes[at] = None,
                 Found::At(index, content) => {
                     self.homes[at] = Some((index, content));
-                    if just_done && !is_struck && !is_home_known(run, of, scatter, &servers, page) {
+                    // Whom a destination that is stopped knew may all have left.
+                    let is_calm = !is_struck && !run.has_anybody_left();
+                    if just_done && is_calm && !is_home_known(run, of, scatter, &servers, page) {
                         self.broken(format!("evicted means evicted: {page} is safe where nobody would look"));
                     }
                 }
@@ -210,7 +212,8 @@ impl Contracts {
         }
         let dies_unnoticed = scatter.members.list().iter().enumerate().any(|(at, member)| {
             let index = libsg::ids::MemberIndex(at as u16);
-            !scatter.index.is_dead(index) && run.server_of(&member.node).is_none()
+            let is_there = run.server_of(&member.node).is_some() || run.has_left(&member.node);
+            !scatter.index.is_dead(index) && !is_there
         });
         let home_died = self.homes[page.as_usize()]
             .is_some_and(|(index, content)| run.is_node_dead(index) || run.is_node_dead(content));
@@ -383,6 +386,10 @@ impl Contracts {
         if quiet && (gathered.is_err() || !lost.is_empty() || !matches!(ended.dissolved, Some(Ok(())))) {
             let (dissolved, failed) = (ended.dissolved, &of.log.lock().failed);
             self.broken(format!("nothing happened: {gathered:?}, lost {lost:?}, {dissolved:?}, {failed:?}"));
+        }
+        let leaves = |event: &Event| matches!(event.what, What::Leave(..));
+        if run.scenario.events.iter().all(leaves) && (gathered.is_err() || !lost.is_empty()) {
+            self.broken(format!("leaving loses nothing: {gathered:?}, lost {lost:?}"));
         }
         let all_dissolved = run.moves.iter().all(|vm| vm.destination.ended.lock().dissolved.is_some());
         let holds_pages = run.servers().iter().any(|(_, server)| server.statistics().used_bytes > 0);

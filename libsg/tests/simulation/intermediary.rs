@@ -1,10 +1,12 @@
 //! An intermediary's host.
 
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use libsg::host::simulation::{Bug, has_bug};
-use libsg::server::{Config, Server, ServerHandle};
+use libsg::server::{Config, DrainOptions, Server, ServerHandle};
 use parking_lot::Mutex;
 
 use crate::clock::Node;
@@ -27,4 +29,21 @@ pub fn start(node: &Arc<Node>, role: Role, memory_bytes: u64) -> Handle {
         }
     });
     handle
+}
+
+/// How long it may take to hand over what is there.
+const LEAVING_MAX: Duration = Duration::from_secs(20);
+
+/// Tells it to leave; what is returned says when its process has ended by itself. Others may become members.
+pub fn leave(node: &Arc<Node>, handle: &Handle, others: Vec<SocketAddr>) -> Arc<AtomicBool> {
+    let (server, left) = (handle.lock().upgrade(), Arc::<AtomicBool>::default());
+    let tells = Arc::clone(&left);
+    node.spawn("leaves", move || {
+        let others = || others.clone();
+        let options = DrainOptions { timeout: LEAVING_MAX, others: &others };
+        if server.is_some_and(|server| server.drain(&options).is_ok()) {
+            tells.store(true, Ordering::Release);
+        }
+    });
+    left
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use libsg::host::simulation::Bug;
@@ -56,6 +57,9 @@ pub struct Run {
     /// Pages of which a copy was damaged, with whose they are.
     pub damaged: Vec<(usize, PageIndex)>,
     dead_nodes: Vec<NodeNumber>,
+    /// Intermediaries that were told to go, and whether they have; and the nodes of those that did.
+    leaving: Vec<(Role, NodeNumber, Option<Duration>, Arc<AtomicBool>)>,
+    left: Vec<NodeId>,
     todo: Vec<Event>,
     later: Vec<(Duration, Later)>,
     next_node: usize,
@@ -101,6 +105,8 @@ impl Run {
             done: Vec::new(),
             damaged: Vec::new(),
             dead_nodes: Vec::new(),
+            leaving: Vec::new(),
+            left: Vec::new(),
             todo: scenario.events.clone(),
             later: Vec::new(),
             next_node,
@@ -222,6 +228,7 @@ impl Run {
             self.event(event, now);
             self.done.push(event);
         }
+        self.let_go(now);
         for (_, later) in self.later.extract_if(.., |(at, _)| *at <= now).collect::<Vec<_>>() {
             self.lines.push((now, format!("{later:?}")));
             match later {
@@ -257,6 +264,12 @@ impl Run {
                 self.host.with_net(|net, _| net.cut(one, other, true));
                 self.later.push((now + time, Later::Mend(one, other)));
             }
+            What::Leave(role, restart) if !self.is_dead(role) => {
+                let node = Arc::clone(&self.nodes[&role]);
+                let left = intermediary::leave(&node, &self.intermediaries[&role], Vec::new());
+                self.leaving.push((role, node.number(), restart, left));
+            }
+            What::Leave(..) => {}
             What::Damage(role) => self.damage(role),
             What::Fill(role) => stranger::fill(&self.stranger, role, self.scenario.memory_of(role)),
             What::Limit(bytes_per_s) => {
@@ -280,6 +293,32 @@ impl Run {
         self.host.with_net(|net, _| net.remove(node.number()));
         self.host.kill(&node);
         self.dead_nodes.push(node.number());
+    }
+
+    /// Ends the processes of those that have handed over.
+    fn let_go(&mut self, now: Duration) {
+        let has_left = |(.., left): &(_, _, _, Arc<AtomicBool>)| left.load(Ordering::Acquire);
+        for (role, number, restart, _) in self.leaving.extract_if(.., |of| has_left(of)).collect::<Vec<_>>() {
+            let node = Arc::clone(&self.nodes[&role]);
+            if node.is_dead() || node.number() != number {
+                continue;
+            }
+            self.lines.push((now, format!("{role:?} has left")));
+            self.left.extend(self.intermediaries[&role].lock().upgrade().map(|server| server.node().clone()));
+            self.host.with_net(|net, _| net.remove(node.number()));
+            self.host.kill(&node);
+            self.later.extend(restart.map(|time| (now + time, Later::Restart(role))));
+        }
+    }
+
+    /// Whether an intermediary has left, and nothing shall be lost with it.
+    pub fn has_left(&self, node: &NodeId) -> bool {
+        self.left.contains(node)
+    }
+
+    /// Whether any has.
+    pub fn has_anybody_left(&self) -> bool {
+        !self.left.is_empty()
     }
 
     fn restart(&mut self, role: Role) {

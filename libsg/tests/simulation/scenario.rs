@@ -75,13 +75,19 @@ pub enum What {
     Fill(Role),
     /// The operator sets another limit at the destination.
     Limit(u64),
+    /// An intermediary is told to go: it hands over what it has, and ends. A new one starts there after that long, if at all.
+    Leave(Role, Option<Duration>),
 }
 
 impl What {
     /// The hosts that it happens to.
     pub fn hosts(self) -> Vec<Role> {
         match self {
-            Self::Kill(role, _) | Self::Freeze(role, _) | Self::Damage(role) | Self::Fill(role) => vec![role],
+            Self::Kill(role, _)
+            | Self::Freeze(role, _)
+            | Self::Damage(role)
+            | Self::Fill(role)
+            | Self::Leave(role, _) => vec![role],
             Self::Break(one, other) | Self::Cut(one, other, _) => vec![one, other],
             Self::Limit(_) => vec![DESTINATION],
         }
@@ -146,6 +152,9 @@ const SEVERAL_IN: u64 = 8;
 
 /// In one seed in so many VMs share pages.
 const SHARING_IN: u64 = 3;
+
+/// In one seed in so many intermediaries leave.
+const LEAVES_IN: u64 = 4;
 
 /// In one seed in so many others stand by for intermediaries that die.
 const SPARES_IN: u64 = 3;
@@ -241,6 +250,18 @@ impl Scenario {
         scenario.vms.iter_mut().for_each(|vm| vm.rounds.final_piece_bytes = pieces.pick(&PIECES));
         let mut once = Random::new(seed).fork(61);
         scenario.vms.iter_mut().for_each(|vm| vm.takes_once = once.one_in(TAKEN_ONCE_IN));
+        if intermediaries > 1 && random.one_in(LEAVES_IN) {
+            for _ in 0..random.pick(&[1, 1, 1, 2]) {
+                let member = Role::Intermediary(random.below(intermediaries) as usize);
+                let restart = random.one_in(2).then(|| Duration::from_millis(random.pick(&[1, 600])));
+                let event = Event { what: What::Leave(member, restart), ..scenario.event(&mut random) };
+                scenario.events.push(event);
+            }
+            // Often nothing else happens: then nothing is lost.
+            if random.one_in(2) {
+                scenario.events.retain(|event| matches!(event.what, What::Leave(..)));
+            }
+        }
         scenario
     }
 

@@ -67,7 +67,10 @@ impl World {
     /// One more intermediary.
     pub fn serve(&mut self, name: &str, arguments: &[&str]) {
         let mut command = program("sg");
-        command.args(["serve", "--listen", "127.0.0.1:0", "--name", name]);
+        command.args(["serve", "--name", name]);
+        if !arguments.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
         if !arguments.contains(&"--memory") {
             command.args(["--memory", "256M"]);
         }

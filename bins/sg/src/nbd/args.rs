@@ -9,7 +9,7 @@ use clap::Args;
 use libsg::units::Size;
 
 use super::shared::Unwritten;
-use crate::cli::{Intermediaries, LogFormat, WrongArguments};
+use crate::cli::{Intermediaries, LogFormat, WrongArguments, seconds};
 
 /// Where clients come when nothing is said: the port of NBD, on this host alone.
 const DEFAULT_LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 10809);
@@ -89,13 +89,6 @@ pub struct NbdArgs {
     /// Which intermediaries.
     #[command(flatten)]
     pub at: Intermediaries,
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse().ok().filter(|seconds| (0.1..=3600.0).contains(seconds));
-    seconds
-        .map(Duration::from_secs_f64)
-        .ok_or_else(|| format!("{text} is no number of seconds from 0.1 to 3600"))
 }
 
 impl NbdArgs {

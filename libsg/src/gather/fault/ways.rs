@@ -9,9 +9,9 @@ use crate::gather::tracker::{Claim, Path, Wanted};
 use crate::host;
 use crate::ids::{MemberIndex, Sequence};
 use crate::page::PageRange;
-use crate::vmd::placement::index_turn;
 use crate::vmd::{Link, Request, Ticket};
 use crate::wire::entry::encode_table;
+use crate::wire::placement::index_turn;
 use crate::wire::{GetEntry, Header, Kind};
 
 /// The same is asked again, of who did not answer, after so long.

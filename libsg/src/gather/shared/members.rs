@@ -49,22 +49,27 @@ impl Shared {
         Ok(added)
     }
 
-    /// An intermediary says who the members are. Whether there are more than were known: the conductor takes them over.
-    pub fn found_members(&self, list: Vec<Member>) -> bool {
+    /// An intermediary says who the members are. Where there are more than were known the conductor takes them over.
+    pub fn found_members(&self, list: Vec<Member>) {
         let known = self.members();
         let begins_alike =
             known.len() < list.len() && known.iter().zip(&list).all(|(desk, of)| desk.member == *of);
         if !begins_alike || list.len() > limits::MEMBERS_MAX {
-            return false;
+            return;
         }
         tracing::info!(members = list.len(), "the volume has members of whom the source has not told");
         *self.found_members.lock() = Some(list);
         self.conductor.wake();
-        true
+    }
+
+    /// Whether the conductor has yet to take some over: until then not everybody was asked.
+    pub fn has_found_members(&self) -> bool {
+        self.found_members.lock().as_ref().is_some_and(|list| list.len() > self.members.read().len())
     }
 
     /// Members that were found, where there are still more than are known.
-    pub fn take_found_members(&self) -> Option<Vec<Member>> {
-        self.found_members.lock().take().filter(|list| list.len() > self.members.read().len())
+    pub fn new_members(&self) -> Option<Vec<Member>> {
+        // They stay found until they are added.
+        self.found_members.lock().clone().filter(|list| list.len() > self.members.read().len())
     }
 }

@@ -34,6 +34,9 @@ const RENEW_EVERY: Duration = Duration::from_secs(3);
 /// A keeper that cannot be told that the VM runs is told again after so long.
 const RUN_AGAIN: Duration = Duration::from_millis(500);
 
+/// Lists of members that are followed, where each names more than the one before.
+const LISTS_MAX: usize = 4;
+
 const _: () = assert!(RENEW_EVERY.as_millis() * 2 < CLAIM_LEASE.as_millis());
 
 /// Which parked volume is wanted, and how.
@@ -73,12 +76,18 @@ impl Claimant {
     pub fn find(connector: Arc<dyn Connector>, called: &str, options: &ClaimOptions) -> Result<Self> {
         let vmd = VmdClient::new(Arc::clone(&connector), ANSWER_MAX);
         let volume = search(&vmd, options)?;
-        let known = describe(&connector, volume, &options.intermediaries);
-        let parked = known.into_iter().max_by_key(|info| (info.epoch, info.members.len()));
-        let parked = parked.ok_or_else(|| none(&options.name))?;
-        // Those who were not named may know more.
-        let addresses: Vec<_> = parked.members.iter().map(|member| member.address).collect();
-        let all = describe(&connector, volume, &addresses);
+        let mut all = describe(&connector, volume, &options.intermediaries);
+        let mut parked = newest(&all).ok_or_else(|| none(&options.name))?;
+        // Those who were not named may know more: of others as well, which came where one left.
+        for _ in 0..LISTS_MAX {
+            let addresses: Vec<_> = parked.members.iter().map(|member| member.address).collect();
+            all.extend(describe(&connector, volume, &addresses));
+            let known = parked.members.len();
+            parked = newest(&all).unwrap_or(parked);
+            if parked.members.len() == known {
+                break;
+            }
+        }
         if let Some(info) = all.iter().find(|info| info.state == VolumeState::Running) {
             let by = info.owner.as_ref().map(ToString::to_string).unwrap_or_default();
             return Err(runs(&options.name, &by));
@@ -309,6 +318,14 @@ impl Claimant {
             tracing::info!(error = error.chain(), "an intermediary does not know that the VM runs");
         }
     }
+}
+
+/// All that is known of a volume by those that were asked: each of its members, and who its keeper is.
+fn newest(all: &[VolumeInfo]) -> Option<VolumeInfo> {
+    let parking = all.iter().filter_map(|info| info.parking.as_ref()).max_by_key(|parking| parking.term);
+    let members = all.iter().map(|info| &info.members).max_by_key(|members| members.len())?;
+    let last = all.iter().max_by_key(|info| info.epoch)?;
+    Some(VolumeInfo { members: members.clone(), parking: parking.cloned(), ..last.clone() })
 }
 
 /// The volume of that name, or id.

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::conductor::Conductor;
+use super::volume::dissolve_others;
 use super::{ArrivalPhase, Told, progress_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gather::Shared;
@@ -97,6 +98,7 @@ impl Conductor {
                     .filter(|(_, state)| !state.gone && state.dissolved != Some(true))
                     .map(|(desk, _)| desk.member.node.to_string())
                     .collect();
+                let left: Vec<String> = left.into_iter().chain(dissolve_others(shared)).collect();
                 if left.is_empty() {
                     self.tell(&Event::Dissolved);
                     return Ok(());

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
+use crate::gather::Shared;
 use crate::ids::{Epoch, VolumeId};
-use crate::vmd::{Connector, visit};
+use crate::vmd::{Connector, visit, visit_all};
 use crate::wire::message::{Member, VmdReply, VmdRequest};
 
 /// How long one intermediary may take.
@@ -32,4 +33,27 @@ fn describe(connector: &dyn Connector, member: &Member, volume: VolumeId, epoch:
         VmdReply::Volume(info) => Some(info.committed && info.volume == volume),
         _ => None,
     })
+}
+
+/// Of members that came when an intermediary left, those know that were there: the new ones give the volume's memory back
+/// as well. Names those that could not be told.
+pub(super) fn dissolve_others(shared: &Shared) -> Vec<String> {
+    let of = (shared.volume, shared.epoch);
+    let desks = shared.members();
+    let living = desks.iter().filter(|desk| !desk.state.lock().gone);
+    let living: Vec<Member> = living.map(|desk| desk.member.clone()).collect();
+    let lists =
+        visit_all(&*shared.connector, &living, of, &VmdRequest::Describe, ANSWER_MAX, |reply| match reply {
+            VmdReply::Volume(info) => Some(info.members),
+            _ => None,
+        });
+    let longest = lists.into_iter().flatten().max_by_key(Vec::len).unwrap_or_default();
+    let others = longest.get(desks.len()..).unwrap_or_default();
+    let told = visit_all(&*shared.connector, others, of, &VmdRequest::Dissolve, ANSWER_MAX, |_| Some(()));
+    let failed = |(member, told): (&Member, Result<()>)| match told {
+        Ok(()) => None,
+        Err(error) if error.kind == ErrorKind::Volume => None,
+        Err(_) => Some(member.node.to_string()),
+    };
+    others.iter().zip(told).filter_map(failed).collect()
 }

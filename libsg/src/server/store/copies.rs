@@ -1,12 +1,13 @@
 //! Filled slots become pages, and pages are found: by the index here, and by what lies here itself.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::{Books, COPIES_BLOCK_BYTES, Store};
 use crate::content::ContentHash;
-use crate::ids::{Epoch, MemberIndex, MemberSet, Placement, VolumeId};
+use crate::ids::{Epoch, MemberIndex, MemberSet, Placement, SlotIndex, VolumeId};
 use crate::limits;
-use crate::page::{PageIndex, PageRange};
+use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::server::copies::{Copies, Here};
 use crate::server::index::Index;
 use crate::server::slots::{ChunkNumber, Owner, SlotRun, Slots};
@@ -24,6 +25,10 @@ pub(in crate::server) enum Noted<'a> {
     First,
     /// They are copies of what lies there, page by page.
     CopiesOf(&'a [IndexEntry]),
+    /// Not at all: another gave them that leaves.
+    Handed,
+    /// Another gave them that leaves, and they are copies of what lies, or lay, there.
+    HandedCopies(&'a [IndexEntry]),
 }
 
 /// Another member, which gets copies.
@@ -48,13 +53,18 @@ impl Store {
         let filled = || runs.iter().flat_map(|run| run.iter());
         filled().for_each(|slot| self.canary(slot));
         let books = match noted {
-            Noted::No => None,
-            Noted::First | Noted::CopiesOf(_) => Some(Arc::clone(&self.volumes.lock().get(volume)?.payload)),
+            Noted::No | Noted::Handed => None,
+            Noted::First | Noted::CopiesOf(_) | Noted::HandedCopies(_) => {
+                Some(Arc::clone(&self.volumes.lock().get(volume)?.payload))
+            }
         };
         let mut copies = books.as_ref().map(|books| books.copies.lock());
         // The volumes stay locked: whoever was fenced meanwhile stores nothing.
         let volumes = self.volumes.lock();
-        let known = volumes.admit(volume, epoch, Access::Write)?;
+        let known = volumes.admit(volume, epoch, noted.access())?;
+        if self.is_leaving() {
+            return Err(Status::Full);
+        }
         let member = self.me(&known.members).ok_or(Status::State)?;
         let mut slots = self.slots.lock();
         let mut hashes = hashes.iter();
@@ -63,8 +73,8 @@ impl Store {
             let slot = if entry.encoding == Encoding::Raw { free.next() } else { None };
             let placement = slot.and_then(|(slot, hash)| {
                 let owner = Owner { page: entry.page, checksum: entry.checksum, round: entry.round };
-                // The first holder sent it on whether or not its bytes were here.
-                let shares = matches!(noted, Noted::CopiesOf(_));
+                // Who has it sent it whether or not its bytes were here.
+                let shares = !matches!(noted, Noted::No | Noted::First);
                 let there = hash.filter(|_| shares).and_then(|hash| slots.share(volume, owner, hash));
                 if there.is_some() {
                     slots.free(slot);
@@ -76,8 +86,10 @@ impl Store {
                 Some(Placement { member, slot, generation })
             });
             let of = match noted {
-                Noted::CopiesOf(others) => others.get(at).and_then(|other| other.placement),
-                Noted::No | Noted::First => placement,
+                Noted::CopiesOf(others) | Noted::HandedCopies(others) => {
+                    others.get(at).and_then(|other| other.placement)
+                }
+                Noted::No | Noted::First | Noted::Handed => placement,
             };
             placements.push(match (&mut copies, placement, of) {
                 (Some(copies), Some(placement), Some(of)) => {
@@ -88,8 +100,23 @@ impl Store {
         }
         Ok(match noted {
             Noted::First => Some(Pinned::new(self, pin(&mut slots, runs))),
-            Noted::No | Noted::CopiesOf(_) => None,
+            _ => None,
         })
+    }
+
+    /// For the test canary: damages the n-th page that was ever stored.
+    fn canary(&self, slot: SlotIndex) {
+        let Some(nth) = self.canary_flip else { return };
+        if self.stored_ever.fetch_add(1, Ordering::Relaxed) + 1 != nth {
+            return;
+        }
+        if let Ok(memory) = self.arena.slots(SlotRun { first: slot, slots: 1 }) {
+            let byte = memory.skip(PAGE_BYTES / 2).take(1);
+            let mut value = [0];
+            byte.readable().copy_to(&mut value);
+            byte.copy_from(&[!value[0]]);
+            tracing::warn!(slot = slot.0, "test canary: flipped a byte of a stored page");
+        }
     }
 
     /// Notes a page that was stored. `false` where the books are full: it is not stored then.
@@ -133,7 +160,7 @@ impl Store {
         self.budget.give(((before - copies.blocks()) * COPIES_BLOCK_BYTES) as u64);
     }
 
-    fn books(&self, volume: VolumeId) -> Option<Arc<Books>> {
+    pub(super) fn books(&self, volume: VolumeId) -> Option<Arc<Books>> {
         self.volumes.lock().get(volume).ok().map(|known| Arc::clone(&known.payload))
     }
 

@@ -41,6 +41,9 @@ impl Store {
         let now = host::now();
         let volumes = self.volumes.lock();
         let known = volumes.admit(volume, epoch, Access::Write)?;
+        if self.is_leaving() {
+            return Err(Status::Full);
+        }
         let (pages, members) = (known.manifest.pages(), known.members.clone());
         if offers.iter().any(|offer| offer.page.0 >= pages) {
             return Err(Status::Malformed);

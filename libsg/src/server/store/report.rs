@@ -47,7 +47,15 @@ impl Store {
     }
 
     /// What would be lost if this server went now.
-    pub(in crate::server) fn holdings(&self) -> Vec<Holding> {
+    pub(in crate::server) fn losses(&self) -> Vec<Holding> {
+        let mut holdings = self.holdings();
+        let handed = self.handed.lock();
+        holdings.retain(|holding| holding.matters() && !handed.contains(&holding.summary.volume));
+        holdings
+    }
+
+    /// What is here.
+    fn holdings(&self) -> Vec<Holding> {
         let volumes = self.volumes.lock();
         let found: Vec<_> = volumes
             .iter()

@@ -43,19 +43,27 @@ impl<P> Volumes<P> {
     /// time begins anew.
     ///
     /// # Errors
-    /// As [`Volumes::get`].
+    /// As [`Volumes::get`]; [`Status::Going`] where another decides: whoever did not hear of it looks for that one. By
+    /// force, it is noted here all the same.
     pub fn claim_parked(&mut self, id: VolumeId, claim: &Claim, now: Instant) -> Result<Verdict, Status> {
         let missing = self.missing(id);
         let volume = self.live.get_mut(&id).ok_or(missing)?;
+        if volume.stopped && !claim.force {
+            return Err(Status::Going);
+        }
         Ok(volume.claim(claim, now))
     }
 
     /// The VM runs at who claimed it under this epoch. Done again it changes nothing.
     ///
     /// # Errors
-    /// As [`Volumes::get`]; [`Status::Fenced`] for an older epoch; [`Status::State`] unless it was claimed under this one.
+    /// As [`Volumes::get`]; [`Status::Fenced`] for an older epoch; [`Status::State`] unless it was claimed under this one;
+    /// [`Status::Going`] where another decides.
     pub fn run(&mut self, id: VolumeId, epoch: Epoch) -> Result<(), Status> {
         let volume = self.admit_mut(id, epoch, Access::Read)?;
+        if volume.stopped {
+            return Err(Status::Going);
+        }
         let claimed = volume.claim.is_some() && volume.epoch == epoch;
         if !claimed || !matches!(volume.state, VolumeState::Claimed | VolumeState::Running) {
             return Err(Status::State);
@@ -122,7 +130,7 @@ mod test {
     }
 
     fn parking() -> Parking {
-        Parking { name: "web".into(), keeper: node("i1") }
+        Parking { name: "web".into(), keeper: node("i1"), term: 0 }
     }
 
     fn claim(by: &str, epoch: u64) -> Claim {

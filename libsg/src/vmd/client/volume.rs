@@ -15,8 +15,8 @@ use crate::memory::PageSlice;
 use crate::page::{PageIndex, PageRange};
 use crate::vmd::device::{Fetched, PagePut, PageReference, Shared, Volume};
 use crate::vmd::link::{Class, Link, Reply, Request};
-use crate::vmd::placement::{index_owners, index_range, owner_runs};
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo};
+use crate::wire::placement::{index_owners, index_range, owner_runs};
 use crate::wire::{GetEntry, IndexEntry, PageEntry, ReferEntry, Referral};
 
 pub(super) struct ClientVolume {

@@ -38,7 +38,7 @@ fn stands(link: &mut dyn Link) -> VolumeInfo {
 
 pub(super) fn has_one_owner(bench: &Bench<'_>) {
     let (at, id, mut writer) = bench.one();
-    let parking = Parking { name: "web".into(), keeper: writer.member().node.clone() };
+    let parking = Parking { name: "web".into(), keeper: writer.member().node.clone(), term: 0 };
     let park = VmdRequest::Park(parking.clone());
     assert_eq!(verdict(&mut *writer, claim("a", 2, true)), Verdict::NotParked);
     refused(said(&mut *writer, &park), ErrorKind::Volume);

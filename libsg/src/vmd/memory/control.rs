@@ -39,6 +39,8 @@ impl State {
             | VmdRequest::GetState
             | VmdRequest::PutPiece { .. }
             | VmdRequest::GetPiece { .. } => return Err(Status::Malformed),
+            // Nobody in memory leaves.
+            VmdRequest::Inherit(_) | VmdRequest::InheritPiece { .. } => return Err(Status::State),
         }
         Ok(VmdReply::Done)
     }

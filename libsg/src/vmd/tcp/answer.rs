@@ -85,6 +85,7 @@ impl Expected {
             | VmdRequest::Park(_)
             | VmdRequest::Run
             | VmdRequest::Succeed { .. }
+            | VmdRequest::Inherit(_)
             | VmdRequest::Dissolve => Some(Self::Done),
             VmdRequest::ClaimParked(_) => Some(Self::Verdict),
             VmdRequest::Describe => Some(Self::Volume),
@@ -92,6 +93,7 @@ impl Expected {
             VmdRequest::PutState { .. }
             | VmdRequest::GetState
             | VmdRequest::PutPiece { .. }
+            | VmdRequest::InheritPiece { .. }
             | VmdRequest::GetPiece { .. } => None,
         }
     }

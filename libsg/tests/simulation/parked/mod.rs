@@ -46,6 +46,8 @@ pub enum What {
     /// Its process is killed; of an intermediary a new one is started after that long, if at all.
     Kill(Who, Option<Duration>),
     Freeze(Who, Duration),
+    /// An intermediary is told to go: it hands over what it has, and ends; a new one starts there after that long.
+    Leave(usize, Option<Duration>),
     Break(Who, Who),
     Cut(Who, Who, Duration),
     /// Its operator gives a claim up.
@@ -126,6 +128,17 @@ impl Parking {
         for _ in 0..random.pick(&[0, 1, 1, 2, 2, 3, 4]) {
             let event = parking.event(&mut random);
             parking.events.push(event);
+        }
+        if random.one_in(3) {
+            for _ in 0..random.pick(&[1, 2, 3]) {
+                let nth = random.below(intermediaries) as usize;
+                let restart = random.one_in(2).then(|| Duration::from_millis(random.pick(&[1, 600])));
+                let event = At { what: What::Leave(nth, restart), ..parking.event(&mut random) };
+                parking.events.push(event);
+            }
+            if random.one_in(2) {
+                parking.events.retain(|event| matches!(event.what, What::Leave(..)));
+            }
         }
         parking
     }
@@ -322,6 +335,11 @@ fn nothing_is_parked_before_all_is_safe() {
 #[test]
 fn no_claim_is_granted_twice() {
     is_found(Bug::ClaimedTwice, &["one owner"]);
+}
+
+#[test]
+fn nobody_leaves_early() {
+    is_found(Bug::LeavesEarly, &["a death is an event"]);
 }
 
 #[test]

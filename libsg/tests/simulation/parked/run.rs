@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use libsg::event::{Event, Observer};
@@ -70,6 +71,8 @@ pub struct Run {
     intermediaries: Vec<(Arc<Node>, intermediary::Handle)>,
     claims: Vec<Option<Claiming>>,
     log: Arc<Mutex<Log>>,
+    /// Intermediaries that were told to go, and whether they have.
+    leaving: Vec<(usize, usize, Option<Duration>, Arc<AtomicBool>)>,
     todo: Vec<At<What>>,
     later: Vec<(Duration, Later)>,
     next_node: usize,
@@ -117,6 +120,7 @@ impl Run {
             claims: parking.claims.iter().map(|_| None).collect(),
             intermediaries,
             log,
+            leaving: Vec::new(),
             todo: parking.events.clone(),
             later: Vec::new(),
             next_node: number,
@@ -212,6 +216,7 @@ impl Run {
             self.log.lock().lines.push((now, format!("{:?}", event.what)));
             self.event(event.what, now);
         }
+        self.let_go(now);
         for (_, later) in self.later.extract_if(.., |(at, _)| *at <= now).collect::<Vec<_>>() {
             match later {
                 Later::Thaw(number) => self.host.freeze(number, false),
@@ -271,6 +276,14 @@ impl Run {
                 self.host.with_net(|net, _| net.cut(one, other, true));
                 self.later.push((now + time, Later::Mend(one, other)));
             }
+            What::Leave(nth, restart) => {
+                let (node, handle) = &self.intermediaries[nth];
+                if !node.is_dead() {
+                    let others = self.parking.base.members().map(address).collect();
+                    let left = intermediary::leave(node, handle, others);
+                    self.leaving.push((nth, node.number(), restart, left));
+                }
+            }
             What::GiveUp(nth) => {
                 let Some(claiming) = &self.claims[nth] else { return };
                 // As its operator's thread does: who waits for the answer is not this one.
@@ -280,6 +293,20 @@ impl Run {
                         let _ = incoming.cancel();
                     });
                 }
+            }
+        }
+    }
+
+    /// Ends the processes of those that have handed over.
+    fn let_go(&mut self, now: Duration) {
+        let has_left = |(.., left): &(_, _, _, Arc<AtomicBool>)| left.load(Ordering::Acquire);
+        for (nth, number, restart, _) in self.leaving.extract_if(.., |of| has_left(of)).collect::<Vec<_>>() {
+            let node = Arc::clone(&self.intermediaries[nth].0);
+            if !node.is_dead() && node.number() == number {
+                self.log.lock().lines.push((now, format!("intermediary {nth} has left")));
+                self.host.with_net(|net, _| net.remove(number));
+                self.host.kill(&node);
+                self.later.extend(restart.map(|time| (now + time, Later::Restart(nth))));
             }
         }
     }

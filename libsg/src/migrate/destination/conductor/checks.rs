@@ -60,7 +60,7 @@ impl Conductor {
     /// The source did not tell of all members, and others did.
     fn take_found_members(&mut self) -> Result<()> {
         let (Some(gather), Some(offer)) = (&self.gather, &mut self.offer) else { return Ok(()) };
-        if let Some(members) = gather.shared().take_found_members() {
+        if let Some(members) = gather.shared().new_members() {
             gather.set_members(&members)?;
             offer.members = members;
             gather.shared().wake_index.wake();

@@ -1,0 +1,236 @@
+//! Who takes a volume over: its members that live, else others.
+
+use super::Around;
+use super::line::Line;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ids::{Epoch, MemberIndex, MemberSet, NodeId, VolumeId};
+use crate::limits;
+use crate::server::store::Portrait;
+use crate::wire::handover::Inheritance;
+use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo, VolumeState};
+use crate::wire::parking::Parking;
+
+/// One that takes over.
+pub(super) struct Heir<'s> {
+    pub index: MemberIndex,
+    pub member: Member,
+    pub line: Line<'s>,
+    /// It takes over. Others only hear where pages are: they leave as well.
+    pub takes: bool,
+    /// It has no room for pages.
+    pub full: bool,
+}
+
+/// Those that take a volume over, and those that hear of it, by their numbers.
+pub(super) struct Heirs<'s> {
+    volume: VolumeId,
+    epoch: Epoch,
+    list: Vec<Heir<'s>>,
+}
+
+impl<'s> Heirs<'s> {
+    /// The members that live and know the volume, or do now. Of those in `gone` there is another node at their place.
+    pub(super) fn meet(
+        around: &Around<'s>,
+        (volume, portrait): (VolumeId, &Portrait),
+        gone: &mut Vec<NodeId>,
+    ) -> Result<Self> {
+        let mut heirs = Self { volume, epoch: portrait.epoch, list: Vec::new() };
+        for (at, member) in portrait.said.members.iter().enumerate() {
+            let index = MemberIndex(at as u16);
+            if index == portrait.me || gone.contains(&member.node) {
+                continue;
+            }
+            let mut line = match heirs.open(around, member.address) {
+                Ok(line) if *line.node() == member.node => line,
+                Ok(_) => {
+                    gone.push(member.node.clone());
+                    continue;
+                }
+                Err(error) => {
+                    tracing::debug!(member = %member.node, error = error.chain(), "a member is away");
+                    continue;
+                }
+            };
+            match bring_up(around, &mut line, (volume, portrait)) {
+                Ok(Some(takes)) => {
+                    heirs.list.push(Heir { index, member: member.clone(), line, takes, full: !takes });
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::info!(member = %member.node, error = error.chain(), "a member takes nothing over");
+                }
+            }
+        }
+        Ok(heirs)
+    }
+
+    fn open(&self, around: &Around<'s>, address: std::net::SocketAddr) -> Result<Line<'s>> {
+        Line::open((around.store, around.limit_out), address, (self.volume, self.epoch))
+    }
+
+    /// Whether nobody takes over.
+    pub(super) fn is_empty(&self) -> bool {
+        self.set().is_empty()
+    }
+
+    /// Those that take over.
+    pub(super) fn set(&self) -> MemberSet {
+        self.list.iter().filter(|heir| heir.takes).map(|heir| heir.index).collect()
+    }
+
+    /// All that hear of it.
+    pub(super) fn all(&self) -> MemberSet {
+        self.list.iter().map(|heir| heir.index).collect()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Heir<'s>> {
+        self.list.iter_mut()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Heir<'s>> {
+        self.list.iter()
+    }
+
+    pub(super) fn get(&mut self, index: MemberIndex) -> Option<&mut Heir<'s>> {
+        self.list.iter_mut().find(|heir| heir.index == index)
+    }
+
+    /// It cannot be relied on.
+    pub(super) fn lose(&mut self, index: MemberIndex, error: &Error) {
+        if let Some(at) = self.list.iter().position(|heir| heir.index == index) {
+            let heir = self.list.remove(at);
+            tracing::warn!(member = %heir.member.node, error = error.chain(), "who took pages over is lost");
+        }
+    }
+
+    /// Another intermediary becomes a member, the first that can. Of those that are members the first hears of it before
+    /// the others: two who add members at once do not end with two lists.
+    pub(super) fn add(&mut self, around: &Around<'s>, portrait: &mut Portrait) -> Result<()> {
+        if portrait.is_written {
+            let message = "its source is at work, and adds members itself: it is waited for";
+            return Err(Error::new(ErrorKind::Volume, message));
+        }
+        if portrait.said.members.len() >= limits::MEMBERS_MAX {
+            return Err(Error::new(ErrorKind::Full, "it has had as many intermediaries as it can have"));
+        }
+        let none =
+            "no intermediary of it has room, and no other one is known: name others with --peer or --pool";
+        let mut failed = Error::new(ErrorKind::Full, none);
+        for address in (around.others)() {
+            match self.add_one(around, portrait, address) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(error) => failed = error,
+            }
+        }
+        Err(failed)
+    }
+
+    /// `false` for one that is a member, or was tried.
+    fn add_one(
+        &mut self,
+        around: &Around<'s>,
+        portrait: &mut Portrait,
+        address: std::net::SocketAddr,
+    ) -> Result<bool> {
+        let mut line = self.open(around, address)?;
+        let node = line.node().clone();
+        if portrait.said.members.iter().any(|member| member.node == node) {
+            return Ok(false);
+        }
+        let member = Member { node, address };
+        let index = MemberIndex(portrait.said.members.len() as u16);
+        let mut said = portrait.said.clone();
+        said.members.push(member.clone());
+        // First, since a member that takes nothing would be one for ever.
+        inherit(&mut line, portrait, said.clone())?;
+        let told = VmdRequest::Inherit(Box::new(said.clone()));
+        if let Some(Err(error)) = self.list.first_mut().map(|first| first.line.control(&told)) {
+            // Somebody else has just become one, as far as is known: then this one is none.
+            if let Err(error) = line.control(&VmdRequest::Dissolve) {
+                tracing::warn!(node = %member.node, error = error.chain(), "may keep a volume of which it is no member");
+            }
+            return Err(error);
+        }
+        for heir in self.list.iter_mut().skip(1) {
+            if let Err(error) = heir.line.control(&told) {
+                tracing::warn!(member = %heir.member.node, error = error.chain(), "cannot be told of a new member");
+            }
+        }
+        let added = around.store.add_members(self.volume, said.members.clone());
+        added.map_err(crate::transport::refusal)?;
+        tracing::info!(volume = %self.volume, node = %member.node, "takes over, as a new member");
+        portrait.said = said;
+        self.list.push(Heir { index, member, line, takes: true, full: false });
+        Ok(true)
+    }
+
+    /// Says who grants claims to all who do not know.
+    pub(super) fn name_keeper(&mut self, portrait: &Portrait, parking: &Parking) {
+        let said = Inheritance { parking: Some(parking.clone()), ..portrait.said.clone() };
+        let told = VmdRequest::Inherit(Box::new(said));
+        for heir in self.list.iter_mut().filter(|heir| heir.member.node != parking.keeper) {
+            // Whoever claims the volume asks all of them, the keeper among them.
+            if let Err(error) = heir.line.control(&told) {
+                tracing::info!(member = %heir.member.node, error = error.chain(), "does not know who grants claims");
+            }
+        }
+    }
+}
+
+/// Tells a member what it does not know; whether it takes over. `None` for one that has nothing to do with it.
+fn bring_up(
+    around: &Around<'_>,
+    line: &mut Line<'_>,
+    (volume, portrait): (VolumeId, &Portrait),
+) -> Result<Option<bool>> {
+    match line.control(&VmdRequest::Describe) {
+        Ok(VmdReply::Volume(info)) if info.state == VolumeState::Dissolved => return Ok(None),
+        Ok(VmdReply::Volume(info)) => {
+            if info.members.len() > portrait.said.members.len() {
+                let learned = around.store.add_members(volume, info.members);
+                learned.map_err(crate::transport::refusal)?;
+                // With what was learned, all begins anew.
+                return Ok(None);
+            }
+            if knows_all(&info, portrait) {
+                return Ok(Some(true));
+            }
+        }
+        Ok(_) => return Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+        // It has not heard of it.
+        Err(error) if error.kind == ErrorKind::Volume => {}
+        Err(error) => return Err(error),
+    }
+    match inherit(line, portrait, portrait.said.clone()) {
+        Ok(()) => Ok(Some(true)),
+        // As it says that it leaves.
+        Err(error) if error.kind == ErrorKind::Full => Ok(Some(false)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Says all that is known here, the VM's state and the final set included.
+fn inherit(line: &mut Line<'_>, portrait: &Portrait, said: Inheritance) -> Result<()> {
+    if !portrait.pieces.is_empty() {
+        // Whoever finds the state finds what goes ahead of it.
+        line.control(&VmdRequest::Inherit(Box::new(said.clone())))?;
+        for (number, piece) in (0..).zip(&portrait.pieces) {
+            let (bytes, checksum) = line.push_state(&piece.bytes)?;
+            line.control(&VmdRequest::InheritPiece { number, bytes, checksum })?;
+        }
+    }
+    let blob = portrait.blob.as_ref().map(|blob| line.push_state(&blob.bytes)).transpose()?;
+    line.control(&VmdRequest::Inherit(Box::new(Inheritance { blob, ..said }))).map(|_| ())
+}
+
+fn knows_all(info: &VolumeInfo, portrait: &Portrait) -> bool {
+    let Portrait { epoch, said, blob, .. } = portrait;
+    let term = |parking: &Option<Parking>| parking.as_ref().map(|parking| parking.term);
+    (info.has_state || blob.is_none())
+        && (info.committed || !said.committed)
+        && info.members.len() == said.members.len()
+        && info.epoch >= *epoch
+        && term(&info.parking) >= term(&said.parking)
+}

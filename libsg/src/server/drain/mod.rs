@@ -1,0 +1,142 @@
+//! Leaving: what lies here goes to others before this intermediary does.
+//!
+//! ```text
+//!  drain --> one volume after the other, until there is nothing left to do at any of them
+//!               volume   who there is to take it over; state, pages, index, and who grants claims, in this order
+//!                 plan   which page went to whom: a pure core
+//!                 line   a connection to who takes over
+//! ```
+//!
+//! Whoever reads here is answered until the end, and goes first. Nothing is forgotten here before it was acknowledged there:
+//! if this one dies on the way, no more is lost than by any other death.
+
+mod heirs;
+mod line;
+mod look;
+pub mod plan;
+mod volume;
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use self::volume::{Handing, Pass};
+use super::store::Store;
+use super::stream::Limit;
+use crate::error::{Error, ErrorKind, Result};
+use crate::host;
+use crate::ids::VolumeId;
+
+/// After a volume could not be handed over it is tried again after so long.
+const REST: Duration = Duration::from_millis(200);
+
+/// Whoever reads a volume asks its members each second who they are: one that leaves is there for so long after there were new
+/// ones. Where nobody else is left whom the reader knows, it is the only one that can say.
+const LINGER: Duration = Duration::from_secs(3);
+
+/// Whoever was read from within this time goes first.
+const READ_LATELY: Duration = Duration::from_millis(50);
+
+/// How an intermediary leaves.
+pub struct DrainOptions<'a> {
+    /// How long it may take. Then it stays, and takes pages again.
+    pub timeout: Duration,
+    /// Intermediaries that may become members of volumes whose own have no room, or are gone.
+    pub others: &'a dyn Fn() -> Vec<SocketAddr>,
+}
+
+/// What was handed over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drained {
+    /// Of so many volumes.
+    pub volumes: u64,
+    /// So many pages: those that others had anyway are not among them.
+    pub pages: u64,
+}
+
+/// What handing over needs of the server.
+pub(super) struct Around<'s> {
+    pub store: &'s Store,
+    pub limit_out: &'s Limit,
+    pub others: &'s dyn Fn() -> Vec<SocketAddr>,
+    reads: Cell<(u64, Option<Instant>)>,
+}
+
+impl Around<'_> {
+    /// Whether anybody ever read here.
+    fn was_read(&self) -> bool {
+        self.store.reads.load(std::sync::atomic::Ordering::Relaxed) > 0
+    }
+
+    /// Whether somebody reads here.
+    fn is_read(&self) -> bool {
+        let (reads, now) = (self.store.reads.load(std::sync::atomic::Ordering::Relaxed), host::now());
+        let (before, mut at) = self.reads.get();
+        if reads != before {
+            at = Some(now);
+        }
+        self.reads.set((reads, at));
+        at.is_some_and(|at| now.saturating_duration_since(at) < READ_LATELY)
+    }
+}
+
+/// Hands over everything.
+///
+/// # Errors
+/// What could not be handed over, and why: then this intermediary stays.
+pub(super) fn run(store: &Store, limit_out: &Limit, options: &DrainOptions<'_>) -> Result<Drained> {
+    let deadline = host::now() + options.timeout;
+    let reads = Cell::new((0, None));
+    let around = Around { store, limit_out, others: options.others, reads };
+    let mut handings: BTreeMap<VolumeId, Handing> = BTreeMap::new();
+    store.set_leaving(true);
+    let mut lingered = false;
+    loop {
+        let (mut worked, mut failed) = (false, None);
+        for volume in store.volumes() {
+            if store.is_closing() {
+                return Err(Error::new(ErrorKind::Cancelled, "the server closes"));
+            }
+            let handing = handings.entry(volume).or_insert_with(|| Handing::new(volume));
+            match handing.pass(&around) {
+                Ok(did) => {
+                    worked |= did != Pass::Clean;
+                    store.set_handed(volume, did != Pass::Again);
+                }
+                Err(error) => {
+                    store.set_handed(volume, false);
+                    failed = Some(named(volume, error));
+                }
+            }
+        }
+        // Everything was looked at again, and is where it is to be.
+        if failed.is_none() && !worked {
+            if handings.values().any(Handing::grew)
+                && around.was_read()
+                && !std::mem::replace(&mut lingered, true)
+            {
+                host::thread::sleep(LINGER);
+                continue;
+            }
+            let pages = handings.values().map(Handing::handed_pages).sum();
+            let volumes = handings.values().filter(|handing| handing.was_here()).count() as u64;
+            return Ok(Drained { volumes, pages });
+        }
+        if host::now() >= deadline {
+            handings.values().for_each(|handing| handing.stay(store));
+            store.set_leaving(false);
+            let late = || Error::new(ErrorKind::Timeout, "time is over");
+            return Err(failed.unwrap_or_else(late));
+        }
+        if let Some(error) = failed {
+            tracing::warn!(error = error.chain(), "not handed over yet");
+            host::thread::sleep(REST);
+        }
+    }
+}
+
+fn named(volume: VolumeId, error: Error) -> Error {
+    let message = format!("the volume {volume} cannot be handed over");
+    Error::new(error.kind, message).because(error)
+}
