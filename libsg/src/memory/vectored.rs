@@ -117,13 +117,26 @@ fn whole_parts(lengths: impl Iterator<Item = usize>, bytes: &mut usize) -> usize
 /// # Errors
 /// What `sendmsg` says; [`io::ErrorKind::WouldBlock`] when a non-blocking socket takes nothing.
 pub fn send(socket: impl AsFd, parts: &[IoPart<'_>]) -> io::Result<usize> {
+    send_some(socket, parts, usize::MAX)
+}
+
+/// As [`send`], of the first `bytes_max` bytes.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_some(socket: impl AsFd, parts: &[IoPart<'_>], bytes_max: usize) -> io::Result<usize> {
     let mut vectors = [NO_VECTOR; IO_PARTS_MAX];
-    let count = parts.len().min(IO_PARTS_MAX);
+    let (mut count, mut left) = (0, bytes_max);
     for (vector, part) in vectors.iter_mut().zip(parts) {
+        let take = part.len().min(left);
         *vector = match part {
-            IoPart::Bytes(bytes) => vector_of(bytes.as_ptr(), bytes.len()),
-            IoPart::Guest(slice) => vector_of(slice.as_ptr(), slice.len()),
+            IoPart::Bytes(bytes) => vector_of(bytes.as_ptr(), take),
+            IoPart::Guest(slice) => vector_of(slice.as_ptr(), take),
         };
+        (count, left) = (count + 1, left - take);
+        if left == 0 {
+            break;
+        }
     }
     let message = message_of(&mut vectors, count);
     retry(|| {
@@ -225,10 +238,15 @@ mod test {
         parts.extend(
             (0..pages).map(|page| IoPart::Guest(from.slice(page * PAGE_BYTES, PAGE_BYTES).expect("inside"))),
         );
-        let mut rest = &mut parts[..];
+        let (mut rest, mut most) = (&mut parts[..], 0);
         while !rest.is_empty() {
-            match send(&near, rest) {
-                Ok(sent) => rest = IoPart::advance(rest, sent),
+            // Within a part, at its end, and over several.
+            most = most % 20_000 + 4077;
+            match send_some(&near, rest, most) {
+                Ok(sent) => {
+                    assert!(sent <= most, "{sent} of at most {most}");
+                    rest = IoPart::advance(rest, sent);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
                 Err(error) => panic!("{error}"),
             }

@@ -256,21 +256,8 @@ impl Back<'_> {
     }
 
     fn send(&self, parts: &[IoPart<'_>], bytes_max: usize, patience: &dyn Fn() -> bool) -> Result<usize> {
-        let mut some = [IoPart::Bytes(&[]); vectored::IO_PARTS_MAX];
-        let (mut count, mut bytes) = (0, 0);
-        for (slot, part) in some.iter_mut().zip(parts) {
-            let take = part.len().min(bytes_max - bytes);
-            *slot = match part {
-                IoPart::Bytes(own) => IoPart::Bytes(&own[..take]),
-                IoPart::Guest(guest) => IoPart::Guest(guest.take(take)),
-            };
-            (count, bytes) = (count + 1, bytes + take);
-            if bytes == bytes_max {
-                break;
-            }
-        }
         loop {
-            match vectored::send(self.channel, &some[..count]) {
+            match vectored::send_some(self.channel, parts, bytes_max) {
                 Ok(sent) => return Ok(sent),
                 Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => {
                     if !writable_soon(self.channel)? && !patience() {

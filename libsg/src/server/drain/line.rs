@@ -8,7 +8,7 @@ use super::plan::Group;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, NodeId, Placement, Sequence, VolumeId};
-use crate::memory::vectored::{self, IO_PARTS_MAX, IoPart};
+use crate::memory::vectored::{self, IoPart};
 use crate::page::PAGE_BYTES;
 use crate::server::store::{Parcel, Store};
 use crate::server::stream::Limit;
@@ -114,9 +114,7 @@ impl<'s> Line<'s> {
         let (mut rest, mut last_sign) = (parts, host::now());
         while left > 0 {
             let allowed = self.limit.wait_behind(left);
-            let mut some = [IoPart::Bytes(&[]); IO_PARTS_MAX];
-            let count = cut(rest, allowed, &mut some);
-            let sent = match vectored::send(channel, &some[..count]) {
+            let sent = match vectored::send_some(channel, rest, allowed) {
                 Ok(sent) => sent,
                 Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => 0,
                 Err(cause) => {
@@ -199,7 +197,7 @@ impl<'s> Line<'s> {
         loop {
             let frame = self.talk.recv(deadline)?;
             let (header, body) = (frame.header, frame.body.to_vec());
-            if header.sequence == sequence && header.kind != Kind::Refused {
+            if header.sequence == sequence && header.kind == answer_to(kind) {
                 return Ok((header, body));
             }
             if !self.take_batch(&header, &body)? {
@@ -236,21 +234,14 @@ impl<'s> Line<'s> {
     }
 }
 
-/// The first `bytes_max` bytes of some parts; how many parts that takes.
-fn cut<'a>(parts: &[IoPart<'a>], bytes_max: usize, out: &mut [IoPart<'a>]) -> usize {
-    let (mut count, mut bytes) = (0, 0);
-    for (slot, part) in out.iter_mut().zip(parts) {
-        let take = part.len().min(bytes_max - bytes);
-        *slot = match part {
-            IoPart::Bytes(own) => IoPart::Bytes(&own[..take]),
-            IoPart::Guest(guest) => IoPart::Guest(guest.take(take)),
-        };
-        (count, bytes) = (count + 1, bytes + take);
-        if bytes == bytes_max {
-            break;
-        }
+/// How a question is answered.
+const fn answer_to(kind: Kind) -> Kind {
+    match kind {
+        Kind::HandIndex => Kind::HandIndexReply,
+        Kind::Moved => Kind::MovedReply,
+        Kind::Locate => Kind::LocateReply,
+        _ => Kind::VmdReply,
     }
-    count
 }
 
 fn unasked(kind: Kind) -> Error {
