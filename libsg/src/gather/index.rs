@@ -62,8 +62,23 @@ struct Search {
     anew_at: Instant,
     /// Each search begins at another member: an index may name copies that are gone, and whoever has one names his own.
     turn: usize,
-    /// Members that were gone when everything was last asked for anew: one that leaves has told the others first.
+    /// Who there was to be asked when everything was last asked for anew: whoever came or went since may have given, or
+    /// have been given, what another was asked for before.
+    roll: Roll,
+}
+
+/// How many members are known, and how many of them will not come back: neither is ever fewer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Roll {
+    known: usize,
     gone: usize,
+}
+
+impl Roll {
+    fn now(shared: &Shared) -> Self {
+        let members = shared.members();
+        Self { known: members.len(), gone: members.iter().filter(|desk| desk.state.lock().gone).count() }
+    }
 }
 
 /// The thread `sg-gather-index`.
@@ -85,19 +100,19 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
                 fewer_at: now,
                 anew_at: now,
                 turn: 0,
-                gone: 0,
+                roll: Roll::default(),
             });
-            seats.resize_with(shared.members().len(), Seat::default);
-            let gone = gone_members(shared);
-            if first || gone != state.gone || host::elapsed(state.anew_at) >= ASK_ANEW {
-                (state.anew_at, state.gone) = (now, gone);
+            let roll = Roll::now(shared);
+            seats.resize_with(roll.known, Seat::default);
+            if first || roll != state.roll || host::elapsed(state.anew_at) >= ASK_ANEW {
+                (state.anew_at, state.roll) = (now, roll);
                 shared.tracker.lock().ask_again(false);
                 ask_for_members(shared, &mut seats)?;
             }
-            // Who went meanwhile may have given others what they were asked for before.
+            // The conductor may add those that were found at any time: looked for in this order, they are seen.
             let complete = search(shared, &mut seats, state.turn)?
                 && !shared.has_found_members()
-                && gone_members(shared) == gone;
+                && Roll::now(shared) == roll;
             state.turn += 1;
             let unknown = shared.counts().unknown;
             if unknown < state.unknown {
@@ -118,11 +133,6 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         wait(&[(Some(shared.wake_index.as_fd()), false)], if searches { PAUSE } else { NAP })?;
     }
     Ok(())
-}
-
-/// Members that will not come back.
-fn gone_members(shared: &Shared) -> usize {
-    shared.members().iter().filter(|desk| desk.state.lock().gone).count()
 }
 
 /// Asks for every page that is not known. `false` when some index server could not be asked that may
@@ -203,18 +213,21 @@ fn overlaps(a: PageRange, b: PageRange) -> bool {
 /// may have taken over what is here. What it says begins with what we know, or is not heard.
 fn ask_for_members(shared: &Shared, seats: &mut [Seat]) -> Result<()> {
     for (at, seat) in seats.iter_mut().enumerate() {
-        let describe = Request::Control(&VmdRequest::Describe);
-        let member = MemberIndex(at as u16);
-        let described = asked_there(shared, seat, (member, true), describe, |reply| match reply {
-            Reply::Control(VmdReply::Volume(info)) => Ok(info.members),
-            _ => Err(another()),
-        });
-        match described {
-            Ok(members) => shared.found_members(members),
-            Err(error) if is_of_link(&error) || error.kind == ErrorKind::Volume => {}
-            Err(error) => return Err(error),
+        match ask_for_list(shared, seat, MemberIndex(at as u16)) {
+            Err(error) if !is_of_link(&error) => return Err(error),
+            _ => {}
         }
     }
+    Ok(())
+}
+
+fn ask_for_list(shared: &Shared, seat: &mut Seat, member: MemberIndex) -> Result<()> {
+    let describe = Request::Control(&VmdRequest::Describe);
+    let members = asked_there(shared, seat, (member, true), describe, |reply| match reply {
+        Reply::Control(VmdReply::Volume(info)) => Ok(info.members),
+        _ => Err(another()),
+    });
+    shared.found_members(members?);
     Ok(())
 }
 
@@ -239,8 +252,19 @@ fn locate(
     match located {
         // It does not know the volume: then it knows none of its pages.
         Err(error) if error.kind == ErrorKind::Volume => Ok(Vec::new()),
+        // It has heard of members that we have not: it is asked who they are, and for those pages again when they are known.
+        Ok(mut entries) if !entries.iter().all(|entry| is_at(entry, shared.members().len())) => {
+            ask_for_list(shared, seat, member)?;
+            entries.retain(|entry| is_at(entry, shared.members().len()));
+            Ok(entries)
+        }
         located => located,
     }
+}
+
+/// Whether a page lies at one of so many members, as far as it lies anywhere.
+fn is_at(entry: &IndexEntry, members: usize) -> bool {
+    entry.placement.is_none_or(|placement| placement.member.as_usize() < members)
 }
 
 fn another() -> Error {
@@ -288,8 +312,8 @@ fn asked_there<T>(
     };
     let answered = ask(&mut *link, request, ANSWER_MAX, take);
     match &answered {
-        Ok(_) if known_lost => {}
-        Ok(_) => seat.link = Some(link),
+        Ok(_) if link.member().node == desk.member.node && !known_lost => seat.link = Some(link),
+        Ok(_) => {}
         Err(error) if error.kind == ErrorKind::Volume => {}
         Err(_) => seat.not_before = Some(host::now() + leave_alone(shared)),
     }

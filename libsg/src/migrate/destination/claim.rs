@@ -155,7 +155,36 @@ impl Claimant {
     ///
     /// # Errors
     /// One of them knows better; [`ErrorKind::Lost`] when some cannot be told whose pages nobody else has.
-    pub fn fence(&self) -> Result<Vec<Member>> {
+    pub fn fence(&mut self) -> Result<Vec<Member>> {
+        let mut lists = 0;
+        loop {
+            let reached = self.tell_owner()?;
+            let is_forced = self.claim.force && !reached.is_empty();
+            if reached.len() == self.parked.members.len() || is_forced {
+                return Ok(reached);
+            }
+            lists += 1;
+            match self.check_whole(&reached) {
+                // Who is away may have left, for others that came since.
+                Err(error) if lists == LISTS_MAX || !self.find_members() => return Err(error),
+                Err(_) => {}
+                Ok(()) => return Ok(reached),
+            }
+        }
+    }
+
+    /// Whether there are more members than were known.
+    fn find_members(&mut self) -> bool {
+        let addresses: Vec<_> = self.parked.members.iter().map(|member| member.address).collect();
+        let newest = newest(&describe(&self.connector, self.parked.volume, &addresses));
+        let longer = newest.filter(|newest| newest.members.len() > self.parked.members.len());
+        let Some(longer) = longer else { return false };
+        self.parked.members = longer.members;
+        true
+    }
+
+    /// Tells each member; those that could be told.
+    fn tell_owner(&self) -> Result<Vec<Member>> {
         let members = &self.parked.members;
         let request = VmdRequest::ClaimParked(Claim { force: true, ..self.claim.clone() });
         let told = visit_all(&*self.connector, members, self.of(), &request, ANSWER_MAX, verdict);
@@ -171,9 +200,6 @@ impl Claimant {
                     tracing::warn!(member = %member.node, error = error.chain(), "cannot be told of the claim");
                 }
             }
-        }
-        if reached.len() < members.len() && !self.claim.force {
-            self.check_whole(&reached)?;
         }
         Ok(reached)
     }
