@@ -24,6 +24,7 @@ use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transp
 use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::{Entry, encode_table};
 use libsg::wire::final_set::{self, Blobs};
+use libsg::wire::handover::Leaving;
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose};
 use libsg::wire::link_use::{LinkUse, LocalTraffic};
 use libsg::wire::message::{
@@ -311,6 +312,7 @@ fn messages() -> Vec<Vec<u8>> {
         },
         connections: 6,
         volumes: vec![summary; 2],
+        leaving: Some(Leaving { handed_pages: 7, left_pages: 8 }),
     };
     let replies = [
         VmdReply::Volume(Box::new(info)),

@@ -116,9 +116,11 @@ written to standard output: {\"event\":\"listening\",\"address\":\"...\",\"node\
 
 On SIGTERM or SIGINT it goes at once when nobody needs what it holds. Pages of live volumes it hands to
 other intermediaries first: the volume's own, then those of --peer and --pool; it takes none from then on,
-and is read from until it goes. Where nobody has room for them within --drain-timeout it stays, logs whose
-they are and why, and takes pages again. A second signal makes it go at any time, and it reports what was
-lost (exit code 3). Logs are filtered by RUST_LOG (info).")]
+and is read from until it goes. Logs and `sg status` say how far it is. What a VM has here that leaves by
+rounds or is being parked, or a disk that `sg nbd` writes, is waited for. Where it gets no further for
+--drain-timeout, as nobody has room, it stays, logs whose pages it has and why, and takes pages again.
+A second signal makes it go at any time, and it reports what was lost (exit code 3). A service manager must
+wait for it (systemd: TimeoutStopSec=infinity). Logs are filtered by RUST_LOG (info).")]
 pub struct ServeArgs {
     /// The most memory to give to pages; books about them may take an eighth of it more
     #[arg(long, value_name = "SIZE")]
@@ -169,7 +171,8 @@ pub struct ServeArgs {
     /// Go at the first signal, also with pages of live volumes, which are lost
     #[arg(long)]
     pub force: bool,
-    /// How long it may take at a signal to hand what is here to others. Then it stays, and a second signal goes
+    /// How long it may get no further, at a signal, with handing to others what is here. Then it stays, and a second
+    /// signal goes
     #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = seconds, conflicts_with = "force")]
     pub drain_timeout: Duration,
     /// Who may take over what volumes' own intermediaries have no room for; may be given several times

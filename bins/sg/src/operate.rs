@@ -10,6 +10,7 @@ use libsg::ids::{Epoch, VolumeId};
 use libsg::page::PAGE_BYTES_U64;
 use libsg::transport::PoolSecret;
 use libsg::wire::announcement::LinkRoom;
+use libsg::wire::handover::Leaving;
 use libsg::wire::link_use::LocalTraffic;
 use libsg::wire::message::{NodeStatistics, VmdReply, VmdRequest, VolumeInfo, VolumeSummary};
 use libsg::{Error, ErrorKind};
@@ -52,6 +53,7 @@ pub fn status(args: &PoolArgs) -> Result<u8> {
             "LOCAL IN",
             "LOCAL OUT",
             "CONNS",
+            "LEAVING",
             "VMS",
         ];
         print!("{}", table::render(&heading, &rows));
@@ -238,6 +240,7 @@ fn node_json((host, answer): &Answer<NodeStatistics>) -> serde_json::Value {
             "link": node.link,
             "connections": node.connections,
             "volumes": node.volumes.iter().map(summary_json).collect::<Vec<_>>(),
+            "leaving": node.leaving,
             "announced": host.announced,
             "error": null,
         }),
@@ -286,8 +289,15 @@ fn node_row(host: &Found, node: &NodeStatistics) -> Vec<String> {
         local(|local| local.in_bytes_per_s),
         local(|local| local.out_bytes_per_s),
         node.connections.to_string(),
+        node.leaving.map_or_else(|| "-".into(), how_far),
         vms(&node.volumes),
     ]
+}
+
+/// How much of what was there others have.
+fn how_far(leaving: Leaving) -> String {
+    let all = leaving.handed_pages + leaving.left_pages;
+    format!("{}%", leaving.handed_pages * 100 / all.max(1))
 }
 
 /// Whose pages are there: how many VMs', and the first names.

@@ -221,7 +221,7 @@ impl ServerHandle {
     /// Waits as long as that takes. Whoever reads here is answered meanwhile, and afterwards.
     ///
     /// # Errors
-    /// What could not be handed over in time, and why: it stays, and takes pages again.
+    /// What nobody took for so long, and why: it stays, and takes pages again.
     pub fn drain(&self, options: &DrainOptions<'_>) -> Result<Drained> {
         drain::run(self.shared.store(), self.shared.limit_out(), options)
     }

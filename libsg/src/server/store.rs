@@ -9,7 +9,7 @@ mod offers;
 mod parked;
 mod report;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard};
 
 pub(super) use self::copies::{Noted, Target};
-pub(super) use self::handover::{Parcel, Portrait, Writing};
+pub(super) use self::handover::{Handed, Parcel, Portrait, Writing};
 pub use self::report::Holding;
 use super::Config;
 use super::arena::Arena;
@@ -85,8 +85,8 @@ pub(super) struct Store {
     closing: AtomicBool,
     /// It leaves, and takes nothing in.
     leaving: AtomicBool,
-    /// Volumes that others have taken over. Locked last.
-    handed: Mutex<BTreeSet<VolumeId>>,
+    /// How far it is with each volume. Locked last.
+    handed: Mutex<BTreeMap<VolumeId, Handed>>,
     volumes: Mutex<Volumes<Arc<Books>>>,
     budget: Arc<Budget>,
     /// Other intermediaries that have pages which this one is asked about. Locked last.

@@ -95,6 +95,15 @@ impl Inheritance {
     }
 }
 
+/// How far an intermediary is that leaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leaving {
+    /// Pages that others have taken over.
+    pub handed_pages: u64,
+    /// Pages that nobody else was given yet.
+    pub left_pages: u64,
+}
+
 #[cfg(test)]
 mod test {
     use super::*;

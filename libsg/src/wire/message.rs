@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Malformed;
-use super::handover::Inheritance;
+use super::handover::{Inheritance, Leaving};
 use super::link_use::LinkUse;
 use super::parking::{Claim, Parking, Verdict, check_node};
 use crate::error::ErrorKind;
@@ -198,6 +198,8 @@ pub struct NodeStatistics {
     pub connections: u32,
     /// Volumes it holds anything of: id, VM's name, state, pages, age.
     pub volumes: Vec<VolumeSummary>,
+    /// How far it is, where it was told to go and hands over what it has.
+    pub leaving: Option<Leaving>,
 }
 
 /// One line of `sg status`.

@@ -146,8 +146,12 @@ impl<'s> Heirs<'s> {
         // First, since a member that takes nothing would be one for ever.
         inherit(&mut line, portrait, said.clone())?;
         let told = VmdRequest::Inherit(Box::new(said.clone()));
-        if let Some(Err(error)) = self.list.first_mut().map(|first| first.line.control(&told)) {
-            // Somebody else has just become one, as far as is known: then this one is none.
+        let first = self.list.first_mut().map_or(Ok(()), |first| first.line.control(&told).map(|_| ()));
+        let added = first.and_then(|()| {
+            around.store.add_members(self.volume, said.members.clone()).map_err(crate::transport::refusal)
+        });
+        if let Err(error) = added {
+            // Somebody else has just become one, as far as is known, or the volume is no more: then this one is none.
             if let Err(error) = line.control(&VmdRequest::Dissolve) {
                 tracing::warn!(node = %member.node, error = error.chain(), "may keep a volume of which it is no member");
             }
@@ -158,8 +162,6 @@ impl<'s> Heirs<'s> {
                 tracing::warn!(member = %heir.member.node, error = error.chain(), "cannot be told of a new member");
             }
         }
-        let added = around.store.add_members(self.volume, said.members.clone());
-        added.map_err(crate::transport::refusal)?;
         tracing::info!(volume = %self.volume, node = %member.node, "takes over, as a new member");
         portrait.said = said;
         self.list.push(Heir { index, member, line, takes: true, full: false });

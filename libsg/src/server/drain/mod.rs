@@ -31,6 +31,9 @@ use crate::ids::VolumeId;
 /// After a volume could not be handed over it is tried again after so long.
 const REST: Duration = Duration::from_millis(200);
 
+/// How often the log says why it could not.
+const TELL_AGAIN: Duration = Duration::from_secs(5);
+
 /// Whoever reads a volume asks its members each second who they are: one that leaves is there for so long after there were new
 /// ones. Where nobody else is left whom the reader knows, it is the only one that can say.
 const LINGER: Duration = Duration::from_secs(3);
@@ -40,7 +43,7 @@ const READ_LATELY: Duration = Duration::from_millis(50);
 
 /// How an intermediary leaves.
 pub struct DrainOptions<'a> {
-    /// How long it may take. Then it stays, and takes pages again.
+    /// How long it may get no further, as nobody takes what is left. Then it stays, and takes pages again.
     pub timeout: Duration,
     /// Intermediaries that may become members of volumes whose own have no room, or are gone.
     pub others: &'a dyn Fn() -> Vec<SocketAddr>,
@@ -86,29 +89,18 @@ impl Around<'_> {
 /// # Errors
 /// What could not be handed over, and why: then this intermediary stays.
 pub(super) fn run(store: &Store, limit_out: &Limit, options: &DrainOptions<'_>) -> Result<Drained> {
-    let deadline = host::now() + options.timeout;
     let reads = Cell::new((0, None));
     let around = Around { store, limit_out, others: options.others, reads };
     let mut handings: BTreeMap<VolumeId, Handing> = BTreeMap::new();
+    let (mut lingered, mut told) = (false, None);
+    let (mut least_left, mut least_at) = (u64::MAX, host::now());
     store.set_leaving(true);
-    let mut lingered = false;
     loop {
-        let (mut worked, mut failed) = (false, None);
-        for volume in store.volumes() {
-            if store.is_closing() {
-                return Err(Error::new(ErrorKind::Cancelled, "the server closes"));
-            }
-            let handing = handings.entry(volume).or_insert_with(|| Handing::new(volume));
-            match handing.pass(&around) {
-                Ok(did) => {
-                    worked |= did != Pass::Clean;
-                    store.set_handed(volume, did != Pass::Again);
-                }
-                Err(error) => {
-                    store.set_handed(volume, false);
-                    failed = Some(named(volume, error));
-                }
-            }
+        let (worked, failed) = pass(&around, &mut handings)?;
+        let so_far = || handings.values().map(|handing| handing.so_far(false));
+        let left = so_far().map(|of| of.left_pages).sum();
+        if left < least_left {
+            (least_left, least_at) = (left, host::now());
         }
         // Everything was looked at again, and is where it is to be.
         if failed.is_none() && !worked {
@@ -119,21 +111,44 @@ pub(super) fn run(store: &Store, limit_out: &Limit, options: &DrainOptions<'_>) 
                 host::thread::sleep(LINGER);
                 continue;
             }
-            let pages = handings.values().map(Handing::handed_pages).sum();
             let volumes = handings.values().filter(|handing| handing.was_here()).count() as u64;
-            return Ok(Drained { volumes, pages });
+            return Ok(Drained { volumes, pages: so_far().map(|of| of.pages).sum() });
         }
-        if host::now() >= deadline {
+        if host::elapsed(least_at) >= options.timeout {
             handings.values().for_each(|handing| handing.stay(store));
             store.set_leaving(false);
-            let late = || Error::new(ErrorKind::Timeout, "time is over");
-            return Err(failed.unwrap_or_else(late));
+            let restless = || Error::new(ErrorKind::Timeout, "those who take over come and go");
+            return Err(failed.unwrap_or_else(restless));
         }
-        if let Some(error) = failed {
-            tracing::warn!(error = error.chain(), "not handed over yet");
-            host::thread::sleep(REST);
+        let Some(error) = failed else { continue };
+        if told.is_none_or(|at| host::elapsed(at) >= TELL_AGAIN) {
+            told = Some(host::now());
+            tracing::warn!(error = error.chain(), "not handed over yet: tried again");
+        }
+        host::thread::sleep(REST);
+    }
+}
+
+/// Looks at each volume. Whether there was something to do, and what could not be done.
+fn pass(around: &Around<'_>, handings: &mut BTreeMap<VolumeId, Handing>) -> Result<(bool, Option<Error>)> {
+    let (mut worked, mut failed, store) = (false, None, around.store);
+    for volume in store.volumes() {
+        if store.is_closing() {
+            return Err(Error::new(ErrorKind::Cancelled, "the server closes"));
+        }
+        let handing = handings.entry(volume).or_insert_with(|| Handing::new(volume));
+        match handing.pass(around) {
+            Ok(did) => {
+                worked |= did != Pass::Clean;
+                store.set_handed(volume, handing.so_far(did != Pass::Again));
+            }
+            Err(error) => {
+                store.set_handed(volume, handing.so_far(false));
+                failed = Some(named(volume, error));
+            }
         }
     }
+    Ok((worked, failed))
 }
 
 fn named(volume: VolumeId, error: Error) -> Error {

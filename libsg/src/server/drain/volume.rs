@@ -1,11 +1,13 @@
 //! One volume that is handed over, as often as it takes.
 
+mod keeping;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::Around;
 use super::heirs::Heirs;
-use super::line::{Heard, Line};
+use super::line::Heard;
 use super::look::{Holdings, Units};
 use super::plan::{Group, Plan};
 use crate::error::{Error, ErrorKind, Result};
@@ -14,14 +16,12 @@ use crate::ids::{MemberIndex, MemberSet, NodeId, VolumeId};
 use crate::limits::{BATCH_PAGES, INDEX_ENTRIES_MAX};
 use crate::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use crate::server::slots::Held;
-use crate::server::store::{Portrait, Store};
-use crate::transport::refusal;
+use crate::server::store::{Handed, Portrait, Store};
 use crate::wire::entry::{Entry, decode_table, encode_table};
-use crate::wire::message::{self, Member, VmdRequest};
-use crate::wire::parking::Parking;
+use crate::wire::message::Member;
 use crate::wire::placement::{index_owners, owner_runs};
 use crate::wire::run::encode_runs;
-use crate::wire::{IndexEntry, Kind, MovedEntry, Status};
+use crate::wire::{IndexEntry, Kind, MovedEntry};
 
 /// Bytes that are under way to each of those who take over; and where somebody reads here meanwhile.
 const WINDOW_BYTES: usize = 1 << 20;
@@ -30,8 +30,8 @@ const WINDOW_BYTES_BESIDE: usize = BATCH_PAGES * PAGE_BYTES;
 /// Moves that index servers are told of at once.
 const MOVES_AT_ONCE: usize = 512;
 
-/// How often the log says how far it is.
-const TELL_EVERY: Duration = Duration::from_secs(2);
+/// How often it says how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 const _: () = assert!(2 * MOVES_AT_ONCE <= INDEX_ENTRIES_MAX);
 
@@ -81,9 +81,9 @@ impl Handing {
         }
     }
 
-    /// Pages that went over.
-    pub(super) const fn handed_pages(&self) -> u64 {
-        self.handed
+    /// How far it is.
+    pub(super) fn so_far(&self, all: bool) -> Handed {
+        Handed { pages: self.handed, left_pages: self.plan.left() as u64, all }
     }
 
     /// Whether there was anything to hand over.
@@ -110,7 +110,10 @@ impl Handing {
     /// Why not all of it could be: the next pass tries again.
     pub(super) fn pass(&mut self, around: &Around<'_>) -> Result<Pass> {
         let store = around.store;
-        let Some(mut portrait) = store.portrait(self.volume) else { return Ok(Pass::Clean) };
+        let Some(mut portrait) = store.portrait(self.volume) else {
+            self.plan = Plan::default();
+            return Ok(Pass::Clean);
+        };
         self.plan.refresh(store.held(self.volume));
         let is_keeper = is_keeper(store, &portrait) || self.keeper.is_some();
         let has_books = portrait.indexed_pages > 0 || portrait.blob.is_some() || is_keeper;
@@ -137,13 +140,18 @@ impl Handing {
             heirs.add(around, &mut portrait)?;
             (worked, self.grew) = (true, true);
         }
+        // Behind it those who have the index are told of each page that moves: they may have known of it before.
+        if portrait.indexed_pages > 0 && self.index_at.is_empty() {
+            worked = true;
+            // Where nobody has room for it, or is left, there may be others.
+            while self.hand_index(around, &portrait, &mut heirs).is_err() {
+                heirs.add(around, &mut portrait)?;
+                self.grew = true;
+            }
+        }
         if self.plan.left() > 0 || !self.untold.is_empty() {
             worked = true;
             self.hand_all_pages(around, &mut portrait, &mut heirs)?;
-        }
-        if portrait.indexed_pages > 0 && self.index_at.is_empty() {
-            worked = true;
-            self.hand_index(around, &portrait, &mut heirs)?;
         }
         if is_keeper {
             worked = true;
@@ -211,7 +219,7 @@ impl Handing {
                 if self.untold.len() >= MOVES_AT_ONCE {
                     self.tell_moves(around, portrait, heirs)?;
                 }
-                self.tell_progress();
+                self.tell_progress(around.store);
             }
             #[cfg(feature = "simulation")]
             if host::has_bug(host::Bug::LeavesEarly) {
@@ -285,11 +293,13 @@ impl Handing {
         }
     }
 
-    fn tell_progress(&mut self) {
+    fn tell_progress(&mut self, store: &Store) {
         let now = host::now();
         if self.told_at.is_none_or(|at| now.saturating_duration_since(at) >= TELL_EVERY) {
             self.told_at = Some(now);
-            let left_bytes = self.plan.left() as u64 * PAGE_BYTES_U64;
+            let so_far = self.so_far(false);
+            store.set_handed(self.volume, so_far);
+            let left_bytes = so_far.left_pages * PAGE_BYTES_U64;
             tracing::info!(volume = %self.volume, handed_pages = self.handed, left_bytes, "handing over");
         }
     }
@@ -301,16 +311,13 @@ impl Handing {
         if self.untold.is_empty() {
             return Ok(());
         }
-        let mut unknown = Vec::new();
-        around.store.moved(self.volume, portrait.epoch, &self.untold, &mut unknown).map_err(refusal)?;
-        // What the index here knows is handed over behind this, unless it was before.
-        let rest = if self.index_at.is_empty() { unknown } else { self.untold.clone() };
+        around.store.moved_away(self.volume, &self.untold);
         let members = portrait.said.members.len();
         let mut by_owner: BTreeMap<MemberIndex, Vec<MovedEntry>> = BTreeMap::new();
         let living = heirs.set();
-        for entry in rest {
+        for entry in &self.untold {
             let owner = index_owners(entry.page, members, |member| living.contains(member)).next();
-            by_owner.entry(owner.ok_or_else(nobody)?).or_default().push(entry);
+            by_owner.entry(owner.ok_or_else(nobody)?).or_default().push(*entry);
         }
         for (owner, mut unknown) in by_owner {
             let others = heirs.all().without(owner);
@@ -426,41 +433,6 @@ impl Handing {
         }
         Ok(())
     }
-
-    /// Another grants claims from now on. Between the moment at which this one stops and the one at which that is known to
-    /// have begun, nobody does.
-    fn hand_keeping(
-        &mut self,
-        around: &Around<'_>,
-        portrait: &Portrait,
-        heirs: &mut Heirs<'_>,
-    ) -> Result<()> {
-        let first = || heirs.iter().find(|heir| heir.takes).map(|heir| heir.member.clone());
-        let to = self.keeper.clone().or_else(first).ok_or_else(nobody)?;
-        around.store.set_stopped(self.volume, true);
-        // What was decided until now.
-        let Some(last) = around.store.portrait(self.volume) else { return Ok(()) };
-        let Some(before) = last.said.parking.clone() else { return Ok(()) };
-        let parking = Parking { keeper: to.node.clone(), term: before.term + 1, ..before };
-        let mut line = Line::open((around.store, around.limit_out), to.address, (self.volume, last.epoch))?;
-        if *line.node() != to.node {
-            return Err(in_doubt(&to));
-        }
-        self.keeper = Some(to);
-        let mut said = last.said.clone();
-        said.parking = Some(parking.clone());
-        let body = message::encode(&VmdRequest::Inherit(Box::new(said)))?;
-        let (header, _) = line.ask(Kind::Vmd, (0, &body), host::now() + super::line::SILENCE_MAX)?;
-        // Yes or no: it is known.
-        self.keeper = None;
-        if header.status != Status::Ok {
-            heirs.lose(index_of(portrait, &parking.keeper), &refusal(header.status));
-            return Err(refusal(header.status));
-        }
-        around.store.set_keeper(self.volume, parking.clone()).map_err(refusal)?;
-        heirs.name_keeper(portrait, &parking);
-        Ok(())
-    }
 }
 
 /// Who gets a group: who has least under way, of those that have room and have it not; one member for all of a unit.
@@ -475,20 +447,6 @@ fn is_keeper(store: &Store, portrait: &Portrait) -> bool {
     portrait.said.parking.as_ref().is_some_and(|parking| parking.keeper == *store.node())
 }
 
-fn index_of(portrait: &Portrait, node: &NodeId) -> MemberIndex {
-    let at = portrait.said.members.iter().position(|member| member.node == *node);
-    MemberIndex(at.map_or(u16::MAX, |at| at as u16))
-}
-
 fn nobody() -> Error {
     Error::new(ErrorKind::Unreachable, "nobody is left to take it over")
-}
-
-fn in_doubt(to: &Member) -> Error {
-    let message = format!(
-        "{} was to grant claims and was restarted before it answered: whether it granted one is not known, and whoever claims \
-         the VM must force it",
-        to.node
-    );
-    Error::new(ErrorKind::Unreachable, message)
 }

@@ -34,6 +34,17 @@ pub(in crate::server) struct Portrait {
     pub indexed_pages: u64,
 }
 
+/// How far one that leaves is with a volume.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::server) struct Handed {
+    /// Pages that others have taken over.
+    pub pages: u64,
+    /// Pages that nobody else was given yet.
+    pub left_pages: u64,
+    /// All of it that is here is elsewhere as well.
+    pub all: bool,
+}
+
 /// A connection on which a volume is written.
 pub(in crate::server) struct Writing(Arc<Books>);
 
@@ -61,14 +72,9 @@ impl Store {
         self.handed.lock().clear();
     }
 
-    /// Whether all of a volume that is here is elsewhere as well.
-    pub(in crate::server) fn set_handed(&self, volume: VolumeId, is_handed: bool) {
-        let mut handed = self.handed.lock();
-        if is_handed {
-            handed.insert(volume)
-        } else {
-            handed.remove(&volume)
-        };
+    /// How far it is with a volume.
+    pub(in crate::server) fn set_handed(&self, volume: VolumeId, handed: Handed) {
+        self.handed.lock().insert(volume, handed);
     }
 
     pub(super) fn is_leaving(&self) -> bool {
@@ -279,7 +285,19 @@ impl Store {
         })
     }
 
-    /// Pages lie elsewhere now. Appends those of which that was not known here.
+    /// Pages that lay here lie elsewhere now: the index here, which is read until this one goes, and handed over again where
+    /// who has it is lost, says so of those that it knows.
+    pub(in crate::server) fn moved_away(&self, volume: VolumeId, moved: &[MovedEntry]) {
+        let Some(books) = self.books(volume) else { return };
+        let mut index = books.index.lock();
+        for moved in moved {
+            // Nothing is remembered: no entry comes any more.
+            let _ = index.moved(moved, &mut || false);
+        }
+    }
+
+    /// Pages lie elsewhere now. Appends those of which that was not known here, or of which others may have been told what
+    /// was known, since this one leaves: they are to be told as well.
     pub(in crate::server) fn moved(
         &self,
         volume: VolumeId,
@@ -291,10 +309,13 @@ impl Store {
             if !moved.iter().all(|moved| u64::from(moved.page.0) < pages) {
                 return Err(Status::Malformed);
             }
+            let leaves = self.is_leaving();
             for moved in moved {
-                let known = index.moved(moved, &mut || self.budget.take(MOVE_BYTES as u64));
-                if !known.map_err(|Full| Status::Full)? {
-                    unknown.push(*moved);
+                let more = &mut || !leaves && self.budget.take(MOVE_BYTES as u64);
+                match index.moved(moved, more) {
+                    Ok(true) if !leaves => {}
+                    Err(Full) if !leaves => return Err(Status::Full),
+                    _ => unknown.push(*moved),
                 }
             }
             Ok(())

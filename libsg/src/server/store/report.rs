@@ -9,6 +9,7 @@ use crate::ids::VolumeId;
 use crate::page::PAGE_BYTES_U64;
 use crate::server::volumes::Volume;
 use crate::wire::Status;
+use crate::wire::handover::Leaving;
 use crate::wire::link_use::LinkUse;
 use crate::wire::message::{NodeStatistics, VolumeInfo, VolumeSummary};
 
@@ -50,7 +51,10 @@ impl Store {
     pub(in crate::server) fn losses(&self) -> Vec<Holding> {
         let mut holdings = self.holdings();
         let handed = self.handed.lock();
-        holdings.retain(|holding| holding.matters() && !handed.contains(&holding.summary.volume));
+        holdings.retain(|holding| {
+            let elsewhere = handed.get(&holding.summary.volume).is_some_and(|handed| handed.all);
+            holding.matters() && !elsewhere
+        });
         holdings
     }
 
@@ -85,7 +89,8 @@ impl Store {
     }
 
     pub(in crate::server) fn statistics(&self, connections: u32) -> NodeStatistics {
-        let volumes = self.holdings().into_iter().map(|holding| holding.summary).collect();
+        let volumes: Vec<_> = self.holdings().into_iter().map(|holding| holding.summary).collect();
+        let leaving = self.is_leaving().then(|| self.how_far(&volumes));
         let slots = self.slots.lock();
         NodeStatistics {
             node: self.node.clone(),
@@ -98,6 +103,18 @@ impl Store {
             link: LinkUse::default(),
             connections,
             volumes,
+            leaving,
+        }
+    }
+
+    /// How far it is with handing over.
+    fn how_far(&self, volumes: &[VolumeSummary]) -> Leaving {
+        let handed = self.handed.lock();
+        let left =
+            |of: &VolumeSummary| handed.get(&of.volume).map_or(of.stored_pages, |handed| handed.left_pages);
+        Leaving {
+            handed_pages: handed.values().map(|handed| handed.pages).sum(),
+            left_pages: volumes.iter().map(left).sum(),
         }
     }
 }

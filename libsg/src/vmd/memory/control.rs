@@ -105,6 +105,7 @@ impl State {
             link: LinkUse::default(),
             connections: 0,
             volumes: live.map(summary).collect(),
+            leaving: None,
         }
     }
 }

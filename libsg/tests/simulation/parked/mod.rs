@@ -273,7 +273,7 @@ fn a_seed_is_the_same_run_each_time() {
 }
 
 /// A small VM at intermediaries of 4 MiB, claimed when it has evicted, on a fast network on which nothing happens but this.
-fn holds(intermediaries: usize, event: At<What>) {
+fn claimed(intermediaries: usize, events: Vec<At<What>>) -> Outcome {
     let mut parking = Parking::of(0);
     let plan = Plan {
         memory: vec![Content::Version(1); 200],
@@ -294,9 +294,15 @@ fn holds(intermediaries: usize, event: At<What>) {
         ..parking.base
     };
     parking.claims = vec![At { after: After::Evicted, delay: Duration::ZERO, what: () }];
-    parking.events = vec![event];
+    parking.events = events;
     let outcome = run::Run::new(&parking, None).run();
     assert_eq!(outcome.breach, None, "{:#?}", outcome.lines);
+    outcome
+}
+
+/// The same, by the first that claims it.
+fn holds(intermediaries: usize, events: Vec<At<What>>) {
+    let outcome = claimed(intermediaries, events);
     let runs = outcome.lines.iter().any(|line| line.contains("claimant 0: Resumed"));
     assert!(runs, "it was not claimed at once: {:#?}", outcome.lines);
 }
@@ -306,7 +312,7 @@ fn holds(intermediaries: usize, event: At<What>) {
 fn a_keeper_whose_connection_breaks_behind_commit_is_told_anew() {
     for delay in (0..600).step_by(20) {
         let what = What::Break(Who::Source, Who::Intermediary(0));
-        holds(2, At { after: After::Commit, delay: Duration::from_micros(delay), what });
+        holds(2, vec![At { after: After::Commit, delay: Duration::from_micros(delay), what }]);
     }
 }
 
@@ -315,7 +321,31 @@ fn a_keeper_whose_connection_breaks_behind_commit_is_told_anew() {
 fn an_index_server_is_asked_again_within_its_grace() {
     for delay in (0..1000).step_by(40) {
         let what = What::Break(Who::Claimant(0), Who::Intermediary(0));
-        holds(1, At { after: After::Running(0), delay: Duration::from_micros(delay), what });
+        holds(1, vec![At { after: After::Running(0), delay: Duration::from_micros(delay), what }]);
+    }
+}
+
+/// Both leave, and new ones start at their places. Who had come was not asked where it became known between the question who
+/// the members are and the one where pages are; and an index that had been handed over named places from which others had
+/// taken them since.
+#[test]
+fn whoever_takes_over_is_asked_before_anything_is_lost() {
+    let leave = |nth, after, us| {
+        let what = What::Leave(nth, Some(Duration::from_millis(1)));
+        At { after, delay: Duration::from_micros(us), what }
+    };
+    let evicted = After::Evicted;
+    for (first, us, after, then_us) in [
+        (0, 0, evicted, 1000),
+        (0, 1000, evicted, 2000),
+        (0, 8000, evicted, 2000),
+        (0, 20_000, evicted, 2000),
+        (0, 8000, After::Claimed(0), 0),
+        (0, 20_000, After::Claimed(0), 0),
+        (1, 1000, evicted, 0),
+        (1, 0, After::Claimed(0), 500),
+    ] {
+        claimed(2, vec![leave(first, evicted, us), leave(1 - first, after, then_us)]);
     }
 }
 
