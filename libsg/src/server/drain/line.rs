@@ -10,8 +10,8 @@ use crate::host;
 use crate::ids::{Epoch, NodeId, Placement, Sequence, VolumeId};
 use crate::memory::vectored::{self, IoPart};
 use crate::page::PAGE_BYTES;
+use crate::server::limit::{Class, Limit, Turn};
 use crate::server::store::{Parcel, Store};
-use crate::server::stream::Limit;
 use crate::transport::{Conversation, dial, push_state, refusal, wait_writable};
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, VmdReply, VmdRequest};
@@ -43,7 +43,7 @@ struct Asked {
 /// A connection to who takes over.
 pub(super) struct Line<'s> {
     store: &'s Store,
-    limit: &'s Limit,
+    turn: Turn<'s>,
     talk: Conversation,
     next: u64,
     /// Sent and not answered, in their order.
@@ -60,7 +60,7 @@ impl<'s> Line<'s> {
     ) -> Result<Self> {
         let channel = dial(address, Purpose::VmdBulk, volume, epoch, store.secret(), DIAL_TIME)?;
         let talk = Conversation::new(channel);
-        Ok(Self { store, limit, talk, next: 1, asked: VecDeque::new(), heard: Vec::new() })
+        Ok(Self { store, turn: Turn::new(limit), talk, next: 1, asked: VecDeque::new(), heard: Vec::new() })
     }
 
     /// Who is there.
@@ -113,16 +113,16 @@ impl<'s> Line<'s> {
         let mut left: usize = parts.iter().map(IoPart::len).sum();
         let (mut rest, mut last_sign) = (parts, host::now());
         while left > 0 {
-            let allowed = self.limit.wait_behind(left);
+            let allowed = self.turn.wait(Class::HandedOver, left);
             let sent = match vectored::send_some(channel, rest, allowed) {
                 Ok(sent) => sent,
                 Err(cause) if cause.kind() == std::io::ErrorKind::WouldBlock => 0,
                 Err(cause) => {
-                    self.limit.give_back(allowed);
+                    self.turn.give_back(allowed);
                     return Err(cause.into());
                 }
             };
-            self.limit.give_back(allowed - sent);
+            self.turn.give_back(allowed - sent);
             left -= sent;
             rest = IoPart::advance(rest, sent);
             if sent > 0 {

@@ -22,8 +22,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use self::volume::{Handing, Pass};
+use super::limit::Limit;
 use super::store::Store;
-use super::stream::Limit;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::VolumeId;

@@ -19,7 +19,12 @@ pub(in crate::server) enum Class {
     Urgent,
     /// Pages that nobody waits for.
     Bulk,
+    /// What is handed to others before we go: behind all that others read.
+    HandedOver,
 }
+
+/// How many classes there are.
+const CLASSES: usize = 3;
 
 /// Connections that share a limit. Of each class those that wait have as many bytes each, whenever and in what pieces they
 /// ask: a connection's next slice begins where its last one ended, and the one with the earliest beginning is next
@@ -31,7 +36,7 @@ pub(super) struct Line {
     /// Class, beginning, number: the first is next.
     waiting: BTreeSet<(Class, u64, u64)>,
     /// Where the slice began that was given out last, of each class.
-    clocks: [u64; 2],
+    clocks: [u64; CLASSES],
     urgent_run: u32,
     moved: u64,
     next: u64,
@@ -41,7 +46,7 @@ pub(super) struct Line {
 #[derive(Debug)]
 struct Seat {
     /// Where its last slice ended, of each class.
-    ends: [u64; 2],
+    ends: [u64; CLASSES],
     class: Class,
     wanted: u64,
     granted: u64,
@@ -54,7 +59,7 @@ impl Line {
             bucket: TokenBucket::new(now, rate),
             seats: BTreeMap::new(),
             waiting: BTreeSet::new(),
-            clocks: [0; 2],
+            clocks: [0; CLASSES],
             urgent_run: 0,
             moved: 0,
             next: 0,
@@ -65,7 +70,7 @@ impl Line {
     pub(super) fn join(&mut self) -> u64 {
         let number = self.next;
         self.next += 1;
-        self.seats.insert(number, Seat { ends: [0; 2], class: Class::Bulk, wanted: 0, granted: 0 });
+        self.seats.insert(number, Seat { ends: [0; CLASSES], class: Class::Bulk, wanted: 0, granted: 0 });
         number
     }
 
@@ -227,6 +232,14 @@ mod test {
         let had = served(&mut line(), &asks, 8 << 20);
         assert!(had[2] > 7 * (had[0] + had[1]), "{had:?}");
         assert!(had[2] < 40 * (had[0] + had[1]) && had[0].abs_diff(had[1]) <= 1 << 16, "{had:?}");
+    }
+
+    #[test]
+    fn what_is_handed_over_has_what_others_leave() {
+        let slow = (Class::HandedOver, 1 << 20, 0);
+        let had = served(&mut line(), &[(Class::Bulk, 1 << 20, 0), slow], 4 << 20);
+        assert!(had[0] > 0 && had[1] <= pace::slice_bytes(Some(RATE)), "{had:?}");
+        assert!(served(&mut line(), &[slow], 4 << 20)[0] >= 4 << 20);
     }
 
     #[test]
