@@ -33,8 +33,8 @@ use libsg::wire::message::{
 use libsg::wire::parking::{Claim, Parking, Verdict};
 use libsg::wire::run::{RunEntry, encode_runs};
 use libsg::wire::{
-    Credit, DiscardEntry, GetEntry, Header, HintEntry, IndexEntry, Kind, Missing, PageEntry, ReferEntry,
-    Referral,
+    Credit, DiscardEntry, GetEntry, Header, HintEntry, IndexEntry, Kind, Missing, MovedEntry, PageEntry,
+    ReferEntry, Referral,
 };
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
@@ -204,6 +204,7 @@ fn tables() -> Vec<Vec<u8>> {
         counted(&[PageIndex(1), PageIndex(2)]),
         counted(&[MemberSet(5), MemberSet::ALL]),
         counted(&[ReferEntry { page: PageIndex(5), round: Round(1), hash: ContentHash([7; 20]) }; 2]),
+        counted(&[MovedEntry { page: PageIndex(5), from: placement(), to: placement() }; 2]),
         counted(&[HintEntry { hash: ContentHash([7; 20]), member: MemberIndex(63) }; 2]),
         counted(&[
             Referral::Have(placement()),

@@ -17,8 +17,8 @@ use libsg::wire::handshake::{Challenge, Hello, PoolKey, decode_mac};
 use libsg::wire::message::{self, Talk, VmdReply, VmdRequest};
 use libsg::wire::run::{RunEntry, decode_pages, decode_runs, encode_runs, table_bytes};
 use libsg::wire::{
-    Credit, DiscardEntry, GetEntry, HEADER_BYTES, Header, HintEntry, IndexEntry, Kind, Missing, PageEntry,
-    ReferEntry, Referral,
+    Credit, DiscardEntry, GetEntry, HEADER_BYTES, Header, HintEntry, IndexEntry, Kind, Missing, MovedEntry,
+    PageEntry, ReferEntry, Referral,
 };
 
 /// A header, as it is and under a checksum that is right.
@@ -54,6 +54,7 @@ pub fn tables(data: &[u8]) {
     table::<ReferEntry>(body, count);
     table::<HintEntry>(body, count);
     table::<Referral>(body, count);
+    table::<MovedEntry>(body, count);
     let mut entries = Vec::new();
     if decode_runs(body, count, &mut entries).is_ok()
         && let Ok(bytes) = copied_bytes(&entries)

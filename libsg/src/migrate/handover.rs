@@ -53,20 +53,20 @@ impl Lead<'_> {
         if self.scatter.is_poisoned() { Err(self.scatter.failure()) } else { Ok(()) }
     }
 
-    /// Tells the destination what was written since it was last sent, so that it takes out what it has of that while the VM
-    /// still runs, and not while it is paused. One that is slow to do so is not waited for: the final set says it again.
+    /// Tells the destination what was written since it was last sent, if anything: it takes out what it has of that while
+    /// the VM still runs, and not while it is paused, and installs nothing more before it is. One that is slow to do so is not waited for: the final set says it again.
     pub(super) fn tell_written(&self, control: &mut Conversation, runs: &[PageRange]) -> Result<()> {
-        if runs.is_empty() {
-            return Ok(());
-        }
         // The one that begins when the VM is paused.
         let round = Round(self.scatter.planner.lock().round().0.saturating_add(1));
         let mut rest = runs;
-        while !rest.is_empty() {
+        loop {
             let (some, behind) = rest.split_at(rest.len().min(limits::INDEX_ENTRIES_MAX));
             rest = behind;
             let written = Talk::Written { round, runs: some.to_vec(), last: rest.is_empty() };
             control.send_talk(&written, host::now() + self.options.ready_timeout)?;
+            if rest.is_empty() {
+                break;
+            }
         }
         match self.expect(control, &Talk::Cleared, host::now() + CLEARS) {
             Err(error) if error.kind != ErrorKind::Timeout => Err(error),

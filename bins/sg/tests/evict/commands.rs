@@ -57,7 +57,8 @@ fn vms_are_parked_in_a_pool_that_is_looked_at_first_and_claimed_there() {
     let secret = world.path("secret").to_str().unwrap().to_owned();
     std::fs::write(&secret, "the secret of this pool").unwrap();
     for name in ["a", "b"] {
-        world.serve(&["--name", name, "--announce", &place, "--link", "1gbit", "--secret", &secret]);
+        // What other tests move over the loopback interface is little of that.
+        world.serve(&["--name", name, "--announce", &place, "--link", "100gbit", "--secret", &secret]);
     }
     for name in ["web", "db"] {
         world.vmm("here", name, &["--memory", "16M", "--workload", "idle", "--secret", &secret]);

@@ -46,18 +46,10 @@ impl Shared {
         Ok(true)
     }
 
-    /// Takes out what is known to be out of date by now, while the VM still runs: less is left to do behind the pause.
-    /// `false` as in [`Self::settle`].
+    /// Takes out what is known to be out of date by now, while the VM still runs, and nobody begins to install until
+    /// [`Self::settle`]: less is left to do behind the pause, and nobody to wait for. `false` as there.
     pub fn clear(&self) -> Result<bool> {
-        if self.is_final() || !self.gathers_early {
-            return Ok(true);
-        }
-        if !self.withdraw()? {
-            return Ok(false);
-        }
-        self.tracker.lock().go_on_installing();
-        self.wake_all();
-        Ok(true)
+        if self.is_final() || !self.gathers_early { Ok(true) } else { self.withdraw() }
     }
 
     /// Takes out what is out of date, once nobody installs any more.

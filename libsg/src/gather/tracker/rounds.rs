@@ -45,15 +45,10 @@ impl Tracker {
         self.early.placed = Some(vec![0; self.states.len().div_ceil(64)].into_boxed_slice());
     }
 
-    /// From now on nobody begins to install, until [`Self::settle`] or [`Self::go_on_installing`]. Whether nobody is at it any more either.
+    /// From now on nobody begins to install, until [`Self::settle`]. Whether nobody is at it any more either.
     pub fn stop_installing(&mut self) -> bool {
         self.early.stopped = true;
         self.is_still()
-    }
-
-    /// What is in place may be out of date again from now on.
-    pub fn go_on_installing(&mut self) {
-        self.early.stopped = false;
     }
 
     /// Whether installing was stopped: what cannot be claimed need not be held then.
