@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::crc;
 use crate::error::{Error, ErrorKind};
-use crate::page::PAGE_BYTES;
 
 /// One VM's pages in the VMD. Random, so that two sources never pick the same one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -217,14 +216,13 @@ pub struct Round(pub u16);
 pub struct Checksum(pub u32);
 
 impl Checksum {
+    /// That of a page of zeros: one that has it is looked at, to be sure.
+    pub(crate) const OF_ZEROS: Self = Self(crc::OF_ZEROS);
+
     /// The checksum of `bytes`.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
-        let words: Option<&[[u8; 8]; PAGE_BYTES / 8]> = bytes.as_chunks().0.try_into().ok();
-        match words.filter(|_| bytes.len() == PAGE_BYTES) {
-            Some(words) => Self(crc::of_page(|at| u64::from_ne_bytes(words[at]), |_| ())),
-            None => Self(crc_fast::crc32_iscsi(bytes)),
-        }
+        Self(crc::of(bytes))
     }
 }
 

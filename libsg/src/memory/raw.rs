@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use crate::crc::{self, LINE_BYTES};
+use crate::crc;
 use crate::ids::Checksum;
 use crate::page::PAGE_BYTES;
 
@@ -122,13 +122,24 @@ impl<'m> GuestSlice<'m> {
         true
     }
 
-    /// CRC32C of the bytes: word by word where it is a page, as guest memory is; else by way of a page-sized buffer on
-    /// the stack, that is: of the L1 cache.
+    /// CRC32C of the bytes: from where they lie where it is a page, as guest memory is; else by way of a page-sized buffer
+    /// on the stack, that is: of the L1 cache.
     #[must_use]
     pub fn checksum(self) -> Checksum {
-        if self.bytes == PAGE_BYTES && self.words().0 == 0 {
-            return Checksum(crc::of_page(|at| self.word(at * WORD_BYTES), |_| ()));
+        self.page_sum(self).unwrap_or_else(|| self.copied_sum())
+    }
+
+    /// The sum of a page, while `next` is fetched from memory. `None` for what is no page, and where the processor has no
+    /// instruction for it.
+    fn page_sum(self, next: Self) -> Option<Checksum> {
+        if self.bytes != PAGE_BYTES {
+            return None;
         }
+        // SAFETY: a page that is readable for 'm; whoever else accesses it is no Rust reference.
+        unsafe { crc::of_page(self.as_ptr(), next.as_ptr()) }.map(Checksum)
+    }
+
+    fn copied_sum(self) -> Checksum {
         let mut page = [0; PAGE_BYTES];
         if self.bytes <= PAGE_BYTES {
             let page = &mut page[..self.bytes];
@@ -156,20 +167,8 @@ impl<'m> GuestSlice<'m> {
         let rest = self.skip(page * PAGE_BYTES);
         let (this, next) = (rest.take(PAGE_BYTES), rest.skip(PAGE_BYTES));
         assert_eq!(this.bytes, PAGE_BYTES, "the checksum of a page that is not there");
-        if this.words().0 != 0 || next.bytes < PAGE_BYTES {
-            return this.checksum();
-        }
-        Checksum(crc::of_page(|at| this.word(at * WORD_BYTES), |line| next.skip(line * LINE_BYTES).fetch()))
-    }
-
-    /// Has the processor fetch the first line of it from memory, without waiting.
-    fn fetch(self) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: fetching reads nothing and faults nowhere; every x86-64 processor knows how.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(self.start.as_ptr().cast());
-        }
+        let next = if next.is_empty() { this } else { next };
+        this.page_sum(next).unwrap_or_else(|| this.copied_sum())
     }
 
     /// Copies the bytes out.

@@ -3,7 +3,7 @@
 
 use super::batch::Batch;
 use crate::error::Result;
-use crate::ids::Round;
+use crate::ids::{Checksum, Round};
 use crate::limits::BATCH_PAGES;
 use crate::memory::PageSlice;
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
@@ -53,12 +53,14 @@ impl Loaded {
         let mut from = 0;
         for at in 0..pages {
             let page = PageIndex(first.0 + at as u32);
-            if zero_counts && slice.is_zero_page(at) {
+            // It is summed first: then it is in the cache, and its sum tells nearly all pages from zero ones.
+            let sum = slice.page_checksum(at);
+            if zero_counts && sum == Checksum::OF_ZEROS && slice.is_zero_page(at) {
                 self.push(slice, from, at)?;
                 from = at + 1;
                 self.zeros.push(page);
             } else {
-                self.entries.push(PageEntry::raw(page, round, slice.page_checksum(at)));
+                self.entries.push(PageEntry::raw(page, round, sum));
             }
         }
         self.push(slice, from, pages)
@@ -95,7 +97,6 @@ impl Loaded {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::ids::Checksum;
     use crate::manifest::{Manifest, Region};
     use crate::memory::{Backing, GuestMemory};
     use crate::page::InstallUnit;
