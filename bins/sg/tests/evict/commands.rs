@@ -81,17 +81,21 @@ fn vms_are_parked_in_a_pool_that_is_looked_at_first_and_claimed_there() {
     for name in ["web", "db"] {
         assert_eq!(world.state("here", name), "here", "nothing was done");
     }
-    let hybrid = json(&parked(&["--dry-run", "--deadline", "10m"]));
-    assert_eq!(
-        (&hybrid["plan"]["mode"], &hybrid["plan"]["fits"]),
-        (&"hybrid".into(), &true.into()),
-        "{hybrid}"
-    );
+    // Hosts whose processors are busy, with other tests, say so, and are not chosen as long as they are.
+    let mut hybrid = json(&planned);
+    until("hosts of the pool have processors free", || {
+        hybrid = json(&parked(&["--dry-run", "--deadline", "10m"]));
+        hybrid["plan"]["fits"] == true
+    });
+    assert_eq!(hybrid["plan"]["mode"], "hybrid", "{hybrid}");
 
     // It does not fit, and goes all the same: what leaves is out, whenever that is.
-    let output = parked(&["--deadline", "1ms"]);
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-    let report = json(&output);
+    let mut report = json(&planned);
+    until("hosts of the pool have processors free", || {
+        let output = parked(&["--deadline", "1ms"]);
+        report = json(&output);
+        output.status.code() == Some(0)
+    });
     let names: Vec<_> = report["vms"].as_array().unwrap().iter().map(|vm| vm["parked_as"].clone()).collect();
     assert_eq!(names, ["rack7-db", "rack7-web"]);
 
