@@ -109,13 +109,25 @@ impl MemberSet {
     /// These and one more.
     #[must_use]
     pub fn with(self, member: MemberIndex) -> Self {
-        Self(self.0 | Self::of(member).0)
+        self.or(Self::of(member))
     }
 
     /// These but one.
     #[must_use]
     pub fn without(self, member: MemberIndex) -> Self {
-        Self(self.0 & !Self::of(member).0)
+        self.but(Self::of(member))
+    }
+
+    /// These and those.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// These but for those.
+    #[must_use]
+    pub const fn but(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
     }
 
     /// Those that are in both.
@@ -127,7 +139,7 @@ impl MemberSet {
     /// Whether a member is among them.
     #[must_use]
     pub fn contains(self, member: MemberIndex) -> bool {
-        self.0 & Self::of(member).0 != 0
+        !self.and(Self::of(member)).is_empty()
     }
 
     /// How many.

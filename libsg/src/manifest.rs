@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::content::Sharing;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
-use crate::page::{InstallUnit, PAGE_BYTES_U64, PageIndex};
+use crate::page::{InstallUnit, PAGE_BYTES_U64, PageIndex, PageRange};
 
 /// One region of the VM's memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +90,50 @@ impl Manifest {
             first += (region.length_bytes / PAGE_BYTES_U64) as u32;
             (start, region)
         })
+    }
+}
+
+/// Which pages of a VM are installed together, and lie in one region.
+#[derive(Debug)]
+pub struct Units {
+    regions: Vec<(PageRange, InstallUnit)>,
+}
+
+impl Units {
+    /// Those of a VM.
+    #[must_use]
+    pub fn new(manifest: &Manifest) -> Self {
+        let regions = manifest.placed_regions().map(|(first, region)| {
+            let pages = region.length_bytes / PAGE_BYTES_U64;
+            (PageRange::new(first, pages as u32), region.unit)
+        });
+        Self { regions: regions.collect() }
+    }
+
+    fn region(&self, page: PageIndex) -> Option<&(PageRange, InstallUnit)> {
+        let behind = self.regions.partition_point(|(range, _)| range.first <= page);
+        let region = self.regions.get(behind.checked_sub(1)?)?;
+        (page.0 - region.0.first.0 < region.0.pages).then_some(region)
+    }
+
+    /// The pages that are installed together with this one. `None` for a page that there is not.
+    #[must_use]
+    pub fn of(&self, page: PageIndex) -> Option<PageRange> {
+        let (range, unit) = self.region(page)?;
+        let into = (page.0 - range.first.0) % unit.pages();
+        Some(PageRange::new(PageIndex(page.0 - into), unit.pages()))
+    }
+
+    /// Whether two pages lie in one region.
+    #[must_use]
+    pub fn same_region(&self, a: PageIndex, b: PageIndex) -> bool {
+        self.region(a).is_some_and(|(range, _)| range.positions().contains(&b.as_usize()))
+    }
+
+    /// Memory that it takes.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> usize {
+        self.regions.capacity() * size_of::<(PageRange, InstallUnit)>()
     }
 }
 

@@ -4,8 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::latency::LatencyHistogram;
-use crate::manifest::Manifest;
-use crate::page::{InstallUnit, PageIndex, PageRange};
+use crate::page::{PageIndex, PageRange};
 
 /// Faults whose waiting time is measured at once: more than a VM has threads. Those beyond are
 /// answered like any other, but not timed.
@@ -154,42 +153,6 @@ impl State {
 impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:?}/{:02x}", self.kind(), self.0 & !KIND)
-    }
-}
-
-/// Which pages are installed together.
-#[derive(Debug)]
-pub(super) struct Units {
-    regions: Vec<(PageRange, InstallUnit)>,
-}
-
-impl Units {
-    pub(super) fn new(manifest: &Manifest) -> Self {
-        let regions = manifest.placed_regions().map(|(first, region)| {
-            let pages = region.length_bytes / crate::page::PAGE_BYTES_U64;
-            (PageRange::new(first, pages as u32), region.unit)
-        });
-        Self { regions: regions.collect() }
-    }
-
-    fn region(&self, page: PageIndex) -> Option<&(PageRange, InstallUnit)> {
-        let behind = self.regions.partition_point(|(range, _)| range.first <= page);
-        let region = self.regions.get(behind.checked_sub(1)?)?;
-        (page.0 - region.0.first.0 < region.0.pages).then_some(region)
-    }
-
-    pub(super) fn of(&self, page: PageIndex) -> Option<PageRange> {
-        let (range, unit) = self.region(page)?;
-        let into = (page.0 - range.first.0) % unit.pages();
-        Some(PageRange::new(PageIndex(page.0 - into), unit.pages()))
-    }
-
-    pub(super) fn same_region(&self, a: PageIndex, b: PageIndex) -> bool {
-        self.region(a).is_some_and(|(range, _)| range.positions().contains(&b.as_usize()))
-    }
-
-    pub(super) fn allocated_bytes(&self) -> usize {
-        self.regions.capacity() * size_of::<(PageRange, InstallUnit)>()
     }
 }
 

@@ -15,12 +15,12 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use self::rounds::Early;
-use super::books::{Kind, State, Units, Waiting};
+use super::books::{Kind, State, Waiting};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, MemberIndex, Placement, Round};
 use crate::latency::LatencyHistogram;
 use crate::limits;
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, Units};
 use crate::page::{PageIndex, PageRange};
 use crate::wire::{Encoding, IndexEntry};
 

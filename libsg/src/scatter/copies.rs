@@ -183,7 +183,7 @@ impl CopyDesk {
 
     /// A batch was answered: who has no copy is left alone for a while, who has one stands well.
     pub fn answered(&self, first: MemberIndex, holders: MemberSet, missing: Missing, now: Instant) {
-        self.change(first, MemberSet(holders.0 & !missing.all().0), |_, standing| {
+        self.change(first, holders.but(missing.all()), |_, standing| {
             (standing.rests_until, standing.rest) = (None, None);
         });
         self.change(first, missing.full, |_, standing| standing.rests_until = Some(now + FULL_REST));

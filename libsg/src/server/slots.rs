@@ -12,6 +12,7 @@
 mod chunks;
 mod held;
 mod hints;
+mod pins;
 mod sharing;
 mod table;
 
@@ -67,6 +68,19 @@ pub struct SlotRun {
 }
 
 impl SlotRun {
+    /// Appends a slot to runs: to the last of them where it follows that in its chunk.
+    pub fn append(slot: SlotIndex, runs: &mut Vec<Self>) {
+        match runs.last_mut() {
+            Some(run)
+                if run.first.0 + run.slots == slot.0
+                    && ChunkNumber::of(run.first) == ChunkNumber::of(slot) =>
+            {
+                run.slots += 1;
+            }
+            _ => runs.push(Self { first: slot, slots: 1 }),
+        }
+    }
+
     /// Every slot of the run.
     pub fn iter(self) -> impl Iterator<Item = SlotIndex> {
         (self.first.0..self.first.0 + self.slots).map(SlotIndex)
@@ -339,27 +353,6 @@ impl Slots {
             (referring.checksum, referring.round)
         };
         Some(Owner { page, checksum: Checksum(checksum), round: Round(round) })
-    }
-
-    /// Keeps a leased chunk and all that is in it as it is until as many [`Self::unpin`].
-    pub fn pin(&mut self, number: ChunkNumber) {
-        if let Some(Entry::Leased(chunk)) = self.entries.get_mut(number.0 as usize) {
-            chunk.pins += 1;
-        }
-    }
-
-    /// Takes one [`Self::pin`] back.
-    pub fn unpin(&mut self, number: ChunkNumber) {
-        if let Some(Entry::Leased(chunk)) = self.entries.get_mut(number.0 as usize) {
-            chunk.pins -= 1;
-            self.settle(number);
-        }
-    }
-
-    /// Whether the chunk's volume was dissolved and only pins or unfinished slots keep it.
-    #[must_use]
-    pub fn condemned(&self, number: ChunkNumber) -> bool {
-        matches!(self.entries.get(number.0 as usize), Some(Entry::Leased(chunk)) if chunk.condemned)
     }
 
     /// Frees all that the volume alone holds. Slots that are being filled, and pinned chunks, follow by themselves.

@@ -168,10 +168,7 @@ impl Store {
             return Err(Status::Full);
         }
         let (pages, hasher) = (u64::from(known.manifest.pages()), known.payload.hasher.clone());
-        let inside = |entry: &PageEntry| u64::from(entry.page.0) + u64::from(entry.run_pages) <= pages;
-        if !entries.iter().all(inside) {
-            return Err(Status::Malformed);
-        }
+        check_inside(entries.iter().map(PageEntry::range), pages)?;
         let raw = entries.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
         let mut slots = self.slots.lock();
         drop(volumes);
@@ -204,7 +201,6 @@ impl Store {
         let me = self.me(&volumes.admit(volume, epoch, Access::Read)?.members);
         let mut slots = self.slots.lock();
         drop(volumes);
-        let mut pinned = Vec::new();
         for get in wanted {
             let place = get.placement;
             let owner = slots
@@ -215,21 +211,9 @@ impl Store {
                 continue;
             };
             entries.push(PageEntry::raw(get.page, owner.round, owner.checksum));
-            let chunk = ChunkNumber::of(place.slot);
-            if pinned.last() != Some(&chunk) {
-                slots.pin(chunk);
-                pinned.push(chunk);
-            }
-            match runs.last_mut() {
-                Some(run)
-                    if run.first.0 + run.slots == place.slot.0 && ChunkNumber::of(run.first) == chunk =>
-                {
-                    run.slots += 1;
-                }
-                _ => runs.push(SlotRun { first: place.slot, slots: 1 }),
-            }
+            SlotRun::append(place.slot, runs);
         }
-        Ok(Pinned::new(self, pinned))
+        Ok(Pinned::new(self, slots.pin_all(runs)))
     }
 
     /// Slots that were taken hold nothing.
@@ -363,10 +347,7 @@ impl Store {
             return Ok(());
         }
         self.with_index(volume, epoch, Access::Write, |index, pages| {
-            let inside = |entry: &IndexEntry| u64::from(entry.page.0) + u64::from(entry.run_pages) <= pages;
-            if !entries.iter().all(inside) {
-                return Err(Status::Malformed);
-            }
+            check_inside(entries.iter().map(IndexEntry::range), pages)?;
             // Before COMMIT nothing of it is handed over.
             if self.is_leaving() && self.volumes.lock().get(volume)?.committed {
                 // Its client gives them to the next.
@@ -491,4 +472,9 @@ impl Store {
         let mixed = host::has_bug(host::Bug::VolumesMixed);
         mixed.then(first).flatten().unwrap_or(volume)
     }
+}
+
+/// Whether the volume has the pages that are spoken of.
+fn check_inside(mut ranges: impl Iterator<Item = PageRange>, pages: u64) -> Result<(), Status> {
+    if ranges.all(|range| range.positions().end as u64 <= pages) { Ok(()) } else { Err(Status::Malformed) }
 }

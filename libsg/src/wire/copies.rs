@@ -41,7 +41,7 @@ impl Missing {
     /// All of them, whatever the reason.
     #[must_use]
     pub const fn all(&self) -> MemberSet {
-        MemberSet(self.full.0 | self.lost.0)
+        self.full.or(self.lost)
     }
 }
 

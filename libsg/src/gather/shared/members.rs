@@ -64,12 +64,12 @@ impl Shared {
 
     /// Whether the conductor has yet to take some over: until then not everybody was asked.
     pub fn has_found_members(&self) -> bool {
-        self.found_members.lock().as_ref().is_some_and(|list| list.len() > self.members.read().len())
+        self.new_members().is_some()
     }
 
     /// Members that were found, where there are still more than are known.
     pub fn new_members(&self) -> Option<Vec<Member>> {
         // They stay found until they are added.
-        self.found_members.lock().clone().filter(|list| list.len() > self.members.read().len())
+        self.found_members.lock().as_ref().filter(|list| list.len() > self.members.read().len()).cloned()
     }
 }

@@ -80,8 +80,7 @@ impl Claimant {
         let mut parked = newest(&all).ok_or_else(|| none(&options.name))?;
         // Those who were not named may know more: of others as well, which came where one left.
         for _ in 0..LISTS_MAX {
-            let addresses: Vec<_> = parked.members.iter().map(|member| member.address).collect();
-            all.extend(describe(&connector, volume, &addresses));
+            all.extend(describe_all(&connector, &parked));
             let known = parked.members.len();
             parked = newest(&all).unwrap_or(parked);
             if parked.members.len() == known {
@@ -175,8 +174,7 @@ impl Claimant {
 
     /// Whether there are more members than were known.
     fn find_members(&mut self) -> bool {
-        let addresses: Vec<_> = self.parked.members.iter().map(|member| member.address).collect();
-        let newest = newest(&describe(&self.connector, self.parked.volume, &addresses));
+        let newest = newest(&describe_all(&self.connector, &self.parked));
         let longer = newest.filter(|newest| newest.members.len() > self.parked.members.len());
         let Some(longer) = longer else { return false };
         self.parked.members = longer.members;
@@ -394,6 +392,12 @@ fn search(vmd: &VmdClient, options: &ClaimOptions) -> Result<VolumeId> {
             Err(Error::new(ErrorKind::Volume, message))
         }
     }
+}
+
+/// What its members, of those who answer, know of a volume.
+fn describe_all(connector: &Arc<dyn Connector>, volume: &VolumeInfo) -> Vec<VolumeInfo> {
+    let addresses: Vec<_> = volume.members.iter().map(|member| member.address).collect();
+    describe(connector, volume.volume, &addresses)
 }
 
 /// What those who answer know of a volume.

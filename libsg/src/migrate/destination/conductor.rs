@@ -28,7 +28,7 @@ use crate::host::{self, thread::JoinHandle};
 use crate::ids::{Checksum, Epoch, VolumeId};
 use crate::manifest::Manifest;
 use crate::migrate::{Event, IncomingVm};
-use crate::transport::{StateAssembler, Waker, wait};
+use crate::transport::{Greeting, StateAssembler, Waker, wait};
 use crate::wire::final_set::FinalSet;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{Member, Rounds, Talk};
@@ -197,8 +197,7 @@ impl Conductor {
                 }
                 continue;
             }
-            let ours =
-                self.offer.as_ref().is_some_and(|o| (o.volume, o.epoch) == (greeting.volume, greeting.epoch));
+            let ours = self.is_ours(&greeting);
             let Some(gather) = self.gather.as_ref().filter(|_| ours) else {
                 tracing::warn!(?greeting, "a connection about a volume that is not taken here");
                 continue;
@@ -212,6 +211,11 @@ impl Conductor {
                 shared.wake_fault.wake();
             }
         }
+    }
+
+    /// Whether a connection is about the volume that is taken.
+    pub(super) fn is_ours(&self, greeting: &Greeting) -> bool {
+        self.offer.as_ref().is_some_and(|o| (o.volume, o.epoch) == (greeting.volume, greeting.epoch))
     }
 
     /// A control connection says first what it is about.
@@ -234,8 +238,7 @@ impl Conductor {
                 }
             };
             let greeting = *line.channel.greeting();
-            let ours =
-                self.offer.as_ref().is_some_and(|o| (o.volume, o.epoch) == (greeting.volume, greeting.epoch));
+            let ours = self.is_ours(&greeting);
             match first {
                 Ok(Talk::Offer { manifest, members, elapsed_us, rounds }) if self.offer.is_none() => {
                     let (volume, epoch, at) = (greeting.volume, greeting.epoch, host::now());

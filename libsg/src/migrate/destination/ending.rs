@@ -215,9 +215,7 @@ impl Conductor {
         while self.control.is_none() && host::now() < until {
             self.arrivals();
             for mut line in std::mem::take(&mut self.openings) {
-                let greeting = *line.channel.greeting();
-                let offer = self.offer.as_ref();
-                let ours = offer.is_some_and(|o| (o.volume, o.epoch) == (greeting.volume, greeting.epoch));
+                let ours = self.is_ours(line.channel.greeting());
                 match line.inbox.poll(&line.channel) {
                     Ok(None) if host::elapsed(line.since) < REJOIN_MAX => self.openings.push(line),
                     Ok(Some(_)) if ours => {

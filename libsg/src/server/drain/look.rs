@@ -1,40 +1,15 @@
-//! What is looked at before pages are given away: which belong together, and who has them anyway.
+//! What is looked at before pages are given away: who has them anyway.
 
 use super::heirs::Heirs;
 use crate::error::Result;
 use crate::ids::{MemberIndex, MemberSet};
 use crate::limits::INDEX_ENTRIES_MAX;
-use crate::manifest::Manifest;
-use crate::page::{PAGE_BYTES_U64, PageIndex, PageRange};
+use crate::page::{PageIndex, PageRange};
 use crate::server::slots::Held;
 use crate::server::store::Portrait;
 use crate::wire::entry::encode_table;
 use crate::wire::run::decode_runs;
 use crate::wire::{IndexEntry, Kind};
-
-/// Which pages are installed together.
-pub(super) struct Units(Vec<(PageRange, u32)>);
-
-impl Units {
-    pub(super) fn of(manifest: &Manifest) -> Self {
-        let regions = manifest.placed_regions().map(|(first, region)| {
-            let pages = (region.length_bytes / PAGE_BYTES_U64) as u32;
-            (PageRange::new(first, pages), region.unit.pages())
-        });
-        Self(regions.collect())
-    }
-
-    pub(super) fn unit(&self, page: PageIndex) -> PageRange {
-        let behind = self.0.partition_point(|(range, _)| range.first <= page);
-        match behind.checked_sub(1).and_then(|at| self.0.get(at)) {
-            Some((range, pages)) => {
-                let into = (page.0 - range.first.0) % pages;
-                PageRange::new(PageIndex(page.0 - into), *pages)
-            }
-            None => PageRange::new(page, 1),
-        }
-    }
-}
 
 /// What members have themselves: for each, by page, the round and one, or nothing.
 pub(super) struct Holdings(Vec<(MemberIndex, Vec<u32>)>);

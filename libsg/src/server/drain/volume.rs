@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use super::Around;
 use super::heirs::Heirs;
 use super::line::Heard;
-use super::look::{Holdings, Units};
+use super::look::Holdings;
 use super::plan::{Group, Plan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{MemberIndex, MemberSet, NodeId, VolumeId};
 use crate::limits::{BATCH_PAGES, INDEX_ENTRIES_MAX};
+use crate::manifest::Units;
 use crate::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use crate::server::slots::Held;
 use crate::server::store::{Handed, Portrait, Store};
@@ -199,8 +200,8 @@ impl Handing {
         heirs: &mut Heirs<'_>,
         last: bool,
     ) -> Result<()> {
-        let units = Units::of(&portrait.said.manifest);
-        let unit_of = |page| units.unit(page);
+        let units = Units::new(&portrait.said.manifest);
+        let unit_of = |page| units.of(page).unwrap_or(PageRange::new(page, 1));
         let has = if portrait.noted { Some(Holdings::ask(portrait, heirs)?) } else { None };
         let has = |held: &Held| has.as_ref().map_or(MemberSet::NONE, |has| has.of(held));
         loop {
@@ -383,7 +384,7 @@ impl Handing {
                 let piece = move |of: PageRange| IndexEntry { page: of.first, run_pages: of.pages, ..entry };
                 owner_runs(entry.range()).map(piece)
             });
-            at = MemberSet(at.0 | self.put_entries(heirs, members, runs.collect())?.0);
+            at = at.or(self.put_entries(heirs, members, runs.collect())?);
         }
         self.index_at = at;
         Ok(())
@@ -398,7 +399,7 @@ impl Handing {
     ) -> Result<MemberSet> {
         let (mut at, mut refused, mut failed) = (MemberSet::NONE, MemberSet::NONE, None);
         while !left.is_empty() {
-            let able = MemberSet(heirs.set().0 & !refused.0);
+            let able = heirs.set().but(refused);
             let mut by_owner: BTreeMap<MemberIndex, Vec<IndexEntry>> = BTreeMap::new();
             for entry in left.drain(..) {
                 match index_owners(entry.page, members, |member| able.contains(member)).next() {

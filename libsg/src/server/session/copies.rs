@@ -8,7 +8,7 @@ use crate::ids::MemberSet;
 use crate::memory::vectored::IoPart;
 use crate::server::forward::{Stored, push_answer};
 use crate::server::limit::Class;
-use crate::server::slots::{ChunkNumber, SlotRun};
+use crate::server::slots::SlotRun;
 use crate::server::store::Noted;
 use crate::server::transit::Pinned;
 use crate::wire::copies::copied_bytes;
@@ -109,6 +109,16 @@ impl<'c> Session<'c> {
     /// Stores copies that another member sends: all of a batch, or none. Checksums are not compared: pages that a guest
     /// writes while they are sent do not match theirs, and are sent again.
     pub(super) fn take_copies(&mut self, header: &Header) -> Result<()> {
+        let status = self.take_batch(header, |of| Noted::CopiesOf(of))?;
+        self.reply(header, Kind::CopyReply, status, 0, &[])
+    }
+
+    /// Stores a batch that another intermediary sends, noted as said, of the pages that its table names: all of it, or none.
+    pub(super) fn take_batch(
+        &mut self,
+        header: &Header,
+        noted: fn(&[IndexEntry]) -> Noted<'_>,
+    ) -> Result<Status> {
         let Self { stream, buffers, .. } = self;
         let body_bytes = header.body_bytes as usize;
         let mut of = std::mem::take(&mut buffers.index);
@@ -118,7 +128,7 @@ impl<'c> Session<'c> {
         }
         buffers.pages.clear();
         buffers.pages.extend(of.iter().map(|entry| PageEntry::raw(entry.page, entry.round, entry.checksum)));
-        let status = match self.store_pages(header, page_bytes, Noted::CopiesOf(&of))? {
+        let status = match self.store_pages(header, page_bytes, noted(&of))? {
             Ok(_) if self.buffers.placements.iter().all(Option::is_some) => Status::Ok,
             Ok(_) => {
                 self.store.unkeep(header.volume, &of, &self.buffers.placements);
@@ -127,23 +137,15 @@ impl<'c> Session<'c> {
             Err(status) => status,
         };
         self.buffers.index = of;
-        self.reply(header, Kind::CopyReply, status, 0, &[])
+        Ok(status)
     }
 }
 
 /// The slots that these pages lie in, in their order, as runs that stay in their chunks.
 fn runs_of(entries: &[IndexEntry]) -> Vec<SlotRun> {
-    let mut runs: Vec<SlotRun> = Vec::new();
+    let mut runs = Vec::new();
     for slot in entries.iter().filter_map(|entry| Some(entry.placement?.slot)) {
-        match runs.last_mut() {
-            Some(run)
-                if run.first.0 + run.slots == slot.0
-                    && ChunkNumber::of(run.first) == ChunkNumber::of(slot) =>
-            {
-                run.slots += 1;
-            }
-            _ => runs.push(SlotRun { first: slot, slots: 1 }),
-        }
+        SlotRun::append(slot, &mut runs);
     }
     runs
 }

@@ -1,37 +1,21 @@
 //! What comes from an intermediary that leaves.
 
-use super::{Session, read_table};
+use super::Session;
 use crate::error::Result;
 use crate::ids::{Epoch, VolumeId};
 use crate::server::store::Noted;
-use crate::wire::copies::copied_bytes;
 use crate::wire::entry::{decode_table, encode_table};
 use crate::wire::handover::Inheritance;
 use crate::wire::run::{decode_runs, encode_runs};
-use crate::wire::{Header, Kind, Malformed, PageEntry, Status};
+use crate::wire::{Header, Kind, Status};
 
 impl Session<'_> {
     /// Stores pages in the place of who leaves: all of a batch, or none. Checksums are not compared, as with copies.
     pub(super) fn take_pages(&mut self, header: &Header) -> Result<()> {
-        let Self { stream, buffers, .. } = self;
-        let mut of = std::mem::take(&mut buffers.index);
-        let body_bytes = header.body_bytes as usize;
-        let page_bytes = read_table(stream, (header, body_bytes), &mut buffers.body, &mut of)?;
-        if copied_bytes(&of)? != page_bytes {
-            return Err(Malformed::Bounds("bytes of a batch").into());
-        }
-        buffers.pages.clear();
-        buffers.pages.extend(of.iter().map(|entry| PageEntry::raw(entry.page, entry.round, entry.checksum)));
-        let noted = if header.kind == Kind::HandCopies { Noted::HandedCopies(&of) } else { Noted::Handed };
-        let status = match self.store_pages(header, page_bytes, noted)? {
-            Ok(_) if self.buffers.placements.iter().all(Option::is_some) => Status::Ok,
-            Ok(_) => {
-                self.store.unkeep(header.volume, &of, &self.buffers.placements);
-                Status::Full
-            }
-            Err(status) => status,
+        let status = match header.kind {
+            Kind::HandCopies => self.take_batch(header, |of| Noted::HandedCopies(of))?,
+            _ => self.take_batch(header, |_| Noted::Handed)?,
         };
-        self.buffers.index = of;
         let mut answer = Vec::new();
         let runs = match status {
             Status::Ok => encode_runs(self.buffers.placements.iter().copied(), &mut answer),

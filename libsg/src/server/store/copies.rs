@@ -10,7 +10,7 @@ use crate::limits;
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::server::copies::{Copies, Here};
 use crate::server::index::Index;
-use crate::server::slots::{ChunkNumber, Owner, SlotRun, Slots};
+use crate::server::slots::{Owner, SlotRun, Slots};
 use crate::server::transit::Pinned;
 use crate::server::volumes::Access;
 use crate::wire::message::Member;
@@ -99,7 +99,7 @@ impl Store {
             });
         }
         Ok(match noted {
-            Noted::First => Some(Pinned::new(self, pin(&mut slots, runs))),
+            Noted::First => Some(Pinned::new(self, slots.pin_all(runs))),
             _ => None,
         })
     }
@@ -249,7 +249,7 @@ impl Store {
             runs.extend(placement.map(|at| SlotRun { first: at.slot, slots: 1 }));
             placements.push(placement);
         }
-        Ok(Pinned::new(self, pin(&mut slots, &runs)))
+        Ok(Pinned::new(self, slots.pin_all(&runs)))
     }
 
     /// What of the pages is no more is noted no more.
@@ -263,18 +263,6 @@ impl Store {
         drop(slots);
         self.budget.give(((before - copies.blocks()) * COPIES_BLOCK_BYTES) as u64);
     }
-}
-
-/// Keeps the chunks of these slots as they are.
-fn pin(slots: &mut Slots, runs: &[SlotRun]) -> Vec<ChunkNumber> {
-    let mut pinned = Vec::with_capacity(runs.len());
-    for chunk in runs.iter().map(|run| ChunkNumber::of(run.first)) {
-        if pinned.last() != Some(&chunk) {
-            slots.pin(chunk);
-            pinned.push(chunk);
-        }
-    }
-    pinned
 }
 
 /// What lies here itself, beside an index.

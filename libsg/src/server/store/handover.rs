@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{BLOCK_BYTES, Books, Noted, Store};
+use super::{BLOCK_BYTES, Books, Noted, Store, check_inside};
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, Placement, VolumeId};
 use crate::page::{PageIndex, PageRange};
 use crate::server::index::{Full, Index, MOVE_BYTES};
-use crate::server::slots::{ChunkNumber, Held, SlotRun};
+use crate::server::slots::{Held, SlotRun};
 use crate::server::transit::Pinned;
 use crate::server::volumes::{Access, StateBlob};
 use crate::wire::handover::Inheritance;
@@ -146,7 +146,7 @@ impl Store {
         let books = Arc::clone(&self.volumes.lock().get(volume).ok()?.payload);
         let copies = books.copies.lock();
         let mut slots = self.slots.lock();
-        let (mut entries, mut runs, mut pinned) = (Vec::new(), Vec::<SlotRun>::new(), Vec::new());
+        let (mut entries, mut runs) = (Vec::new(), Vec::new());
         for held in pages {
             let Held { page, slot, generation, round } = *held;
             let owner = slots.read(volume, page, slot, generation);
@@ -155,18 +155,9 @@ impl Store {
             let here = Placement { member: me, slot, generation };
             let at = if noted { copies.of(page, slot, generation).unwrap_or(here) } else { here };
             entries.push(IndexEntry::at(page, round, at, owner.checksum));
-            let chunk = ChunkNumber::of(slot);
-            if pinned.last() != Some(&chunk) {
-                slots.pin(chunk);
-                pinned.push(chunk);
-            }
-            match runs.last_mut() {
-                Some(run) if run.first.0 + run.slots == slot.0 && ChunkNumber::of(run.first) == chunk => {
-                    run.slots += 1;
-                }
-                _ => runs.push(SlotRun { first: slot, slots: 1 }),
-            }
+            SlotRun::append(slot, &mut runs);
         }
+        let pinned = slots.pin_all(&runs);
         Some(Parcel { entries, slots: runs, _pinned: Pinned::new(self, pinned) })
     }
 
@@ -277,10 +268,7 @@ impl Store {
             return Err(Status::Full);
         }
         self.with_index(volume, epoch, Access::Inherit, |index, pages| {
-            let inside = |entry: &IndexEntry| u64::from(entry.page.0) + u64::from(entry.run_pages) <= pages;
-            if !entries.iter().all(inside) {
-                return Err(Status::Malformed);
-            }
+            check_inside(entries.iter().map(IndexEntry::range), pages)?;
             self.change_index(index, |index, more| index.take_over(entries, more))
         })
     }

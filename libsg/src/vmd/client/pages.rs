@@ -48,7 +48,7 @@ impl ClientVolume {
                 }
                 Ok((stored, missing)) => {
                     // Others are to have it: what there is of it is given back.
-                    without = MemberSet(without.0 | missing.all().0);
+                    without = without.or(missing.all());
                     self.take_back(holders, &some, &stored);
                 }
                 Err(error) if elsewhere(error.kind) => {
