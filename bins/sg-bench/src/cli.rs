@@ -1,5 +1,7 @@
 //! The command line.
 
+mod values;
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,6 +12,7 @@ use crate::events::{Harm, Injection, When};
 use crate::lab::node::{INTERMEDIARIES_MAX, SOURCES_MAX};
 use crate::lab::{CongestionControl, LabSpec, Node, Queue};
 use libsg::units::{Rate, Size};
+use values::{count, fraction, neighbour_memory, on_off, transport};
 
 /// Migration experiments in network namespaces, acceptance rows and micro-benchmarks
 #[derive(Parser)]
@@ -488,36 +491,6 @@ impl MigrateArgs {
             each(Harm::Mend, &self.mend),
         ]
         .concat()
-    }
-}
-
-fn count(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|n| (1..=1_000_000).contains(n)).ok_or_else(|| "not from 1 to 1000000".into())
-}
-
-fn fraction(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|f| (0.0..=1.0).contains(f)).ok_or_else(|| "not a number from 0 to 1".into())
-}
-
-fn neighbour_memory(text: &str) -> Result<Size, String> {
-    let size: Size = text.parse().map_err(|error| format!("{error}"))?;
-    // A graph has at most 2^32 edges.
-    if ((1 << 20)..=(16 << 30)).contains(&size.0) { Ok(size) } else { Err("not from 1M to 16G".into()) }
-}
-
-fn transport(text: &str) -> Result<Transport, String> {
-    match text {
-        "tcp" => Ok(Transport::Tcp),
-        "rdma" => Err("rdma is not built: pages travel by tcp".into()),
-        _ => Err("tcp or rdma".into()),
-    }
-}
-
-fn on_off(text: &str) -> Result<bool, String> {
-    match text {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err("on or off".into()),
     }
 }
 

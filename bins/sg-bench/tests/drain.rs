@@ -86,10 +86,7 @@ fn a_parked_vm_outlives_every_intermediary_that_it_was_parked_at() {
     serve(&mut world, "i3", &[]);
     goes(&world.intermediaries.remove(0));
     let claimant = world.claim("claimant", "web", "");
-    claimant.arrived(16);
-    claimant.process.wait("dissolved");
-    world.holds_nothing();
-    claimant.quit(0);
+    claimant.arrived_whole(&world, 16);
 }
 
 #[test]
@@ -103,10 +100,7 @@ fn one_that_goes_between_the_claim_and_its_end_is_missed_by_nobody() {
     goes(&world.intermediaries.remove(0));
     claimant.process.wait("resumed");
     goes(&world.intermediaries.remove(0));
-    claimant.arrived(16);
-    claimant.process.wait("dissolved");
-    world.holds_nothing();
-    claimant.quit(0);
+    claimant.arrived_whole(&world, 16);
 }
 
 #[test]
@@ -124,10 +118,7 @@ fn a_destination_that_was_stopped_finds_every_page_elsewhere() {
     serve(&mut world, "i1", &["--listen", &first.address.to_string()]);
     goes(&world.intermediaries.remove(0));
     destination.process.signal(Signal::CONT);
-    destination.arrived(32);
-    destination.process.wait("dissolved");
-    world.holds_nothing();
-    destination.quit(0);
+    destination.arrived_whole(&world, 32);
 }
 
 #[test]
@@ -144,10 +135,7 @@ fn a_source_that_scatters_goes_on_with_those_that_are_left() {
         goes(&world.intermediaries.remove(0));
         source.process.wait("evicted");
         source.process.kill();
-        destination.arrived(32);
-        destination.process.wait("dissolved");
-        world.holds_nothing();
-        destination.quit(0);
+        destination.arrived_whole(&world, 32);
     }
 }
 

@@ -43,10 +43,7 @@ fn a_parked_vm_is_claimed_once_and_never_again() {
             assert!(said.contains("is never run a second time"), "{said}");
         }
         claimant.ask(&json!({"do": "limit", "gather": "0"}));
-        claimant.arrived(32);
-        claimant.process.wait("dissolved");
-        world.holds_nothing();
-        claimant.quit(0);
+        claimant.arrived_whole(&world, 32);
     }
 }
 
@@ -64,10 +61,7 @@ fn who_claimed_and_died_before_it_ran_the_vm_is_replaced() {
     let said = world.claims_in_vain("early", "web", "");
     assert!(said.contains("was claimed by") && said.contains("--force"), "{said}");
     let second = world.claim("second", "web", "--force");
-    second.arrived(32);
-    second.process.wait("dissolved");
-    world.holds_nothing();
-    second.quit(0);
+    second.arrived_whole(&world, 32);
 }
 
 #[test]

@@ -33,7 +33,7 @@ impl Setup {
             meeting: args.announce.clone()?,
             secret: config.secret.clone(),
             zone: config.zone.clone(),
-            link_bytes_per_s: args.link.filter(|rate| !rate.is_unlimited()).map(|rate| rate.bytes_per_s()),
+            link_bytes_per_s: args.link_bytes_per_s(),
             limits_bytes_per_s: (config.limit_in_bytes_per_s, config.limit_out_bytes_per_s),
             connections_max: config.connections_max,
             volumes_max: config.volumes_max,

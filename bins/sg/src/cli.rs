@@ -191,6 +191,13 @@ pub struct ServeArgs {
     pub canary_flip_slot: Option<u64>,
 }
 
+impl ServeArgs {
+    /// What the host's link carries, in bytes a second, where that is said.
+    pub fn link_bytes_per_s(&self) -> Option<u64> {
+        self.link.filter(|rate| !rate.is_unlimited()).map(Rate::bytes_per_s)
+    }
+}
+
 /// Which intermediaries are asked.
 #[derive(Debug, Args)]
 pub struct Intermediaries {

@@ -30,7 +30,7 @@ impl Setup {
         let wrong = |what: String| WrongArguments(format!("--local-first: {what}"));
         let interface =
             Interface::named(name).ok_or_else(|| wrong(format!("there is no interface {name}")))?;
-        let said = args.link.filter(|rate| !rate.is_unlimited()).map(|rate| rate.bytes_per_s());
+        let said = args.link_bytes_per_s();
         let link_bytes_per_s = said.or_else(|| interface.bytes_per_s()).ok_or_else(|| {
             wrong(format!(
                 "{name} does not say what it carries: say it, --link 10gbit, or what its switch allows"
