@@ -372,7 +372,9 @@ impl Control<'_> {
     }
 
     fn tell_evicted(&mut self) -> Result<()> {
-        if self.told_evicted || self.scatter.done_at().is_none() || self.outbox.queued_bytes() > 0 {
+        let is_near =
+            !self.told_evicted && self.scatter.done_at().is_some() && self.outbox.queued_bytes() == 0;
+        if !is_near || self.scatter.tell_done().is_none() {
             return Ok(());
         }
         self.told_evicted = true;

@@ -61,6 +61,15 @@ pub enum Stage {
     Last = 2,
 }
 
+/// Whether anything is left here.
+#[derive(Debug, Default)]
+struct Done {
+    /// When the last page became safe.
+    at: Option<Instant>,
+    /// It was told: there is no way back.
+    is_told: bool,
+}
+
 /// What all threads of a scatter share.
 pub struct Scatter {
     /// The volume that is scattered.
@@ -94,7 +103,7 @@ pub struct Scatter {
     poisoned: AtomicBool,
     failure: Mutex<Option<Arc<Error>>>,
     percent: Mutex<u8>,
-    done: Mutex<Option<Instant>>,
+    done: Mutex<Done>,
     done_changed: Condvar,
 }
 
@@ -134,7 +143,7 @@ impl Scatter {
             poisoned: AtomicBool::new(false),
             failure: Mutex::new(None),
             percent: Mutex::new(0),
-            done: Mutex::new(None),
+            done: Mutex::new(Done::default()),
             done_changed: Condvar::new(),
         })
     }
@@ -405,9 +414,9 @@ impl Scatter {
             self.control_waker.wake();
             return;
         }
-        let ((safe, total), open) = {
+        let ((safe, total), is_done) = {
             let planner = self.planner.lock();
-            (planner.progress(), self.copies.are_open(self.index.living()))
+            (planner.progress(), self.is_done(&planner))
         };
         let percent = if total == 0 { 100 } else { (u64::from(safe) * 100 / u64::from(total)) as u8 };
         {
@@ -417,30 +426,50 @@ impl Scatter {
                 (self.observer)(&Event::Scattered { percent: *told });
             }
         }
-        #[cfg(feature = "simulation")]
-        let total = if host::has_bug(host::Bug::EvictedEarly) { safe.max(total / 20 * 19) } else { total };
-        if safe == total && open && self.are_known() {
+        if is_done {
             let mut done = self.done.lock();
-            if done.is_none() {
-                *done = Some(host::now());
+            if done.at.is_none() {
+                done.at = Some(host::now());
                 self.done_changed.notify_all();
             }
         }
     }
 
+    /// Whether every page is safe, and would be found.
+    fn is_done(&self, planner: &Planner) -> bool {
+        let (safe, total) = planner.progress();
+        #[cfg(feature = "simulation")]
+        let total = if host::has_bug(host::Bug::EvictedEarly) { safe.max(total / 20 * 19) } else { total };
+        safe == total && self.copies.are_open(self.index.living()) && self.are_known()
+    }
+
     /// When the last page became safe.
     #[must_use]
     pub fn done_at(&self) -> Option<Instant> {
-        *self.done.lock()
+        self.done.lock().at
+    }
+
+    /// When the last page became safe, to tell it: from here on it is said. Where a member died since, and what it alone
+    /// held is still here, there is nothing to tell yet.
+    #[must_use]
+    pub fn tell_done(&self) -> Option<Instant> {
+        // With the planner held, a member's death comes before all of this or behind it.
+        let planner = self.planner.lock();
+        let mut done = self.done.lock();
+        if !done.is_told && !self.is_done(&planner) {
+            done.at = None;
+        }
+        done.is_told = done.at.is_some();
+        done.at
     }
 
     /// Waits until every page is safe, `stop` was called or `timeout` is over.
     pub fn wait_done(&self, timeout: Duration) -> Option<Instant> {
         let mut done = self.done.lock();
-        if done.is_none() && !self.stopping() {
+        if done.at.is_none() && !self.stopping() {
             self.done_changed.wait_for(&mut done, timeout);
         }
-        *done
+        done.at
     }
 }
 

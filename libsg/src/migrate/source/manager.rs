@@ -145,13 +145,12 @@ impl Manager {
                 .name(name.into())
                 .spawn_scoped(scope, move || session::keep(scatter, destination, session, control))?;
             let mut supply = self.supply(scatter)?;
-            while scatter.done_at().is_none() && !scatter.stopping() {
-                scatter.wait_done(Duration::from_millis(if supply == Supply::More { 5 } else { 100 }));
-                if supply == Supply::More {
-                    supply = self.supply(scatter)?;
+            let done_at = loop {
+                if let Some(at) = scatter.tell_done() {
+                    break Some(at);
                 }
-                if keeper.is_finished() {
-                    break;
+                if keeper.is_finished() || scatter.stopping() {
+                    break None;
                 }
                 if let Some((member, seat)) = recruiter.lock().look(scatter, true) {
                     match start_sink(scope, scatter, member, seat) {
@@ -159,8 +158,12 @@ impl Manager {
                         Err(error) => scatter.member_lost(member, &error),
                     }
                 }
-            }
-            if let Some(at) = scatter.done_at() {
+                scatter.wait_done(Duration::from_millis(if supply == Supply::More { 5 } else { 100 }));
+                if supply == Supply::More {
+                    supply = self.supply(scatter)?;
+                }
+            };
+            if let Some(at) = done_at {
                 self.evicted(scatter, at, (left.rounds, left.downtime));
                 recruiter.lock().end();
                 self.linger(scatter, &keeper);
