@@ -283,6 +283,9 @@ pub struct MigrateArgs {
     /// SIGSTOP a node's processes (repeatable)
     #[arg(long, value_name = "NODE@EVENT[+MS]")]
     pub stop: Vec<When>,
+    /// SIGCONT a node's processes, which were stopped (repeatable)
+    #[arg(long = "continue", value_name = "NODE@EVENT[+MS]")]
+    pub continued: Vec<When>,
     /// Take a node's link down (repeatable)
     #[arg(long, value_name = "NODE@EVENT[+MS]")]
     pub cut: Vec<When>,
@@ -487,6 +490,7 @@ impl MigrateArgs {
         [
             each(Harm::Kill, &self.kill),
             each(Harm::Stop, &self.stop),
+            each(Harm::Continue, &self.continued),
             each(Harm::Cut, &self.cut),
             each(Harm::Mend, &self.mend),
         ]

@@ -15,13 +15,15 @@ use serde_json::{Value, json};
 
 use crate::lab::{Node, net};
 
-/// What `--kill`, `--stop`, `--cut` and `--mend` do.
+/// What `--kill`, `--stop`, `--continue`, `--cut` and `--mend` do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Harm {
     /// SIGKILL to the node's processes.
     Kill,
     /// SIGSTOP to the node's processes.
     Stop,
+    /// SIGCONT to the node's processes.
+    Continue,
     /// The node's link goes down.
     Cut,
     /// The node's link comes up again.
@@ -212,11 +214,11 @@ fn harm(harm: Harm, target: &Target) -> Result<()> {
     match (harm, target) {
         (Harm::Kill, Target::Process(process)) => signal(process, Signal::KILL),
         (Harm::Stop, Target::Process(process)) => signal(process, Signal::STOP),
+        (Harm::Continue, Target::Process(process)) => signal(process, Signal::CONT),
         (Harm::Cut, Target::Namespace(namespace)) => net::cut(namespace),
         (Harm::Mend, Target::Namespace(namespace)) => net::mend(namespace),
-        (Harm::Kill | Harm::Stop, Target::Namespace(_)) | (Harm::Cut | Harm::Mend, Target::Process(_)) => {
-            Ok(())
-        }
+        (Harm::Kill | Harm::Stop | Harm::Continue, Target::Namespace(_))
+        | (Harm::Cut | Harm::Mend, Target::Process(_)) => Ok(()),
     }
 }
 

@@ -218,6 +218,19 @@ fn an_intermediary_is_cut_off_for_good() {
 }
 
 #[test]
+fn a_destination_that_is_stopped_goes_on_when_all_has_evicted() {
+    let mut bench = Bench::start(&format!(
+        "{LOOPBACK} --stop destination@scattered=50% --continue destination@evicted --lift-at-evicted"
+    ));
+    let (report, said) = bench.ends_well();
+    assert_eq!(report["guest"]["mismatches"], 0, "{said}");
+    assert!(
+        is_positive(&report["guest"]["verified_pages"]) && is_positive(&report["bytes"]["staged"]),
+        "{report}"
+    );
+}
+
+#[test]
 fn a_run_that_ends_when_the_source_has_evicted_leaves_nothing_and_warns_of_nothing() {
     let mut bench = Bench::start(&format!("{LOOPBACK} --until evicted --stop destination@resumed"));
     let (report, said) = bench.ends_well();

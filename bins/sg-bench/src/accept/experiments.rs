@@ -1,9 +1,12 @@
 //! The experiments that rows are made of, in families whose members are run in turn.
 
+use std::time::Duration;
+
 use libsg::units::{Rate, Size};
 
 use crate::cli::{MigrateArgs, Mode};
-use crate::lab::{CongestionControl, Queue};
+use crate::events::When;
+use crate::lab::{CongestionControl, Node, Queue};
 
 /// One experiment.
 pub struct Experiment {
@@ -25,6 +28,8 @@ pub enum Family {
     SlowLink,
     /// The destination with half of the memory, beside post-copy.
     Swapping,
+    /// The destination stopped on the way, until all has evicted.
+    Stopped,
     /// Nobody else there, beside post-copy.
     NoIntermediary,
     /// A slow destination and 1 to 4 slow intermediaries.
@@ -65,6 +70,9 @@ const SLOW: Rate = Rate::mbit(256);
 const SWAPPING: Size = Size(512 << 20);
 /// Next to nothing.
 const HELD: Rate = Rate::mbit(1);
+
+/// At which event of the source or the destination.
+pub const STOPPED: [(&str, &str); 2] = [("stopped at once", "resumed"), ("stopped at 50 %", "scattered=50%")];
 
 /// By the number of intermediaries, from 1 on.
 pub const ADDING_UP: [&str; 4] =
@@ -109,6 +117,7 @@ pub fn of(family: Family) -> Vec<Experiment> {
         Family::Swapping => beside_post_copy("swapping", "swapping post-copy", |a| {
             a.destination_memory = Some(SWAPPING);
         }),
+        Family::Stopped => STOPPED.map(|(name, event)| plain(name, |a| stop(a, event))).into(),
         Family::NoIntermediary => beside_post_copy("alone", "alone post-copy", |a| a.lab.intermediaries = 0),
         Family::AddingUp => (1..).zip(ADDING_UP).map(|(n, name)| plain(name, |a| add_up(a, n))).collect(),
         Family::Fast => vec![plain("fast", |a| a.lab.queue = Queue::Prio)],
@@ -240,6 +249,13 @@ fn beside_post_copy(
         args.mode = Mode::PostCopy;
     });
     vec![plain(name, change), other]
+}
+
+/// From that event until all has evicted.
+fn stop(args: &mut MigrateArgs, event: &str) {
+    let when = |event: &str| When { node: Node::Destination, event: event.to_owned(), after: Duration::ZERO };
+    (args.stop, args.continued) = (vec![when(event)], vec![when("evicted")]);
+    args.lift_at_evicted = true;
 }
 
 fn add_up(args: &mut MigrateArgs, intermediaries: u8) {

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use libsg::discovery::select::CHOICES;
 use sg_benches::content::{self, Content};
 
-use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGED};
+use super::experiments::{ADDING_UP, BOOKKEEPING, FAULT_FIFO, FLAT, Family, STAGED, STOPPED};
 use super::figures::{
     destination_cotenant, destination_used, eviction, eviction_over_bound, eviction_spread,
     fault_p50_over_idle, fault_p99_us, faults, gained_over_saved, intermediary_cotenant,
@@ -102,7 +102,7 @@ fn row(name: &'static str, what: &'static str, families: &[Family], parts: Vec<P
 
 /// How soon the source is free.
 fn eviction_rows() -> Vec<Row> {
-    use Family::{AddingUp, Limited, NoIntermediary, SlowLink, Swapping};
+    use Family::{AddingUp, Limited, NoIntermediary, SlowLink, Stopped, Swapping};
     let bound = |experiment| vec![figure("", experiment, AtMost(1.05), eviction_over_bound)];
     let over_post_copy =
         |name, ours, post_copy, want, of: Figure| ratio(name, (ours, post_copy), AtMost(want), of);
@@ -115,6 +115,16 @@ fn eviction_rows() -> Vec<Row> {
         ),
         row("eviction-slow-link", "the same, destination at 256 Mb/s", &[SlowLink], bound("slow")),
         row("eviction-swapping", "the same, destination with 512 MiB", &[Swapping], bound("swapping")),
+        row(
+            "eviction-stopped",
+            "the same, destination stopped when it has resumed, and when half was evicted",
+            &[Stopped],
+            STOPPED
+                .map(|(name, _)| {
+                    figure(name.trim_start_matches("stopped "), name, AtMost(1.05), eviction_over_bound)
+                })
+                .into(),
+        ),
         row(
             "against-post-copy",
             "eviction of post-copy / ours, destination at 256 Mb/s",
