@@ -453,7 +453,7 @@ mod test {
         let mut names: Vec<_> = rows.iter().map(|row| row.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), 27, "{names:?}");
+        assert_eq!(names.len(), rows.len(), "a name twice: {names:?}");
     }
 
     #[test]
