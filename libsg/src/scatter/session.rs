@@ -372,9 +372,7 @@ impl Control<'_> {
     }
 
     fn tell_evicted(&mut self) -> Result<()> {
-        let is_near =
-            !self.told_evicted && self.scatter.done_at().is_some() && self.outbox.queued_bytes() == 0;
-        if !is_near || self.scatter.tell_done().is_none() {
+        if self.told_evicted || self.outbox.queued_bytes() > 0 || self.scatter.tell_done().is_none() {
             return Ok(());
         }
         self.told_evicted = true;

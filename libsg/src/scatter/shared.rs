@@ -453,6 +453,7 @@ impl Scatter {
     /// held is still here, there is nothing to tell yet.
     #[must_use]
     pub fn tell_done(&self) -> Option<Instant> {
+        self.done_at()?;
         // With the planner held, a member's death comes before all of this or behind it.
         let planner = self.planner.lock();
         let mut done = self.done.lock();
