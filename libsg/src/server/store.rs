@@ -85,6 +85,8 @@ pub(super) struct Store {
     closing: AtomicBool,
     /// It leaves, and takes nothing in.
     leaving: AtomicBool,
+    /// It has looked for the last time whether there is anything to hand over: what came now would go with it.
+    shut: AtomicBool,
     /// How far it is with each volume. Locked last.
     handed: Mutex<BTreeMap<VolumeId, Handed>>,
     volumes: Mutex<Volumes<Arc<Books>>>,
@@ -115,6 +117,7 @@ impl Store {
             stirred: Condvar::new(),
             closing: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
+            shut: AtomicBool::new(false),
             handed: Mutex::default(),
             volumes: Mutex::new(Volumes::new(config.volumes_max)),
             budget: Arc::new(Budget::new(limit_bytes / BOOKS_SHARE + BOOKS_BYTES_MIN)),
@@ -248,13 +251,13 @@ impl Store {
     ) -> Result<(), Status> {
         // Whoever is not among a volume's members keeps none of it.
         self.me(&members).ok_or(Status::State)?;
-        if self.is_leaving() {
-            return Err(Status::Busy);
-        }
         let sharing = manifest.sharing.clone();
         let books = Arc::new(self.fresh_books(sharing.as_ref()));
         let vm = manifest.vm.clone();
         let mut volumes = self.volumes.lock();
+        if self.is_leaving() {
+            return Err(Status::Busy);
+        }
         if volumes.create(volume, epoch, (manifest, members), books, host::now())? {
             self.slots.lock().open(volume, sharing.as_ref());
             tracing::info!(%volume, vm, epoch = epoch.0, "volume created");
@@ -309,7 +312,10 @@ impl Store {
 
     /// Keeps the VM's state; its bytes were taken from the budget, and go back with it.
     pub(super) fn put_state(&self, volume: VolumeId, epoch: Epoch, blob: StateBlob) -> Result<(), Status> {
-        let replaced = self.volumes.lock().set_blob(volume, epoch, blob)?;
+        let mut volumes = self.volumes.lock();
+        self.is_open()?;
+        let replaced = volumes.set_blob(volume, epoch, blob)?;
+        drop(volumes);
         if let Some(replaced) = replaced {
             self.budget.give(replaced.bytes.len() as u64);
         }
@@ -323,7 +329,10 @@ impl Store {
         epoch: Epoch,
         (number, piece): (u32, StateBlob),
     ) -> Result<(), Status> {
-        let replaced = self.volumes.lock().set_piece(volume, epoch, number, piece)?;
+        let mut volumes = self.volumes.lock();
+        self.is_open()?;
+        let replaced = volumes.set_piece(volume, epoch, number, piece)?;
+        drop(volumes);
         self.budget.give(replaced.iter().map(|piece| piece.bytes.len() as u64).sum());
         Ok(())
     }
@@ -348,6 +357,7 @@ impl Store {
         }
         self.with_index(volume, epoch, Access::Write, |index, pages| {
             check_inside(entries.iter().map(IndexEntry::range), pages)?;
+            self.is_open()?;
             // Before COMMIT nothing of it is handed over.
             if self.is_leaving() && self.volumes.lock().get(volume)?.committed {
                 // Its client gives them to the next.

@@ -92,7 +92,7 @@ pub(super) fn run(store: &Store, limit_out: &Limit, options: &DrainOptions<'_>) 
     let reads = Cell::new((0, None));
     let around = Around { store, limit_out, others: options.others, reads };
     let mut handings: BTreeMap<VolumeId, Handing> = BTreeMap::new();
-    let (mut lingered, mut told) = (false, None);
+    let (mut lingered, mut shut, mut told) = (false, false, None);
     let (mut least_left, mut least_at) = (u64::MAX, host::now());
     store.set_leaving(true);
     loop {
@@ -111,8 +111,17 @@ pub(super) fn run(store: &Store, limit_out: &Limit, options: &DrainOptions<'_>) 
                 host::thread::sleep(LINGER);
                 continue;
             }
+            // Behind a door that is shut it looks once more: what came since it looked is found, and nothing comes after.
+            if !shut {
+                shut = true;
+                store.set_shut(true);
+                continue;
+            }
             let volumes = handings.values().filter(|handing| handing.was_here()).count() as u64;
             return Ok(Drained { volumes, pages: so_far().map(|of| of.pages).sum() });
+        }
+        if std::mem::take(&mut shut) {
+            store.set_shut(false);
         }
         if host::elapsed(least_at) >= options.timeout {
             handings.values().for_each(|handing| handing.stay(store));

@@ -68,8 +68,22 @@ impl Store {
     /// Whether it leaves: then it takes nothing in. What was begun before either is in when this returns, or is refused.
     pub(in crate::server) fn set_leaving(&self, leaves: bool) {
         self.leaving.store(leaves, Ordering::SeqCst);
+        self.set_shut(false);
         drop(self.volumes.lock());
         self.handed.lock().clear();
+    }
+
+    /// Whether it takes neither index entries nor state any more. What was begun before is found by whoever looks at a volume
+    /// after this returned: it is in, or is refused.
+    pub(in crate::server) fn set_shut(&self, shut: bool) {
+        self.shut.store(shut, Ordering::SeqCst);
+    }
+
+    /// # Errors
+    /// [`Status::Full`] where nobody looks any more whether there is something to hand over: its client gives it to the next.
+    /// Asked under the lock of what is changed.
+    pub(super) fn is_open(&self) -> Result<(), Status> {
+        if self.shut.load(Ordering::SeqCst) { Err(Status::Full) } else { Ok(()) }
     }
 
     /// How far it is with a volume.
@@ -336,5 +350,66 @@ impl Noted<'_> {
             Self::No | Self::First | Self::CopiesOf(_) => Access::Write,
             Self::Handed | Self::HandedCopies(_) => Access::Inherit,
         }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use crate::ids::{Checksum, NodeId, Round};
+    use crate::manifest::{Manifest, Region};
+    use crate::page::InstallUnit;
+    use crate::server::Config;
+    use crate::transport::PoolSecret;
+
+    const VOLUME: VolumeId = VolumeId(1);
+    const EPOCH: Epoch = Epoch::FIRST;
+
+    fn store() -> Store {
+        let node = NodeId { name: "i1".into(), incarnation: 1 };
+        let config = Config::new(([127, 0, 0, 1], 0).into(), "i1", 4 << 20, PoolSecret::open());
+        let store = Store::new(node.clone(), &config).unwrap();
+        let length_bytes = 1 << 20;
+        let region =
+            Region { name: "ram".into(), guest_address: None, length_bytes, unit: InstallUnit::Page };
+        let manifest =
+            Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new(), sharing: None };
+        let member = Member { node, address: ([127, 0, 0, 1], 1).into() };
+        store.create(VOLUME, EPOCH, manifest, vec![member]).unwrap();
+        store
+    }
+
+    fn give(store: &Store) -> [Result<(), Status>; 3] {
+        let blob = || StateBlob { bytes: vec![7; 8].into(), checksum: Checksum::of(&[7; 8]) };
+        let entry = IndexEntry::zero(PageIndex(0), 16, Round(0));
+        [
+            store.put_index(VOLUME, EPOCH, &[entry]),
+            store.put_piece(VOLUME, EPOCH, (0, blob())),
+            store.put_state(VOLUME, EPOCH, blob()),
+        ]
+    }
+
+    #[test]
+    fn behind_the_last_look_nothing_comes_that_would_be_lost() {
+        let store = store();
+        store.set_leaving(true);
+        store.set_shut(true);
+        assert_eq!(give(&store), [Err(Status::Full); 3]);
+        let portrait = store.portrait(VOLUME).unwrap();
+        assert!(portrait.indexed_pages == 0 && portrait.blob.is_none() && portrait.pieces.is_empty());
+        // It was not the last.
+        store.set_shut(false);
+        assert_eq!(give(&store), [Ok(()); 3]);
+        let portrait = store.portrait(VOLUME).unwrap();
+        assert!(portrait.indexed_pages == 16 && portrait.blob.is_some() && portrait.pieces.len() == 1);
+    }
+
+    #[test]
+    fn one_that_stays_takes_everything_again() {
+        let store = store();
+        store.set_leaving(true);
+        store.set_shut(true);
+        store.set_leaving(false);
+        assert_eq!(give(&store), [Ok(()); 3]);
     }
 }
