@@ -108,7 +108,8 @@ impl DirectSink {
         if host::has_tcp() {
             self.path.pace(&self.channel, self.share.into_iter().chain(self.pace).min())?;
         }
-        let idle = nap(!self.sent.is_empty());
+        // With nothing on its way, and credit waited for, there is nothing to be read of the path.
+        let idle = nap(waits || self.path.is_carrying());
         let left = again.unwrap_or(now + idle).saturating_duration_since(host::now());
         let writing = again.is_none() && self.allowed() > 0;
         let waker = self.scatter.direct_waker();
@@ -134,6 +135,7 @@ impl DirectSink {
             return Ok(None);
         }
         let written = self.outbox.flush(&self.channel, allowed as usize)?;
+        self.path.wrote(written);
         Counters::add(&self.scatter.counters.wire, written);
         Ok((written as u64 == allowed).then_some(now))
     }

@@ -431,6 +431,8 @@ impl Scatter {
             if done.at.is_none() {
                 done.at = Some(host::now());
                 self.done_changed.notify_all();
+                // The destination is told, and gathers as fast as it may.
+                self.control_waker.wake();
             }
         }
     }
