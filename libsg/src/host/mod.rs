@@ -50,16 +50,23 @@ pub fn wall_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Called before the kernel is asked to wait for descriptors; says how long the kernel is to wait: `timeout`, but
-/// nothing in a simulated world, where the wait is over by then.
-pub(crate) fn before_wait<'fd>(on: impl Iterator<Item = Awaited<'fd>>, timeout: Duration) -> Duration {
+/// What is known of descriptors before the kernel is asked.
+pub(crate) enum Known {
+    /// Nothing: it waits.
+    Nothing,
+    /// All, in a simulated world, where the wait is over by now: bit n says that the n-th is ready.
+    #[cfg_attr(not(feature = "simulation"), expect(dead_code, reason = "only a simulated world knows"))]
+    Ready(u64),
+}
+
+/// Called before the kernel is asked to wait for descriptors, at most 64.
+pub(crate) fn before_wait<'fd>(on: impl Iterator<Item = Awaited<'fd>>, timeout: Duration) -> Known {
     #[cfg(feature = "simulation")]
     if let Some(world) = simulation::world() {
-        world.wait(&on.collect::<Vec<_>>(), None, timeout);
-        return Duration::ZERO;
+        return Known::Ready(world.wait(&on.collect::<Vec<_>>(), None, timeout));
     }
-    drop(on);
-    timeout
+    let _ = (on, timeout);
+    Known::Nothing
 }
 
 /// Random bytes.

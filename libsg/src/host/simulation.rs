@@ -19,8 +19,8 @@ pub trait World: Send + Sync {
     fn now(&self) -> Instant;
 
     /// Waits until a descriptor is ready (readable where the first flag says so, writable where the second
-    /// does), the key is notified, or the time is over.
-    fn wait(&self, on: &[(BorrowedFd<'_>, bool, bool)], key: Option<usize>, timeout: Duration);
+    /// does), the key is notified, or the time is over. Bit n of the answer says that the n-th descriptor is ready.
+    fn wait(&self, on: &[(BorrowedFd<'_>, bool, bool)], key: Option<usize>, timeout: Duration) -> u64;
 
     /// Ends the waits for a key.
     fn notify(&self, key: usize);
@@ -144,13 +144,22 @@ pub fn has_bug(bug: Bug) -> bool {
 
 /// Runs `body` in a world.
 pub fn enter<T>(world: Arc<dyn World>, body: impl FnOnce() -> T) -> T {
+    move_to(Some(world), body)
+}
+
+/// Runs `body` out of the calling thread's world, as any other thread of the host would.
+pub fn outside<T>(body: impl FnOnce() -> T) -> T {
+    move_to(None, body)
+}
+
+fn move_to<T>(world: Option<Arc<dyn World>>, body: impl FnOnce() -> T) -> T {
     struct Leaves(Option<Arc<dyn World>>);
     impl Drop for Leaves {
         fn drop(&mut self) {
             WORLD.set(self.0.take());
         }
     }
-    let _leaves = Leaves(WORLD.replace(Some(world)));
+    let _leaves = Leaves(WORLD.replace(world));
     body()
 }
 

@@ -38,8 +38,13 @@ impl Drop for Counted {
     }
 }
 
-/// User and system time of all threads that libsg ever started in this process.
+/// User and system time of all threads that libsg ever started in this process; nothing in a simulated world, of which
+/// there are others in the process.
 pub(crate) fn spent() -> Duration {
+    #[cfg(feature = "simulation")]
+    if super::simulation::world().is_some() {
+        return Duration::ZERO;
+    }
     let books = BOOKS.lock();
     let living: Duration = books.live.iter().filter_map(|thread| usage::cpu_of_thread(*thread)).sum();
     books.ended + living

@@ -154,7 +154,8 @@ impl<T> ScopedJoinHandle<'_, T> {
 pub fn sleep(time: Duration) {
     #[cfg(feature = "simulation")]
     if let Some(world) = simulation::world() {
-        return world.wait(&[], None, time);
+        world.wait(&[], None, time);
+        return;
     }
     std::thread::sleep(time);
 }
@@ -163,7 +164,8 @@ pub fn sleep(time: Duration) {
 pub fn yield_now() {
     #[cfg(feature = "simulation")]
     if let Some(world) = simulation::world() {
-        return world.wait(&[], None, Duration::ZERO);
+        world.wait(&[], None, Duration::ZERO);
+        return;
     }
     std::thread::yield_now();
 }

@@ -12,7 +12,7 @@ use super::forward::Forwards;
 use super::limit::{Class, Limit, Turn};
 use super::store::Store;
 use crate::error::{Error, ErrorKind, Result};
-use crate::host;
+use crate::host::{self, Known};
 use crate::memory::SlotSlice;
 use crate::memory::vectored::{self, IoPart, IoPartMut};
 use crate::pace;
@@ -273,8 +273,10 @@ impl Back<'_> {
 
 /// Waits until the socket takes bytes; `false` when it did not for a while.
 fn writable_soon(socket: impl AsFd) -> Result<bool> {
-    let timeout = host::before_wait([(socket.as_fd(), false, true)].into_iter(), LOOK_EVERY);
-    let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: 0 };
+    if let Known::Ready(bits) = host::before_wait([(socket.as_fd(), false, true)].into_iter(), LOOK_EVERY) {
+        return Ok(bits > 0);
+    }
+    let timeout = Timespec { tv_sec: LOOK_EVERY.as_secs() as i64, tv_nsec: 0 };
     match rustix::event::poll(&mut [PollFd::new(&socket, PollFlags::OUT)], Some(&timeout)) {
         Ok(ready) => Ok(ready > 0),
         Err(rustix::io::Errno::INTR) => Ok(true),

@@ -3,7 +3,8 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::host;
 use crate::pace::{KernelPace, TcpInfo};
 use crate::wire::Header;
 
@@ -32,7 +33,9 @@ impl TcpPath {
     pub fn refresh(&mut self, socket: impl AsFd, now: Instant) -> &TcpInfo {
         if self.sampled.is_none_or(|sampled| now.saturating_duration_since(sampled) >= SAMPLE_EVERY) {
             self.sampled = Some(now);
-            if let Ok(info) = TcpInfo::read(socket) {
+            if host::has_tcp()
+                && let Ok(info) = TcpInfo::read(socket)
+            {
                 (self.info, self.wrote) = (info, false);
             }
         }
@@ -44,6 +47,9 @@ impl TcpPath {
     /// # Errors
     /// The connection is closed.
     pub fn pace(&mut self, socket: impl AsFd, bytes_per_s: Option<u64>) -> Result<()> {
+        if bytes_per_s.is_some() && !host::has_tcp() {
+            return Err(Error::new(ErrorKind::System, "the connection is not TCP"));
+        }
         Ok(self.pace.set(socket, bytes_per_s)?)
     }
 

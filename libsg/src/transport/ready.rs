@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::host;
+use crate::host::{self, Known};
 
 /// Descriptors that one [`wait`] can watch: the bits of its answer.
 pub const WAIT_MAX: usize = 64;
@@ -46,17 +46,17 @@ pub fn wait(on: &[(Option<BorrowedFd<'_>>, bool)], timeout: Duration) -> Result<
     let polled = &mut room[..polled];
     let timeout = if ready == 0 { timeout } else { Duration::ZERO };
     let awaited = on.iter().filter_map(|(fd, wants_write)| Some(((*fd)?, true, *wants_write)));
-    let timeout = host::before_wait(awaited, timeout);
-    match rustix::event::poll(polled, Some(&timespec(timeout))) {
-        Ok(_) => {}
-        Err(Errno::INTR) => return Ok(ready),
-        Err(errno) => return Err(errno.into()),
-    }
-    let mut polled = polled.iter();
-    for (at, (fd, _)) in on.iter().enumerate() {
-        if fd.is_some() && polled.next().is_some_and(|fd| !fd.revents().is_empty()) {
-            ready |= 1 << at;
-        }
+    let known = match host::before_wait(awaited, timeout) {
+        Known::Ready(bits) => bits,
+        Known::Nothing => match rustix::event::poll(polled, Some(&timespec(timeout))) {
+            Ok(_) => (0..).zip(&*polled).map(|(at, fd)| u64::from(!fd.revents().is_empty()) << at).sum(),
+            Err(Errno::INTR) => return Ok(ready),
+            Err(errno) => return Err(errno.into()),
+        },
+    };
+    let fds = on.iter().enumerate().filter(|(_, (fd, _))| fd.is_some());
+    for (nth, (at, _)) in fds.enumerate() {
+        ready |= (known >> nth & 1) << at;
     }
     Ok(ready)
 }
@@ -66,7 +66,9 @@ pub fn wait(on: &[(Option<BorrowedFd<'_>>, bool)], timeout: Duration) -> Result<
 /// # Errors
 /// [`ErrorKind::System`] when the kernel refuses.
 pub fn wait_writable(fd: impl AsFd, timeout: Duration) -> Result<()> {
-    let timeout = host::before_wait([(fd.as_fd(), false, true)].into_iter(), timeout);
+    if let Known::Ready(_) = host::before_wait([(fd.as_fd(), false, true)].into_iter(), timeout) {
+        return Ok(());
+    }
     let mut polled = [PollFd::new(&fd, PollFlags::OUT)];
     match rustix::event::poll(&mut polled, Some(&timespec(timeout))) {
         Ok(_) | Err(Errno::INTR) => Ok(()),

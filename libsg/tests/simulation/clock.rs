@@ -3,17 +3,19 @@
 //! libsg's threads are real ones, and everything in them is the product's code; but each runs only when the
 //! scheduler gives it the turn, until it waits. Which of those that could go on does is drawn by seed. The clock
 //! moves only when nobody can go on.
+//!
+//! Who gives its turn back passes it on itself: it looks at everything on behalf of the director, and wakes the next
+//! one. The main thread has its own turn only when something is to happen to hosts.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use libsg::host::simulation::{Bug, KEY_OF_THREADS, World, enter};
+use libsg::host::simulation::{Bug, KEY_OF_THREADS, World, enter, outside};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -26,11 +28,33 @@ const TURN: Duration = Duration::from_micros(2);
 /// A thread that holds its turn for so long, in real time, waits for something behind the scheduler's back.
 const STUCK: Duration = Duration::from_secs(20);
 
+/// What happens to hosts, and what must hold meanwhile.
+pub trait Director: Send + 'static {
+    /// Lets happen what is due now; until when threads may have their turns.
+    fn happen(&mut self) -> Duration;
+
+    /// Looks at everything after a step.
+    fn look(&mut self, step: Step) -> Next;
+}
+
+/// How it goes on after a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// With turns of threads, until then.
+    Turns(Duration),
+    /// Something is due.
+    Happens,
+    Over,
+}
+
+type Look = dyn Fn(Step) -> Next + Send + Sync;
+
 /// All nodes, their threads, their clock and their network.
 pub struct Host {
     started: Instant,
     main: std::thread::Thread,
     core: Mutex<Core>,
+    look: Mutex<Option<Arc<Look>>>,
     bug: Option<Bug>,
 }
 
@@ -39,14 +63,29 @@ struct Core {
     turns: u64,
     trace: u64,
     next_thread: u64,
-    tasks: BTreeMap<u64, Task>,
+    /// By their numbers.
+    tasks: Vec<Task>,
     running: Option<u64>,
+    /// Why nobody runs: it is the main thread's turn.
+    halted: Option<Halt>,
     frozen: Vec<NodeNumber>,
     net: Net,
     random: Random,
+    /// Room for what is asked in each step.
+    ready: Vec<usize>,
+    polled: Vec<PollFd<'static>>,
+}
+
+#[derive(Clone, Copy)]
+enum Halt {
+    /// After a turn.
+    Next(Next),
+    /// Nobody can go on in time.
+    Nothing,
 }
 
 struct Task {
+    thread: u64,
     node: NodeNumber,
     seat: Arc<Seat>,
     waits: Waits,
@@ -55,15 +94,33 @@ struct Task {
 /// What a thread waits for.
 #[derive(Default)]
 struct Waits {
-    on: Vec<(OwnedFd, PollFlags)>,
+    on: Vec<Lent>,
+    /// Which of these were ready when they were looked at.
+    ready: u64,
     key: Option<usize>,
     until: Duration,
+}
+
+/// A descriptor that a thread waits for, lent by that thread.
+type Lent = (BorrowedFd<'static>, PollFlags);
+
+fn lend((fd, read, write): &(BorrowedFd<'_>, bool, bool)) -> Lent {
+    let flags = if *read { PollFlags::IN } else { PollFlags::empty() };
+    let flags = if *write { flags | PollFlags::OUT } else { flags };
+    // SAFETY: only a thread that waits lends, and it has borrowed the descriptor for as long as it does. What is
+    // lent is forgotten, under the lock under which it is used, before that thread goes on (`Core::next`) or is
+    // unwound (`Host::kill`).
+    #[expect(unsafe_code)]
+    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+    (fd, flags)
 }
 
 /// Where a thread waits for its turn.
 #[derive(Default)]
 struct Seat {
     turn: AtomicBool,
+    /// Which of the descriptors that it waited for are ready.
+    found: AtomicU64,
     thread: Mutex<Option<std::thread::Thread>>,
 }
 
@@ -112,13 +169,17 @@ impl Host {
             turns: 0,
             trace: 0,
             next_thread: 0,
-            tasks: BTreeMap::new(),
+            tasks: Vec::new(),
             running: None,
+            halted: None,
             frozen: Vec::new(),
             net,
             random: Random::new(seed).fork(1),
+            ready: Vec::new(),
+            polled: Vec::new(),
         };
-        Arc::new(Self { started: Instant::now(), main: std::thread::current(), core: Mutex::new(core), bug })
+        let (started, main) = (Instant::now(), std::thread::current());
+        Arc::new(Self { started, main, core: Mutex::new(core), look: Mutex::default(), bug })
     }
 
     pub fn node(self: &Arc<Self>, number: NodeNumber) -> Arc<Node> {
@@ -154,28 +215,70 @@ impl Host {
         }
     }
 
-    /// Lets one thread have its turn; moves the clock, but not past `until`, when nobody can go on now.
-    pub fn step(&self, until: Duration) -> Step {
+    /// Runs to the end, as the director says.
+    pub fn run<D: Director>(&self, director: D) -> D {
+        let director = Arc::new(Mutex::new(director));
+        let looks = Arc::clone(&director);
+        *self.look.lock() = Some(Arc::new(move |step| looks.lock().look(step)));
+        loop {
+            let until = director.lock().happen();
+            let next = match self.go(until) {
+                Halt::Next(next) => next,
+                Halt::Nothing => director.lock().look(Step::Nothing),
+            };
+            if next == Next::Over {
+                break;
+            }
+        }
+        *self.look.lock() = None;
+        Arc::into_inner(director).expect("nobody looks any more").into_inner()
+    }
+
+    /// Lets threads have their turns.
+    fn go(&self, until: Duration) -> Halt {
         let seat = {
             let core = &mut *self.core.lock();
-            let Some(thread) = core.choose(until) else { return Step::Nothing };
-            core.turns += 1;
-            core.now += TURN;
-            core.trace = (core.trace ^ thread ^ (core.now.as_nanos() as u64) << 8)
-                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-                .rotate_left(23);
-            core.running = Some(thread);
-            let Some(task) = core.tasks.get_mut(&thread) else { return Step::Nothing };
-            task.waits = Waits::default();
-            Arc::clone(&task.seat)
+            // Whatever has happened may have stirred any of them.
+            core.net.stirred.extend(core.tasks.iter().map(|task| task.node));
+            core.next(until)
         };
+        let Some((_, seat)) = seat else { return Halt::Nothing };
         seat.give_turn();
-        let begun = Instant::now();
-        while self.core.lock().running.is_some() {
+        let (mut begun, mut turns) = (Instant::now(), self.turns());
+        loop {
+            if let Some(halt) = self.core.lock().halted.take() {
+                return halt;
+            }
             std::thread::park_timeout(STUCK);
-            assert!(begun.elapsed() < STUCK, "a thread waits behind the scheduler's back");
+            if begun.elapsed() >= STUCK {
+                let before = std::mem::replace(&mut turns, self.turns());
+                assert!(before != turns, "a thread waits behind the scheduler's back");
+                begun = Instant::now();
+            }
         }
-        Step::Ran
+    }
+
+    /// Passes the turn on, which nobody has now; true where the next one is the thread of this number, which calls.
+    fn pass_on(&self, own: Option<u64>) -> bool {
+        let look = self.look.lock().clone();
+        let next = outside(|| look.map_or(Next::Over, |look| look(Step::Ran)));
+        let mut core = self.core.lock();
+        let halt = match next {
+            Next::Turns(until) => match core.next(until) {
+                Some((thread, _)) if own == Some(thread) => return true,
+                Some((_, seat)) => {
+                    drop(core);
+                    seat.give_turn();
+                    return false;
+                }
+                None => Halt::Nothing,
+            },
+            next => Halt::Next(next),
+        };
+        core.halted = Some(halt);
+        drop(core);
+        self.main.unpark();
+        false
     }
 
     /// Ends every thread of a node where it stands.
@@ -184,12 +287,15 @@ impl Host {
         self.freeze(node.number, false);
         let begun = Instant::now();
         loop {
-            let core = self.core.lock();
-            let left: Vec<_> = core.tasks.values().filter(|task| task.node == node.number).collect();
-            if left.is_empty() {
+            let mut core = self.core.lock();
+            let mut left = core.tasks.iter_mut().filter(|task| task.node == node.number).peekable();
+            if left.peek().is_none() {
                 return;
             }
-            left.iter().for_each(|task| task.seat.give_turn());
+            left.for_each(|task| {
+                task.waits = Waits::default();
+                task.seat.give_turn();
+            });
             drop(core);
             std::thread::park_timeout(Duration::from_millis(1));
             assert!(begun.elapsed() < STUCK, "a thread of a node that was killed does not end");
@@ -198,17 +304,44 @@ impl Host {
 }
 
 impl Core {
-    /// A thread that can go on now, or when the clock has moved on.
-    fn choose(&mut self, until: Duration) -> Option<u64> {
+    fn task(&mut self, thread: u64) -> Option<&mut Task> {
+        let at = self.tasks.binary_search_by_key(&thread, |task| task.thread).ok()?;
+        self.tasks.get_mut(at)
+    }
+
+    /// Who has the next turn; moves the clock, but not past `until`, when nobody can go on now.
+    fn next(&mut self, until: Duration) -> Option<(u64, Arc<Seat>)> {
+        let at = self.choose(until)?;
+        self.turns += 1;
+        self.now += TURN;
+        let Task { thread, seat, waits, .. } = &mut self.tasks[at];
+        seat.found.store(std::mem::take(waits).ready, Ordering::Release);
+        self.trace = (self.trace ^ *thread ^ (self.now.as_nanos() as u64) << 8)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(23);
+        self.running = Some(*thread);
+        Some((*thread, Arc::clone(seat)))
+    }
+
+    /// Which of the tasks can go on now, or when the clock has moved on.
+    fn choose(&mut self, until: Duration) -> Option<usize> {
         loop {
             self.net.deliver(self.now);
-            let ready = self.ready();
-            if !ready.is_empty() {
-                return Some(ready[self.random.below(ready.len() as u64) as usize]);
+            self.look_at_stirred();
+            let mut next = Duration::MAX;
+            self.ready.clear();
+            for (at, Task { node, waits, .. }) in self.tasks.iter().enumerate() {
+                let is_frozen = self.frozen.contains(node);
+                if !is_frozen && (waits.ready > 0 || waits.until <= self.now) {
+                    self.ready.push(at);
+                } else if !is_frozen {
+                    next = next.min(waits.until);
+                }
             }
-            let deadlines =
-                self.tasks.values().filter(|t| !self.frozen.contains(&t.node)).map(|t| t.waits.until);
-            let next = deadlines.chain(self.net.next_delivery()).min().unwrap_or(Duration::MAX).max(self.now);
+            if !self.ready.is_empty() {
+                return Some(self.ready[self.random.below(self.ready.len() as u64) as usize]);
+            }
+            next = next.min(self.net.next_delivery().unwrap_or(Duration::MAX)).max(self.now);
             if next > until {
                 self.now = self.now.max(until);
                 return None;
@@ -217,26 +350,36 @@ impl Core {
         }
     }
 
-    fn ready(&self) -> Vec<u64> {
-        let (mut ready, mut asked, mut polled) = (Vec::new(), Vec::new(), Vec::new());
-        for (thread, task) in self.tasks.iter().filter(|(_, task)| !self.frozen.contains(&task.node)) {
-            if task.waits.until <= self.now {
-                ready.push(*thread);
-                continue;
-            }
-            for (fd, flags) in &task.waits.on {
-                asked.push(*thread);
-                polled.push(PollFd::new(fd, *flags));
-            }
+    /// Looks which descriptors are ready now, one question for all that may have changed.
+    fn look_at_stirred(&mut self) {
+        let Self { tasks, net, polled, .. } = self;
+        if net.stirred.is_empty() {
+            return;
+        }
+        let is_stirred = |task: &Task| net.stirred.contains(&task.node);
+        polled.clear();
+        for task in tasks.iter().filter(|task| is_stirred(task)) {
+            let fds = task.waits.on.iter();
+            polled.extend(fds.map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)));
         }
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if !polled.is_empty() && rustix::event::poll(&mut polled, Some(&at_once)).expect("polled") > 0 {
-            let is_ready = asked.iter().zip(&polled).filter(|(_, fd)| !fd.revents().is_empty());
-            ready.extend(is_ready.map(|(thread, _)| *thread));
-            ready.sort_unstable();
-            ready.dedup();
+        if !polled.is_empty() {
+            rustix::event::poll(polled, Some(&at_once)).expect("polled");
         }
-        ready
+        let mut answers = polled.iter().map(|fd| u64::from(!fd.revents().is_empty()));
+        for Waits { on, ready, .. } in
+            tasks.iter_mut().filter(|task| is_stirred(task)).map(|task| &mut task.waits)
+        {
+            *ready = (0..on.len()).zip(answers.by_ref()).map(|(nth, is_ready)| is_ready << nth).sum();
+        }
+        polled.clear();
+        net.stirred.clear();
+    }
+
+    /// A thread gives its turn back: what its node has sent, and told its other threads, is looked for.
+    fn rests(&mut self, node: NodeNumber) {
+        self.net.collect(node, self.now);
+        self.net.stirred.push(node);
     }
 }
 
@@ -271,29 +414,33 @@ impl Node {
         TASK.with_borrow(Clone::clone).expect("a thread of the simulation")
     }
 
-    /// Gives the turn back, and waits for the next one.
-    fn rest(&self, waits: Waits) {
+    /// Gives the turn back, and waits for the next one; which of the descriptors are ready then.
+    fn rest(&self, waits: Waits) -> u64 {
         let (thread, seat) = self.task();
         {
             let core = &mut *self.host.core.lock();
-            core.net.collect(self.number, core.now);
-            if let Some(task) = core.tasks.get_mut(&thread) {
+            if let Some(task) = core.task(thread) {
                 task.waits = waits;
             }
+            core.rests(self.number);
             core.running = None;
         }
-        self.host.main.unpark();
-        seat.wait_for_turn();
+        if !self.host.pass_on(Some(thread)) {
+            seat.wait_for_turn();
+        }
+        seat.found.load(Ordering::Acquire)
     }
 
-    fn wait_for(&self, on: Vec<(OwnedFd, PollFlags)>, key: Option<usize>, timeout: Duration) {
+    /// Which of the descriptors are ready then.
+    fn wait_for(&self, on: Vec<Lent>, key: Option<usize>, timeout: Duration) -> u64 {
         if self.returns_at_once() {
             std::thread::yield_now();
-            return;
+            return 0;
         }
         let until = self.host.now() + timeout;
-        self.rest(Waits { on, key, until });
+        let found = self.rest(Waits { on, ready: 0, key, until });
         self.returns_at_once();
+        found
     }
 }
 
@@ -303,19 +450,14 @@ impl World for Node {
         self.host.started + self.host.now()
     }
 
-    fn wait(&self, on: &[(BorrowedFd<'_>, bool, bool)], key: Option<usize>, timeout: Duration) {
-        let own = |(fd, read, write): &(BorrowedFd<'_>, bool, bool)| {
-            let flags = if *read { PollFlags::IN } else { PollFlags::empty() };
-            let flags = if *write { flags | PollFlags::OUT } else { flags };
-            (fd.try_clone_to_owned().expect("a descriptor"), flags)
-        };
-        self.wait_for(on.iter().map(own).collect(), key, timeout);
+    fn wait(&self, on: &[(BorrowedFd<'_>, bool, bool)], key: Option<usize>, timeout: Duration) -> u64 {
+        self.wait_for(on.iter().map(lend).collect(), key, timeout)
     }
 
     fn notify(&self, key: usize) {
         let core = &mut *self.host.core.lock();
         let now = core.now;
-        let waits = core.tasks.values_mut().map(|task| &mut task.waits);
+        let waits = core.tasks.iter_mut().map(|task| &mut task.waits);
         waits.filter(|waits| waits.key == Some(key)).for_each(|waits| waits.until = now);
     }
 
@@ -324,12 +466,14 @@ impl World for Node {
         let core = &mut *self.host.core.lock();
         core.next_thread += 1;
         let waits = Waits { until: core.now, ..Waits::default() };
-        core.tasks.insert(core.next_thread, Task { node: self.number, seat: Arc::default(), waits });
-        core.next_thread
+        let thread = core.next_thread;
+        core.tasks.push(Task { thread, node: self.number, seat: Arc::default(), waits });
+        thread
     }
 
     fn thread_runs(&self, thread: u64) {
-        let seat = Arc::clone(&self.host.core.lock().tasks[&thread].seat);
+        let seat =
+            self.host.core.lock().task(thread).map(|task| Arc::clone(&task.seat)).expect("it was started");
         *seat.thread.lock() = Some(std::thread::current());
         TASK.set(Some((thread, Arc::clone(&seat))));
         seat.wait_for_turn();
@@ -337,20 +481,22 @@ impl World for Node {
     }
 
     fn thread_ends(&self, thread: u64) {
-        {
+        let had_turn = {
             let core = &mut *self.host.core.lock();
-            core.net.collect(self.number, core.now);
-            core.tasks.remove(&thread);
-            if core.running == Some(thread) {
-                core.running = None;
-            }
-        }
+            core.tasks.retain(|task| task.thread != thread);
+            core.rests(self.number);
+            core.running.take_if(|running| *running == thread).is_some()
+        };
         self.notify(KEY_OF_THREADS | thread as usize);
-        self.host.main.unpark();
+        if had_turn {
+            self.host.pass_on(None);
+        } else {
+            self.host.main.unpark();
+        }
     }
 
     fn has_ended(&self, thread: u64) -> bool {
-        !self.host.core.lock().tasks.contains_key(&thread)
+        self.host.core.lock().task(thread).is_none()
     }
 
     fn fill_random(&self, bytes: &mut [u8]) {

@@ -55,6 +55,8 @@ pub struct Net {
     carried_bytes: u64,
     /// Where bytes are taken into.
     scratch: Vec<u8>,
+    /// Nodes of whose descriptors some may have become ready, or be so no more, since they were looked at.
+    pub stirred: Vec<NodeNumber>,
 }
 
 struct Host {
@@ -110,6 +112,7 @@ impl Net {
             cut: Vec::new(),
             carried_bytes: 0,
             scratch: vec![0; PIECE_BYTES],
+            stirred: Vec::new(),
         }
     }
 
@@ -159,6 +162,7 @@ impl Net {
         let (far, our_far) = pair()?;
         listener.pending.push_back(far);
         listener.waker.wake();
+        self.stirred.push(listener.node);
         self.links.push(Link {
             nodes: [from, listener.node],
             ends: [our_near, our_far],
@@ -192,27 +196,37 @@ impl Net {
     pub fn collect(&mut self, node: NodeNumber, now: Duration) {
         let Self { weather, random, hosts, links, carried_bytes, scratch, .. } = self;
         let mut ports = Ports { weather, random, hosts, carried_bytes, scratch };
-        for (at, side) in heard(links, node) {
-            links[at].take(side, now, &mut ports);
+        for (at, side, ends) in heard(links, node) {
+            links[at].take(side, ends, now, &mut ports);
         }
-        self.links.retain(|link| !link.broken);
+        self.let_go();
+    }
+
+    /// Closes what is broken.
+    fn let_go(&mut self) {
+        for link in self.links.extract_if(.., |link| link.broken) {
+            self.stirred.extend(link.nodes);
+        }
     }
 
     /// Gives what is due.
     pub fn deliver(&mut self, now: Duration) {
-        let Self { weather, random, hosts, links, carried_bytes, cut, scratch, .. } = self;
+        let Self { weather, random, hosts, links, carried_bytes, cut, scratch, stirred, .. } = self;
         let mut ports = Ports { weather, random, hosts, carried_bytes, scratch };
         for link in links.iter_mut().filter(|link| !Self::is_cut(cut, link.nodes)) {
             for side in 0..2 {
-                link.give(side, now);
+                if link.give(side, now) {
+                    stirred.push(link.nodes[1 - side]);
+                }
                 if link.ways[side].full && link.ways[side].bytes < WINDOW_BYTES {
-                    link.take(side, now, &mut ports);
+                    link.take(side, true, now, &mut ports);
+                    stirred.push(link.nodes[side]);
                 }
             }
             let [there, back] = &link.ways;
             link.broken |= there.shut && back.shut;
         }
-        self.links.retain(|link| !link.broken);
+        self.let_go();
     }
 
     /// When something can be given next.
@@ -252,8 +266,9 @@ impl Ports<'_> {
 }
 
 impl Link {
-    /// Takes what one side sent, up to the window.
-    fn take(&mut self, side: usize, now: Duration, ports: &mut Ports<'_>) {
+    /// Takes what one side sent, up to the window; less than was asked for is all that there is, unless the stream
+    /// `ends`.
+    fn take(&mut self, side: usize, ends: bool, now: Duration, ports: &mut Ports<'_>) {
         let (end, way) = (&self.ends[side], &mut self.ways[side]);
         way.full = false;
         while !way.ended {
@@ -264,11 +279,15 @@ impl Link {
             match rustix::net::recv(end, &mut *ports.scratch, RecvFlags::DONTWAIT) {
                 Ok((0, _)) => way.ended = true,
                 Ok((got, _)) => {
+                    let last = got < ports.scratch.len();
                     let bytes = ports.scratch[..got].to_vec();
                     way.bytes += got;
                     way.last =
                         way.last.max(ports.arrival([self.nodes[side], self.nodes[1 - side]], got, now));
                     way.pieces.push_back(Piece { due: way.last, bytes, written: 0 });
+                    if last && !ends {
+                        return;
+                    }
                 }
                 Err(Errno::AGAIN) => return,
                 Err(_) => {
@@ -279,14 +298,16 @@ impl Link {
         }
     }
 
-    /// Gives the other side what is due.
-    fn give(&mut self, side: usize, now: Duration) {
+    /// Gives the other side what is due; whether there was anything.
+    fn give(&mut self, side: usize, now: Duration) -> bool {
         let (end, way) = (&self.ends[1 - side], &mut self.ways[side]);
         way.blocked = false;
+        let mut gave = false;
         while let Some(piece) = way.pieces.front_mut().filter(|piece| piece.due <= now) {
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
             match rustix::net::send(end, &piece.bytes[piece.written..], flags) {
                 Ok(sent) => {
+                    gave = true;
                     piece.written += sent;
                     way.bytes -= sent;
                     if piece.written == piece.bytes.len() {
@@ -295,23 +316,25 @@ impl Link {
                 }
                 Err(Errno::AGAIN) => {
                     way.blocked = true;
-                    return;
+                    return gave;
                 }
                 Err(_) => {
                     self.broken = true;
-                    return;
+                    return gave;
                 }
             }
         }
         if way.ended && way.pieces.is_empty() && !way.shut {
-            way.shut = true;
+            (way.shut, gave) = (true, true);
             self.broken |= rustix::net::shutdown(end, Shutdown::Write).is_err();
         }
+        gave
     }
 }
 
-/// Which ends of connections of a node have something to say: one question for all, since most have not.
-fn heard(links: &mut [Link], node: NodeNumber) -> Vec<(usize, usize)> {
+/// Which ends of connections of a node have something to say, and whether that is their last word: one question for
+/// all, since most have not.
+fn heard(links: &mut [Link], node: NodeNumber) -> Vec<(usize, usize, bool)> {
     let mut asked = Vec::new();
     for (at, link) in links.iter_mut().enumerate() {
         for side in (0..2).filter(|side| link.nodes[*side] == node) {
@@ -322,14 +345,15 @@ fn heard(links: &mut [Link], node: NodeNumber) -> Vec<(usize, usize)> {
             }
         }
     }
-    let end = |&(at, side): &(usize, usize)| PollFd::new(&links[at].ends[side], PollFlags::IN);
+    let end =
+        |&(at, side): &(usize, usize)| PollFd::new(&links[at].ends[side], PollFlags::IN | PollFlags::RDHUP);
     let mut polled: Vec<_> = asked.iter().map(end).collect();
     let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
     if polled.is_empty() || rustix::event::poll(&mut polled, Some(&at_once)).expect("polled") == 0 {
         return Vec::new();
     }
     let says = asked.iter().zip(&polled).filter(|(_, end)| !end.revents().is_empty());
-    says.map(|(end, _)| *end).collect()
+    says.map(|((at, side), end)| (*at, *side, end.revents() != PollFlags::IN)).collect()
 }
 
 fn pair() -> io::Result<(UnixStream, UnixStream)> {

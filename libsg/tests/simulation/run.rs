@@ -10,7 +10,7 @@ use libsg::ids::NodeId;
 use libsg::page::PageIndex;
 use libsg::server::ServerHandle;
 
-use crate::clock::{Host, Node, Step};
+use crate::clock::{Director, Host, Next, Node, Step};
 use crate::contracts::Contracts;
 use crate::moving::{Move, all};
 use crate::net::{Net, NodeNumber};
@@ -75,6 +75,44 @@ enum Later {
     Restart(Role),
 }
 
+/// A run, with what must hold in it.
+struct Directed {
+    run: Run,
+    contracts: Vec<Contracts>,
+    over_at: Option<Duration>,
+}
+
+impl Directed {
+    /// Until when threads may have their turns.
+    fn until(&self) -> Duration {
+        self.run.next_event().unwrap_or(TIME_MAX).min(self.over_at.unwrap_or(TIME_MAX))
+    }
+}
+
+impl Director for Directed {
+    fn happen(&mut self) -> Duration {
+        self.run.happen(self.run.host.now());
+        self.until()
+    }
+
+    fn look(&mut self, step: Step) -> Next {
+        let Self { run, contracts, over_at } = self;
+        contracts.iter_mut().zip(&run.moves).for_each(|(of, vm)| of.check(run, vm));
+        let now = run.host.now();
+        if run.breach(contracts).is_some() || now >= TIME_MAX {
+            return Next::Over;
+        }
+        if over_at.is_none() {
+            *over_at = run.aftermath().map(|time| now + time);
+        }
+        match over_at {
+            Some(at) if now >= *at && step == Step::Nothing => Next::Over,
+            _ if run.is_due(now) => Next::Happens,
+            _ => Next::Turns(self.until()),
+        }
+    }
+}
+
 impl Run {
     pub fn new(scenario: &Scenario, bug: Option<Bug>) -> Self {
         let host = Host::new(scenario.seed, Net::new(scenario.seed, scenario.weather), bug);
@@ -115,27 +153,12 @@ impl Run {
     }
 
     /// Runs to the end, or to the first breach.
-    pub fn run(mut self) -> Outcome {
-        let mut contracts: Vec<_> = self.moves.iter().map(Contracts::new).collect();
-        let mut over_at = None;
-        loop {
-            let now = self.host.now();
-            self.happen(now);
-            let until = self.next_event().unwrap_or(TIME_MAX).min(over_at.unwrap_or(TIME_MAX));
-            let stepped = self.host.step(until);
-            contracts.iter_mut().zip(&self.moves).for_each(|(of, vm)| of.check(&self, vm));
-            if self.breach(&contracts).is_some() || self.host.now() >= TIME_MAX {
-                break;
-            }
-            if over_at.is_none() {
-                over_at = self.aftermath().map(|time| self.host.now() + time);
-            }
-            if over_at.is_some_and(|at| self.host.now() >= at && stepped == Step::Nothing) {
-                break;
-            }
-        }
-        contracts.iter_mut().zip(&self.moves).for_each(|(of, vm)| of.check_end(&self, vm));
-        self.end(&contracts)
+    pub fn run(self) -> Outcome {
+        let contracts = self.moves.iter().map(Contracts::new).collect();
+        let host = Arc::clone(&self.host);
+        let Directed { mut contracts, run, .. } = host.run(Directed { run: self, contracts, over_at: None });
+        contracts.iter_mut().zip(&run.moves).for_each(|(of, vm)| of.check_end(&run, vm));
+        run.end(&contracts)
     }
 
     /// The first contract that is broken, and whose.
@@ -213,6 +236,12 @@ impl Run {
         let log = self.moves[0].log.lock();
         let due = |event: &Event| Some(*log.reached.get(&event.after)? + event.delay);
         self.todo.iter().filter_map(due).chain(self.later.iter().map(|(at, _)| *at)).min()
+    }
+
+    /// Whether something is due.
+    fn is_due(&self, now: Duration) -> bool {
+        let has_left = |(.., left): &(_, _, _, Arc<AtomicBool>)| left.load(Ordering::Acquire);
+        self.next_event().is_some_and(|at| at <= now) || self.leaving.iter().any(has_left)
     }
 
     /// Lets happen what is due.

@@ -16,7 +16,7 @@ use libsg::vmd::TcpConnector;
 use parking_lot::Mutex;
 
 use super::{After, At, Parking, What, Who};
-use crate::clock::{Host, Node, Step};
+use crate::clock::{Director, Host, Next, Node, Step};
 use crate::destination::{ALWAYS, arriving};
 use crate::guest::Vm;
 use crate::memory::{Early, Memory};
@@ -79,6 +79,30 @@ pub struct Run {
     checked_evicted: bool,
     breach: Option<String>,
     last_at: Option<Duration>,
+    over_at: Option<Duration>,
+}
+
+impl Director for Run {
+    fn happen(&mut self) -> Duration {
+        self.let_happen(self.host.now());
+        self.until()
+    }
+
+    fn look(&mut self, step: Step) -> Next {
+        self.check();
+        let now = self.host.now();
+        if self.breach.is_some() || now >= TIME_MAX {
+            return Next::Over;
+        }
+        if self.over_at.is_none() && self.is_over() {
+            self.over_at = Some(now + AFTERMATH);
+        }
+        match self.over_at {
+            Some(at) if now >= at && step == Step::Nothing => Next::Over,
+            _ if self.is_due(now) => Next::Happens,
+            _ => Next::Turns(self.until()),
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -127,30 +151,21 @@ impl Run {
             checked_evicted: false,
             breach: None,
             last_at: None,
+            over_at: None,
         }
     }
 
     /// Runs to the end, or to the first breach.
-    pub fn run(mut self) -> Outcome {
-        let mut over_at = None;
-        loop {
-            let now = self.host.now();
-            self.happen(now);
-            let until = self.next_event().unwrap_or(TIME_MAX).min(over_at.unwrap_or(TIME_MAX));
-            let stepped = self.host.step(until);
-            self.check();
-            if self.breach.is_some() || self.host.now() >= TIME_MAX {
-                break;
-            }
-            if over_at.is_none() && self.is_over() {
-                over_at = Some(self.host.now() + AFTERMATH);
-            }
-            if over_at.is_some_and(|at| self.host.now() >= at && stepped == Step::Nothing) {
-                break;
-            }
-        }
-        self.check_end();
-        self.end()
+    pub fn run(self) -> Outcome {
+        let host = Arc::clone(&self.host);
+        let mut run = host.run(self);
+        run.check_end();
+        run.end()
+    }
+
+    /// Until when threads may have their turns.
+    fn until(&self) -> Duration {
+        self.next_event().unwrap_or(TIME_MAX).min(self.over_at.unwrap_or(TIME_MAX))
     }
 
     fn end(self) -> Outcome {
@@ -208,8 +223,14 @@ impl Run {
         (0..self.claims.len()).filter(|nth| self.claims[*nth].is_none() && *nth < self.parking.claims.len())
     }
 
+    /// Whether something is due.
+    fn is_due(&self, now: Duration) -> bool {
+        let has_left = |(.., left): &(_, _, _, Arc<AtomicBool>)| left.load(Ordering::Acquire);
+        self.next_event().is_some_and(|at| at <= now) || self.leaving.iter().any(has_left)
+    }
+
     /// Lets happen what is due.
-    fn happen(&mut self, now: Duration) {
+    fn let_happen(&mut self, now: Duration) {
         let reached = self.log.lock().reached.clone();
         let is_due = |after: &After, delay: Duration| reached.get(after).is_some_and(|at| *at + delay <= now);
         for event in self.todo.extract_if(.., |event| is_due(&event.after, event.delay)).collect::<Vec<_>>() {
