@@ -125,6 +125,14 @@ pub enum Bug {
     RunsUnasked,
     /// An intermediary leaves before what it hands over is acknowledged.
     LeavesEarly,
+    /// A VM that was paused for a handover that failed stays so.
+    LeftPaused,
+    /// A writer whose epoch was replaced is let in.
+    EpochIgnored,
+    /// An index takes an older round for a newer one.
+    OlderRoundIndexed,
+    /// A slot is given out again under the generation that it had.
+    GenerationKept,
 }
 
 thread_local! {

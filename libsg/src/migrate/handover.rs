@@ -113,7 +113,11 @@ impl Lead<'_> {
         tell: impl FnOnce(&Error) -> T,
     ) -> Error {
         self.scatter.stop();
-        let resumed = if self.control.was_paused() { vm.resume() } else { Ok(()) };
+        #[cfg(feature = "simulation")]
+        let left = host::has_bug(host::Bug::LeftPaused);
+        #[cfg(not(feature = "simulation"))]
+        let left = false;
+        let resumed = if self.control.was_paused() && !left { vm.resume() } else { Ok(()) };
         // What is told below may take seconds, in which the VM would be slow.
         if let Some(mut rounds) = rounds {
             rounds.stop();

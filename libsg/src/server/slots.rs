@@ -290,9 +290,14 @@ impl Slots {
         }
         let Some((number, (first, slots))) = best else { return Ok(None) };
         let Entry::Leased(chunk) = &mut self.entries[number as usize] else { return Ok(None) };
+        #[cfg(feature = "simulation")]
+        let kept = crate::host::has_bug(crate::host::Bug::GenerationKept);
+        #[cfg(not(feature = "simulation"))]
+        let kept = false;
         for at in first..first + slots {
             chunk.free.remove(at);
-            chunk.slots[at].generation += 1;
+            let slot = &mut chunk.slots[at];
+            slot.generation = if kept { slot.generation.max(1) } else { slot.generation + 1 };
         }
         chunk.taken += slots as u32;
         let first = SlotIndex(number * CHUNK_SLOTS as u32 + first as u32);

@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
+#[cfg(feature = "simulation")]
+use crate::host;
 use crate::ids::{Checksum, Epoch, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
@@ -323,6 +325,8 @@ impl<P> Volumes<P> {
 
 impl<P> Volume<P> {
     fn admit(&self, epoch: Epoch, access: Access) -> Result<(), Status> {
+        #[cfg(feature = "simulation")]
+        let epoch = if host::has_bug(host::Bug::EpochIgnored) { epoch.max(self.epoch) } else { epoch };
         if epoch < self.epoch && access != Access::Inherit {
             return Err(Status::Fenced);
         }

@@ -52,5 +52,9 @@ canaries! {
     a_reference_has_copies: ReferenceAlone, "evicted means evicted", "a death is an event";
     a_limit_holds: LimitIgnored, "limits hold";
     strangers_stay_out: SecretIgnored, "strangers";
+    a_vm_that_stays_runs_on: LeftPaused, "without COMMIT the VM does not run on";
+    who_was_replaced_is_refused: EpochIgnored, "epochs";
+    an_index_keeps_the_newest_round: OlderRoundIndexed, "rounds", "each page is right", "evicted means evicted";
+    a_slot_is_used_again_under_a_new_generation: GenerationKept, "generations";
     nobody_leaves_early: LeavesEarly, "evicted means evicted", "leaving loses nothing";
 }

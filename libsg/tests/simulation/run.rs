@@ -15,7 +15,7 @@ use crate::contracts::Contracts;
 use crate::moving::{Move, all};
 use crate::net::{Net, NodeNumber};
 use crate::scenario::{After, DESTINATION, Event, Plan, Role, SOURCE, Scenario, address};
-use crate::{intermediary, stranger};
+use crate::{intermediary, stranger, writers};
 
 /// No run is longer.
 const TIME_MAX: Duration = Duration::from_secs(120);
@@ -131,6 +131,9 @@ impl Run {
         let stranger = host.node(nodes.len());
         if scenario.seed.is_multiple_of(stranger::ONE_IN) {
             stranger::start(&stranger, &moves[0].vm, scenario);
+        }
+        if scenario.writers {
+            writers::start(&stranger, &moves[0].vm, scenario);
         }
         let next_node = nodes.len() + 1;
         Self {

@@ -142,6 +142,8 @@ pub struct Scenario {
     pub sharing: bool,
     /// How many intermediaries hold each page.
     pub replicas: u8,
+    /// Two others write a volume, one after the other.
+    pub writers: bool,
 }
 
 /// Longer than anybody waits for a host.
@@ -162,6 +164,9 @@ const SPARES_IN: u64 = 3;
 /// Pages of a VM, and of those beside it.
 const SIZES: [u64; 6] = [64, 64, 128, 200, 300, 1024];
 const SIZES_BESIDE: [u64; 4] = [32, 64, 64, 128];
+
+/// One seed in so many has two who write one volume.
+const WRITERS_IN: u64 = 8;
 
 /// One VM in so many has memory of 2 MiB units.
 const HUGE_IN: u64 = 8;
@@ -198,6 +203,7 @@ impl Scenario {
             events: Vec::new(),
             sharing: false,
             replicas: 1,
+            writers: seed % WRITERS_IN == 1,
         };
         let count = random.pick(&[0, 1, 1, 1, 2, 2, 3, 4, 6]);
         scenario.events = (0..count).map(|_| scenario.event(&mut random)).collect();
@@ -302,6 +308,7 @@ impl Scenario {
             events,
             sharing: false,
             replicas: 1,
+            writers: false,
         }
     }
 
@@ -340,7 +347,7 @@ impl Scenario {
     /// Memory in which an intermediary has room for all pages of all VMs, and for copies that are late.
     pub fn room_for_all(&self) -> u64 {
         let chunks: u64 = self.vms.iter().map(|vm| vm.memory.len() as u64 / CHUNK_PAGES + 2).sum();
-        (chunks * CHUNK_PAGES * PAGE_BYTES_U64).max(8 << 20)
+        ((chunks + u64::from(self.writers)) * CHUNK_PAGES * PAGE_BYTES_U64).max(8 << 20)
     }
 
     /// How long eviction may take, from COMMIT on, where one way out is not disturbed.

@@ -115,6 +115,7 @@ impl Parking {
             events: Vec::new(),
             sharing: random.one_in(3),
             replicas: 1,
+            writers: false,
         };
         let mut parking = Self { base, claims: Vec::new(), events: Vec::new() };
         for nth in 0..random.pick(&[1, 2, 2, 3]) {
