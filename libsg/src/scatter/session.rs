@@ -163,6 +163,8 @@ fn rejoin(scatter: &Arc<Scatter>, destination: &Destination, listener: &dyn List
             }
             Kind::Talk => match Talk::decode(frame.body)? {
                 Talk::Rejoined { running } => break running,
+                // The VM's destination is gone, and somebody else is there: what is here goes to intermediaries.
+                Talk::Abort { reason, .. } => return Err(Error::new(ErrorKind::Unreachable, reason)),
                 other => listener.heard(other),
             },
             Kind::Ping => {}

@@ -10,6 +10,7 @@ use libsg::migrate::{IncomingVm, Mode};
 use libsg::page::PageRange;
 use libsg::sink::PageSink;
 use libsg::vmd::TcpConnector;
+use libsg::{Error, ErrorKind};
 use parking_lot::Mutex;
 
 use crate::clock::Node;
@@ -32,6 +33,9 @@ struct Arriving {
 
 impl IncomingVm for Arriving {
     fn prepare(&mut self, manifest: &Manifest) -> libsg::Result<Arc<dyn PageSink>> {
+        if manifest.vm != self.vm.manifest.vm {
+            return Err(Error::new(ErrorKind::Vm, "another VM is waited for"));
+        }
         assert_eq!(manifest.regions, self.vm.manifest.regions);
         Ok(self.memory.clone())
     }

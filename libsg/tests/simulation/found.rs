@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use crate::run::Run;
-use crate::scenario::{After, Event, Role, SOURCE, Scenario, What};
+use crate::run::{Outcome, Run};
+use crate::scenario::{After, DESTINATION, Event, Role, SOURCE, Scenario, What};
 
 /// A small VM, intermediaries of 4 MiB, a fast network on which nothing happens but these events.
-fn holds(intermediaries: usize, events: Vec<Event>) {
+fn holds(intermediaries: usize, events: Vec<Event>) -> Outcome {
     let scenario = Scenario::plain(200, vec![4 << 20; intermediaries], events);
     let outcome = Run::new(&scenario, None).run();
     assert_eq!(outcome.breach, None, "{:#?}", outcome.lines);
+    outcome
 }
 
 /// The index there was asked for ever, and the guest waited as long.
@@ -30,5 +31,16 @@ fn an_intermediary_that_is_lost_before_it_has_the_volume_changes_the_numbers() {
     for delay in (0..600).step_by(10) {
         let what = What::Break(SOURCE, Role::Intermediary(0));
         holds(3, vec![Event { after: After::Start, delay: Duration::from_micros(delay), what }]);
+    }
+}
+
+/// It said that it waits for another VM, and was taken for the destination that fails: the source stopped, and never evicted.
+#[test]
+fn a_process_that_takes_the_destinations_place_does_not_end_the_scatter() {
+    for delay in (0..60).step_by(5) {
+        let what = What::Kill(DESTINATION, Some(Duration::from_millis(1)));
+        let dies = Event { after: After::Commit, delay: Duration::from_millis(delay), what };
+        let outcome = holds(2, vec![dies]);
+        assert!(outcome.evicted, "{:#?}", outcome.lines);
     }
 }

@@ -21,6 +21,7 @@ mod seeds;
 mod shrink;
 mod source;
 mod stranger;
+mod successors;
 mod writers;
 
 use scenario::Scenario;

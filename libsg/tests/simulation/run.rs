@@ -14,8 +14,8 @@ use crate::clock::{Director, Host, Next, Node, Step};
 use crate::contracts::Contracts;
 use crate::moving::{Move, all};
 use crate::net::{Net, NodeNumber};
-use crate::scenario::{After, DESTINATION, Event, Plan, Role, SOURCE, Scenario, address};
-use crate::{intermediary, stranger, writers};
+use crate::scenario::{After, DESTINATION, Event, Plan, Role, SOURCE, Scenario, What, address};
+use crate::{intermediary, stranger, successors, writers};
 
 /// No run is longer.
 const TIME_MAX: Duration = Duration::from_secs(120);
@@ -57,6 +57,8 @@ pub struct Run {
     /// Pages of which a copy was damaged, with whose they are.
     pub damaged: Vec<(usize, PageIndex)>,
     dead_nodes: Vec<NodeNumber>,
+    /// Processes at the ends that came later, and the VMs of those.
+    successors: Vec<(Arc<Node>, Option<successors::Successor>)>,
     /// Intermediaries that were told to go, and whether they have; and the nodes of those that did.
     leaving: Vec<(Role, NodeNumber, Option<Duration>, Arc<AtomicBool>)>,
     left: Vec<NodeId>,
@@ -146,6 +148,7 @@ impl Run {
             done: Vec::new(),
             damaged: Vec::new(),
             dead_nodes: Vec::new(),
+            successors: Vec::new(),
             leaving: Vec::new(),
             left: Vec::new(),
             todo: scenario.events.clone(),
@@ -168,13 +171,16 @@ impl Run {
     fn breach(&self, contracts: &[Contracts]) -> Option<String> {
         let mut found =
             contracts.iter().zip(&self.moves).filter_map(|(of, vm)| Some((vm.nth, of.breach(vm)?)));
-        let (nth, what) = found.next()?;
+        let Some((nth, what)) = found.next() else {
+            return self.successors.iter().find_map(|(_, vm)| vm.as_ref()?.breach());
+        };
         Some(if self.moves.len() > 1 { format!("VM {nth}: {what}") } else { what })
     }
 
     fn end(self, contracts: &[Contracts]) -> Outcome {
         let breach = self.breach(contracts);
-        let nodes: Vec<_> = self.nodes.values().chain([&self.stranger]).cloned().collect();
+        let later = self.successors.iter().map(|(node, _)| node);
+        let nodes: Vec<_> = self.nodes.values().chain([&self.stranger]).chain(later).cloned().collect();
         for node in nodes {
             self.host.with_net(|net, _| net.remove(node.number()));
             self.host.kill(&node);
@@ -275,12 +281,12 @@ impl Run {
     }
 
     fn event(&mut self, event: Event, now: Duration) {
-        use crate::scenario::What;
         let number = |role: Role| self.nodes[&role].number();
         match event.what {
             What::Kill(role, restart) => {
-                self.kill(role);
-                self.later.extend(restart.map(|time| (now + time, Later::Restart(role))));
+                if self.kill(role) || matches!(role, Role::Intermediary(_)) {
+                    self.later.extend(restart.map(|time| (now + time, Later::Restart(role))));
+                }
             }
             What::Freeze(role, time) if !self.is_dead(role) => {
                 self.host.freeze(number(role), true);
@@ -312,10 +318,11 @@ impl Run {
         }
     }
 
-    fn kill(&mut self, role: Role) {
+    /// Whether it lived.
+    fn kill(&mut self, role: Role) -> bool {
         let node = Arc::clone(&self.nodes[&role]);
         if node.is_dead() {
-            return;
+            return false;
         }
         match role {
             SOURCE => self.moves.iter().for_each(|of| of.vm.source_died()),
@@ -325,6 +332,7 @@ impl Run {
         self.host.with_net(|net, _| net.remove(node.number()));
         self.host.kill(&node);
         self.dead_nodes.push(node.number());
+        true
     }
 
     /// Ends the processes of those that have handed over.
@@ -353,16 +361,30 @@ impl Run {
         !self.left.is_empty()
     }
 
+    /// A new process on a host whose last one is gone.
     fn restart(&mut self, role: Role) {
-        let Role::Intermediary(nth) = role else { return };
         if !self.is_dead(role) {
             return;
         }
         let node = self.host.node(self.next_node);
         self.next_node += 1;
         self.host.with_net(|net, _| net.add(node.number(), address(role)));
-        self.intermediaries.insert(role, intermediary::start(&node, role, self.scenario.intermediaries[nth]));
-        self.nodes.insert(role, node);
+        match role {
+            Role::Intermediary(nth) => {
+                let memory = self.scenario.intermediaries[nth];
+                self.intermediaries.insert(role, intermediary::start(&node, role, memory));
+                self.nodes.insert(role, node);
+            }
+            // What is looked at of the ends are those of the migration.
+            Role::Source => {
+                let vm = successors::leaves(self.successors.len(), &node, &self.scenario);
+                self.successors.push((node, Some(vm)));
+            }
+            Role::Destination => {
+                self.moves.iter().for_each(|of| successors::waits(of, &node, &self.scenario));
+                self.successors.push((node, None));
+            }
+        }
     }
 
     /// Flips a bit of some page that an intermediary holds.

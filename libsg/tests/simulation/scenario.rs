@@ -61,7 +61,7 @@ pub enum After {
 /// What happens to a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
-    /// Its processes are killed; after that long, if at all, new ones are started.
+    /// Its processes are killed; after that long, if at all, new ones are started, which know nothing.
     Kill(Role, Option<Duration>),
     /// Its processes stop for so long.
     Freeze(Role, Duration),
@@ -268,7 +268,17 @@ impl Scenario {
                 scenario.events.retain(|event| matches!(event.what, What::Leave(..)));
             }
         }
+        scenario.restart_ends(Random::new(seed).fork(63));
         scenario
+    }
+
+    /// New processes at the ends that are killed.
+    fn restart_ends(&mut self, mut random: Random) {
+        for event in &mut self.events {
+            if let What::Kill(SOURCE | DESTINATION, restart) = &mut event.what {
+                *restart = random.one_in(2).then(|| Duration::from_millis(random.pick(&[1, 20, 150, 600])));
+            }
+        }
     }
 
     /// Whether pages lie at several intermediaries, and how many of these may die.
