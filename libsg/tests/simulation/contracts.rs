@@ -207,8 +207,11 @@ impl Contracts {
     /// was given back because all is over.
     fn is_excused(&self, run: &Run, of: &Move, scatter: &Scatter, page: PageIndex) -> bool {
         let over = of.log.lock().gathered.is_some() || of.destination.ended.lock().gathered.is_some();
+        if over || run.damaged.contains(&(of.nth, page)) || is_flipped(run, of, scatter, page) {
+            return true;
+        }
         if run.copies_are_enough() {
-            return over || run.damaged.contains(&(of.nth, page));
+            return false;
         }
         let dies_unnoticed = scatter.members.list().iter().enumerate().any(|(at, member)| {
             let index = libsg::ids::MemberIndex(at as u16);
@@ -218,7 +221,7 @@ impl Contracts {
         let home_died = self.homes[page.as_usize()]
             .is_some_and(|(index, content)| run.is_node_dead(index) || run.is_node_dead(content));
         let evicted_and_died = self.evicted && run.any_member_died();
-        dies_unnoticed || home_died || evicted_and_died || over || run.damaged.contains(&(of.nth, page))
+        dies_unnoticed || home_died || evicted_and_died
     }
 
     /// What is lost is lost for a reason, and nobody waits for ever.
@@ -261,7 +264,9 @@ impl Contracts {
         servers.retain(|(role, _)| calm(*role));
         let contents = of.vm.contents();
         let whole = |page: &&PageIndex| !run.damaged.contains(&(of.nth, **page));
-        if self.evicted && run.copies_are_enough() && fresh.iter().any(|page| whole(&page)) {
+        // What was flipped before it was sent on is so everywhere.
+        let spared = run.copies_are_enough() && !run.has_flipped();
+        if self.evicted && spared && fresh.iter().any(|page| whole(&page)) {
             self.broken(format!("a death is an event: {fresh:?} are lost though there are copies"));
         }
         let mut units: Vec<_> = fresh.iter().map(|page| of.vm.unit(*page)).collect();
@@ -486,7 +491,31 @@ fn find(
     Found::Nowhere
 }
 
+/// Whether somebody has the page with one bit that is not as it was: it came so.
+fn is_flipped(run: &Run, of: &Move, scatter: &Scatter, page: PageIndex) -> bool {
+    if !run.has_flipped() {
+        return false;
+    }
+    let truth = of.vm.contents()[page.as_usize()].bytes(page);
+    let servers = run.servers();
+    let places = servers.iter().flat_map(|(_, index)| {
+        index.index_entries(scatter.volume, scatter.epoch, PageRange::new(page, 1)).into_iter()
+    });
+    let places: Vec<_> = places.filter_map(|entry| entry.placement).collect();
+    let mut found = servers.iter().flat_map(|(_, server)| {
+        places.iter().filter_map(|at| server.page_at(scatter.volume, scatter.epoch, page, *at))
+    });
+    found.any(|bytes| {
+        bytes.iter().zip(&truth).map(|(one, other)| (one ^ other).count_ones()).sum::<u32>() == 1
+    })
+}
+
 impl Run {
+    /// Whether a bit was flipped on the way.
+    fn has_flipped(&self) -> bool {
+        self.host.with_net(|net, _| net.flipped() > 0)
+    }
+
     /// Whether nothing was, or will be, done to a host.
     pub fn is_calm(&self, role: Role) -> bool {
         !self.scenario.events.iter().any(|event| event.what.hosts().contains(&role))

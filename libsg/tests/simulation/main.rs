@@ -7,6 +7,7 @@ mod content;
 mod contracts;
 mod destination;
 mod found;
+mod frames;
 mod guest;
 mod intermediary;
 mod memory;

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
+use crate::frames::Frames;
 use crate::random::Random;
 
 /// A node, of which one that restarts is another one.
@@ -57,6 +58,17 @@ pub struct Net {
     scratch: Vec<u8>,
     /// Nodes of whose descriptors some may have become ready, or be so no more, since they were looked at.
     pub stirred: Vec<NodeNumber>,
+    flips: Flips,
+}
+
+/// Bits that are flipped on the way.
+#[derive(Default)]
+struct Flips {
+    /// Some will be: streams are followed, so that it is known what their bytes are.
+    expected: bool,
+    /// From which node to which, and what draws where.
+    waiting: Vec<([NodeNumber; 2], Random)>,
+    done: usize,
 }
 
 struct Host {
@@ -93,6 +105,7 @@ struct Way {
     /// The sender closed its end.
     ended: bool,
     shut: bool,
+    frames: Frames,
 }
 
 struct Piece {
@@ -113,6 +126,7 @@ impl Net {
             carried_bytes: 0,
             scratch: vec![0; PIECE_BYTES],
             stirred: Vec::new(),
+            flips: Flips::default(),
         }
     }
 
@@ -136,6 +150,21 @@ impl Net {
     /// Breaks every connection between two nodes.
     pub fn break_links(&mut self, one: NodeNumber, other: NodeNumber) {
         self.links.retain(|link| !(link.nodes.contains(&one) && link.nodes.contains(&other)));
+    }
+
+    /// Bits will be flipped.
+    pub const fn expect_flips(&mut self) {
+        self.flips.expected = true;
+    }
+
+    /// Flips a bit of what the first node sends to the second one next.
+    pub fn flip(&mut self, from: NodeNumber, to: NodeNumber, random: Random) {
+        self.flips.waiting.push(([from, to], random));
+    }
+
+    /// How many bits were flipped.
+    pub const fn flipped(&self) -> usize {
+        self.flips.done
     }
 
     /// Carries nothing between two nodes from now on, or again. Connections stay.
@@ -194,8 +223,8 @@ impl Net {
 
     /// Takes what a node has sent.
     pub fn collect(&mut self, node: NodeNumber, now: Duration) {
-        let Self { weather, random, hosts, links, carried_bytes, scratch, .. } = self;
-        let mut ports = Ports { weather, random, hosts, carried_bytes, scratch };
+        let Self { weather, random, hosts, links, carried_bytes, scratch, flips, .. } = self;
+        let mut ports = Ports { weather, random, hosts, carried_bytes, scratch, flips };
         for (at, side, ends) in heard(links, node) {
             links[at].take(side, ends, now, &mut ports);
         }
@@ -211,8 +240,8 @@ impl Net {
 
     /// Gives what is due.
     pub fn deliver(&mut self, now: Duration) {
-        let Self { weather, random, hosts, links, carried_bytes, cut, scratch, stirred, .. } = self;
-        let mut ports = Ports { weather, random, hosts, carried_bytes, scratch };
+        let Self { weather, random, hosts, links, carried_bytes, cut, scratch, stirred, flips, .. } = self;
+        let mut ports = Ports { weather, random, hosts, carried_bytes, scratch, flips };
         for link in links.iter_mut().filter(|link| !Self::is_cut(cut, link.nodes)) {
             for side in 0..2 {
                 if link.give(side, now) {
@@ -245,6 +274,7 @@ struct Ports<'n> {
     hosts: &'n mut BTreeMap<NodeNumber, Host>,
     carried_bytes: &'n mut u64,
     scratch: &'n mut [u8],
+    flips: &'n mut Flips,
 }
 
 impl Ports<'_> {
@@ -265,6 +295,25 @@ impl Ports<'_> {
     }
 }
 
+impl Flips {
+    /// Flips what is to be flipped of these bytes: as often in what is short, and few in number, as in pages.
+    fn apply(&mut self, nodes: [NodeNumber; 2], frames: &mut Frames, bytes: &mut [u8]) {
+        if !self.expected {
+            return;
+        }
+        let parts = frames.follow(bytes);
+        let Some(waiting) = self.waiting.iter().position(|(way, _)| *way == nodes) else { return };
+        if parts.is_empty() {
+            return;
+        }
+        let (_, mut random) = self.waiting.swap_remove(waiting);
+        let part = &parts[random.below(parts.len() as u64) as usize];
+        let at = part.start + random.below(part.len() as u64) as usize;
+        bytes[at] ^= 1 << random.below(8);
+        self.done += 1;
+    }
+}
+
 impl Link {
     /// Takes what one side sent, up to the window; less than was asked for is all that there is, unless the stream
     /// `ends`.
@@ -280,7 +329,8 @@ impl Link {
                 Ok((0, _)) => way.ended = true,
                 Ok((got, _)) => {
                     let last = got < ports.scratch.len();
-                    let bytes = ports.scratch[..got].to_vec();
+                    let mut bytes = ports.scratch[..got].to_vec();
+                    ports.flips.apply([self.nodes[side], self.nodes[1 - side]], &mut way.frames, &mut bytes);
                     way.bytes += got;
                     way.last =
                         way.last.max(ports.arrival([self.nodes[side], self.nodes[1 - side]], got, now));

@@ -37,6 +37,7 @@ pub struct Outcome {
     pub evicted: bool,
     pub lost_pages: u32,
     pub carried_bytes: u64,
+    pub flipped_bits: usize,
     /// The events that had happened.
     pub happened: Vec<Event>,
     /// What was told, for people.
@@ -137,6 +138,9 @@ impl Run {
         if scenario.writers {
             writers::start(&stranger, &moves[0].vm, scenario);
         }
+        if scenario.events.iter().any(|event| matches!(event.what, What::Flip(..))) {
+            host.with_net(|net, _| net.expect_flips());
+        }
         let next_node = nodes.len() + 1;
         Self {
             scenario: scenario.clone(),
@@ -197,6 +201,7 @@ impl Run {
             lost_pages: logs.iter().map(|log| log.lost_pages).sum(),
             happened: self.done.clone(),
             carried_bytes: self.host.with_net(|net, _| net.carried_bytes()),
+            flipped_bits: self.host.with_net(|net, _| net.flipped()),
             lines: lines.into_iter().map(|(at, line)| format!("{at:?} {line}")).collect(),
         }
     }
@@ -309,6 +314,11 @@ impl Run {
             }
             What::Leave(..) => {}
             What::Damage(role) => self.damage(role),
+            What::Flip(from, to) => {
+                let random = self.scenario.random(300 + self.done.len() as u64);
+                let (from, to) = (number(from), number(to));
+                self.host.with_net(|net, _| net.flip(from, to, random));
+            }
             What::Fill(role) => stranger::fill(&self.stranger, role, self.scenario.memory_of(role)),
             What::Limit(bytes_per_s) => {
                 for incoming in self.moves.iter().filter_map(|vm| vm.destination.incoming.lock().clone()) {

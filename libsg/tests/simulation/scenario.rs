@@ -71,6 +71,8 @@ pub enum What {
     Cut(Role, Role, Duration),
     /// A page that is stored at an intermediary is damaged.
     Damage(Role),
+    /// The network flips a bit of what the first host sends to the second one next.
+    Flip(Role, Role),
     /// Somebody else's volume takes all memory of an intermediary that is free.
     Fill(Role),
     /// The operator sets another limit at the destination.
@@ -88,7 +90,7 @@ impl What {
             | Self::Damage(role)
             | Self::Fill(role)
             | Self::Leave(role, _) => vec![role],
-            Self::Break(one, other) | Self::Cut(one, other, _) => vec![one, other],
+            Self::Break(one, other) | Self::Cut(one, other, _) | Self::Flip(one, other) => vec![one, other],
             Self::Limit(_) => vec![DESTINATION],
         }
     }
@@ -164,6 +166,9 @@ const SPARES_IN: u64 = 3;
 /// Pages of a VM, and of those beside it.
 const SIZES: [u64; 6] = [64, 64, 128, 200, 300, 1024];
 const SIZES_BESIDE: [u64; 4] = [32, 64, 64, 128];
+
+/// In one seed in so many a bit is flipped on the way.
+const FLIPS_IN: u64 = 5;
 
 /// One seed in so many has two who write one volume.
 const WRITERS_IN: u64 = 8;
@@ -268,8 +273,23 @@ impl Scenario {
                 scenario.events.retain(|event| matches!(event.what, What::Leave(..)));
             }
         }
+        scenario.add_flips(Random::new(seed).fork(62));
         scenario.restart_ends(Random::new(seed).fork(63));
         scenario
+    }
+
+    /// Bits that are flipped on the way.
+    fn add_flips(&mut self, mut random: Random) {
+        if !random.one_in(FLIPS_IN) {
+            return;
+        }
+        for _ in 0..random.pick(&[1, 1, 2]) {
+            let roles = self.roles();
+            let one = random.below(roles.len() as u64) as usize;
+            let other = (one + random.within(1, roles.len() as u64 - 1) as usize) % roles.len();
+            let event = Event { what: What::Flip(roles[one], roles[other]), ..self.event(&mut random) };
+            self.events.push(event);
+        }
     }
 
     /// New processes at the ends that are killed.

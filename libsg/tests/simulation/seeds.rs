@@ -20,6 +20,7 @@ pub struct Sum {
     evicted: u64,
     with_losses: u64,
     carried_bytes: u64,
+    flipped_bits: usize,
     time: Duration,
     /// Seeds in which a contract was broken, and how.
     pub broken: Vec<(u64, String)>,
@@ -32,20 +33,25 @@ impl Sum {
         self.evicted += u64::from(outcome.evicted);
         self.with_losses += u64::from(outcome.lost_pages > 0);
         self.carried_bytes += outcome.carried_bytes;
+        self.flipped_bits += outcome.flipped_bits;
         self.broken.extend(outcome.breach.map(|breach| (seed, breach)));
     }
 }
 
 impl fmt::Display for Sum {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { runs, turns, evicted, with_losses, carried_bytes, time, broken } = self;
+        let Self { runs, turns, evicted, with_losses, carried_bytes, flipped_bits, time, broken } = self;
         let (seconds, mebibytes) = (time.as_secs_f64(), carried_bytes >> 20);
         let rate = *runs as f64 / seconds;
         write!(
             f,
             "{runs} runs in {seconds:.1} s ({rate:.0} a second): {turns} turns of threads, {mebibytes} MiB"
         )?;
-        write!(f, " carried; evicted in {evicted}, pages lost in {with_losses}, broken in {}", broken.len())
+        write!(
+            f,
+            " carried, {flipped_bits} bits flipped; evicted in {evicted}, pages lost in {with_losses}, broken in {}",
+            broken.len()
+        )
     }
 }
 

@@ -186,6 +186,7 @@ impl Run {
             lost_pages: 0,
             happened: Vec::new(),
             carried_bytes: self.host.with_net(|net, _| net.carried_bytes()),
+            flipped_bits: 0,
             lines: log.lines.iter().map(|(at, line)| format!("{at:?} {line}")).collect(),
         }
     }
