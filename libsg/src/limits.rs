@@ -76,6 +76,19 @@ pub const COPIES_MAX: usize = 8;
 /// short enough that the index spreads over all members.
 pub const INDEX_RANGE_PAGES: u32 = 1024;
 
+/// Bytes in which one end of a backend describes itself to the other. Longer ones are refused.
+pub const ENDPOINT_BYTES_MAX: usize = 256;
+
+/// Bytes by which a backend reaches a piece of an intermediary's memory. Longer ones are refused.
+pub const ACCESS_KEY_BYTES_MAX: usize = 64;
+
+/// Leases, and reads that were let in, of one session at once. One more is refused.
+pub const GRANTS_MAX: usize = 1024;
+
+/// Slots that are leased to one session and not settled: a client's largest window, and a unit of 2 MiB beside it. A
+/// lease of more is refused, so that nobody takes memory without bringing pages.
+pub const LEASED_SLOTS_MAX: usize = 1024 + BATCH_PAGES_MAX;
+
 const _: () = assert!(BATCH_PAGES <= BATCH_PAGES_MAX);
 // A set of members is one word.
 const _: () = assert!(MEMBERS_MAX <= u64::BITS as usize);

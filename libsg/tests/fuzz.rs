@@ -20,6 +20,7 @@ use libsg::ids::{
 };
 use libsg::manifest::{Manifest, Region};
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
+use libsg::wire::access::{AccessKey, KeyEntry, Settled};
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
 use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::{Entry, encode_table};
@@ -39,7 +40,7 @@ use libsg::wire::{
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
-const TARGETS: [Target; 9] = [
+const TARGETS: [Target; 10] = [
     ("header", targets::header, headers),
     ("tables", targets::tables, tables),
     ("pages", targets::pages, pages),
@@ -49,6 +50,7 @@ const TARGETS: [Target; 9] = [
     ("final_set", targets::final_set, final_sets),
     ("datagram", targets::datagram, datagrams),
     ("credit", targets::credit, credits),
+    ("access", targets::access, accesses),
 ];
 
 #[test]
@@ -213,6 +215,8 @@ fn tables() -> Vec<Vec<u8>> {
             Referral::At(MemberIndex(3)),
         ]),
         counted(&[Missing { full: MemberSet(1), lost: MemberSet(6) }]),
+        counted(&[key_entry(); 2]),
+        counted(&[Settled { lease: 9, copies: MemberSet(3) }]),
         runs(&[Some(placement()), Some(next), None]),
         runs(&[(5, placement()), (9, next)].map(|(n, placement)| GetEntry { page: PageIndex(n), placement })),
         runs(&[
@@ -221,6 +225,25 @@ fn tables() -> Vec<Vec<u8>> {
         ]),
         runs(&[3, 9, 60].map(|page| IndexEntry::zero(PageIndex(page), 2, Round(0)))),
     ]
+}
+
+fn key_entry() -> KeyEntry {
+    let key = AccessKey::decode(&[7; 16]).expect("fits");
+    KeyEntry { first: SlotIndex(512), slots: 512, key }
+}
+
+fn accesses() -> Vec<Vec<u8>> {
+    let raw = |page| PageEntry::raw(PageIndex(page), Round(0), Checksum(1));
+    let mut leased = runs(&[Some(placement()), None]);
+    let mut reached = runs(&[raw(0), PageEntry::gone(PageIndex(1))]);
+    for granted in [&mut leased, &mut reached] {
+        encode_table([key_entry(); 2], granted);
+    }
+    let mut settled = runs(&[raw(0), raw(1), raw(9)]);
+    let table = settled.split_off(2);
+    encode_table([Settled { lease: 9, copies: MemberSet(3) }], &mut settled);
+    settled.extend(table);
+    vec![leased, reached, settled, vec![1; 40]]
 }
 
 fn pages() -> Vec<Vec<u8>> {

@@ -12,6 +12,7 @@ use libsg::ids::{
     VolumeId,
 };
 use libsg::page::{PageIndex, PageRange};
+use libsg::wire::access::{AccessKey, KeyEntry, Settled};
 use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
 use libsg::wire::datagram::{Datagram, Said};
 use libsg::wire::entry::Entry;
@@ -105,7 +106,7 @@ fn handshake() {
 }
 
 fn entry(entry: impl Entry) -> String {
-    let mut bytes = vec![0xee; 64];
+    let mut bytes = vec![0xee; 96];
     entry.encode(&mut bytes);
     let written = bytes.iter().rposition(|byte| *byte != 0xee).map_or(0, |last| last + 1);
     hex(&bytes[..written])
@@ -122,6 +123,11 @@ fn entries() {
     assert_eq!(entry(members(0x8000_0000_0000_0005)), "0500000000000080");
     let missing = Missing { full: members(2), lost: members(5) };
     assert_eq!(entry(missing), "02000000000000000500000000000000");
+    let key = AccessKey::decode(&[0xaa, 0xbb, 0xcc]).expect("fits");
+    let key = KeyEntry { first: SlotIndex(0x0001_0200), slots: 512, key };
+    assert_eq!(entry(key), format!("0002010000020300aabbcc{}", "00".repeat(61)));
+    let settled = Settled { lease: 0x0102_0304_0506_0708, copies: members(5) };
+    assert_eq!(entry(settled), "08070605040302010500000000000000");
 }
 
 fn table<E: RunEntry>(entries: &[E], runs: usize) -> String {
@@ -236,6 +242,15 @@ fn numbers() {
         (Kind::HandIndexReply, 57),
         (Kind::Moved, 58),
         (Kind::MovedReply, 59),
+        (Kind::Attach, 60),
+        (Kind::AttachReply, 61),
+        (Kind::Lease, 62),
+        (Kind::LeaseReply, 63),
+        (Kind::Settle, 64),
+        (Kind::SettleReply, 65),
+        (Kind::Reach, 66),
+        (Kind::ReachReply, 67),
+        (Kind::Release, 68),
     ];
     for (kind, number) in kinds {
         assert_eq!(kind as u16, number, "{kind:?}");
@@ -253,8 +268,9 @@ fn numbers() {
         Status::Copies,
         Status::Going,
         Status::Internal,
+        Status::NotReached,
     ];
-    assert!(statuses.map(|status| status as u16).into_iter().eq(1..=12));
+    assert!(statuses.map(|status| status as u16).into_iter().eq(1..=13));
 }
 
 /// Control messages are numbered by their place in their enum: a new one goes to the end.

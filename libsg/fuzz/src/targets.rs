@@ -9,6 +9,7 @@ use libsg::ids::{Checksum, MemberSet, Placement};
 use libsg::limits;
 use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use libsg::transport::{Inbox, StateAssembler};
+use libsg::wire::access::{AccessKey, Endpoint, KeyEntry, Opaque, Settled, decode_granted, decode_settle};
 use libsg::wire::copies::copied_bytes;
 use libsg::wire::datagram::Datagram;
 use libsg::wire::entry::{Entry, decode_table, encode_table, page_bytes};
@@ -55,6 +56,9 @@ pub fn tables(data: &[u8]) {
     table::<HintEntry>(body, count);
     table::<Referral>(body, count);
     table::<MovedEntry>(body, count);
+    table::<KeyEntry>(body, count);
+    table::<Settled>(body, count);
+    table::<u64>(body, count);
     let mut entries = Vec::new();
     if decode_runs(body, count, &mut entries).is_ok()
         && let Ok(bytes) = copied_bytes(&entries)
@@ -103,6 +107,40 @@ pub fn pages(data: &[u8]) {
         assert!(bytes.len() + table_bytes(&entries) <= body.len());
         assert!(body.ends_with(bytes));
         assert!(entries.iter().all(|entry| entry.page.checked_add(entry.run_pages.into()).is_some()));
+    }
+}
+
+/// What is said where a backend moves pages. The first two bytes are a number of runs, the rest is a body, of each kind
+/// in turn.
+pub fn access(data: &[u8]) {
+    if let Ok(endpoint) = Endpoint::decode(data) {
+        assert_eq!(endpoint.as_bytes(), data);
+    }
+    assert_eq!(Opaque::<8>::decode(data).is_ok(), (1..=8).contains(&data.len()));
+    let Some((count, body)) = counted(data) else { return };
+    granted::<Option<Placement>>(body, count);
+    granted::<PageEntry>(body, count);
+    let mut pages = Vec::new();
+    if let Ok(settled) = decode_settle(body, count, &mut pages) {
+        assert!(!pages.is_empty() && page_bytes(&pages) == pages.len() * PAGE_BYTES);
+        let mut again = Vec::new();
+        encode_table([settled], &mut again);
+        let (runs, mut back) = (encode_runs(pages.iter().copied(), &mut again), Vec::new());
+        assert_eq!(decode_settle(&again, runs, &mut back), Ok(settled));
+        assert_eq!(back, pages);
+    }
+}
+
+fn granted<E: RunEntry + Debug>(body: &[u8], count: usize) {
+    let (mut entries, mut keys) = (Vec::<E>::new(), Vec::new());
+    if decode_granted(body, count, &mut entries, &mut keys).is_ok() {
+        assert!(entries.len() <= E::ENTRIES_MAX && keys.len() <= limits::BATCH_PAGES_MAX);
+        assert!(keys.iter().all(|key: &KeyEntry| AccessKey::decode(key.key.as_bytes()) == Ok(key.key)));
+        let (mut again, mut back, mut same) = (Vec::new(), Vec::<E>::new(), Vec::new());
+        let runs = encode_runs(entries.iter().copied(), &mut again);
+        encode_table(keys.iter().copied(), &mut again);
+        assert_eq!(decode_granted(&again, runs, &mut back, &mut same), Ok(()));
+        assert_eq!((back, same), (entries, keys));
     }
 }
 

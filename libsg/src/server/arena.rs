@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
@@ -150,6 +151,38 @@ impl Arena {
         // SAFETY: at most the end of the last chunk, and `first` is less than one chunk behind the start of a
         // mapping of one chunk more.
         unsafe { self.first.add(chunk * CHUNK_BYTES) }
+    }
+}
+
+/// A chunk's memory, which stays mapped as long as the value lives. What is in it belongs to whom the server says.
+#[derive(Clone)]
+pub struct ChunkMemory {
+    arena: Arc<Arena>,
+    chunk: ChunkNumber,
+}
+
+impl ChunkMemory {
+    /// The memory of this chunk.
+    ///
+    /// # Errors
+    /// As [`Arena::slots`].
+    pub(super) fn new(arena: &Arc<Arena>, chunk: ChunkNumber) -> Result<Self> {
+        arena.open_chunk(chunk)?;
+        Ok(Self { arena: Arc::clone(arena), chunk })
+    }
+
+    /// All of it, to be registered with a device. Others read and write it meanwhile.
+    #[must_use]
+    pub fn bytes(&self) -> SlotSlice<'_> {
+        // SAFETY: inside the mapping and opened by `new`, as for `Arena::slots`; the arena lives as long as the value,
+        // which the slice borrows. No Rust reference to it is ever made.
+        unsafe { SlotSlice::new(self.arena.address(self.chunk), CHUNK_BYTES) }
+    }
+}
+
+impl fmt::Debug for ChunkMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "memory of chunk {}", self.chunk.0)
     }
 }
 

@@ -210,7 +210,11 @@ pub(super) fn push_answer(
     (placements, runs): (&[u8], u16),
 ) {
     let body_bytes = (Missing::BYTES + placements.len()) as u32;
-    let kind = if to.kind == Kind::Spread { Kind::SpreadReply } else { Kind::PutCopiesReply };
+    let kind = match to.kind {
+        Kind::Spread => Kind::SpreadReply,
+        Kind::Settle => Kind::SettleReply,
+        _ => Kind::PutCopiesReply,
+    };
     let header = Header { count: runs, body_bytes, ..to.answer(kind) };
     out.reserve(HEADER_BYTES + body_bytes as usize);
     out.extend_from_slice(&header.encode());

@@ -14,6 +14,7 @@
 
 mod accept;
 mod arena;
+pub mod backend;
 mod bits;
 mod budget;
 pub mod copies;
@@ -24,6 +25,7 @@ pub mod index;
 mod inspect;
 mod limit;
 pub mod local;
+mod seats;
 mod session;
 pub mod slots;
 mod store;
@@ -78,6 +80,8 @@ pub struct Config {
     pub handshake_timeout: Duration,
     /// Volumes at once. More are refused with `Busy`.
     pub volumes_max: usize,
+    /// Lets clients reach memory here by themselves. Without one, all pages go over their connections.
+    pub backend: Option<Arc<dyn backend::Backend>>,
     /// For tests only: flips a byte of the n-th page that is stored, to see that it is found out.
     pub canary_flip_slot: Option<u64>,
 }
@@ -98,6 +102,7 @@ impl Config {
             half_open_max: 128,
             handshake_timeout: Duration::from_secs(5),
             volumes_max: 4096,
+            backend: None,
             canary_flip_slot: None,
         }
     }

@@ -6,15 +6,18 @@
 
 use std::sync::atomic::Ordering;
 
+mod access;
 mod copies;
 mod handover;
+mod table;
 
+use self::table::{read_table, read_whole};
 use super::budget::Budget;
 use super::limit::{Class, Limit};
 use super::slots::SlotRun;
-use super::store::{Noted, Store, Target, Writing};
+use super::store::{Noted, Seated, Store, Target, Writing};
 use super::stream::Stream;
-use super::transit::Pinned;
+use super::transit::{Filling, Pinned};
 use super::volumes::{StateBlob, Volumes};
 use crate::content::ContentHash;
 use crate::error::{Error, ErrorKind, Result};
@@ -24,10 +27,11 @@ use crate::limits;
 use crate::memory::vectored::IoPart;
 use crate::page::{PAGE_BYTES, PageRange};
 use crate::transport::{Channel, Frame, StateAssembler, TcpPath};
+use crate::wire::access::KeyEntry;
 use crate::wire::entry::{self, Entry, decode_table, encode_table};
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, VmdReply, VmdRequest};
-use crate::wire::run::{self, RunEntry, decode_runs, encode_runs};
+use crate::wire::run::{decode_runs, encode_runs};
 use crate::wire::{
     DiscardEntry, Encoding, GetEntry, HEADER_BYTES, Header, HintEntry, IndexEntry, Kind, Malformed,
     PageEntry, ReferEntry, Referral, Status,
@@ -45,6 +49,8 @@ pub(super) struct Session<'c> {
     targets: Vec<Target>,
     /// The client writes its volume.
     writing: Option<Writing>,
+    /// The client reaches memory by itself.
+    seat: Option<Seated<'c>>,
     statistics: &'c (dyn Fn() -> VmdReply + 'c),
 }
 
@@ -63,6 +69,7 @@ struct Buffers {
     hints: Vec<HintEntry>,
     hashes: Vec<ContentHash>,
     runs: Vec<SlotRun>,
+    keys: Vec<KeyEntry>,
 }
 
 /// The pieces of a VM's state that came, and the budget they took.
@@ -91,7 +98,8 @@ impl<'c> Session<'c> {
         let stream = Stream::new(store, channel, limits);
         let path = TcpPath::new();
         let (buffers, targets) = (Buffers::default(), Vec::new());
-        Self { store, channel, stream, path, state, buffers, targets, writing: None, statistics }
+        let (writing, seat) = (None, None);
+        Self { store, channel, stream, path, state, buffers, targets, writing, seat, statistics }
     }
 
     /// Serves the client until it closes the connection.
@@ -137,6 +145,9 @@ impl<'c> Session<'c> {
                 Kind::Locate => self.locate(&header)?,
                 Kind::Discard => self.discard(&header)?,
                 Kind::Drop => self.drop_slots(&header)?,
+                Kind::Attach | Kind::Lease | Kind::Settle | Kind::Reach | Kind::Release => {
+                    self.access(&header)?;
+                }
                 Kind::Vmd => self.vmd(&header)?,
                 Kind::State => self.take_state(&header)?,
                 Kind::Ping => self.reply(&header, Kind::Pong, Status::Ok, 0, &[])?,
@@ -161,8 +172,11 @@ impl<'c> Session<'c> {
 
     /// Whoever puts something writes the volume, for as long as the connection lasts.
     fn note_writer(&mut self, header: &Header) {
-        let writes =
-            matches!(header.kind, Kind::Put | Kind::PutCopies | Kind::Spread | Kind::PutIndex | Kind::Refer);
+        use Kind as K;
+        let writes = matches!(
+            header.kind,
+            K::Put | K::PutCopies | K::Lease | K::Settle | K::Spread | K::PutIndex | K::Refer
+        );
         if writes && self.writing.is_none() {
             self.writing = self.store.writing(header.volume);
         }
@@ -229,8 +243,20 @@ impl<'c> Session<'c> {
                 }
             }
         }
+        self.finish_filling(filling, header.epoch, noted)
+    }
+
+    /// The slots have their bytes: the pages in the buffers are stored.
+    fn finish_filling(
+        &mut self,
+        filling: Filling<'c>,
+        epoch: Epoch,
+        noted: Noted<'_>,
+    ) -> Result<Result<Option<Pinned<'c>>, Status>> {
+        let Self { store, buffers, .. } = self;
         store.bytes_in.fetch_add((filling.slots() * PAGE_BYTES) as u64, Ordering::Relaxed);
-        match filling.finish(header.epoch, (pages, noted), &mut buffers.hashes, &mut buffers.placements) {
+        let pages = (&buffers.pages[..], noted);
+        match filling.finish(epoch, pages, &mut buffers.hashes, &mut buffers.placements) {
             Ok((runs, pinned)) => {
                 buffers.runs = runs;
                 Ok(Ok(pinned))
@@ -450,43 +476,6 @@ impl<'c> Session<'c> {
         let bytes = header.encode();
         self.stream.write(Class::Urgent, &mut [IoPart::Bytes(&bytes), IoPart::Bytes(body)], &|| true)
     }
-}
-
-/// Reads the table of a batch, part by part, and says how many bytes follow it: `body_bytes` are left of the frame.
-fn read_table<E: RunEntry>(
-    stream: &mut Stream<'_>,
-    (header, body_bytes): (&Header, usize),
-    body: &mut Vec<u8>,
-    out: &mut Vec<E>,
-) -> Result<usize> {
-    let head_bytes = usize::from(header.count) * E::HEAD_BYTES;
-    if usize::from(header.count) > limits::BATCH_PAGES_MAX || head_bytes > body_bytes {
-        return Err(Malformed::Bounds("entries of a batch").into());
-    }
-    body.resize(head_bytes, 0);
-    read_whole(stream, body)?;
-    let mask_bytes = run::mask_bytes::<E>(body)?;
-    if head_bytes + mask_bytes > body_bytes {
-        return Err(Malformed::Bounds("entries of a batch").into());
-    }
-    body.resize(head_bytes + mask_bytes, 0);
-    let (heads, masks) = body.split_at_mut(head_bytes);
-    read_whole(stream, masks)?;
-    run::decode_heads(heads, masks, out)?;
-    let sum_bytes = run::checksum_bytes(out);
-    let table_bytes = head_bytes + mask_bytes + sum_bytes;
-    let left = body_bytes.checked_sub(table_bytes).ok_or(Malformed::Bounds("bytes of a batch"))?;
-    body.resize(sum_bytes, 0);
-    read_whole(stream, body)?;
-    run::decode_checksums(body, out)?;
-    Ok(left)
-}
-
-fn read_whole(stream: &mut Stream<'_>, body: &mut [u8]) -> Result<()> {
-    if body.is_empty() || stream.read(body)? {
-        return Ok(());
-    }
-    Err(Error::new(ErrorKind::Unreachable, "the peer closed the connection within a frame"))
 }
 
 fn unexpected(kind: Kind) -> Error {

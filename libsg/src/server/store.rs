@@ -3,6 +3,7 @@
 //! Order of the locks: a volume's index, its copies, then the volumes, then the slots. A claim takes index, volumes and
 //! slots, so that what the replaced writer had under way is either done before it or refused after it.
 
+mod access;
 mod copies;
 mod handover;
 mod offers;
@@ -16,6 +17,8 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
+use self::access::Reached;
+pub(super) use self::access::Seated;
 pub(super) use self::copies::{Noted, Target};
 pub(super) use self::handover::{Handed, Parcel, Portrait, Writing};
 pub use self::report::Holding;
@@ -78,7 +81,8 @@ pub(super) struct Store {
     zone: Option<String>,
     limit_bytes: u64,
     secret: PoolSecret,
-    arena: Arena,
+    arena: Arc<Arena>,
+    reached: Reached,
     slots: Mutex<Slots>,
     /// Slots were taken, chunks are leaving, or the server closes.
     stirred: Condvar,
@@ -112,7 +116,8 @@ impl Store {
             zone: config.zone.clone(),
             limit_bytes,
             secret: config.secret.clone(),
-            arena: Arena::new(slots.numbers_max())?,
+            arena: Arc::new(Arena::new(slots.numbers_max())?),
+            reached: Reached::new(config.backend.clone()),
             slots: Mutex::new(slots),
             stirred: Condvar::new(),
             closing: AtomicBool::new(false),
@@ -173,18 +178,26 @@ impl Store {
         let (pages, hasher) = (u64::from(known.manifest.pages()), known.payload.hasher.clone());
         check_inside(entries.iter().map(PageEntry::range), pages)?;
         let raw = entries.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
+        let slots = self.allocate(volumes, (volume, raw), &mut runs)?;
+        Ok(Filling::new(self, (volume, hasher), runs, slots))
+    }
+
+    /// Takes slots for a volume that admits it, or as many as there are.
+    fn allocate(
+        &self,
+        volumes: MutexGuard<'_, Volumes<Arc<Books>>>,
+        (volume, count): (VolumeId, usize),
+        runs: &mut Vec<SlotRun>,
+    ) -> Result<usize, Status> {
         let mut slots = self.slots.lock();
         drop(volumes);
-        let taken = slots.allocate(volume, raw, &mut runs);
+        let taken = slots.allocate(volume, count, runs);
         let stir = slots.ready_chunks() < CHUNKS_AHEAD;
         drop(slots);
         if stir {
             self.stirred.notify_one();
         }
-        match taken {
-            Ok(slots) => Ok(Filling::new(self, (volume, hasher), runs, slots)),
-            Err(NoVolume) => Err(Status::NoVolume),
-        }
+        taken.map_err(|NoVolume| Status::NoVolume)
     }
 
     /// Finds pages and keeps them where they are until the value is dropped: one of `entries` for each of
@@ -292,6 +305,7 @@ impl Store {
 
     pub(super) fn seal(&self, volume: VolumeId, epoch: Epoch) -> Result<(), Status> {
         self.volumes.lock().seal(volume, epoch)?;
+        self.withdraw(volume);
         tracing::info!(%volume, "sealed");
         Ok(())
     }
@@ -301,6 +315,7 @@ impl Store {
         let gone = volumes.dissolve(volume, epoch)?;
         let pages = self.slots.lock().dissolve(volume);
         drop(volumes);
+        self.withdraw(volume);
         self.stirred.notify_one();
         if let Some(gone) = gone {
             let state_bytes = gone.blob.iter().chain(&gone.pieces).map(|blob| blob.bytes.len() as u64).sum();
@@ -442,7 +457,10 @@ impl Store {
         let mut written = false;
         loop {
             while let Some(chunk) = slots.next_leaving() {
-                MutexGuard::unlocked(&mut slots, || self.arena.give_back(chunk));
+                MutexGuard::unlocked(&mut slots, || {
+                    self.reached.close(chunk);
+                    self.arena.give_back(chunk);
+                });
                 slots.given_back(chunk);
             }
             if self.closing.load(Ordering::Acquire) {

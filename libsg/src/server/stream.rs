@@ -150,6 +150,16 @@ impl<'c> Stream<'c> {
         }
     }
 
+    /// Waits until so many bytes of pages may be taken, which do not come here.
+    pub(super) fn take_turn_in(&self, bytes: usize) {
+        wait_for(&self.turn_in, Class::Bulk, bytes);
+    }
+
+    /// Waits until so many bytes of pages may be given, which do not go from here.
+    pub(super) fn take_turn_out(&self, class: Class, bytes: usize) {
+        wait_for(&self.back.turn_out, class, bytes);
+    }
+
     /// Moves copies on, and tells the client of those that are made. Does not wait, unless the client takes nothing.
     ///
     /// # Errors
@@ -268,6 +278,12 @@ impl Back<'_> {
                 Err(cause) => return Err(cause.into()),
             }
         }
+    }
+}
+
+fn wait_for(turn: &Turn<'_>, class: Class, mut bytes: usize) {
+    while bytes > 0 {
+        bytes -= turn.wait(class, bytes);
     }
 }
 

@@ -35,6 +35,11 @@ impl<'s> Filling<'s> {
         &self.runs
     }
 
+    /// The slots, which are the caller's to give back from now on.
+    pub(super) fn into_runs(mut self) -> Vec<SlotRun> {
+        std::mem::take(&mut self.runs)
+    }
+
     /// The bytes are in: from now on any client can read them. Gives the placement of each entry, the vector of
     /// runs for the next batch, and what keeps the slots as they are where copies are to be sent from them.
     ///
@@ -76,6 +81,11 @@ impl<'s> Pinned<'s> {
         Self { store, chunks }
     }
 
+    /// The chunks, which are the caller's to unpin from now on.
+    pub(super) fn into_chunks(mut self) -> Vec<ChunkNumber> {
+        std::mem::take(&mut self.chunks)
+    }
+
     /// Whether a volume that was dissolved cannot give its memory back because of this.
     pub(super) fn in_the_way(&self) -> bool {
         self.store.condemned(&self.chunks)
@@ -84,7 +94,9 @@ impl<'s> Pinned<'s> {
 
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
-        self.store.unpin(&self.chunks);
+        if !self.chunks.is_empty() {
+            self.store.unpin(&self.chunks);
+        }
     }
 }
 

@@ -227,6 +227,9 @@ pub fn refusal(status: Status) -> Error {
         Status::Copies => "the intermediary does not make that many copies",
         Status::Going => "the intermediary is shutting down",
         Status::Internal => "something failed inside the peer; its log says what",
+        Status::NotReached => {
+            "the intermediary lets nobody reach its memory over the volume's other network; its log says more"
+        }
     };
     Error::new(status.error_kind().unwrap_or(ErrorKind::Protocol), message)
 }

@@ -9,13 +9,14 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use crate::content::{ContentHasher, Sharing};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, MemberSet, Placement, Round, VolumeId};
+use crate::limits;
 use crate::memory::PageSlice;
 use crate::page::PageRange;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
-use crate::wire::{GetEntry, HintEntry, IndexEntry, Missing, PageEntry, ReferEntry, Referral};
+use crate::wire::{Encoding, GetEntry, HintEntry, IndexEntry, Missing, PageEntry, ReferEntry, Referral};
 
 /// What a link is for, which decides its priority on the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,7 +28,7 @@ pub enum Class {
 }
 
 /// Numbers the requests of one link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
 
 /// What is asked of an intermediary. Borrowed tables are copied on submission; page bytes are not.
@@ -93,6 +94,69 @@ pub enum Request<'a> {
     PutPiece(u32, &'a [u8]),
     /// As `GetState`, of a piece of the final set.
     GetPiece(u32),
+}
+
+impl Request<'_> {
+    /// What every backend refuses before it sends anything.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] for nothing, or more than a frame may have; pages that do not go with their bytes; copies in
+    /// too many places, or of pages that lie nowhere.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Put { entries, slices, copies } => {
+                check_copies(*copies)?;
+                at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
+                check_bytes(entries, slices)
+            }
+            Self::Spread { entries, copies } => {
+                check_copies(*copies)?;
+                at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
+                if entries.iter().any(|entry| entry.placement.is_none()) {
+                    return Err(Error::new(ErrorKind::Input, "copies of pages that lie nowhere"));
+                }
+                Ok(())
+            }
+            Self::Refer(offers) => at_most(offers.len(), limits::BATCH_PAGES_MAX),
+            Self::Hint(hints) => at_most(hints.len(), limits::BATCH_PAGES_MAX),
+            Self::PutIndex(entries) => at_most(entries.len(), limits::INDEX_ENTRIES_MAX),
+            Self::Get(entries) | Self::Drop(entries) => at_most(entries.len(), limits::BATCH_PAGES_MAX),
+            Self::Locate(_)
+            | Self::Discard { .. }
+            | Self::Control(_)
+            | Self::PutState(_)
+            | Self::GetState
+            | Self::PutPiece(..)
+            | Self::GetPiece(_) => Ok(()),
+        }
+    }
+}
+
+fn check_bytes(entries: &[PageEntry], slices: &[PageSlice]) -> Result<()> {
+    let said: usize = entries.iter().map(|entry| usize::from(entry.encoded_bytes)).sum();
+    let given: usize = slices.iter().map(PageSlice::len).sum();
+    if said != given || entries.iter().any(|entry| entry.encoding != Encoding::Raw) {
+        let message =
+            format!("{given} bytes of pages for a table that says {said}, or pages that have no bytes");
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    Ok(())
+}
+
+pub(super) fn check_copies(copies: MemberSet) -> Result<()> {
+    if copies.len() > limits::COPIES_MAX {
+        let message = format!("{} copies of a page, more than {}", copies.len(), limits::COPIES_MAX);
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    Ok(())
+}
+
+pub(super) fn at_most(entries: usize, max: usize) -> Result<()> {
+    if entries == 0 || entries > max {
+        let message = format!("a request with {entries} entries, not 1 to {max}");
+        return Err(Error::new(ErrorKind::Input, message));
+    }
+    Ok(())
 }
 
 /// The answer to a request.

@@ -20,4 +20,4 @@ pub use client::VmdClient;
 pub use device::{Fetched, PagePut, PageReference, Role, Shared, Vmd, Volume};
 pub use link::{Class, Completion, Connector, Link, PathSample, Reply, Request, Ticket};
 pub use memory::{MemoryConnector, MemoryLink, MemoryNode};
-pub use tcp::{TcpConnector, TcpLink};
+pub use tcp::{AccessReply, AccessRequest, Answered, TcpConnector, TcpLink};

@@ -1,5 +1,6 @@
 //! The TCP backend: a link is one connection on which any number of requests are outstanding.
 
+mod access;
 mod answer;
 
 use std::net::SocketAddr;
@@ -11,18 +12,19 @@ use super::link::{Class, Completion, Connector, Link, PathSample, Reply, Request
 use crate::content::{ContentHasher, Sharing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
-use crate::ids::{Epoch, MemberSet, Placement, Sequence, VolumeId};
-use crate::limits;
+use crate::ids::{Epoch, Placement, Sequence, VolumeId};
 use crate::memory::PageSlice;
 use crate::page::PAGE_BYTES;
 use crate::transport::{
     Channel, Inbox, Outbox, PoolSecret, StateAssembler, TcpPath, dial, push_state, refusal,
 };
+use crate::wire::access::KeyEntry;
 use crate::wire::entry::encode_table;
 use crate::wire::handshake::Purpose;
 use crate::wire::message::{self, Member, VmdRequest};
 use crate::wire::run::encode_runs;
-use crate::wire::{DiscardEntry, Encoding, Header, IndexEntry, Kind, PageEntry, Referral, Status};
+use crate::wire::{DiscardEntry, Header, IndexEntry, Kind, PageEntry, Referral, Status};
+pub use access::{AccessReply, AccessRequest, Answered};
 use answer::{Answer, Asked, Expected, Outstanding, Tables};
 
 /// Makes TCP links, all with one pool secret.
@@ -36,6 +38,25 @@ impl TcpConnector {
     #[must_use]
     pub const fn new(secret: PoolSecret) -> Self {
         Self { secret }
+    }
+
+    /// As [`Connector::connect`], for one whose link is a part of another.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn link(
+        &self,
+        address: SocketAddr,
+        (volume, epoch): (VolumeId, Epoch),
+        class: Class,
+        timeout: Duration,
+    ) -> Result<TcpLink> {
+        let purpose = match class {
+            Class::Urgent => Purpose::VmdUrgent,
+            Class::Bulk if volume == VolumeId(0) => Purpose::Operator,
+            Class::Bulk => Purpose::VmdBulk,
+        };
+        Ok(TcpLink::new(dial(address, purpose, volume, epoch, &self.secret, timeout)?))
     }
 }
 
@@ -52,13 +73,7 @@ impl Connector for TcpConnector {
         class: Class,
         timeout: Duration,
     ) -> Result<Box<dyn Link>> {
-        let purpose = match class {
-            Class::Urgent => Purpose::VmdUrgent,
-            Class::Bulk if volume == VolumeId(0) => Purpose::Operator,
-            Class::Bulk => Purpose::VmdBulk,
-        };
-        let channel = dial(address, purpose, volume, epoch, &self.secret, timeout)?;
-        Ok(Box::new(TcpLink::new(channel)))
+        Ok(Box::new(self.link(address, (volume, epoch), class, timeout)?))
     }
 }
 
@@ -83,6 +98,7 @@ pub struct TcpLink {
     located: Vec<IndexEntry>,
     stored: Vec<Option<Placement>>,
     referred: Vec<Referral>,
+    keys: Vec<KeyEntry>,
     /// Why the link is of no further use, until `progress` has said so.
     failed: Option<Error>,
     /// Whether it was said.
@@ -110,6 +126,7 @@ impl TcpLink {
             located: Vec::new(),
             stored: Vec::new(),
             referred: Vec::new(),
+            keys: Vec::new(),
             failed: None,
             dead: false,
         }
@@ -156,10 +173,10 @@ impl TcpLink {
 
     /// Queues the frames of a request. Returns what its answer must be, and the bytes that it moves there and back.
     fn enqueue(&mut self, request: Request<'_>) -> Result<(Expected, usize)> {
+        request.check()?;
         self.table.clear();
         match request {
             Request::Put { entries, slices, copies } => {
-                check_put(entries, slices, copies)?;
                 let pages: usize = slices.iter().map(PageSlice::len).sum();
                 let (kind, expected) = if copies.is_empty() {
                     (Kind::Put, Expected::Stored(entries.len()))
@@ -172,32 +189,27 @@ impl TcpLink {
                 Ok((expected, self.table.len() + pages))
             }
             Request::Refer(offers) => {
-                at_most(offers.len(), limits::BATCH_PAGES_MAX)?;
                 encode_table(offers.iter().copied(), &mut self.table);
                 self.push(Kind::Refer, offers.len(), &[])?;
                 Ok((Expected::Referred(offers.len()), self.table.len()))
             }
             Request::Spread { entries, copies } => {
-                check_spread(entries, copies)?;
                 encode_table([copies], &mut self.table);
                 let runs = encode_runs(entries.iter().copied(), &mut self.table);
                 self.push(Kind::Spread, runs, &[])?;
                 Ok((Expected::Spread(entries.len(), copies), self.table.len()))
             }
             Request::Hint(hints) => {
-                at_most(hints.len(), limits::BATCH_PAGES_MAX)?;
                 encode_table(hints.iter().copied(), &mut self.table);
                 self.push(Kind::Hint, hints.len(), &[])?;
                 Ok((Expected::Hinted, self.table.len()))
             }
             Request::PutIndex(entries) => {
-                at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;
                 let runs = encode_runs(entries.iter().copied(), &mut self.table);
                 self.push(Kind::PutIndex, runs, &[])?;
                 Ok((Expected::Indexed, self.table.len()))
             }
             Request::Get(entries) => {
-                at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
                 let runs = encode_runs(entries.iter().copied(), &mut self.table);
                 self.push(Kind::Get, runs, &[])?;
                 let mut pages = self.outstanding.page_list();
@@ -215,7 +227,6 @@ impl TcpLink {
                 Ok((Expected::Discarded, self.table.len()))
             }
             Request::Drop(entries) => {
-                at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
                 let runs = encode_runs(entries.iter().copied(), &mut self.table);
                 self.push(Kind::Drop, runs, &[])?;
                 Ok((Expected::Dropped, self.table.len()))
@@ -280,9 +291,13 @@ impl TcpLink {
             }
             asked.expected.check_kind(header.kind)?;
             let answer = if header.status == Status::Ok {
-                let (entries, located) = (&mut self.entries, &mut self.located);
-                let tables =
-                    Tables { entries, located, stored: &mut self.stored, referred: &mut self.referred };
+                let tables = Tables {
+                    entries: &mut self.entries,
+                    located: &mut self.located,
+                    stored: &mut self.stored,
+                    referred: &mut self.referred,
+                    keys: &mut self.keys,
+                };
                 Ok(asked.expected.check(frame, tables)?)
             } else {
                 Err(refusal(header.status).at(&self.member.node))
@@ -291,6 +306,24 @@ impl TcpLink {
             return Ok(Some((Ticket(sequence), answer)));
         }
         Ok(None)
+    }
+}
+
+impl TcpLink {
+    fn reply(&self, answer: Answer) -> Reply<'_> {
+        match answer {
+            Answer::Stored(missing) => Reply::Stored { placements: &self.stored, missing },
+            Answer::Referred => Reply::Referred(&self.referred),
+            Answer::Indexed => Reply::Indexed,
+            Answer::Pages { bytes_at } => {
+                Reply::Pages { entries: &self.entries, bytes: &self.inbox.last_body()[bytes_at..] }
+            }
+            Answer::Located => Reply::Located(&self.located),
+            // Whoever asks for memory takes its answers by `answered`, and has them shown.
+            Answer::Done | Answer::Attached(_) | Answer::Leased | Answer::Reached => Reply::Done,
+            Answer::Control(reply) => Reply::Control(reply),
+            Answer::State(state) => Reply::State(state),
+        }
     }
 }
 
@@ -318,29 +351,8 @@ impl Link for TcpLink {
     }
 
     fn completion(&mut self) -> Option<Completion<'_>> {
-        if self.dead || self.failed.is_some() {
-            return None;
-        }
-        let (ticket, answer) = match self.next_answer() {
-            Ok(next) => next?,
-            Err(error) => {
-                self.failed = Some(error.at(&self.member.node));
-                return None;
-            }
-        };
-        let result = answer.map(|answer| match answer {
-            Answer::Stored(missing) => Reply::Stored { placements: &self.stored, missing },
-            Answer::Referred => Reply::Referred(&self.referred),
-            Answer::Indexed => Reply::Indexed,
-            Answer::Pages { bytes_at } => {
-                Reply::Pages { entries: &self.entries, bytes: &self.inbox.last_body()[bytes_at..] }
-            }
-            Answer::Located => Reply::Located(&self.located),
-            Answer::Done => Reply::Done,
-            Answer::Control(reply) => Reply::Control(reply),
-            Answer::State(state) => Reply::State(state),
-        });
-        Some(Completion { ticket, result })
+        let (ticket, answered) = self.answered()?;
+        Some(Completion { ticket, result: answered.map(|answered| self.reply(answered.0)) })
     }
 
     fn queued_bytes(&self) -> usize {
@@ -376,44 +388,4 @@ impl Link for TcpLink {
     fn pace_answers(&mut self, bytes_per_s: Option<u64>) {
         self.answers = bytes_per_s.map(Header::kib_s_of);
     }
-}
-
-/// What every backend refuses of a `Put` before it sends anything.
-pub(super) fn check_put(entries: &[PageEntry], slices: &[PageSlice], copies: MemberSet) -> Result<()> {
-    check_copies(copies)?;
-    at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
-    let said: usize = entries.iter().map(|entry| usize::from(entry.encoded_bytes)).sum();
-    let given: usize = slices.iter().map(PageSlice::len).sum();
-    if said != given || entries.iter().any(|entry| entry.encoding != Encoding::Raw) {
-        let message =
-            format!("{given} bytes of pages for a table that says {said}, or pages that have no bytes");
-        return Err(Error::new(ErrorKind::Input, message));
-    }
-    Ok(())
-}
-
-/// The same of a `Spread`.
-pub(super) fn check_spread(entries: &[IndexEntry], copies: MemberSet) -> Result<()> {
-    check_copies(copies)?;
-    at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
-    if entries.iter().any(|entry| entry.placement.is_none()) {
-        return Err(Error::new(ErrorKind::Input, "copies of pages that lie nowhere"));
-    }
-    Ok(())
-}
-
-fn check_copies(copies: MemberSet) -> Result<()> {
-    if copies.len() > limits::COPIES_MAX {
-        let message = format!("{} copies of a page, more than {}", copies.len(), limits::COPIES_MAX);
-        return Err(Error::new(ErrorKind::Input, message));
-    }
-    Ok(())
-}
-
-pub(super) fn at_most(entries: usize, max: usize) -> Result<()> {
-    if entries == 0 || entries > max {
-        let message = format!("a request with {entries} entries, not 1 to {max}");
-        return Err(Error::new(ErrorKind::Input, message));
-    }
-    Ok(())
 }

@@ -7,8 +7,9 @@ use std::time::Duration;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::entry::{Entry, HintEntry, ReferEntry, Referral};
-use super::{Malformed, Missing, MovedEntry, VERSION_NEWEST, VERSION_OLDEST};
+use super::access::{KeyEntry, Settled};
+use super::entry::{Entry, HintEntry, PageEntry, ReferEntry, Referral};
+use super::{Malformed, Missing, MovedEntry, Status, VERSION_NEWEST, VERSION_OLDEST};
 use crate::ids::{Checksum, Epoch, MemberSet, Sequence, VolumeId};
 use crate::limits;
 
@@ -123,10 +124,31 @@ pub enum Kind {
     /// Answer: of which pages the index did not say that they lay there (4 bytes each). Where it is told so later, it
     /// will say where they are now.
     MovedReply = 59,
+    /// Client to intermediary: lets a backend's other end in, which the body is ([`super::access`]).
+    Attach = 60,
+    /// Answer: the end here.
+    AttachReply = 61,
+    /// Client to intermediary: slots for as many pages as the header counts; no body.
+    Lease = 62,
+    /// Answer: runs of placements, zero where there is no room, then a [`KeyEntry`] for each piece of memory they are in.
+    LeaseReply = 63,
+    /// Client to intermediary: the slots of a lease hold these pages: [`super::access::Settled`], then runs of
+    /// [`super::PageEntry`].
+    Settle = 64,
+    /// Answer: as to `PutCopies`.
+    SettleReply = 65,
+    /// Client to intermediary: as `Get`, of pages that it reads itself.
+    Reach = 66,
+    /// Answer: as to `Get`, but for the bytes: a [`KeyEntry`] for each piece of memory that the pages are in, and they
+    /// stay there until they are released.
+    ReachReply = 67,
+    /// Client to intermediary: leases and pages that it is done with, by the numbers of their requests (8 bytes each). No
+    /// answer.
+    Release = 68,
 }
 
 impl Kind {
-    const ALL: [Self; 46] = [
+    const ALL: [Self; 55] = [
         Self::Hello,
         Self::Challenge,
         Self::Auth,
@@ -173,6 +195,15 @@ impl Kind {
         Self::HandIndexReply,
         Self::Moved,
         Self::MovedReply,
+        Self::Attach,
+        Self::AttachReply,
+        Self::Lease,
+        Self::LeaseReply,
+        Self::Settle,
+        Self::SettleReply,
+        Self::Reach,
+        Self::ReachReply,
+        Self::Release,
     ];
 
     fn decode(value: u16) -> Result<Self, Malformed> {
@@ -192,10 +223,12 @@ impl Kind {
             }
             Self::PutCopies => MemberSet::BYTES + limits::BODY_BYTES_MAX,
             Self::PutReply | Self::HandReply => limits::BATCH_PAGES_MAX * 12,
-            Self::PutCopiesReply | Self::SpreadReply => Missing::BYTES + limits::BATCH_PAGES_MAX * 12,
+            Self::PutCopiesReply | Self::SpreadReply | Self::SettleReply => {
+                Missing::BYTES + limits::BATCH_PAGES_MAX * 12
+            }
             Self::Spread => MemberSet::BYTES + limits::BATCH_PAGES_MAX * 24,
             Self::PagesAck | Self::Fault => limits::BATCH_PAGES_MAX * 4,
-            Self::Get | Self::Drop => limits::BATCH_PAGES_MAX * 16,
+            Self::Get | Self::Drop | Self::Reach => limits::BATCH_PAGES_MAX * 16,
             Self::PutIndex | Self::HandIndex | Self::LocateReply | Self::Announce => {
                 limits::INDEX_ENTRIES_MAX * 24
             }
@@ -208,84 +241,20 @@ impl Kind {
             Self::Discard => 16,
             Self::Vmd | Self::VmdReply | Self::Talk | Self::State => limits::CONTROL_BYTES_MAX,
             Self::Credit => super::Credit::BYTES,
+            Self::Attach | Self::AttachReply => limits::ENDPOINT_BYTES_MAX,
+            Self::LeaseReply => limits::BATCH_PAGES_MAX * (12 + KeyEntry::BYTES),
+            Self::Settle => Settled::BYTES + limits::BATCH_PAGES_MAX * PageEntry::BYTES_MAX,
+            Self::ReachReply => limits::BATCH_PAGES_MAX * (PageEntry::BYTES_MAX + KeyEntry::BYTES),
+            Self::Release => limits::GRANTS_MAX * size_of::<u64>(),
             Self::PutIndexReply
             | Self::DiscardReply
             | Self::DropReply
             | Self::HintReply
             | Self::CopyReply
             | Self::HandIndexReply
+            | Self::Lease
             | Self::Ping
             | Self::Pong => 0,
-        }
-    }
-}
-
-/// How a request went. Zero is invalid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u16)]
-pub enum Status {
-    /// Done, or not an answer.
-    Ok = 1,
-    /// The bytes were not understood.
-    Malformed = 2,
-    /// No common version.
-    Version = 3,
-    /// The pool secret differs.
-    Secret = 4,
-    /// No such volume here.
-    NoVolume = 5,
-    /// The epoch was replaced.
-    Fenced = 6,
-    /// The volume's state does not allow it (sealed, parked, dissolved).
-    State = 7,
-    /// No memory left within the operator's limit.
-    Full = 8,
-    /// Too many connections or volumes.
-    Busy = 9,
-    /// More copies than this server makes.
-    Copies = 10,
-    /// The server is going.
-    Going = 11,
-    /// Something failed inside the server; its log says what.
-    Internal = 12,
-}
-
-impl Status {
-    const ALL: [Self; 12] = [
-        Self::Ok,
-        Self::Malformed,
-        Self::Version,
-        Self::Secret,
-        Self::NoVolume,
-        Self::Fenced,
-        Self::State,
-        Self::Full,
-        Self::Busy,
-        Self::Copies,
-        Self::Going,
-        Self::Internal,
-    ];
-
-    fn decode(value: u16) -> Result<Self, Malformed> {
-        Self::ALL
-            .into_iter()
-            .find(|status| *status as u16 == value)
-            .ok_or(Malformed::Unknown("status", u32::from(value)))
-    }
-
-    /// The kind of error that this status is for the one who asked; `None` for `Ok`.
-    #[must_use]
-    pub fn error_kind(self) -> Option<crate::ErrorKind> {
-        use crate::ErrorKind as K;
-        match self {
-            Self::Ok => None,
-            Self::Malformed | Self::Internal | Self::Copies => Some(K::Protocol),
-            Self::Version => Some(K::Version),
-            Self::Secret => Some(K::Refused),
-            Self::NoVolume | Self::State => Some(K::Volume),
-            Self::Fenced => Some(K::Fenced),
-            Self::Full | Self::Busy => Some(K::Full),
-            Self::Going => Some(K::Unreachable),
         }
     }
 }

@@ -8,6 +8,7 @@
 //! `decode` functions are the only parsers of a peer's bytes. They never panic and allocate nothing
 //! that the caller has not bounded.
 
+pub mod access;
 pub mod announcement;
 pub mod copies;
 mod credit;
@@ -23,12 +24,14 @@ pub mod message;
 pub mod parking;
 pub mod placement;
 pub mod run;
+mod status;
 
 pub use copies::Missing;
 pub use credit::Credit;
 pub use entry::{DiscardEntry, Encoding, GetEntry, HintEntry, IndexEntry, PageEntry, ReferEntry, Referral};
 pub use handover::MovedEntry;
-pub use header::{HEADER_BYTES, Header, Kind, Status};
+pub use header::{HEADER_BYTES, Header, Kind};
+pub use status::Status;
 
 /// Versions of the wire protocol, newest first.
 ///

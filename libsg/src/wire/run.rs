@@ -267,6 +267,18 @@ pub fn decode_runs<E: RunEntry>(bytes: &[u8], count: usize, out: &mut Vec<E>) ->
     decode_checksums(heads_then(bytes, count, out)?, out)
 }
 
+/// Decodes a table of `count` runs with which `bytes` begin, as [`decode_runs`] does, and gives what follows it.
+pub(super) fn runs_then<'a, E: RunEntry>(
+    bytes: &'a [u8],
+    count: usize,
+    out: &mut Vec<E>,
+) -> Result<&'a [u8], Malformed> {
+    let rest = heads_then(bytes, count, out)?;
+    let (sums, rest) = rest.split_at_checked(checksum_bytes(out)).ok_or(Malformed::Truncated)?;
+    decode_checksums(sums, out)?;
+    Ok(rest)
+}
+
 /// Decodes the heads and masks, and gives what follows them.
 fn heads_then<'a, E: RunEntry>(
     bytes: &'a [u8],
@@ -290,9 +302,7 @@ pub fn decode_pages<'a>(
     count: usize,
     out: &mut Vec<PageEntry>,
 ) -> Result<&'a [u8], Malformed> {
-    let rest = heads_then(body, count, out)?;
-    let (sums, bytes) = rest.split_at_checked(checksum_bytes(out)).ok_or(Malformed::Truncated)?;
-    decode_checksums(sums, out)?;
+    let bytes = runs_then(body, count, out)?;
     match bytes.len().cmp(&page_bytes(out)) {
         std::cmp::Ordering::Less => Err(Malformed::Truncated),
         std::cmp::Ordering::Greater => Err(Malformed::Trailing),

@@ -22,11 +22,11 @@ use libsg::{Error, ErrorKind};
 use super::support::{Client, MIB, PATIENCE, eventually, secret, serve, wanted};
 
 /// A channel to a volume, without any of a client's good manners.
-fn rude(server: &ServerHandle, volume: u128) -> Channel {
+pub fn rude(server: &ServerHandle, volume: u128) -> Channel {
     dial(server.address(), Purpose::VmdBulk, VolumeId(volume), Epoch(1), &secret(), PATIENCE).unwrap()
 }
 
-fn write_all(channel: &Channel, mut bytes: &[u8]) -> Result<(), Error> {
+pub fn write_all(channel: &Channel, mut bytes: &[u8]) -> Result<(), Error> {
     while !bytes.is_empty() {
         match rustix::net::send(channel, bytes, rustix::net::SendFlags::NOSIGNAL) {
             Ok(sent) => bytes = &bytes[sent..],
@@ -40,7 +40,7 @@ fn write_all(channel: &Channel, mut bytes: &[u8]) -> Result<(), Error> {
 }
 
 /// All that the server says until it closes the connection.
-fn last_words(channel: &Channel) -> Vec<Header> {
+pub fn last_words(channel: &Channel) -> Vec<Header> {
     let (mut inbox, mut heard) = (Inbox::new(), Vec::new());
     loop {
         match inbox.poll(channel) {

@@ -1,6 +1,7 @@
 //! Batches with copies: what a client wants to lie at several members, and what another member sends on.
 
-use super::{Session, read_table, read_whole};
+use super::Session;
+use super::table::{read_table, read_whole};
 use crate::error::Result;
 #[cfg(feature = "simulation")]
 use crate::host;
@@ -44,11 +45,16 @@ impl<'c> Session<'c> {
             Ok(pinned) => pinned,
             Err(status) => return self.reply(header, Kind::PutCopiesReply, status, 0, &[]),
         };
+        let entries = self.stored_entries();
+        self.send_on(header, entries, pinned)
+    }
+
+    /// The pages of the batch at hand that were stored, where they are.
+    pub(super) fn stored_entries(&self) -> Vec<IndexEntry> {
         let stored = self.buffers.pages.iter().zip(&self.buffers.placements);
         let stored = stored
             .filter_map(|(page, at)| Some(IndexEntry::at(page.page, page.round, (*at)?, page.checksum)));
-        let entries = stored.collect();
-        self.send_on(header, entries, pinned)
+        stored.collect()
     }
 
     /// Sends pages that were stored here by reference on to the other members that the client names.
@@ -75,7 +81,7 @@ impl<'c> Session<'c> {
 
     /// Sends pages that lie here, as the placements in the buffers say, to the members at hand, and answers the client
     /// when they have them.
-    fn send_on(
+    pub(super) fn send_on(
         &mut self,
         header: &Header,
         entries: Vec<IndexEntry>,

@@ -1,6 +1,7 @@
 //! Chunks that stay as they are while somebody sends from them.
 
-use super::{ChunkNumber, Entry, SlotRun, Slots};
+use super::{CHUNK_SLOTS, ChunkNumber, Entry, SlotRun, Slots};
+use crate::ids::{Generation, SlotIndex};
 
 impl Slots {
     /// Keeps a leased chunk and all that is in it as it is until as many [`Self::unpin`].
@@ -28,6 +29,19 @@ impl Slots {
             chunk.pins -= 1;
             self.settle(number);
         }
+    }
+
+    /// Whether a slot of the chunk may still be given out, now that it is as it is.
+    #[must_use]
+    pub fn has_free(&self, number: ChunkNumber) -> bool {
+        matches!(self.entries.get(number.0 as usize), Some(Entry::Leased(chunk)) if !chunk.free.is_empty())
+    }
+
+    /// The generation under which a slot was given out last; `None` for one whose chunk nobody leases.
+    #[must_use]
+    pub fn generation(&self, slot: SlotIndex) -> Option<Generation> {
+        let Entry::Leased(chunk) = self.entries.get(ChunkNumber::of(slot).0 as usize)? else { return None };
+        Some(Generation(chunk.slots[slot.0 as usize % CHUNK_SLOTS].generation))
     }
 
     /// Whether the chunk's volume was dissolved and only pins or unfinished slots keep it.

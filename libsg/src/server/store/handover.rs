@@ -254,9 +254,12 @@ impl Store {
             self.slots.lock().open(volume, sharing.as_ref());
             tracing::info!(%volume, vm = said.manifest.vm, epoch = epoch.0, "volume taken over");
         }
+        drop(volumes);
         if had_blob {
             self.budget.give(blob_bytes);
         }
+        // It may have a newer owner, or be sealed: so it was where it comes from.
+        self.withdraw(volume);
         Ok(())
     }
 

@@ -20,6 +20,7 @@ impl Store {
         let index = books.index.lock();
         to(&mut self.volumes.lock(), volume, epoch)?;
         drop(index);
+        self.withdraw(volume);
         tracing::info!(%volume, epoch = epoch.0, "a new owner");
         Ok(())
     }
@@ -42,6 +43,7 @@ impl Store {
         let index = books.index.lock();
         let verdict = self.volumes.lock().claim_parked(volume, claim, host::now())?;
         drop(index);
+        self.withdraw(volume);
         tracing::info!(%volume, by = %claim.by, epoch = claim.epoch.0, force = claim.force, ?verdict, "claimed");
         Ok(verdict)
     }

@@ -16,7 +16,6 @@ use crate::memory::PageSlice;
 use crate::page::{PAGE_BYTES, PageRange};
 use crate::transport::refusal;
 use crate::vmd::link::{Completion, Link, PathSample, Reply, Request, Ticket};
-use crate::vmd::tcp::{at_most, check_put, check_spread};
 use crate::wire::entry::Entry;
 use crate::wire::message::{Member, VmdReply, VmdRequest};
 use crate::wire::run::table_bytes;
@@ -184,40 +183,26 @@ impl MemoryLink {
 /// The request with copies of its tables, the bytes it would be on a wire, and those that count as
 /// outstanding.
 fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
+    request.check()?;
     let mut reply = 0;
     let (owned, bytes) = match request {
         Request::Put { entries, slices, copies } => {
-            check_put(entries, slices, copies)?;
             let pages: usize = slices.iter().map(PageSlice::len).sum();
             (Owned::Put(entries.to_vec(), slices.to_vec(), copies), table_bytes(entries) + pages)
         }
-        Request::Refer(offers) => {
-            at_most(offers.len(), limits::BATCH_PAGES_MAX)?;
-            (Owned::Refer(offers.to_vec()), offers.len() * ReferEntry::BYTES)
-        }
+        Request::Refer(offers) => (Owned::Refer(offers.to_vec()), offers.len() * ReferEntry::BYTES),
         Request::Spread { entries, copies } => {
-            check_spread(entries, copies)?;
             (Owned::Spread(entries.to_vec(), copies), MemberSet::BYTES + table_bytes(entries))
         }
-        Request::Hint(hints) => {
-            at_most(hints.len(), limits::BATCH_PAGES_MAX)?;
-            (Owned::Hint(hints.to_vec()), hints.len() * HintEntry::BYTES)
-        }
-        Request::PutIndex(entries) => {
-            at_most(entries.len(), limits::INDEX_ENTRIES_MAX)?;
-            (Owned::PutIndex(entries.to_vec()), table_bytes(entries))
-        }
+        Request::Hint(hints) => (Owned::Hint(hints.to_vec()), hints.len() * HintEntry::BYTES),
+        Request::PutIndex(entries) => (Owned::PutIndex(entries.to_vec()), table_bytes(entries)),
         Request::Get(entries) => {
-            at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
             reply = entries.len() * PAGE_BYTES;
             (Owned::Get(entries.to_vec()), table_bytes(entries))
         }
         Request::Locate(range) => (Owned::Locate(range), PageRange::BYTES),
         Request::Discard { range, below } => (Owned::Discard(range, below), 16),
-        Request::Drop(entries) => {
-            at_most(entries.len(), limits::BATCH_PAGES_MAX)?;
-            (Owned::Drop(entries.to_vec()), table_bytes(entries))
-        }
+        Request::Drop(entries) => (Owned::Drop(entries.to_vec()), table_bytes(entries)),
         Request::Control(request) => (Owned::Control(request.clone()), 0),
         Request::PutState(state) | Request::PutPiece(_, state) if state.len() > limits::STATE_BYTES_MAX => {
             return Err(Error::new(ErrorKind::Input, format!("{} bytes of state are too many", state.len())));

@@ -7,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Checksum, MemberSet, Placement};
 use crate::page::{PageIndex, PageRange};
 use crate::transport::{Frame, StateAssembler};
+use crate::wire::access::{Endpoint, KeyEntry, decode_granted};
 use crate::wire::entry::{Entry, decode_table};
 use crate::wire::message::{VmdReply, VmdRequest};
 use crate::wire::run::{decode_pages, decode_runs};
@@ -29,6 +30,14 @@ pub(super) enum Expected {
     Copied(usize, MemberSet),
     /// The same, of pages that were there.
     Spread(usize, MemberSet),
+    /// The same, of pages that were written already.
+    Settled(usize, MemberSet),
+    /// The other end of a backend.
+    Attached,
+    /// So many places, and keys.
+    Leased(usize),
+    /// These pages, in this order, without their bytes, and keys.
+    Reached(Vec<PageIndex>),
     /// So many answers to offered pages.
     Referred(usize),
     Hinted,
@@ -63,6 +72,9 @@ pub(super) enum Answer {
     Done,
     Control(VmdReply),
     State(Vec<u8>),
+    Attached(Box<Endpoint>),
+    Leased,
+    Reached,
 }
 
 /// Where answers' tables are decoded to.
@@ -71,6 +83,7 @@ pub(super) struct Tables<'t> {
     pub located: &'t mut Vec<IndexEntry>,
     pub stored: &'t mut Vec<Option<Placement>>,
     pub referred: &'t mut Vec<Referral>,
+    pub keys: &'t mut Vec<KeyEntry>,
 }
 
 impl Expected {
@@ -103,6 +116,10 @@ impl Expected {
             Self::Stored(_) => Kind::PutReply,
             Self::Copied(..) => Kind::PutCopiesReply,
             Self::Spread(..) => Kind::SpreadReply,
+            Self::Settled(..) => Kind::SettleReply,
+            Self::Attached => Kind::AttachReply,
+            Self::Leased(_) => Kind::LeaseReply,
+            Self::Reached(_) => Kind::ReachReply,
             Self::Referred(_) => Kind::ReferReply,
             Self::Hinted => Kind::HintReply,
             Self::Indexed => Kind::PutIndexReply,
@@ -133,7 +150,7 @@ impl Expected {
 
     /// Checks the answer of a request that went well.
     pub fn check(&mut self, frame: Frame<'_>, tables: Tables<'_>) -> Result<Answer> {
-        let Tables { entries, located, stored, referred } = tables;
+        let Tables { entries, located, stored, referred, keys } = tables;
         let count = usize::from(frame.header.count);
         match self {
             Self::Stored(asked) => {
@@ -141,7 +158,18 @@ impl Expected {
                 same(stored.len() == *asked, "another number of placements than of pages")?;
                 Ok(Answer::Stored(Missing::NONE))
             }
-            Self::Copied(asked, members) | Self::Spread(asked, members) => {
+            Self::Attached => Ok(Answer::Attached(Box::new(Endpoint::decode(frame.body)?))),
+            Self::Leased(asked) => {
+                decode_granted(frame.body, count, stored, keys)?;
+                same(stored.len() == *asked, "another number of places than of pages")?;
+                Ok(Answer::Leased)
+            }
+            Self::Reached(pages) => {
+                decode_granted(frame.body, count, entries, keys)?;
+                check_pages(entries, pages)?;
+                Ok(Answer::Reached)
+            }
+            Self::Copied(asked, members) | Self::Spread(asked, members) | Self::Settled(asked, members) => {
                 let parts = frame.body.split_at_checked(Missing::BYTES).ok_or(Malformed::Truncated)?;
                 let missing = Missing::decode(parts.0)?;
                 decode_runs(parts.1, count, stored)?;
@@ -158,11 +186,7 @@ impl Expected {
             Self::Indexed => Ok(Answer::Indexed),
             Self::Pages(pages) => {
                 let bytes = decode_pages(frame.body, count, entries)?;
-                same(entries.len() == pages.len(), "another number of pages than was asked for")?;
-                let right = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Gone);
-                let asked =
-                    pages.iter().zip(&*entries).all(|(page, entry)| *page == entry.page && right(entry));
-                same(asked, "other pages than were asked for")?;
+                check_pages(entries, pages)?;
                 Ok(Answer::Pages { bytes_at: frame.body.len() - bytes.len() })
             }
             Self::Located(range) => {
@@ -193,6 +217,14 @@ impl Expected {
             _ => Err(Error::new(ErrorKind::Protocol, "a message that does not answer what was asked")),
         }
     }
+}
+
+/// The pages that were asked for, in their order, each with its bytes or gone.
+fn check_pages(entries: &[PageEntry], asked: &[PageIndex]) -> Result<()> {
+    same(entries.len() == asked.len(), "another number of pages than was asked for")?;
+    let right = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Gone);
+    let all = asked.iter().zip(entries).all(|(page, entry)| *page == entry.page && right(entry));
+    same(all, "other pages than were asked for")
 }
 
 /// Entries are ascending, do not overlap, and lie in the range that was asked for.
@@ -255,7 +287,7 @@ impl Outstanding {
         let at = sequence.checked_sub(self.first).and_then(|at| usize::try_from(at).ok());
         let Some(asked) = at.and_then(|at| self.asked.get_mut(at)).and_then(Option::take) else { return };
         self.bytes -= asked.bytes;
-        if let Expected::Pages(mut pages) = asked.expected
+        if let Expected::Pages(mut pages) | Expected::Reached(mut pages) = asked.expected
             && self.spare.len() < SPARE_MAX
         {
             pages.clear();
@@ -317,7 +349,8 @@ mod test {
         let header = Header { count, ..Header::new(kind) };
         expected.check_kind(kind)?;
         let (entries, located) = (&mut Vec::new(), &mut Vec::new());
-        let tables = Tables { entries, located, stored: &mut Vec::new(), referred: &mut Vec::new() };
+        let (stored, referred) = (&mut Vec::new(), &mut Vec::new());
+        let tables = Tables { entries, located, stored, referred, keys: &mut Vec::new() };
         expected.check(Frame { header, body }, tables)
     }
 
@@ -351,6 +384,13 @@ mod test {
         refused(checked(Expected::Referred(1), Kind::ReferReply, 1, &[4, 0, 0, 0, 0, 0, 0, 0]));
         refused(checked(Expected::Referred(2), Kind::ReferReply, 1, &[1, 0, 0, 0, 0, 0, 0, 0]));
 
+        assert!(checked(Expected::Settled(2, MemberSet(7)), Kind::SettleReply, 2, &spread).is_ok());
+        refused(checked(Expected::Settled(3, MemberSet(7)), Kind::SettleReply, 2, &spread));
+        assert!(checked(Expected::Leased(2), Kind::LeaseReply, 2, &placements).is_ok());
+        refused(checked(Expected::Leased(3), Kind::LeaseReply, 2, &placements));
+        refused(checked(Expected::Leased(2), Kind::LeaseReply, 2, &spread));
+        refused(checked(Expected::Attached, Kind::AttachReply, 0, &[]));
+
         let pages = || Expected::Pages(vec![PageIndex(5), PageIndex(6)]);
         let reply = |entries: &[PageEntry]| {
             let mut body = Vec::new();
@@ -364,6 +404,15 @@ mod test {
         refused(reply(&[gone(5), gone(6), gone(7)]));
         refused(reply(&[gone(5), PageEntry::zero(PageIndex(6), 1, Round(0))]));
         refused(reply(&[gone(5), PageEntry::raw(PageIndex(6), Round(0), Checksum(0))]));
+        let reached = |entries: &[PageEntry]| {
+            let mut body = Vec::new();
+            let runs = encode_runs(entries.iter().copied(), &mut body);
+            let pages = Expected::Reached(vec![PageIndex(5), PageIndex(6)]);
+            checked(pages, Kind::ReachReply, runs as u16, &body)
+        };
+        assert!(reached(&[PageEntry::raw(PageIndex(5), Round(0), Checksum(0)), gone(6)]).is_ok());
+        refused(reached(&[gone(5)]));
+        refused(reached(&[gone(6), gone(5)]));
         refused(checked(Expected::Volume, Kind::VmdReply, 0, &[0]));
         refused(checked(Expected::State(StateAssembler::new()), Kind::VmdReply, 0, &[0]));
     }
