@@ -1,6 +1,17 @@
 //! One-sided RDMA for libsg: the source writes guest pages from where they lie into leased slots of registered memory on
 //! intermediaries, and the destination reads them from there. No processor of an intermediary touches a page.
 //!
-//! [`verbs`] is the narrow seam to the hardware.
+//! [`RdmaConnector`] is for the clients, [`RdmaBackend`] for the intermediaries. [`verbs`] is the narrow seam to the
+//! hardware.
 
+mod blob;
+mod connector;
+mod link;
+mod region;
+mod server;
+mod stream;
 pub mod verbs;
+
+pub use connector::RdmaConnector;
+pub use link::RdmaLink;
+pub use server::RdmaBackend;

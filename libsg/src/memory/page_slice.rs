@@ -76,6 +76,22 @@ impl PageSlice {
         Ok(Self { owner: self.owner.clone(), offset: self.offset + offset, bytes })
     }
 
+    /// What of the same memory lies around it, from one multiple of `unit_bytes` in it to another: what is registered with a
+    /// device at once. Of an owned buffer it is all.
+    #[must_use]
+    pub fn widened(&self, unit_bytes: usize) -> Self {
+        let all = match &self.owner {
+            Owner::Guest { memory, region } => memory.regions()[*region].mapping().len(),
+            Owner::Mapping { mapping, .. } => mapping.len(),
+            Owner::Bytes(bytes) => {
+                return Self { owner: self.owner.clone(), offset: 0, bytes: bytes.len() };
+            }
+        };
+        let offset = self.offset - self.offset % unit_bytes.max(1);
+        let end = (self.offset + self.bytes).next_multiple_of(unit_bytes.max(1)).min(all);
+        Self { owner: self.owner.clone(), offset, bytes: end - offset }
+    }
+
     /// Length in bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
@@ -197,6 +213,21 @@ mod test {
         let mut out = [0; 16];
         tail.copy_to(&mut out);
         assert_eq!(out, [9; 16]);
+    }
+
+    #[test]
+    fn a_slice_is_widened_within_its_memory() {
+        let mapping = Arc::new(Mapping::anonymous(5 * PAGE_BYTES).expect("memory"));
+        let unit = 2 * PAGE_BYTES;
+        let widened = |offset, bytes| {
+            let slice = PageSlice::mapping(mapping.clone(), offset, bytes, None).expect("inside");
+            let wide = slice.widened(unit);
+            (wide.offset, wide.bytes)
+        };
+        assert_eq!(widened(PAGE_BYTES, 1), (0, unit));
+        assert_eq!(widened(PAGE_BYTES, unit), (0, 2 * unit));
+        assert_eq!(widened(4 * PAGE_BYTES, PAGE_BYTES), (2 * unit, PAGE_BYTES));
+        assert_eq!(PageSlice::owned([0; 9].into()).part(3, 1).expect("inside").widened(4).len(), 9);
     }
 
     #[test]

@@ -1,0 +1,154 @@
+//! What the intermediary's answers do to puts and gets that go over the device.
+
+use libsg::vmd::{AccessReply, Answered, Link as _, Reply, Ticket};
+use libsg::wire::Missing;
+use libsg::{Error, ErrorKind, Result, ids::Placement};
+use rustix::event::epoll::{self, EventData, EventFlags};
+
+use super::job::Job;
+use super::way::Way;
+use super::{Asked, End, RdmaLink, own, plain};
+
+impl RdmaLink {
+    /// An answer on the connection.
+    pub(super) fn hear(&mut self, ticket: Ticket, answer: Result<Answered>) -> Result<()> {
+        match self.asked.remove(&ticket) {
+            None => self.heard = Some(End::Plain(plain(ticket), answer)),
+            Some(Asked::Stands(number)) => {
+                self.forget(number);
+                self.heard = Some(End::Plain(own(number), answer));
+            }
+            Some(Asked::Attach) => self.hear_attached(answer)?,
+            Some(Asked::Lease(number)) => self.hear_leased(number, answer)?,
+            Some(Asked::Settle(number)) => self.hear_settled(number, answer)?,
+            Some(Asked::Reach(number)) => self.hear_reached(number, answer)?,
+        }
+        Ok(())
+    }
+
+    fn hear_leased(&mut self, number: u64, answer: Result<Answered>) -> Result<()> {
+        let (Some(Job::Put(put)), Way::Open(open)) = (self.jobs.get_mut(&number), &mut self.way) else {
+            return Ok(());
+        };
+        let answered = match answer {
+            Ok(answered) => answered,
+            Err(error) => {
+                self.grants -= 1;
+                self.leased -= put.entries.len();
+                if error.kind == ErrorKind::Unreachable {
+                    return self.shut(number, &error);
+                }
+                self.heard = Some(End::Put(number, Err(error)));
+                return Ok(());
+            }
+        };
+        let AccessReply::Leased { placements, keys } = self.control.show(answered) else {
+            return Err(Error::new(ErrorKind::Protocol, "no lease where one belongs"));
+        };
+        put.placements.extend_from_slice(placements);
+        let granted = put.entries.iter().zip(placements).filter(|(_, place)| place.is_some());
+        put.granted.extend(granted.map(|(entry, _)| *entry));
+        if put.granted.is_empty() {
+            self.grants -= 1;
+            self.leased -= put.entries.len();
+            self.stored.clear();
+            self.stored.extend_from_slice(placements);
+            self.heard = Some(End::Put(number, Ok(Missing::NONE)));
+            return Ok(());
+        }
+        match open.write(number, put, keys) {
+            Ok(()) => {
+                self.news = true;
+                Ok(())
+            }
+            Err(error) if error.kind == ErrorKind::Protocol => Err(error),
+            Err(error) => {
+                open.written(put);
+                self.leased -= put.entries.len();
+                self.releases.push(put.lease);
+                self.shut(number, &error)
+            }
+        }
+    }
+
+    fn hear_settled(&mut self, number: u64, answer: Result<Answered>) -> Result<()> {
+        let Some(Job::Put(put)) = self.jobs.get(&number) else { return Ok(()) };
+        let result = match answer {
+            Ok(answered) => match self.control.show(answered) {
+                AccessReply::Plain(Reply::Stored { placements, missing }) => {
+                    let mut stored = placements.iter().copied();
+                    self.stored.clear();
+                    let place = |there: &Option<Placement>| there.and_then(|_| stored.next().flatten());
+                    self.stored.extend(put.placements.iter().map(place));
+                    Ok(missing)
+                }
+                _ => return Err(Error::new(ErrorKind::Protocol, "no placements where some belong")),
+            },
+            Err(error) => {
+                // Where it was refused for what it asked, the lease goes on; else there is none to be released.
+                self.grants += 1;
+                self.releases.push(put.lease);
+                Err(error)
+            }
+        };
+        self.heard = Some(End::Put(number, result));
+        Ok(())
+    }
+
+    fn hear_reached(&mut self, number: u64, answer: Result<Answered>) -> Result<()> {
+        let (Some(Job::Get(get)), Way::Open(open)) = (self.jobs.get_mut(&number), &mut self.way) else {
+            return Ok(());
+        };
+        match answer {
+            Ok(answered) => {
+                let AccessReply::Reached { entries, keys } = self.control.show(answered) else {
+                    return Err(Error::new(ErrorKind::Protocol, "no pages where some belong"));
+                };
+                get.entries.extend_from_slice(entries);
+                get.bytes = 0;
+                if !open.read(number, get, keys)? {
+                    self.releases.push(get.reach);
+                    self.got.push_back(number);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.grants -= 1;
+                open.give_back(get.area);
+                if error.kind == ErrorKind::Unreachable {
+                    return self.shut(number, &error);
+                }
+                self.heard = Some(End::Got(number, Err(error)));
+                Ok(())
+            }
+        }
+    }
+
+    fn hear_attached(&mut self, answer: Result<Answered>) -> Result<()> {
+        let Way::Asked(half) = std::mem::replace(&mut self.way, Way::Closed) else { return Ok(()) };
+        let endpoint = match answer {
+            Ok(answered) => match self.control.show(answered) {
+                AccessReply::Attached(endpoint) => endpoint,
+                _ => return Err(Error::new(ErrorKind::Protocol, "no end where one belongs")),
+            },
+            // Perhaps it is one later: the volume is not there yet, or this is the epoch of a claim to come.
+            Err(error) if matches!(error.kind, ErrorKind::Volume | ErrorKind::Fenced) => {
+                self.way = Way::Untried;
+                return Ok(());
+            }
+            Err(error) => {
+                self.said.not_over_the_device(&error);
+                return Ok(());
+            }
+        };
+        match half.connect(&endpoint, self.class) {
+            Ok(mut open) => {
+                let fd = open.stream.pair().poll_fd();
+                epoll::add(&self.poll, fd, EventData::new_u64(1), EventFlags::IN)?;
+                self.way = Way::Open(Box::new(open));
+            }
+            Err(error) => self.said.not_over_the_device(&error.at(&self.control.member().node)),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,304 @@
+//! Links over simulated devices: what goes which way, and what becomes of it when something breaks.
+#![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use common::{CLIENTS, Client, MIB, PATIENCE, batch, config, content, eventually, kind, serve, whole};
+use libsg::ErrorKind;
+use libsg::ids::{Epoch, MemberIndex, MemberSet, Placement, VolumeId};
+use libsg::memory::{Mapping, PageSlice};
+use libsg::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
+use libsg::server::Server;
+use libsg::transport::wait;
+use libsg::vmd::link::ask;
+use libsg::vmd::{Class, Connector, Reply, Request, Ticket};
+use libsg::wire::GetEntry;
+use libsg::wire::message::VmdRequest;
+use vmd_rdma::verbs::simulated::Network;
+
+/// Pages far apart, so that no two of them are one piece anywhere.
+fn scattered(count: u32) -> Vec<u32> {
+    (0..count).map(|n| n * 7919 % 262_144).collect()
+}
+
+#[test]
+fn pages_go_over_the_device_and_nothing_else_does() {
+    for seed in 1..=10 {
+        let network = Network::new(seed);
+        let server = serve(&network, 2);
+        let mut client = Client::create(&network, &[&server]);
+        client.warm_up();
+        let before = network.counts();
+        let pages = scattered(300);
+        let placements = client.put(pages.iter().copied()).unwrap();
+        let written = network.counts().written_bytes - before.written_bytes;
+        assert_eq!(written, 300 * PAGE_BYTES_U64, "seed {seed}");
+        assert!(client.get(&pages, &placements).unwrap().into_iter().all(|there| there));
+        assert_eq!(network.counts().read_bytes - before.read_bytes, 300 * PAGE_BYTES_U64);
+        assert_eq!(server.statistics().used_bytes, 301 * PAGE_BYTES_U64);
+        assert!(client.link.path().delivered_bytes >= written);
+        client.control(&VmdRequest::Dissolve).unwrap();
+        eventually("its memory is back", || server.statistics().arena_bytes == 0);
+    }
+}
+
+#[test]
+fn a_writers_pace_is_kept_to_the_byte() {
+    let network = Network::new(5);
+    let server = serve(&network, 2);
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    let link = &mut *client.link;
+    let (entries, slices) = batch(0..40);
+    let put = Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
+    let ticket = link.submit(put).unwrap();
+    let (mut written, mut done) = (0, false);
+    while !done {
+        let step = link.progress(1000).unwrap();
+        assert!(step <= 1000);
+        written += step;
+        if let Some(completion) = link.completion() {
+            assert_eq!(completion.ticket, ticket);
+            assert!(matches!(completion.result.unwrap(), Reply::Stored { placements, .. }
+                if placements.iter().all(Option::is_some)));
+            done = true;
+        } else {
+            wait(&[(link.poll_fd(), link.queued_bytes() > 0)], PATIENCE).unwrap();
+        }
+    }
+    assert!(written >= 40 * PAGE_BYTES, "{written}");
+    assert_eq!((link.queued_bytes(), link.outstanding_bytes()), (0, 0));
+}
+
+#[test]
+fn guest_memory_is_written_from_where_it_lies() {
+    let network = Network::new(6);
+    let server = serve(&network, 2);
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    // More windows than stay registered, each used again later.
+    let pages: Vec<u32> = (0..40).flat_map(|window| [window * 512 + 511, window * 512 + 512]).collect();
+    let mapping = Arc::new(Mapping::anonymous(42 * 512 * PAGE_BYTES).unwrap());
+    for page in &pages {
+        mapping.slot(*page as usize * PAGE_BYTES, PAGE_BYTES).unwrap().copy_from(&content(*page));
+    }
+    for _ in 0..3 {
+        for two in pages.chunks(2) {
+            let (entries, _) = batch(two.iter().copied());
+            let slice =
+                PageSlice::mapping(mapping.clone(), two[0] as usize * PAGE_BYTES, 2 * PAGE_BYTES, None);
+            let slices = [slice.unwrap()];
+            let put = Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
+            let placements = ask(&mut *client.link, put, PATIENCE, |reply| match reply {
+                Reply::Stored { placements, .. } => Ok(placements.to_vec()),
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(client.get(two, &placements.unwrap()).unwrap(), [true, true]);
+        }
+    }
+    assert_eq!(network.counts().refused, 0);
+}
+
+#[test]
+fn many_puts_and_gets_are_under_way_at_once() {
+    for seed in 20..26 {
+        let network = Network::new(seed);
+        let server = serve(&network, 2);
+        let mut client = Client::create(&network, &[&server]);
+        client.warm_up();
+        // More than may be leased at once, and more than can land at once.
+        let batches: Vec<Vec<u32>> = scattered(12 * 500).chunks(500).map(<[u32]>::to_vec).collect();
+        let mut open: HashMap<Ticket, usize> = HashMap::new();
+        let mut stored: Vec<Vec<Placement>> = vec![Vec::new(); batches.len()];
+        for (n, pages) in batches.iter().enumerate() {
+            let (entries, slices) = batch(pages.iter().copied());
+            let put = Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
+            open.insert(client.link.submit(put).unwrap(), n);
+            let range = PageRange::new(PageIndex(0), 1);
+            open.insert(client.link.submit(Request::Locate(range)).unwrap(), usize::MAX);
+        }
+        drain(&mut client, &mut open, |n, reply| match reply {
+            Reply::Stored { placements, .. } => stored[n] = placements.iter().map(|at| at.unwrap()).collect(),
+            Reply::Located(_) => assert_eq!(n, usize::MAX),
+            other => panic!("{other:?}"),
+        });
+        for (n, pages) in batches.iter().enumerate() {
+            let entry = |(page, at): (&u32, &Placement)| GetEntry { page: PageIndex(*page), placement: *at };
+            let wanted: Vec<GetEntry> = pages.iter().zip(&stored[n]).map(entry).collect();
+            open.insert(client.link.submit(Request::Get(&wanted)).unwrap(), n);
+        }
+        drain(&mut client, &mut open, |_, reply| match reply {
+            Reply::Pages { entries, bytes } => {
+                assert!(entries.len() == 500 && whole(entries, bytes).into_iter().all(|there| there));
+            }
+            other => panic!("{other:?}"),
+        });
+        let counts = network.counts();
+        assert_eq!((counts.written_bytes, counts.read_bytes), (6000 * PAGE_BYTES_U64, 6000 * PAGE_BYTES_U64));
+        assert_eq!(client.link.outstanding_bytes(), 0);
+    }
+}
+
+fn drain(client: &mut Client, open: &mut HashMap<Ticket, usize>, mut take: impl FnMut(usize, Reply<'_>)) {
+    while !open.is_empty() {
+        client.link.progress(100_000).unwrap();
+        while let Some(completion) = client.link.completion() {
+            let n = open.remove(&completion.ticket).expect("a ticket that is open");
+            take(n, completion.result.unwrap());
+        }
+        if !open.is_empty() {
+            let link = &client.link;
+            let ready = wait(&[(link.poll_fd(), link.queued_bytes() > 0)], PATIENCE).unwrap();
+            assert_ne!(ready, 0, "{} are open and nothing comes", open.len());
+        }
+    }
+}
+
+#[test]
+fn a_host_that_is_cut_off_fails_its_link_and_what_it_had_is_free() {
+    let network = Network::new(7);
+    let server = Server::bind(config(&network, 2, 2 * MIB)).unwrap().spawn().unwrap();
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    network.cut_off(2);
+    assert_eq!(kind(client.put(1..401)), ErrorKind::Unreachable);
+    assert_eq!(kind(client.link.progress(1)), ErrorKind::Unreachable);
+    assert!(client.link.completion().is_none());
+    drop(client);
+    network.restore(2);
+    let mut next = Client::connect(&network, &server, 1);
+    next.warm_up();
+    eventually("the slots of its lease are free", || next.put(1000..1001).unwrap()[0].is_some());
+    assert_eq!(next.put(1..401).unwrap().iter().flatten().count(), 400);
+}
+
+#[test]
+fn a_killed_intermediary_fails_its_link() {
+    let network = Network::new(8);
+    let server = serve(&network, 2);
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    let placements = client.put(1..65).unwrap();
+    server.shutdown();
+    let pages: Vec<u32> = (1..65).collect();
+    assert_eq!(kind(client.get(&pages, &placements)), ErrorKind::Unreachable);
+    assert_eq!(kind(client.put(1..65)), ErrorKind::Unreachable);
+}
+
+#[test]
+fn a_replaced_writer_is_told_so_and_writes_nothing() {
+    let network = Network::new(9);
+    let server = serve(&network, 2);
+    let mut old = Client::create(&network, &[&server]);
+    old.warm_up();
+    let placements = old.put(1..11).unwrap();
+    let mut owner = Client::connect(&network, &server, 2);
+    owner.control(&VmdRequest::Claim { epoch: Epoch(2) }).unwrap();
+    let before = network.counts();
+    assert_eq!(kind(old.put(1..11)), ErrorKind::Fenced);
+    let pages: Vec<u32> = (1..11).collect();
+    assert_eq!(kind(old.get(&pages, &placements)), ErrorKind::Fenced);
+    assert_eq!(network.counts(), before);
+    assert_eq!(owner.get(&pages, &placements).unwrap(), [true; 10]);
+}
+
+#[test]
+fn what_was_written_and_not_settled_when_a_claim_came_is_nowhere() {
+    for seed in 30..40 {
+        let network = Network::new(seed);
+        let server = serve(&network, 2);
+        let mut old = Client::create(&network, &[&server]);
+        old.warm_up();
+        let (entries, slices) = batch(1..200);
+        let put = Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
+        old.link.submit(put).unwrap();
+        // Leased, and some of it written.
+        while network.counts().written_bytes == 0 {
+            old.link.progress(20_000).unwrap();
+            assert!(old.link.completion().is_none());
+        }
+        let mut owner = Client::connect(&network, &server, 2);
+        owner.control(&VmdRequest::Claim { epoch: Epoch(2) }).unwrap();
+        let before = network.counts().written_bytes;
+        let error = loop {
+            if let Err(error) = old.link.progress(usize::MAX) {
+                break error.kind;
+            }
+            if let Some(completion) = old.link.completion() {
+                break kind(completion.result);
+            }
+            wait(&[(old.link.poll_fd(), old.link.queued_bytes() > 0)], PATIENCE).unwrap();
+        };
+        assert!(matches!(error, ErrorKind::Unreachable | ErrorKind::Fenced), "{error:?}");
+        assert_eq!(network.counts().written_bytes, before, "nothing lands behind a claim");
+        assert_eq!(server.statistics().used_bytes, PAGE_BYTES_U64);
+    }
+}
+
+#[test]
+fn where_there_is_no_device_pages_go_over_the_connection() {
+    let network = Network::new(10);
+    let plain = libsg::server::Config { backend: None, ..config(&network, 2, 64 * MIB) };
+    let server = Server::bind(plain).unwrap().spawn().unwrap();
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    let pages: Vec<u32> = (1..300).collect();
+    let placements = client.put(pages.iter().copied()).unwrap();
+    assert!(client.get(&pages, &placements).unwrap().into_iter().all(|there| there));
+    assert_eq!(network.counts().written_bytes, 0);
+}
+
+#[test]
+fn a_full_intermediary_stores_what_fits() {
+    let network = Network::new(11);
+    let server = Server::bind(config(&network, 2, 2 * MIB)).unwrap().spawn().unwrap();
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    let stored = |client: &mut Client, pages| {
+        client.put(pages).unwrap().iter().map(Option::is_some).collect::<Vec<_>>()
+    };
+    assert_eq!(stored(&mut client, 1..501), [true; 500]);
+    let some = stored(&mut client, 600..620);
+    assert_eq!(some.iter().filter(|there| **there).count(), 11);
+    assert!(some[..11].iter().all(|there| *there), "first come, first served");
+    assert_eq!(stored(&mut client, 700..720), [false; 20]);
+    assert_eq!(client.link.outstanding_bytes(), 0);
+}
+
+#[test]
+fn copies_lie_at_both() {
+    let network = Network::new(12);
+    let servers = [serve(&network, 2), serve(&network, 3)];
+    let mut client = Client::create(&network, &[&servers[0], &servers[1]]);
+    client.warm_up();
+    let both: MemberSet = [MemberIndex(0), MemberIndex(1)].into_iter().collect();
+    let before = network.counts().written_bytes;
+    client.put_copies(1..101, both).unwrap();
+    assert_eq!(network.counts().written_bytes - before, 100 * PAGE_BYTES_U64, "to the first only");
+    assert_eq!(servers.map(|server| server.statistics().used_bytes / PAGE_BYTES_U64), [101, 100]);
+}
+
+#[test]
+fn who_is_answered_first_is_who_waits() {
+    // A link of the urgent class reads single pages, with bulk beside it on another link.
+    let network = Network::new(13);
+    let server = serve(&network, 2);
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    let pages: Vec<u32> = (1..200).collect();
+    let placements = client.put(pages.iter().copied()).unwrap();
+    let connector = common::connector(&network);
+    let link = connector.connect(server.address(), client.volume, Epoch(1), Class::Urgent, PATIENCE).unwrap();
+    let mut urgent = Client { link, volume: client.volume };
+    for (page, placement) in pages.iter().zip(&placements) {
+        assert_eq!(urgent.get(&[*page], &[*placement]).unwrap(), [true]);
+    }
+    assert!(network.counts().read_bytes >= 190 * PAGE_BYTES_U64, "{:?}", network.counts());
+    // An operator's connection needs no device.
+    let operator = connector.connect(server.address(), VolumeId(0), Epoch(0), Class::Bulk, PATIENCE).unwrap();
+    assert_eq!(operator.member().node, *server.node());
+    assert_eq!(network.device(CLIENTS).name(), "sim1");
+}
