@@ -1,5 +1,6 @@
 //! What tests of several crates need. It knows nothing of any of them.
 
+pub mod fuzz;
 mod skipped;
 mod strangers;
 
