@@ -1,0 +1,4 @@
+//! See [`qemu_stream_fuzz::targets::package`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| qemu_stream_fuzz::targets::package(data));
