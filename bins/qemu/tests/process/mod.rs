@@ -1,0 +1,82 @@
+//! A QEMU of a test's own: Debian's, with a guest that is only firmware, under software emulation.
+#![allow(dead_code, reason = "each test uses a part of it")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use qemu::Qmp;
+
+/// How long anything may take that is to happen.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running QEMU; killed when it is dropped.
+pub struct Qemu {
+    child: Child,
+    pub qmp: PathBuf,
+    log: PathBuf,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // It fails only for one that ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("{}: {}", self.log.display(), self.said());
+        }
+    }
+}
+
+impl Qemu {
+    /// Starts one whose files are called `name` in `directory`.
+    pub fn start(directory: &Path, name: &str, arguments: &[&str]) -> Self {
+        let file = |ending: &str| directory.join(format!("{name}.{ending}"));
+        let (qmp, log) = (file("qmp"), file("log"));
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-accel", "tcg", "-nodefaults", "-display", "none", "-name", name]);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]).args(arguments);
+        command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(std::fs::File::create(&log).expect("a log"));
+        let started = command.spawn();
+        let child = started.unwrap_or_else(|error| {
+            panic!("qemu-system-x86_64 ({error}): ci/setup installs qemu-system-x86")
+        });
+        let mut qemu = Self { child, qmp, log };
+        let begun = Instant::now();
+        while std::os::unix::net::UnixStream::connect(&qemu.qmp).is_err() {
+            assert!(qemu.is_alive() && begun.elapsed() < PATIENCE, "QEMU does not start: {}", qemu.said());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        qemu
+    }
+
+    /// A connection of its own; there may be one at a time.
+    pub fn connect(&self) -> Qmp {
+        Qmp::connect(&self.qmp).unwrap_or_else(|error| panic!("{}: {}", error.chain(), self.said()))
+    }
+
+    pub fn is_alive(&mut self) -> bool {
+        self.child.try_wait().expect("asked").is_none()
+    }
+
+    /// Whether it has ended by itself, and well.
+    pub fn has_ended_well(&mut self) -> bool {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("asked") {
+                return status.success();
+            }
+            if begun.elapsed() > PATIENCE {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// What it wrote on standard error.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
