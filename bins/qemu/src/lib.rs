@@ -1,12 +1,27 @@
 //! A stock QEMU under libsg's seams.
 //!
+//! ```text
+//! source QEMU  <-- QMP, stream -->  Departure: LeavingQemu (OutgoingVm), Relay (PageSource)
+//!                                      libsg: scatter, intermediaries, gather
+//! destination QEMU  <-- QMP, stream -->  ArrivingQemu (IncomingVm), its feeder (PageSink)
+//! ```
+//!
 //! [`Qmp`] is the socket that a QEMU is driven by. [`source`] and [`destination`] find what stands in the way while the VM still
 //! runs, and [`Settings`] changes what must be changed, and back.
 
+mod arriving;
+mod feeder;
+mod layout;
+mod leaving;
 mod preflight;
 mod qmp;
+mod relay;
+mod scratch;
 mod settings;
 
+pub use arriving::ArrivingQemu;
+pub use leaving::{Departure, LeavingQemu};
 pub use preflight::{Disks, Found, destination, source};
 pub use qmp::{Qmp, Version};
+pub use relay::Relay;
 pub use settings::Settings;

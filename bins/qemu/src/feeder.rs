@@ -1,0 +1,378 @@
+//! The feeder: stands where the source of a destination QEMU would be, and gives it what libsg has.
+//!
+//! ```text
+//! PageSink::install --> a section of pages, PING n --> destination QEMU, which places them by userfaultfd
+//!                  <-- PONG n: they are in place ---
+//! SinkEvent::Fault <-- REQ_PAGES -------------------
+//! ```
+//!
+//! QEMU takes its stream in order, one thing after the other: when it answers the ping behind a page, it has placed the page.
+
+use std::io::{Read as _, Write as _};
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
+use libsg::sink::{InstallOutcome, PageSink, SinkEvent};
+use libsg::transport::Waker;
+use libsg::{Error, ErrorKind, Result};
+use parking_lot::{Condvar, Mutex};
+use qemu_stream::{
+    Answer, AnswerDecoder, AnswerItem, Command, Configuration, Discard, END_OF_STREAM, Package, Records,
+    Span, limits,
+};
+
+use crate::layout::Layout;
+
+/// How long QEMU may take to place pages, and to say so: a host that swaps is slow, not dead.
+const PLACED: Duration = Duration::from_secs(120);
+
+/// How long it may take to look at the head of a stream, on a busy host.
+const HEAD: Duration = Duration::from_secs(30);
+
+/// Pings of ours begin there: the package has its own, up to 0x42.
+const FIRST_PING: u32 = 0x100;
+
+/// A destination QEMU, which waits for its stream on a connection.
+pub struct Feeder {
+    shared: Arc<Shared>,
+    reader: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    layout: Layout,
+    configuration: Configuration,
+    section: u32,
+    line: Mutex<Line>,
+    /// The same connection, to be ended while somebody writes.
+    ended: UnixStream,
+    books: Mutex<Books>,
+    changed: Condvar,
+    waker: Waker,
+}
+
+/// The way to QEMU. Who holds it writes.
+struct Line {
+    connection: UnixStream,
+    records: Records,
+    ping: u32,
+    bytes: Vec<u8>,
+}
+
+#[derive(Default)]
+struct Books {
+    /// The last ping that was answered.
+    answered: u32,
+    faults: Vec<PageIndex>,
+    /// QEMU has the package: pages may follow.
+    running: bool,
+    /// Pages that there are no more anywhere.
+    lost: bool,
+    shut: Option<u32>,
+    failure: Option<(ErrorKind, String)>,
+}
+
+impl Feeder {
+    /// For a connection that a destination QEMU has accepted.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the kernel gives no thread or event.
+    pub fn start(
+        connection: UnixStream,
+        (layout, configuration, section): (Layout, Configuration, u32),
+    ) -> Result<Self> {
+        connection.set_write_timeout(Some(PLACED))?;
+        let (reads, ended) = (connection.try_clone()?, connection.try_clone()?);
+        let line = Line { connection, records: Records::new(section), ping: FIRST_PING, bytes: Vec::new() };
+        let shared = Arc::new(Shared {
+            layout,
+            configuration,
+            section,
+            line: Mutex::new(line),
+            ended,
+            books: Mutex::default(),
+            changed: Condvar::new(),
+            waker: Waker::new()?,
+        });
+        let hears = Arc::clone(&shared);
+        let hear = move || {
+            if let Err(error) = hears.hear(reads) {
+                hears.fail(&error);
+            }
+        };
+        let reader = std::thread::Builder::new().name("sg-qemu-answers".into()).spawn(hear)?;
+        Ok(Self { shared, reader: Mutex::new(Some(reader)) })
+    }
+
+    /// Says everything that stands before the package, and waits until QEMU has taken it: its machine and its memory fit.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Vm`] when QEMU does not take it.
+    pub fn head(&self, state: &[u8]) -> Result<()> {
+        let (switchover, _) = split(state)?;
+        let shared = &self.shared;
+        let blocks = shared.layout.blocks();
+        let mut line = shared.line.lock();
+        line.bytes.clear();
+        let bytes = &mut line.bytes;
+        shared.configuration.encode(bytes);
+        Command::OpenReturnPath.encode(blocks, bytes);
+        Command::PostcopyAdvise { page_sizes: blocks.page_sizes() }.encode(blocks, bytes);
+        blocks.encode(shared.section, bytes);
+        if switchover {
+            Command::SwitchoverStart.encode(blocks, bytes);
+        }
+        // QEMU 7.2 would not get past LISTEN without one.
+        for (index, block) in blocks.iter() {
+            let all = Span { start_bytes: 0, length_bytes: block.length_bytes };
+            Command::RamDiscard(Discard { block: index, spans: vec![all] }).encode(blocks, bytes);
+        }
+        let sent = shared.send(&mut line);
+        drop(line);
+        sent.and_then(|ping| shared.await_pong(ping, HEAD)).map_err(|cause| {
+            let message = "the destination QEMU does not take this VM: it must have the same machine type (with its \
+                           version), -m, -smp and devices, and be allowed to use userfaultfd (its standard error says \
+                           what it misses)";
+            Error::new(ErrorKind::Vm, message).because(cause)
+        })
+    }
+
+    /// Gives QEMU the package: it loads its devices, and runs the VM. Pages may follow from now on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unreachable`] when it hangs up.
+    pub fn run(&self, state: &[u8]) -> Result<()> {
+        let (_, package) = split(state)?;
+        let shared = &self.shared;
+        let mut line = shared.line.lock();
+        line.bytes.clear();
+        let length_bytes = package.len() as u32;
+        Command::Packaged { length_bytes }.encode(shared.layout.blocks(), &mut line.bytes);
+        line.bytes.extend_from_slice(package);
+        let Line { connection, bytes, .. } = &mut *line;
+        connection.write_all(bytes).map_err(|cause| hung_up().because(cause))?;
+        drop(line);
+        shared.books.lock().running = true;
+        shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Hangs up. A QEMU that has the package pauses its VM until somebody goes on (`migrate-recover`); one that has not ends.
+    pub fn hang_up(&self) {
+        self.shared.fail(&Error::new(ErrorKind::Cancelled, "the VM was given up"));
+        // It fails only where the other side has done so already.
+        let _ = self.shared.ended.shutdown(std::net::Shutdown::Both);
+        if let Some(reader) = self.reader.lock().take() {
+            let _ = reader.join();
+        }
+    }
+
+    /// Pages one by one, and a ping; returns when QEMU has placed them.
+    fn place(&self, range: PageRange, bytes: Option<&[u8]>) -> Result<InstallOutcome> {
+        let mut outcome = InstallOutcome::new(range)?;
+        let shared = &self.shared;
+        shared.await_running()?;
+        let blocks = shared.layout.blocks();
+        let mut line = shared.line.lock();
+        let Line { records, bytes: out, .. } = &mut *line;
+        out.clear();
+        records.begin(false, out);
+        for (at, page) in range.iter().enumerate() {
+            let (block, offset) = shared
+                .layout
+                .place(page)
+                .ok_or_else(|| Error::new(ErrorKind::Input, "a page that this VM has not").about([range]))?;
+            match bytes.and_then(|bytes| bytes.get(at * PAGE_BYTES..(at + 1) * PAGE_BYTES)) {
+                Some(bytes) => {
+                    records.page(blocks, block, offset, out);
+                    out.extend_from_slice(bytes);
+                }
+                None => records.zero(blocks, block, offset, out),
+            }
+        }
+        records.end(out);
+        let ping = shared.send(&mut line)?;
+        drop(line);
+        shared.await_pong(ping, PLACED)?;
+        outcome.add_installed(range.pages);
+        Ok(outcome)
+    }
+}
+
+impl Drop for Feeder {
+    fn drop(&mut self) {
+        self.hang_up();
+    }
+}
+
+/// The switch that a state says, and its package.
+fn split(state: &[u8]) -> Result<(bool, &[u8])> {
+    let (switchover, package) = match state.split_first() {
+        Some((0, package)) => (false, package),
+        Some((1, package)) => (true, package),
+        _ => return Err(Error::new(ErrorKind::Input, "the state is not of a QEMU")),
+    };
+    let whole = Package::inspect(package);
+    whole.map_err(|cause| Error::new(ErrorKind::Input, "the state is not of a QEMU").because(cause))?;
+    if package.len() as u64 > u64::from(limits::PACKAGE_BYTES_MAX) {
+        return Err(Error::new(ErrorKind::Input, "the state of the devices is longer than any"));
+    }
+    Ok((switchover, package))
+}
+
+impl Shared {
+    /// Writes what is in the line's buffer, and a ping behind it.
+    fn send(&self, line: &mut Line) -> Result<u32> {
+        line.ping = line.ping.wrapping_add(1).max(FIRST_PING);
+        Command::Ping(line.ping).encode(self.layout.blocks(), &mut line.bytes);
+        line.connection.write_all(&line.bytes).map_err(|cause| hung_up().because(cause))?;
+        Ok(line.ping)
+    }
+
+    fn await_pong(&self, ping: u32, patience: Duration) -> Result<()> {
+        // They are answered in order; the difference is right over the end of their numbers too.
+        self.wait(patience, |books| (ping.wrapping_sub(books.answered) as i32 <= 0).then_some(()))
+    }
+
+    fn await_running(&self) -> Result<()> {
+        self.wait(PLACED, |books| books.running.then_some(()))
+    }
+
+    fn wait<T>(&self, patience: Duration, take: impl Fn(&Books) -> Option<T>) -> Result<T> {
+        let deadline = Instant::now() + patience;
+        let mut books = self.books.lock();
+        loop {
+            if let Some(found) = take(&books) {
+                return Ok(found);
+            }
+            if let Some((kind, message)) = &books.failure {
+                return Err(Error::new(*kind, message.clone()));
+            }
+            if self.changed.wait_until(&mut books, deadline).timed_out() {
+                let message = format!("the destination QEMU did not answer within {} s", patience.as_secs());
+                return Err(Error::new(ErrorKind::Timeout, message));
+            }
+        }
+    }
+
+    fn fail(&self, error: &Error) {
+        self.books.lock().failure.get_or_insert_with(|| (error.kind, error.chain()));
+        self.changed.notify_all();
+        self.waker.wake();
+    }
+
+    /// Hears what QEMU answers, until it has said everything.
+    fn hear(&self, mut connection: UnixStream) -> Result<()> {
+        let (mut decoder, mut buffer, mut to) = (AnswerDecoder::new(), vec![0; 4096], 0);
+        loop {
+            let mut from = 0;
+            loop {
+                let next = decoder.next(self.layout.blocks(), &buffer[from..to]);
+                let next = next.map_err(|cause| {
+                    Error::new(ErrorKind::Protocol, "the destination QEMU answers what cannot be")
+                        .because(cause)
+                })?;
+                let Some((item, taken)) = next else { break };
+                from += taken;
+                if let AnswerItem::Answer(answer) = item {
+                    self.answered(answer);
+                }
+            }
+            buffer.copy_within(from..to, 0);
+            to -= from;
+            match connection.read(&mut buffer[to..]) {
+                Ok(0) if self.books.lock().shut.is_some() => return Ok(()),
+                Ok(0) => return Err(hung_up()),
+                Ok(bytes) => to += bytes,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(hung_up().because(error)),
+            }
+        }
+    }
+
+    fn answered(&self, answer: Answer) {
+        let mut books = self.books.lock();
+        match answer {
+            Answer::Pong(ping) if ping >= FIRST_PING => books.answered = ping,
+            Answer::Shut(code) => books.shut = Some(code),
+            Answer::RequestPages { block, span } => {
+                books.faults.push(self.layout.page(block, span.start_bytes));
+                self.waker.wake();
+            }
+            _ => {}
+        }
+        drop(books);
+        self.changed.notify_all();
+    }
+}
+
+impl PageSink for Feeder {
+    fn install(&self, first: PageIndex, bytes: &[u8]) -> Result<InstallOutcome> {
+        let range = PageRange::new(first, (bytes.len() / PAGE_BYTES) as u32);
+        self.place(range, Some(bytes))
+    }
+
+    fn install_zero(&self, range: PageRange) -> Result<InstallOutcome> {
+        self.place(range, None)
+    }
+
+    /// QEMU knows no word for a page that is lost: who waits for it waits, and the stream does not end.
+    fn poison(&self, _range: PageRange) -> Result<()> {
+        self.shared.books.lock().lost = true;
+        Ok(())
+    }
+
+    fn events(&self, out: &mut Vec<SinkEvent>) -> Result<usize> {
+        self.shared.waker.drain();
+        let mut books = self.shared.books.lock();
+        // A QEMU that does not take the head is told of by who said it.
+        if let Some((kind, message)) = books.failure.as_ref().filter(|_| books.running) {
+            return Err(Error::new(*kind, message.clone()));
+        }
+        let count = books.faults.len();
+        out.extend(books.faults.drain(..).map(|page| SinkEvent::Fault { page, write: false, thread: 0 }));
+        Ok(count)
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(std::os::fd::AsFd::as_fd(&self.shared.waker))
+    }
+
+    /// Ends the stream: QEMU lets the memory go, in which what never came is zero. Nothing is to be ended where QEMU has no
+    /// package, and where pages are lost it would take them for zeros.
+    fn finish(&self) -> Result<()> {
+        {
+            let books = self.shared.books.lock();
+            if books.lost || !books.running {
+                return Ok(());
+            }
+        }
+        let mut line = self.shared.line.lock();
+        let Line { records, bytes, connection, .. } = &mut *line;
+        bytes.clear();
+        records.begin(true, bytes);
+        records.end(bytes);
+        bytes.push(END_OF_STREAM);
+        connection.write_all(bytes).map_err(|cause| hung_up().because(cause))?;
+        drop(line);
+        match self.shared.wait(PLACED, |books| books.shut)? {
+            0 => Ok(()),
+            code => {
+                let message = format!(
+                    "the destination QEMU ended its migration with {code}: its standard error says why"
+                );
+                Err(Error::new(ErrorKind::Vm, message))
+            }
+        }
+    }
+}
+
+fn hung_up() -> Error {
+    Error::new(ErrorKind::Unreachable, "the destination QEMU hung up: its standard error says why")
+}
+
+#[cfg(test)]
+mod test;

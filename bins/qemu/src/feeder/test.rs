@@ -1,0 +1,144 @@
+//! The feeder beside a destination QEMU that is played.
+
+use qemu_stream::{Block, BlockIndex, Blocks, Item, StreamDecoder};
+
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn layout() -> Layout {
+    Layout::new(
+        Blocks::new(vec![Block::new("pc.ram", 64 << 12), Block::new("pc.rom", 4 << 12)]).expect("blocks"),
+    )
+}
+
+fn state() -> Vec<u8> {
+    let none = Blocks::default();
+    let mut state = vec![0];
+    Command::PostcopyListen.encode(&none, &mut state);
+    state.extend(b"devices");
+    [Command::Ping(3), Command::PostcopyRun].iter().for_each(|command| command.encode(&none, &mut state));
+    state
+}
+
+/// A feeder, and a destination at its other end that is played on a thread: `answer` says what is answered to each item. It
+/// ends with the connection, and tells every item.
+fn beside(mut answer: impl FnMut(&Item) -> Vec<Answer> + Send + 'static) -> (Feeder, JoinHandle<Vec<Item>>) {
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    let feeder = Feeder::start(theirs, (layout(), Configuration::new("pc-q35-7.2"), 2)).expect("starts");
+    let played = std::thread::spawn(move || {
+        let (mut ours, mut decoder, mut bytes, mut items) =
+            (ours, StreamDecoder::new(), Vec::new(), Vec::new());
+        let mut piece = [0; 8192];
+        loop {
+            while let Some((item, taken)) = decoder.next(&bytes).expect("an honest stream") {
+                bytes.drain(..taken);
+                let mut out = Vec::new();
+                answer(&item).iter().for_each(|answer| answer.encode(layout().blocks(), &mut out));
+                items.push(item);
+                let _ = ours.write_all(&out);
+            }
+            if decoder.is_over() {
+                return items;
+            }
+            match ours.read(&mut piece) {
+                Ok(0) | Err(_) => return items,
+                Ok(count) => bytes.extend(&piece[..count]),
+            }
+        }
+    });
+    (feeder, played)
+}
+
+/// What an honest one answers.
+fn honest(item: &Item) -> Vec<Answer> {
+    match item {
+        Item::Command(Command::Ping(number)) => vec![Answer::Pong(*number)],
+        Item::PackageBytes { left_bytes: 0, .. } => {
+            let span = Span { start_bytes: 5 << 12, length_bytes: 4096 };
+            vec![Answer::RequestPages { block: BlockIndex(0), span }, Answer::Pong(3)]
+        }
+        Item::End => vec![Answer::Shut(0)],
+        _ => Vec::new(),
+    }
+}
+
+fn range(first: u32, pages: u32) -> PageRange {
+    PageRange::new(PageIndex(first), pages)
+}
+
+#[test]
+fn pages_are_in_place_when_their_ping_is_answered() {
+    let (feeder, played) = beside(honest);
+    let feeder = Arc::new(feeder);
+    feeder.head(&state()).expect("it is the same machine");
+    // What comes before the VM runs waits for that.
+    let early = Arc::clone(&feeder);
+    let early = std::thread::spawn(move || early.install(PageIndex(1), &[1; 2 * PAGE_BYTES]));
+    feeder.run(&state()).expect("runs");
+    let placed = early.join().expect("no panic").expect("placed");
+    assert_eq!(placed.installed().collect::<Vec<_>>(), [range(1, 2)]);
+    let (mut events, begun) = (Vec::new(), Instant::now());
+    while feeder.events(&mut events).expect("alive") == 0 {
+        assert!(begun.elapsed() < PATIENCE, "nobody waits for a page");
+    }
+    assert_eq!(events, [SinkEvent::Fault { page: PageIndex(5), write: false, thread: 0 }]);
+    assert_eq!(feeder.install_zero(range(63, 2)).expect("placed").installed_pages(), 2);
+    assert!(feeder.install(PageIndex(67), &[0; 2 * PAGE_BYTES]).is_err(), "there is one page less");
+    feeder.finish().expect("it has everything");
+    let items = played.join().expect("an honest stream");
+    let pages: Vec<_> = items
+        .iter()
+        .filter_map(|item| match item {
+            Item::Page { block, offset_bytes, .. } => Some((block.0, offset_bytes >> 12, true)),
+            Item::Zero { block, offset_bytes } => Some((block.0, offset_bytes >> 12, false)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(pages, [(0, 1, true), (0, 2, true), (0, 63, false), (1, 0, false)]);
+    let forgotten = items.iter().filter(|item| matches!(item, Item::Command(Command::RamDiscard(_)))).count();
+    assert_eq!(forgotten, 2, "LISTEN needs one at least");
+}
+
+#[test]
+fn a_destination_that_is_gone_or_fails_is_told() {
+    // It hangs up at the head: it is another machine.
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    let feeder = Feeder::start(theirs, (layout(), Configuration::new("pc-q35-7.2"), 2)).expect("starts");
+    drop(ours);
+    let refused = feeder.head(&state()).expect_err("nobody is there");
+    assert!(refused.kind == ErrorKind::Vm && refused.message.contains("machine type"), "{refused}");
+    assert_eq!(feeder.events(&mut Vec::new()).expect("nothing runs yet"), 0);
+    feeder.finish().expect("there is nothing to end");
+    // It fails at its end.
+    let (feeder, played) = beside(|item| match item {
+        Item::End => vec![Answer::Shut(1)],
+        item => honest(item),
+    });
+    feeder.head(&state()).expect("it is the same machine");
+    feeder.run(&state()).expect("runs");
+    assert_eq!(feeder.finish().expect_err("it failed").kind, ErrorKind::Vm);
+    played.join().expect("an honest stream");
+    // What is lost is no zero: the stream does not end.
+    let (feeder, played) = beside(honest);
+    feeder.head(&state()).expect("it is the same machine");
+    feeder.run(&state()).expect("runs");
+    feeder.poison(range(7, 1)).expect("noted");
+    feeder.finish().expect("left as it is");
+    feeder.hang_up();
+    assert!(!played.join().expect("an honest stream").contains(&Item::End));
+    assert!(feeder.install(PageIndex(0), &[1; PAGE_BYTES]).is_err());
+}
+
+#[test]
+fn answers_that_cannot_be_end_it() {
+    let (mut ours, theirs) = UnixStream::pair().expect("a pair");
+    let feeder = Feeder::start(theirs, (layout(), Configuration::new("pc-q35-7.2"), 2)).expect("starts");
+    ours.write_all(&[0, 9, 0, 0]).expect("written");
+    let refused = feeder.head(&state()).expect_err("it is no QEMU");
+    let cause = std::error::Error::source(&refused).expect("a cause").to_string();
+    assert!(cause.contains("answers what cannot be"), "{cause}");
+    for wrong in [&[][..], &[2, 1], &[0, 1, 2, 3]] {
+        assert_eq!(feeder.head(wrong).expect_err("no state").kind, ErrorKind::Input, "{wrong:?}");
+    }
+}

@@ -1,0 +1,179 @@
+//! A QEMU whose VM leaves.
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libsg::manifest::Manifest;
+use libsg::migrate::OutgoingVm;
+use libsg::{Error, ErrorKind, Result};
+use parking_lot::Mutex;
+use serde_json::json;
+
+use crate::qmp::Qmp;
+use crate::relay::Relay;
+use crate::scratch::Scratch;
+use crate::settings::Settings;
+
+/// How long a QEMU may take for a step that takes it a moment, on a busy host.
+const STEP: Duration = Duration::from_secs(30);
+
+/// The rate of a stream that is to stand still, in bytes a second: so the source neither ends before post-copy, nor writes at the
+/// moment in which it is called off. QEMU 7.2 that writes then takes the end of its connection for a broken network, and
+/// waits to be resumed for ever.
+const STANDSTILL: u64 = 4096;
+
+/// The rate of a stream that nothing holds up.
+const UNLIMITED: u64 = 10_000_000_000;
+
+/// A QEMU that has begun to send its VM, which runs on meanwhile.
+pub struct Departure {
+    qmp: Arc<Mutex<Qmp>>,
+    settings: Settings,
+    relay: Relay,
+    manifest: Manifest,
+}
+
+impl Departure {
+    /// Has it begin. The VM has the name of QEMU's `-name`, or `name`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Vm`] when QEMU refuses; everything is as it was.
+    pub fn begin(mut qmp: Qmp, name: &str) -> Result<Self> {
+        let said = qmp.execute("query-name", &json!({}))?;
+        let name = said["name"].as_str().unwrap_or(name).to_owned();
+        let rates = [("max-bandwidth", STANDSTILL), ("max-postcopy-bandwidth", STANDSTILL)];
+        let mut settings = Settings::change(&mut qmp, &[("postcopy-ram", true)], &rates)?;
+        match connect(&mut qmp).and_then(|relay| Ok((relay.manifest(&name, STEP)?, relay))) {
+            Ok((manifest, relay)) => Ok(Self { qmp: Arc::new(Mutex::new(qmp)), settings, relay, manifest }),
+            Err(error) => {
+                let _ = call_off(&mut qmp).and_then(|()| settings.restore(&mut qmp)).inspect_err(|error| {
+                    tracing::error!(error = error.chain(), "the source QEMU could not be left as it was");
+                });
+                Err(error)
+            }
+        }
+    }
+
+    /// What moves.
+    #[must_use]
+    pub const fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Its pages.
+    #[must_use]
+    pub fn pages(&self) -> Relay {
+        self.relay.clone()
+    }
+
+    /// The VM, for who moves it.
+    #[must_use]
+    pub fn vm(&self) -> LeavingQemu {
+        LeavingQemu { qmp: Arc::clone(&self.qmp), relay: self.relay.clone() }
+    }
+
+    /// It was moved, and all of it is safe: the source QEMU completes, and ends if `quit`.
+    ///
+    /// # Errors
+    /// When it does not; nothing is lost by that.
+    pub fn complete(mut self, quit: bool) -> Result<()> {
+        self.relay.release(STEP)?;
+        let mut qmp = self.qmp.lock();
+        await_status(&mut qmp, |status| status == "completed")?;
+        if quit { qmp.execute("quit", &json!({})).map(drop) } else { self.settings.restore(&mut qmp) }
+    }
+
+    /// It was not moved: QEMU's settings are as they were before.
+    ///
+    /// # Errors
+    /// [`Qmp::execute`]'s.
+    pub fn give_up(mut self) -> Result<()> {
+        let mut qmp = self.qmp.lock();
+        call_off(&mut qmp)?;
+        self.relay.hang_up();
+        self.settings.restore(&mut qmp)
+    }
+}
+
+/// Has QEMU connect to a socket of ours.
+fn connect(qmp: &mut Qmp) -> Result<Relay> {
+    let directory = Scratch::new()?;
+    let path = directory.file("stream");
+    let listener = UnixListener::bind(&path)?;
+    qmp.execute("migrate", &json!({ "uri": format!("unix:{}", path.display()) }))?;
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + STEP;
+    loop {
+        match listener.accept() {
+            Ok((connection, _)) => {
+                connection.set_nonblocking(false)?;
+                return Relay::start(connection);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Ends a migration that is under way, if there is one.
+fn call_off(qmp: &mut Qmp) -> Result<()> {
+    qmp.execute("migrate_cancel", &json!({}))?;
+    await_status(qmp, |status| matches!(status, "none" | "cancelled" | "failed" | "completed"))
+}
+
+fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
+    let deadline = Instant::now() + STEP;
+    loop {
+        let told = qmp.execute("query-migrate", &json!({}))?;
+        let status = told["status"].as_str().unwrap_or("none");
+        if is_wanted(status) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            let message = format!("the source QEMU's migration stays \"{status}\" (query-migrate)");
+            return Err(Error::new(ErrorKind::Timeout, message));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The VM of a source QEMU under libsg's seam.
+pub struct LeavingQemu {
+    qmp: Arc<Mutex<Qmp>>,
+    relay: Relay,
+}
+
+impl OutgoingVm for LeavingQemu {
+    /// It is stopped first: so QEMU does not run it by itself when it is called off, before its disks are its own again.
+    fn pause(&mut self) -> Result<Vec<u8>> {
+        let mut qmp = self.qmp.lock();
+        qmp.execute("stop", &json!({}))?;
+        let switched = qmp
+            .execute("migrate-set-parameters", &json!({ "max-bandwidth": UNLIMITED }))
+            .and_then(|_| qmp.execute("migrate-start-postcopy", &json!({})));
+        drop(qmp);
+        let state = switched.and_then(|_| self.relay.state(STEP));
+        state.inspect_err(|_| {
+            if let Err(error) = self.resume() {
+                tracing::error!(error = error.chain(), "the VM is paused at the source");
+            }
+        })
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        let mut qmp = self.qmp.lock();
+        call_off(&mut qmp)?;
+        qmp.execute("cont", &json!({})).map(drop)
+    }
+
+    fn committed(&mut self) {
+        self.relay.committed();
+        let unlimited = json!({ "max-postcopy-bandwidth": 0 });
+        if let Err(error) = self.qmp.lock().execute("migrate-set-parameters", &unlimited) {
+            tracing::error!(error = error.chain(), "the source QEMU's stream stays slow");
+        }
+    }
+}

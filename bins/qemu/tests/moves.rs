@@ -1,0 +1,250 @@
+//! VMs of real QEMUs move: through intermediaries, with the source QEMU gone before the destination has half of them; and stay
+//! where they are when they cannot.
+
+mod process;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use libsg::ErrorKind;
+use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
+use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::{Event, Mode, Observer, PoolSecret, RoundOptions};
+use libsg::report::Status;
+use libsg::server::{Config, Server, ServerHandle};
+use libsg::vmd::TcpConnector;
+use parking_lot::Mutex;
+use process::{PATIENCE, Qemu};
+use qemu::{ArrivingQemu, Departure, Qmp};
+use serde_json::json;
+
+/// What is put into the guest's memory, and where.
+const FILLED: usize = 16 << 20;
+const FILLED_AT: u64 = 16 << 20;
+
+/// Pages that no other is like, every fourth of them zero.
+fn filling() -> Vec<u8> {
+    let mut word = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(FILLED);
+    for page in 0..FILLED / 4096 {
+        for _ in 0..512 {
+            word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            bytes.extend(if page % 4 == 3 { [0; 8] } else { word.to_le_bytes() });
+        }
+    }
+    bytes
+}
+
+/// A source QEMU whose guest's memory is filled, and the bytes.
+fn source(directory: &Path) -> (Qemu, Vec<u8>) {
+    let (file, bytes) = (directory.join("filling"), filling());
+    std::fs::write(&file, &bytes).expect("written");
+    let loader = format!("loader,file={},addr={FILLED_AT:#x},force-raw=on", file.display());
+    (Qemu::start(directory, "source", &["-machine", "q35", "-m", "64M", "-device", &loader]), bytes)
+}
+
+fn destination(directory: &Path, machine: &str) -> Qemu {
+    Qemu::start(directory, "destination", &["-machine", machine, "-m", "64M", "-incoming", "defer"])
+}
+
+/// The guest's memory where it was filled.
+fn filled(qmp: &mut Qmp, directory: &Path) -> Vec<u8> {
+    let file = directory.join("dump");
+    let arguments = json!({ "val": FILLED_AT, "size": FILLED, "filename": file });
+    qmp.execute("pmemsave", &arguments).expect("saved");
+    std::fs::read(&file).expect("a dump")
+}
+
+fn status(qmp: &mut Qmp) -> String {
+    let told = qmp.execute("query-status", &json!({})).expect("answers");
+    told["status"].as_str().expect("a status").to_owned()
+}
+
+/// The hosts of a migration, but for the QEMUs.
+struct World {
+    secret: PoolSecret,
+    connector: Arc<TcpConnector>,
+    servers: Vec<ServerHandle>,
+    /// Intermediaries that somebody else holds.
+    others: Vec<SocketAddr>,
+}
+
+impl World {
+    fn new(intermediaries: usize) -> Self {
+        let secret = PoolSecret::from_bytes(b"known to everybody in this process").expect("a secret");
+        let connector = Arc::new(TcpConnector::new(secret.clone()));
+        let server = |at: usize| {
+            let config = Config::new(anywhere(), format!("i{at}"), 256 << 20, secret.clone());
+            Server::bind(config).and_then(Server::spawn).expect("serves")
+        };
+        let servers = (0..intermediaries).map(server).collect();
+        Self { secret, connector, servers, others: Vec::new() }
+    }
+
+    fn arrive(&self, qmp: Qmp, gather_limit: u64) -> (Incoming, SocketAddr) {
+        let mut options = DestinationOptions::new(anywhere(), self.secret.clone(), self.connector.clone());
+        options.gather_limit = gather_limit;
+        options.source_grace = Duration::from_secs(2);
+        let destination = Destination::listen(options).expect("listens");
+        let to = destination.address();
+        (destination.accept(Box::new(ArrivingQemu::new(qmp))).expect("waits"), to)
+    }
+
+    fn leave(&self, departure: &Departure, to: SocketAddr, observer: Observer) -> Outgoing {
+        let options = SourceOptions {
+            to: to.into(),
+            intermediaries: self
+                .servers
+                .iter()
+                .map(ServerHandle::address)
+                .chain(self.others.iter().copied())
+                .collect(),
+            replacements: None,
+            replicas: 1,
+            mode: Mode::ScatterGather,
+            rounds: RoundOptions::default(),
+            secret: self.secret.clone(),
+            connector: self.connector.clone(),
+            scatter_limit_bytes_per_s: 0,
+            ready_timeout: PATIENCE,
+            observer,
+        };
+        let pages = Arc::new(departure.pages());
+        start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
+    }
+}
+
+fn anywhere() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 0).into()
+}
+
+/// The source QEMU has ended by itself before the destination has half of the memory; then the rest comes.
+#[test]
+fn a_vm_moves_through_intermediaries_and_its_source_is_gone_meanwhile() {
+    let directory = tempfile::tempdir().expect("creates");
+    let ((mut from, bytes), there) = (source(directory.path()), destination(directory.path(), "q35"));
+    let world = World::new(2);
+    let (incoming, to) = world.arrive(there.connect(), 1 << 20);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    assert_eq!(departure.manifest().vm, "source");
+    let outgoing = world.leave(&departure, to, Arc::new(|_| {}));
+    let left = outgoing.wait_evicted(PATIENCE).expect("is out");
+    assert!(left.pages.staged > Some(1000), "{left:?}");
+    departure.complete(true).expect("the source QEMU completes");
+    assert!(from.has_ended_well(), "{}", from.said());
+    drop(outgoing);
+
+    incoming.wait_running(PATIENCE).expect("runs");
+    // Pages of zeros are known to be, and need not come.
+    let pages = incoming.progress().pages;
+    assert!(pages.direct + pages.staged < 1500, "{pages:?}");
+    incoming.set_gather_limit(0);
+    let arrived = incoming.wait_gathered(PATIENCE).expect("is there");
+    assert_eq!(arrived.status, Status::Ok);
+    incoming.wait_dissolved(PATIENCE).expect("nothing is left at the intermediaries");
+    drop(incoming);
+    let mut qmp = there.connect();
+    assert_eq!(status(&mut qmp), "running");
+    let migration = qmp.execute("query-migrate", &json!({})).expect("answers");
+    assert_eq!(migration["status"], "completed");
+    assert!(filled(&mut qmp, directory.path()) == bytes, "the memory is not what it was");
+}
+
+/// A destination that cannot take the VM is found out behind the pause: the VM runs on at its source, as it was set.
+#[test]
+fn a_vm_that_its_destination_does_not_take_runs_on() {
+    let directory = tempfile::tempdir().expect("creates");
+    let ((from, bytes), mut there) = (source(directory.path()), destination(directory.path(), "pc"));
+    let world = World::new(1);
+    let settings = |qmp: &mut Qmp| {
+        ["query-migrate-capabilities", "query-migrate-parameters"]
+            .map(|command| qmp.execute(command, &json!({})).expect("answers"))
+    };
+    let before = settings(&mut from.connect());
+    let (incoming, to) = world.arrive(there.connect(), 0);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    let outgoing = world.leave(&departure, to, Arc::new(|_| {}));
+    let refused = outgoing.wait_evicted(PATIENCE).expect_err("it is another machine");
+    assert_eq!(refused.kind, ErrorKind::Vm, "{}", refused.chain());
+    assert!(refused.chain().contains("machine type"), "{}", refused.chain());
+    departure.give_up().expect("put back");
+    incoming.wait_running(PATIENCE).expect_err("it does not run there");
+    drop((outgoing, incoming));
+    assert!(!there.has_ended_well(), "QEMU ends when it is offered what it cannot be");
+
+    let mut qmp = from.connect();
+    assert_eq!(status(&mut qmp), "running");
+    assert_eq!(settings(&mut qmp), before);
+    assert!(filled(&mut qmp, directory.path()) == bytes, "the memory is not what it was");
+    drop(qmp);
+
+    // And it can leave all the same, for another.
+    let there =
+        Qemu::start(directory.path(), "other", &["-machine", "q35", "-m", "64M", "-incoming", "defer"]);
+    let (incoming, to) = world.arrive(there.connect(), 0);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    let outgoing = world.leave(&departure, to, Arc::new(|_| {}));
+    outgoing.wait_evicted(PATIENCE).expect("is out");
+    departure.complete(false).expect("the source QEMU completes");
+    assert_eq!(incoming.wait_gathered(PATIENCE).expect("is there").status, Status::Ok);
+    drop(incoming);
+    assert!(filled(&mut there.connect(), directory.path()) == bytes, "the memory is not what it was");
+    let mut qmp = from.connect();
+    assert_eq!((status(&mut qmp).as_str(), settings(&mut qmp)), ("postmigrate", before));
+}
+
+/// An intermediary dies with pages that have no other copy there: the relay has them still.
+#[test]
+fn pages_of_an_intermediary_that_dies_are_sent_again() {
+    let directory = tempfile::tempdir().expect("creates");
+    let ((from, bytes), there) = (source(directory.path()), destination(directory.path(), "q35"));
+    let mut world = World::new(2);
+    let (incoming, to) = world.arrive(there.connect(), 1 << 20);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    let dies = Mutex::new(world.servers.pop());
+    let second = dies.lock().as_ref().map(ServerHandle::address);
+    world.others = second.into_iter().collect();
+    let observer: Observer = Arc::new(move |event| {
+        if matches!(event, Event::Scattered { percent } if *percent >= 50) {
+            drop(dies.lock().take());
+        }
+    });
+    let outgoing = world.leave(&departure, to, observer);
+    let left = outgoing.wait_evicted(PATIENCE).expect("is out");
+    assert!(left.pages.resent > Some(0), "{left:?}");
+    departure.complete(true).expect("the source QEMU completes");
+    incoming.set_gather_limit(0);
+    assert_eq!(incoming.wait_gathered(PATIENCE).expect("is there").status, Status::Ok);
+    drop(incoming);
+    assert!(filled(&mut there.connect(), directory.path()) == bytes, "the memory is not what it was");
+}
+
+/// The source QEMU dies behind COMMIT: both ends say so, and the VM is paused for good rather than run with wrong pages.
+#[test]
+fn a_source_that_dies_loses_what_it_had_and_nobody_waits() {
+    let directory = tempfile::tempdir().expect("creates");
+    let ((from, _), mut there) = (source(directory.path()), destination(directory.path(), "q35"));
+    let world = World::new(1);
+    let (incoming, to) = world.arrive(there.connect(), 1 << 20);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    let from = Mutex::new(Some(from));
+    let observer: Observer = Arc::new(move |event| {
+        if matches!(event, Event::Commit) {
+            drop(from.lock().take());
+        }
+    });
+    let outgoing = world.leave(&departure, to, observer);
+    let failed = outgoing.wait_evicted(PATIENCE).expect_err("its pages are gone");
+    assert!(failed.chain().contains("the source QEMU hung up"), "{}", failed.chain());
+    drop((outgoing, departure));
+    incoming.set_gather_limit(0);
+    match incoming.wait_gathered(PATIENCE) {
+        Ok(report) => assert_ne!(report.status, Status::Ok),
+        Err(error) => assert_ne!(error.kind, ErrorKind::Timeout, "{}", error.chain()),
+    }
+    drop(incoming);
+    // It waits for a page that nobody has; its process is for the operator to end.
+    assert!(there.is_alive());
+}
