@@ -34,6 +34,9 @@ struct Arrival {
 /// Follows them; the exit code.
 pub fn run(args: &GatherArgs) -> Result<u8> {
     let interrupted = interruptible()?;
+    if let (Some(socket), Some(listen)) = (&args.qmp, args.listen) {
+        return super::qemu::gather(args, socket, listen, &interrupted);
+    }
     let sockets = args.vmms.find()?;
     if !args.claim.is_empty() && args.claim.len() != sockets.len() {
         let what = format!("{} VMs to claim, and {} VMMs to run them", args.claim.len(), sockets.len());

@@ -5,6 +5,7 @@ mod eviction;
 mod gather;
 mod nodes;
 mod plan;
+mod qemu;
 mod show;
 mod tell;
 mod told;
@@ -48,6 +49,9 @@ struct Prepared {
 /// Evicts them; the exit code.
 pub fn run(args: &EvictArgs) -> Result<u8> {
     let interrupted = interruptible()?;
+    if let Some(socket) = &args.qmp {
+        return qemu::evict(args, socket, &interrupted);
+    }
     let asked = who::ask(&args.vmms)?;
     for note in &asked.notes {
         eprintln!("sg: {note}");

@@ -1,0 +1,190 @@
+//! A stock QEMU, over its QMP socket: `sg evict --qmp` is its destination, and `sg gather --qmp` another's source.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use libsg::content::Sharing;
+use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
+use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::{Event, Mode, RoundOptions};
+use libsg::report::{Report, Status};
+use libsg::units::Rate;
+use libsg::vmd::TcpConnector;
+use libsg::{Error, ErrorKind};
+use qemu::{ArrivingQemu, Departure, Disks, Found, Qmp};
+use serde_json::json;
+
+use super::args::{EvictArgs, GatherArgs};
+use super::show::{Row, Show};
+use super::{INTERRUPTED, addresses, told, write_json};
+use crate::cli::{WrongArguments, secret};
+
+/// How often it is looked.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How long the destination has to take the VM.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long intermediaries have to give the volume's memory back.
+const DISSOLVE_TIME: Duration = Duration::from_secs(15);
+
+/// The VM leaves; the exit code.
+pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Result<u8> {
+    let [to] = args.destinations()?[..] else {
+        let what = "say where the VM goes: --to HOST:PORT, once, where sg gather --qmp waits";
+        return Err(WrongArguments(what.into()).into());
+    };
+    let secret = secret(args.at.secret.as_deref())?;
+    let intermediaries = if args.at.is_empty() { Vec::new() } else { addresses(&args.at)? };
+    let mut qmp = Qmp::connect(socket)?;
+    let disks = if args.shared_disks { Disks::Shared } else { Disks::AsFound };
+    clear(socket, &qemu::source(&mut qmp, disks)?)?;
+    if args.dry_run {
+        eprintln!("{}: nothing stands in the way", socket.display());
+        return Ok(0);
+    }
+    let name = socket.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let departure = Departure::begin(qmp, &name)?;
+    let mut manifest = departure.manifest().clone();
+    let domain = args.domain_of(&manifest.vm);
+    manifest.sharing = domain.map(|domain| Sharing { domain: domain.to_owned(), ..Sharing::default() });
+    let options = SourceOptions {
+        to: to.into(),
+        mode: if intermediaries.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
+        intermediaries,
+        replacements: None,
+        replicas: args.replicas,
+        rounds: RoundOptions::USUAL,
+        connector: Arc::new(TcpConnector::new(secret.clone())),
+        secret,
+        scatter_limit_bytes_per_s: args.scatter.map_or(0, Rate::bytes_per_s),
+        ready_timeout: READY_TIMEOUT,
+        observer: Arc::new(tell),
+    };
+    let outgoing = start(Box::new(departure.vm()), Arc::new(departure.pages()), manifest, options)?;
+    let left = follow_out(&outgoing, departure.manifest().vm.as_str(), interrupted);
+    let report = outgoing.report();
+    let ended = match &left {
+        Ok(()) => departure.complete(args.quit),
+        Err(_) if outgoing.progress().committed => Ok(()),
+        Err(_) => departure.give_up(),
+    };
+    let mut told = json!(Report::merged(Some(&report), None));
+    told["socket"] = json!(socket);
+    told["to"] = json!(to);
+    write_json(args.json.as_deref(), &told)?;
+    ended?;
+    if let Err(error) = left {
+        eprintln!("{}: {}", socket.display(), error.chain());
+        let was_called_off = error.kind == ErrorKind::Cancelled && interrupted.load(Ordering::Acquire);
+        return Ok(if was_called_off { INTERRUPTED } else { told::code(&report.status) });
+    }
+    let whole = if args.quit { "its QEMU has ended" } else { "its QEMU may be ended" };
+    eprintln!("{}: evicted: {whole}", socket.display());
+    Ok(0)
+}
+
+/// Until it is out, or is not; an interruption calls it off where it can be.
+fn follow_out(outgoing: &Outgoing, vm: &str, interrupted: &AtomicBool) -> libsg::Result<()> {
+    let (mut show, began, mut noted) = (Show::new("evicted", 1), Instant::now(), false);
+    loop {
+        match outgoing.wait_evicted(LOOK) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind == ErrorKind::Timeout && !outgoing.is_over() => {}
+            Err(error) => return Err(error),
+        }
+        if interrupted.load(Ordering::Acquire) && !std::mem::replace(&mut noted, true) {
+            // Behind COMMIT it goes on.
+            if let Err(error) = outgoing.cancel() {
+                show.say(&error.chain());
+            }
+        }
+        let told = outgoing.progress();
+        let percent = told.safe_pages as f64 * 100.0 / told.total_pages.max(1) as f64;
+        let bytes = told.direct_bytes + told.staged_bytes;
+        show.rows(&[Row { name: vm.to_owned(), percent, bytes, over: false }], began.elapsed());
+    }
+}
+
+/// A VM arrives; the exit code.
+pub fn gather(args: &GatherArgs, socket: &Path, listen: SocketAddr, interrupted: &AtomicBool) -> Result<u8> {
+    let secret = secret(args.at.secret.as_deref())?;
+    let mut qmp = Qmp::connect(socket)?;
+    clear(socket, &qemu::destination(&mut qmp)?)?;
+    let connector = Arc::new(TcpConnector::new(secret.clone()));
+    let options = DestinationOptions {
+        gather_limit: args.limit.map_or(0, Rate::bytes_per_s),
+        observer: Arc::new(tell),
+        ..DestinationOptions::new(listen, secret, connector)
+    };
+    let destination = Destination::listen(options)?;
+    println!("{}", json!({ "event": "listening", "address": destination.address() }));
+    let incoming = destination.accept(Box::new(ArrivingQemu::new(qmp)))?;
+    let arrived = follow_in(&incoming, interrupted);
+    let (status, report) = match arrived {
+        Ok(report) => (report.status.clone(), Some(report)),
+        Err(error) => (Status::from(&error), None),
+    };
+    if report.is_some()
+        && let Err(error) = incoming.wait_dissolved(DISSOLVE_TIME)
+    {
+        eprintln!("{}: {}", socket.display(), error.chain());
+    }
+    let mut told = json!(Report::merged(None, report.as_ref()));
+    told["status"] = json!(status);
+    told["socket"] = json!(socket);
+    write_json(args.json.as_deref(), &told)?;
+    if let Status::Failed(failure) = &status {
+        eprintln!("{}: {}", socket.display(), failure.message);
+    }
+    let was_interrupted = interrupted.load(Ordering::Acquire) && status != Status::Ok;
+    Ok(if was_interrupted { INTERRUPTED } else { told::code(&status) })
+}
+
+/// Until all of it is there, or is not; an interruption gives it up where it can be.
+fn follow_in(
+    incoming: &Incoming,
+    interrupted: &AtomicBool,
+) -> libsg::Result<libsg::report::DestinationReport> {
+    let (mut show, began, mut noted) = (Show::new("gathered", 1), Instant::now(), false);
+    loop {
+        match incoming.wait_gathered(LOOK) {
+            Err(error) if error.kind == ErrorKind::Timeout => {}
+            ended => return ended,
+        }
+        if interrupted.load(Ordering::Acquire) && !std::mem::replace(&mut noted, true) {
+            match incoming.cancel() {
+                Ok(()) => return Err(Error::new(ErrorKind::Cancelled, "the VM was given up")),
+                // Behind COMMIT it goes on.
+                Err(error) => show.say(&error.chain()),
+            }
+        }
+        let told = incoming.progress();
+        let percent = told.pages.held as f64 * 100.0 / told.pages.total.max(1) as f64;
+        let bytes = told.direct_bytes + told.gathered_bytes;
+        show.rows(&[Row { name: "vm".into(), percent, bytes, over: false }], began.elapsed());
+    }
+}
+
+/// Says what was found, and fails where something stands in the way.
+fn clear(socket: &Path, found: &Found) -> Result<()> {
+    for warning in &found.warnings {
+        eprintln!("sg: {}: {warning}", socket.display());
+    }
+    if found.refusals.is_empty() {
+        return Ok(());
+    }
+    bail!("{}: {}", socket.display(), found.refusals.join("\n  and "))
+}
+
+/// Events as lines of JSON on standard output, as VMMs print them.
+fn tell(event: &Event) {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    // Nobody may be reading; the migration goes on.
+    let _ = writeln!(out, "{}", json!(event)).and_then(|()| out.flush());
+}

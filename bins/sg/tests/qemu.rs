@@ -1,0 +1,116 @@
+//! `sg evict --qmp` and `sg gather --qmp`: the VM of a stock QEMU moves to another, by the commands of the README.
+
+#[path = "../../qemu/tests/process/mod.rs"]
+mod process;
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use process::Qemu;
+use serde_json::{Value, json};
+
+/// An `sg` that is killed when it is dropped.
+struct Sg(Child, BufReader<ChildStdout>);
+
+impl Drop for Sg {
+    fn drop(&mut self) {
+        // It fails only for one that ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Sg {
+    /// Starts one that says where it listens, and where that is.
+    fn listening(arguments: &[&str]) -> (Self, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sg"));
+        let mut child =
+            command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("starts");
+        let out = BufReader::new(child.stdout.take().expect("piped"));
+        let mut sg = Self(child, out);
+        let mut line = String::new();
+        sg.1.read_line(&mut line).expect("it says where");
+        let said: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line}"));
+        assert_eq!(said["event"], "listening", "{line}");
+        let address = said["address"].as_str().expect("an address").to_owned();
+        (sg, address)
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("text")
+}
+
+fn sg(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_sg")).args(arguments).stdin(Stdio::null()).output().expect("runs")
+}
+
+#[test]
+fn the_vm_of_a_qemu_moves_to_another() {
+    let directory = tempfile::tempdir().expect("creates");
+    let machine = ["-machine", "q35", "-m", "64M"];
+    let mut from = Qemu::start(directory.path(), "from", &machine);
+    let there = Qemu::start(directory.path(), "there", &[&machine[..], &["-incoming", "defer"]].concat());
+    let (_serving, intermediary) = Sg::listening(&["serve", "--memory", "128M", "--listen", "127.0.0.1:0"]);
+    let gather = ["gather", "--qmp", path(&there.qmp), "--listen", "127.0.0.1:0", "--gather-limit", "80mbit"];
+    let (mut gathering, to) = Sg::listening(&gather);
+
+    let looked = sg(&["evict", "--qmp", path(&from.qmp), "--to", &to, "--dry-run"]);
+    assert!(looked.status.success(), "{looked:?}");
+    let (report, qmp) = (directory.path().join("report"), path(&from.qmp).to_owned());
+    let evict = [
+        "evict",
+        "--qmp",
+        &qmp,
+        "--to",
+        &to,
+        "--intermediary",
+        &intermediary,
+        "--quit",
+        "--json",
+        path(&report),
+    ];
+    let evicted = sg(&evict);
+    assert!(evicted.status.success(), "{evicted:?}");
+    assert!(from.has_ended_well(), "{}", from.said());
+    let report: Value = serde_json::from_slice(&std::fs::read(&report).expect("written")).expect("JSON");
+    assert_eq!(report["status"], "ok", "{report}");
+    assert!(
+        report["eviction_s"].as_f64() > Some(0.0) && report["pages"]["total"].as_u64() > Some(16_384),
+        "{report}"
+    );
+
+    let mut said = String::new();
+    gathering.1.read_to_string(&mut said).expect("read");
+    assert!(gathering.0.wait().expect("ends").success(), "{said}");
+    assert!(said.contains("gathered") && said.contains("dissolved"), "{said}");
+    let mut qmp = there.connect();
+    assert_eq!(qmp.execute("query-status", &json!({})).expect("answers")["status"], "running");
+    assert_eq!(qmp.execute("query-migrate", &json!({})).expect("answers")["status"], "completed");
+}
+
+#[test]
+fn what_stands_in_the_way_is_said_before_anything_is_done() {
+    let directory = tempfile::tempdir().expect("creates");
+    let disk = directory.path().join("root.img");
+    std::fs::File::create(&disk).and_then(|file| file.set_len(1 << 20)).expect("a disk");
+    let drive = format!("file={},format=raw,if=none,id=root", disk.display());
+    let machine = ["-machine", "q35", "-m", "64M", "-drive", &drive, "-device", "virtio-blk-pci,drive=root"];
+    let from = Qemu::start(directory.path(), "from", &machine);
+    let refused = sg(&["evict", "--qmp", path(&from.qmp), "--to", "127.0.0.1:1"]);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("drive root") && said.contains("--shared-disks"), "{said}");
+    let refused = sg(&["gather", "--qmp", path(&from.qmp), "--listen", "127.0.0.1:0"]);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(1) && said.contains("-incoming defer"), "{said}");
+    // Nobody is there: it runs on here.
+    let nobody = sg(&["evict", "--qmp", path(&from.qmp), "--to", "127.0.0.1:1", "--shared-disks"]);
+    assert_eq!(nobody.status.code(), Some(1), "{nobody:?}");
+    let mut qmp = from.connect();
+    assert_eq!(qmp.execute("query-status", &json!({})).expect("answers")["status"], "running");
+    assert_eq!(qmp.execute("query-migrate", &json!({})).expect("answers")["status"], "cancelled");
+    drop(qmp);
+    assert_eq!(sg(&["evict", "--qmp", path(&from.qmp), "--park"]).status.code(), Some(2));
+}
