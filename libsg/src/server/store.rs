@@ -9,6 +9,7 @@ mod handover;
 mod offers;
 mod parked;
 mod report;
+mod state;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,7 +30,7 @@ use super::copies::{BLOCK_BYTES as COPIES_BLOCK_BYTES, Copies};
 use super::index::{BLOCK_BYTES, Index, MOVE_BYTES};
 use super::slots::{ChunkNumber, NoVolume, SlotRun, Slots};
 use super::transit::{Filling, Pinned};
-use super::volumes::{Access, StateBlob, Volumes};
+use super::volumes::{Access, Volumes};
 use crate::content::{ContentHasher, Sharing};
 use crate::error::Result;
 use crate::host::{self, Condvar};
@@ -323,41 +324,6 @@ impl Store {
             tracing::info!(%volume, vm = gone.manifest.vm, pages, "volume dissolved");
         }
         Ok(())
-    }
-
-    /// Keeps the VM's state; its bytes were taken from the budget, and go back with it.
-    pub(super) fn put_state(&self, volume: VolumeId, epoch: Epoch, blob: StateBlob) -> Result<(), Status> {
-        let mut volumes = self.volumes.lock();
-        self.is_open()?;
-        let replaced = volumes.set_blob(volume, epoch, blob)?;
-        drop(volumes);
-        if let Some(replaced) = replaced {
-            self.budget.give(replaced.bytes.len() as u64);
-        }
-        Ok(())
-    }
-
-    /// Keeps a piece of the final set, in the same way.
-    pub(super) fn put_piece(
-        &self,
-        volume: VolumeId,
-        epoch: Epoch,
-        (number, piece): (u32, StateBlob),
-    ) -> Result<(), Status> {
-        let mut volumes = self.volumes.lock();
-        self.is_open()?;
-        let replaced = volumes.set_piece(volume, epoch, number, piece)?;
-        drop(volumes);
-        self.budget.give(replaced.iter().map(|piece| piece.bytes.len() as u64).sum());
-        Ok(())
-    }
-
-    pub(super) fn piece(&self, volume: VolumeId, number: u32) -> Result<StateBlob, Status> {
-        self.volumes.lock().get(volume)?.pieces.get(number as usize).cloned().ok_or(Status::State)
-    }
-
-    pub(super) fn state(&self, volume: VolumeId) -> Result<StateBlob, Status> {
-        self.volumes.lock().get(volume)?.blob.clone().ok_or(Status::State)
     }
 
     pub(super) fn put_index(
