@@ -231,6 +231,9 @@ impl Checksum {
     /// That of a page of zeros: one that has it is looked at, to be sure.
     pub(crate) const OF_ZEROS: Self = Self(crc::OF_ZEROS);
 
+    /// That of no bytes.
+    pub const OF_NOTHING: Self = Self(0);
+
     /// The checksum of `bytes`.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {

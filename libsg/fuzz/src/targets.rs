@@ -102,11 +102,17 @@ fn runs<E: RunEntry + Debug>(body: &[u8], count: usize) {
 pub fn pages(data: &[u8]) {
     let Some((count, body)) = counted(data) else { return };
     let mut entries = Vec::new();
-    if let Ok(bytes) = decode_pages(body, count, &mut entries) {
-        assert_eq!(bytes.len(), page_bytes(&entries));
-        assert!(bytes.len() + table_bytes(&entries) <= body.len());
-        assert!(body.ends_with(bytes));
-        assert!(entries.iter().all(|entry| entry.page.checked_add(entry.run_pages.into()).is_some()));
+    let header = Header { count: count as u16, ..Header::new(Kind::Pages) };
+    // Wherever the pages begin, the checksum in front of them is right once.
+    for pages in 0..=body.len() / PAGE_BYTES {
+        let header = header.with_body(&body[..body.len() - pages * PAGE_BYTES], pages * PAGE_BYTES);
+        if let Ok(bytes) = decode_pages((&header, body), &mut entries) {
+            assert_eq!(bytes.len(), page_bytes(&entries));
+            assert_eq!(bytes.len(), pages * PAGE_BYTES);
+            assert!(bytes.len() + table_bytes(&entries) <= body.len());
+            assert!(body.ends_with(bytes));
+            assert!(entries.iter().all(|entry| entry.page.checked_add(entry.run_pages.into()).is_some()));
+        }
     }
 }
 
@@ -232,7 +238,7 @@ pub fn datagram(data: &[u8]) {
 }
 
 /// What an inbox is fed with: the first byte says in what pieces, the rest is frames, whose checksums are
-/// made right where there is a whole header.
+/// made right where there is a whole header, and the body's with it.
 pub fn stream(data: &[u8]) {
     let Some((cut, frames)) = data.split_first() else { return };
     let mut bytes = frames[..frames.len().min(32 << 10)].to_vec();
@@ -266,9 +272,12 @@ pub fn stream(data: &[u8]) {
 fn seal_all(bytes: &mut [u8]) {
     let mut at = 0;
     while let Some(header) = bytes[at..].first_chunk::<HEADER_BYTES>() {
-        let header = sealed(*header);
-        bytes[at..at + HEADER_BYTES].copy_from_slice(&header);
-        let body = Header::decode(&header).map_or(bytes.len(), |header| header.body_bytes as usize);
-        at = at.saturating_add(HEADER_BYTES + body).min(bytes.len());
+        let (header, body) = (sealed(*header), at + HEADER_BYTES);
+        bytes[at..body].copy_from_slice(&header);
+        let Ok(header) = Header::decode(&header) else { return };
+        let end = body.saturating_add(header.body_bytes as usize).min(bytes.len());
+        let said = if header.kind.has_bytes() { header.said } else { Checksum::of(&bytes[body..end]) };
+        bytes[at..body].copy_from_slice(&Header { said, ..header }.encode());
+        at = end;
     }
 }

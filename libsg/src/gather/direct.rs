@@ -175,7 +175,7 @@ fn step(shared: &Shared, line: &mut Line, work: &mut Work) -> Result<Instant> {
         }
         shared.direct_works();
         line.delay = header.delay_us.map(|us| Duration::from_micros(us.into())).or(line.delay);
-        let bytes = decode_pages(frame.body, header.count.into(), &mut work.entries)?;
+        let bytes = decode_pages((&header, frame.body), &mut work.entries)?;
         work.installer.pages(shared, &work.entries, bytes, &mut || shared.let_events_be_read())?;
         shared.counters.direct.fetch_add(bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
         work.installer.bad.extend_from_slice(&work.installer.gone);

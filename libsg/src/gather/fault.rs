@@ -300,7 +300,7 @@ impl Worker<'_> {
             }
             match header.kind {
                 Kind::Pages => {
-                    let bytes = decode_pages(frame.body, header.count.into(), &mut self.entries)?;
+                    let bytes = decode_pages((&header, frame.body), &mut self.entries)?;
                     let between = &mut || read_removals(shared);
                     self.installer.pages(shared, &self.entries, bytes, between)?;
                     let gone = self.entries.iter().any(|entry| entry.encoding == Encoding::Gone);

@@ -209,19 +209,17 @@ pub(super) fn push_answer(
     missing: Missing,
     (placements, runs): (&[u8], u16),
 ) {
-    let body_bytes = (Missing::BYTES + placements.len()) as u32;
     let kind = match to.kind {
         Kind::Spread => Kind::SpreadReply,
         Kind::Settle => Kind::SettleReply,
         _ => Kind::PutCopiesReply,
     };
-    let header = Header { count: runs, body_bytes, ..to.answer(kind) };
-    out.reserve(HEADER_BYTES + body_bytes as usize);
-    out.extend_from_slice(&header.encode());
-    let mut bytes = [0; Missing::BYTES];
-    missing.encode(&mut bytes);
-    out.extend_from_slice(&bytes);
+    let begin = out.len();
+    out.resize(begin + HEADER_BYTES + Missing::BYTES, 0);
+    missing.encode(&mut out[begin + HEADER_BYTES..]);
     out.extend_from_slice(placements);
+    let header = Header { count: runs, ..to.answer(kind) }.with_body(&out[begin + HEADER_BYTES..], 0);
+    out[begin..begin + HEADER_BYTES].copy_from_slice(&header.encode());
 }
 
 impl Batch<'_> {

@@ -182,16 +182,19 @@ impl<'c> Session<'c> {
         }
     }
 
-    /// Reads the whole body, of a kind that has no page bytes.
+    /// Reads the whole body, of a kind that has no pages.
     fn read_body(&mut self, header: &Header) -> Result<()> {
         self.buffers.body.resize(header.body_bytes as usize, 0);
-        read_whole(&mut self.stream, &mut self.buffers.body)
+        read_whole(&mut self.stream, &mut self.buffers.body)?;
+        if !header.kind.has_bytes() {
+            header.check_said(&self.buffers.body)?;
+        }
+        Ok(())
     }
 
     fn put(&mut self, header: &Header) -> Result<()> {
         let Self { stream, buffers, .. } = self;
-        let body_bytes = header.body_bytes as usize;
-        let page_bytes = read_table(stream, (header, body_bytes), &mut buffers.body, &mut buffers.pages)?;
+        let page_bytes = read_table(stream, (header, 0), &mut buffers.body, &mut buffers.pages)?;
         let put = |entry: &PageEntry| matches!(entry.encoding, Encoding::Raw | Encoding::Zero);
         if !buffers.pages.iter().all(put) {
             return Err(Malformed::Bounds("encoding of a page that is put").into());
@@ -306,12 +309,9 @@ impl<'c> Session<'c> {
         buffers.answer.clear();
         buffers.answer.resize(HEADER_BYTES, 0);
         let runs = encode_runs(buffers.pages.iter().copied(), &mut buffers.answer);
-        let answer = Header {
-            count: runs as u16,
-            body_bytes: (buffers.answer.len() - HEADER_BYTES + page_bytes) as u32,
-            delay_us: path.delay_us(),
-            ..header.answer(Kind::GetReply)
-        };
+        let answer =
+            Header { count: runs as u16, delay_us: path.delay_us(), ..header.answer(Kind::GetReply) }
+                .with_body(&buffers.answer[HEADER_BYTES..], page_bytes);
         buffers.answer[..HEADER_BYTES].copy_from_slice(&answer.encode());
         let mut parts = Vec::with_capacity(buffers.runs.len() + 1);
         parts.push(IoPart::Bytes(&buffers.answer));
@@ -460,7 +460,8 @@ impl<'c> Session<'c> {
         for piece in 0..pieces {
             let at = piece * limits::CONTROL_BYTES_MAX;
             let bytes = &blob.bytes[at..blob.bytes.len().min(at + limits::CONTROL_BYTES_MAX)];
-            self.reply(header, Kind::State, Status::Ok, u16::from(piece + 1 == pieces), bytes)?;
+            let piece = Header { count: u16::from(piece + 1 == pieces), ..header.answer(Kind::State) };
+            self.send(&piece.with_body(&[], bytes.len()), bytes)?;
         }
         let end = VmdReply::State { bytes: blob.bytes.len() as u64, checksum: blob.checksum.0 };
         self.reply_vmd(header, Status::Ok, &end)
@@ -472,7 +473,10 @@ impl<'c> Session<'c> {
     }
 
     fn reply(&mut self, to: &Header, kind: Kind, status: Status, count: u16, body: &[u8]) -> Result<()> {
-        let header = Header { status, count, body_bytes: body.len() as u32, ..to.answer(kind) };
+        self.send(&Header { status, count, ..to.answer(kind) }.with_body(body, 0), body)
+    }
+
+    fn send(&mut self, header: &Header, body: &[u8]) -> Result<()> {
         let bytes = header.encode();
         self.stream.write(Class::Urgent, &mut [IoPart::Bytes(&bytes), IoPart::Bytes(body)], &|| true)
     }

@@ -273,7 +273,7 @@ fn configure(stream: &TcpStream, purpose: Purpose) -> io::Result<()> {
 fn write_frame(stream: &TcpStream, header: Header, body: &[u8], deadline: Instant) -> Result<()> {
     let mut bytes = [0; HEADER_BYTES + BODY_BYTES_MAX];
     let frame = &mut bytes[..HEADER_BYTES + body.len()];
-    frame[..HEADER_BYTES].copy_from_slice(&Header { body_bytes: body.len() as u32, ..header }.encode());
+    frame[..HEADER_BYTES].copy_from_slice(&header.with_body(body, 0).encode());
     frame[HEADER_BYTES..].copy_from_slice(body);
     let mut rest = &*frame;
     while !rest.is_empty() {
@@ -297,6 +297,7 @@ fn read_frame<'b>(
     let header = Header::decode(&bytes)?;
     let body = buffer.get_mut(..header.body_bytes as usize).ok_or(Malformed::Bounds("handshake"))?;
     read_exact(stream, body, deadline)?;
+    header.check_said(body)?;
     Ok((header, body))
 }
 

@@ -21,7 +21,8 @@ const READ_AHEAD_BYTES: usize = 16 << 10;
 pub struct Frame<'a> {
     /// Its header, checked.
     pub header: Header,
-    /// Its body, of the length that the header says; not looked at.
+    /// Its body, of the length that the header says, and as its checksum says; but where bytes of pages end it, who finds
+    /// where they begin compares what is in front of them ([`Header::check_said`]).
     pub body: &'a [u8],
 }
 
@@ -70,12 +71,12 @@ impl Inbox {
     ///
     /// # Errors
     /// [`ErrorKind::Unreachable`] at the end of the stream or when it broke; [`ErrorKind::Protocol`] for a
-    /// header that no honest peer sends, after which the stream is of no further use.
+    /// header or a body that no honest peer sends, after which the stream is of no further use.
     pub fn poll(&mut self, socket: impl AsFd) -> Result<Option<Frame<'_>>> {
         if !self.has_frame(socket)? {
             return Ok(None);
         }
-        Ok(self.take())
+        self.take()
     }
 
     /// Whether [`Self::poll`] would give a frame; reads until it would, or nothing more is there.
@@ -99,13 +100,17 @@ impl Inbox {
         &self.buffer[self.last.clone()]
     }
 
-    fn take(&mut self) -> Option<Frame<'_>> {
-        let header = self.header.take()?;
+    fn take(&mut self) -> Result<Option<Frame<'_>>> {
+        let Some(header) = self.header.take() else { return Ok(None) };
         let start = self.unread.start + HEADER_BYTES;
         let end = start + header.body_bytes as usize;
         self.unread.start = end;
         self.last = start..end;
-        Some(Frame { header, body: &self.buffer[start..end] })
+        let body = &self.buffer[start..end];
+        if !header.kind.has_bytes() {
+            header.check_said(body)?;
+        }
+        Ok(Some(Frame { header, body }))
     }
 
     /// Bytes that are missing from the frame at the front, as far as is known. Zero is a whole frame.
@@ -179,7 +184,7 @@ mod test {
     use crate::wire::Kind;
 
     fn frame(kind: Kind, body: &[u8]) -> Vec<u8> {
-        let mut bytes = Header { body_bytes: body.len() as u32, ..Header::new(kind) }.encode().to_vec();
+        let mut bytes = Header::new(kind).with_body(body, 0).encode().to_vec();
         bytes.extend(body);
         bytes
     }
@@ -212,6 +217,18 @@ mod test {
             drop(far);
             assert_eq!(inbox.poll(&near).expect_err("end").kind, ErrorKind::Unreachable);
         }
+    }
+
+    #[test]
+    fn a_body_that_was_damaged_ends_it() {
+        let (near, mut far) = pair();
+        let mut bytes = frame(Kind::Talk, b"what is said");
+        far.write_all(&bytes).expect("written");
+        *bytes.last_mut().expect("a body") ^= 4;
+        far.write_all(&bytes).expect("written");
+        let mut inbox = Inbox::new();
+        assert_eq!(inbox.poll(&near).expect("honest").expect("whole").body, b"what is said");
+        assert_eq!(inbox.poll(&near).expect_err("damaged").kind, ErrorKind::Protocol);
     }
 
     #[test]

@@ -92,7 +92,7 @@ impl Outbox {
             let message = format!("a {:?} frame has no room for {body} bytes", header.kind);
             return Err(Error::new(ErrorKind::Input, message));
         }
-        let encoded = Header { body_bytes: body as u32, ..header }.encode();
+        let encoded = header.with_body(table, body - table.len()).encode();
         self.own[own_before..own_before + HEADER_BYTES].copy_from_slice(&encoded);
         self.merge(parts_before);
         self.queued_bytes += HEADER_BYTES + body;

@@ -213,6 +213,23 @@ impl Kind {
             .ok_or(Malformed::Unknown("frame kind", u32::from(value)))
     }
 
+    /// Whether the body of such a frame ends in bytes that have a checksum elsewhere: those of pages, each beside its number
+    /// in the table; of the VM's state, in what follows its last piece.
+    #[must_use]
+    pub const fn has_bytes(self) -> bool {
+        matches!(
+            self,
+            Self::Put
+                | Self::PutCopies
+                | Self::GetReply
+                | Self::Pages
+                | Self::Copy
+                | Self::HandPages
+                | Self::HandCopies
+                | Self::State
+        )
+    }
+
     /// The longest body that a frame of this kind may have, in bytes.
     #[must_use]
     pub const fn body_bytes_max(self) -> usize {
@@ -268,6 +285,8 @@ pub struct Header {
     pub kind: Kind,
     /// Bytes of the body.
     pub body_bytes: u32,
+    /// Checksum of what is said in the body: not of the bytes at its end ([`Kind::has_bytes`]).
+    pub said: Checksum,
     /// Which volume; zero where none is meant.
     pub volume: VolumeId,
     /// The sender's epoch of the volume; zero where none is meant.
@@ -294,7 +313,7 @@ struct Raw {
     magic: [u8; 4],
     version: U16,
     kind: U16,
-    flags: U32,
+    said: U32,
     body_bytes: U32,
     volume: [u8; 16],
     epoch: U64,
@@ -326,6 +345,7 @@ impl Header {
             version: VERSION_NEWEST,
             kind,
             body_bytes: 0,
+            said: Checksum::OF_NOTHING,
             volume: VolumeId(0),
             epoch: Epoch(0),
             sequence: Sequence(0),
@@ -342,12 +362,28 @@ impl Header {
         Self {
             kind,
             body_bytes: 0,
+            said: Checksum::OF_NOTHING,
             status: Status::Ok,
             count: 0,
             delay_us: None,
             answer_kib_s: None,
             ..*self
         }
+    }
+
+    /// The header of a frame with this body: what is said in it, and then so many bytes ([`Kind::has_bytes`]).
+    #[must_use]
+    pub fn with_body(self, said: &[u8], bytes: usize) -> Self {
+        let body_bytes = (said.len() + bytes) as u32;
+        Self { body_bytes, said: Checksum::of(said), ..self }
+    }
+
+    /// Compares what is said in a body with its checksum.
+    ///
+    /// # Errors
+    /// It was damaged on its way.
+    pub fn check_said(&self, said: &[u8]) -> Result<(), Malformed> {
+        if Checksum::of(said) == self.said { Ok(()) } else { Err(Malformed::BodyChecksum) }
     }
 
     /// A delay as [`Self::delay_us`] tells it. All ones are "not known"; a delay of more than an hour is none of ours.
@@ -376,7 +412,7 @@ impl Header {
             magic: MAGIC,
             version: self.version.into(),
             kind: (self.kind as u16).into(),
-            flags: 0.into(),
+            said: self.said.0.into(),
             body_bytes: self.body_bytes.into(),
             volume: self.volume.0.to_le_bytes(),
             epoch: self.epoch.0.into(),
@@ -394,7 +430,7 @@ impl Header {
     }
 
     /// Reads a header and checks everything that can be checked without knowing the conversation:
-    /// magic, own checksum, version, enums, reserved bytes, and that the body is not longer than
+    /// magic, own checksum, version, enums, and that the body is not longer than
     /// its kind allows.
     ///
     /// # Errors
@@ -413,9 +449,6 @@ impl Header {
         if kind != Kind::Hello && !(VERSION_OLDEST..=VERSION_NEWEST).contains(&version) {
             return Err(Malformed::Version(version));
         }
-        if raw.flags.get() != 0 {
-            return Err(Malformed::Reserved);
-        }
         let body_bytes = raw.body_bytes.get();
         if body_bytes as usize > kind.body_bytes_max() {
             return Err(Malformed::Bounds("body length"));
@@ -425,6 +458,7 @@ impl Header {
             version,
             kind,
             body_bytes,
+            said: Checksum(raw.said.get()),
             volume: VolumeId(u128::from_le_bytes(raw.volume)),
             epoch: Epoch(raw.epoch.get()),
             sequence: Sequence(raw.sequence.get()),
@@ -492,6 +526,16 @@ mod test {
     }
 
     #[test]
+    fn what_is_said_is_compared() {
+        let header = header().with_body(b"a table", 4096);
+        assert_eq!(header.body_bytes, 7 + 4096);
+        assert_eq!(Header::decode(&header.encode()).and_then(|header| header.check_said(b"a table")), Ok(()));
+        assert_eq!(header.check_said(b"a tablf"), Err(Malformed::BodyChecksum));
+        assert_eq!(header.check_said(b"a tabl"), Err(Malformed::BodyChecksum));
+        assert_eq!(header.answer(Kind::PutReply).check_said(&[]), Ok(()));
+    }
+
+    #[test]
     fn every_flipped_bit_is_noticed() {
         let good = header().encode();
         for bit in 0..HEADER_BYTES * 8 {
@@ -511,7 +555,6 @@ mod test {
         assert_eq!(edit(6, 0), Malformed::Unknown("frame kind", 0));
         assert_eq!(edit(48, 0), Malformed::Unknown("status", 0));
         assert_eq!(edit(4, 0xee), Malformed::Version(0xee));
-        assert_eq!(edit(8, 1), Malformed::Reserved);
         assert_eq!(edit(15, 0xff), Malformed::Bounds("body length"));
     }
 }

@@ -61,6 +61,9 @@ pub enum Malformed {
     /// The header's own checksum does not match.
     #[error("the header's checksum does not match")]
     HeaderChecksum,
+    /// The checksum of what is said in a frame's body does not match.
+    #[error("the checksum of the body does not match")]
+    BodyChecksum,
     /// A number that is not one of the enum's.
     #[error("{0} has no value {1}")]
     Unknown(&'static str, u32),

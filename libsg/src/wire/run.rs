@@ -9,8 +9,8 @@
 
 use std::mem::size_of;
 
-use super::Malformed;
 use super::entry::{PageEntry, page_bytes};
+use super::{Header, Malformed};
 use crate::ids::Checksum;
 use crate::page::PageRange;
 
@@ -292,22 +292,23 @@ fn heads_then<'a, E: RunEntry>(
     Ok(rest)
 }
 
-/// Decodes the body of a page frame (`Put`, `GetReply`, `Pages`): `count` runs into `out`, and the page
-/// bytes behind them, which are exactly as many as the entries say.
+/// Decodes the body of a page frame (`GetReply`, `Pages`), whose table is as the header's checksum says: runs into `out`,
+/// and the page bytes behind them, which are exactly as many as the entries say.
 ///
 /// # Errors
 /// What is wrong with the bytes.
 pub fn decode_pages<'a>(
-    body: &'a [u8],
-    count: usize,
+    (header, body): (&Header, &'a [u8]),
     out: &mut Vec<PageEntry>,
 ) -> Result<&'a [u8], Malformed> {
-    let bytes = runs_then(body, count, out)?;
+    let bytes = runs_then(body, header.count.into(), out)?;
     match bytes.len().cmp(&page_bytes(out)) {
-        std::cmp::Ordering::Less => Err(Malformed::Truncated),
-        std::cmp::Ordering::Greater => Err(Malformed::Trailing),
-        std::cmp::Ordering::Equal => Ok(bytes),
+        std::cmp::Ordering::Less => return Err(Malformed::Truncated),
+        std::cmp::Ordering::Greater => return Err(Malformed::Trailing),
+        std::cmp::Ordering::Equal => {}
     }
+    header.check_said(&body[..body.len() - bytes.len()])?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use super::*;
 use crate::ids::{Generation, MemberIndex, Placement, Round, SlotIndex};
 use crate::limits;
 use crate::page::{PAGE_BYTES, PageIndex};
+use crate::wire::Kind;
 use crate::wire::entry::{GetEntry, IndexEntry};
 
 /// Entries that partly lie together, with gaps and without.
@@ -96,7 +97,8 @@ proptest! {
 
     #[test]
     fn any_bytes_decode_or_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..300), count in 0_usize..20) {
-        let _ = decode_pages(&bytes, count, &mut Vec::new());
+        let header = Header { count: count as u16, ..Header::new(Kind::Pages) }.with_body(&bytes, 0);
+        let _ = decode_pages((&header, &bytes), &mut Vec::new());
         let _ = decode_runs::<PageEntry>(&bytes, count, &mut Vec::new());
         let _ = decode_runs::<IndexEntry>(&bytes, count, &mut Vec::new());
         let _ = decode_runs::<GetEntry>(&bytes, count, &mut Vec::new());
@@ -291,12 +293,18 @@ fn page_frames_have_exactly_the_bytes_they_say() {
     ];
     let mut body = Vec::new();
     assert_eq!(encode_runs(entries, &mut body), 2);
+    let header = Header { count: 2, ..Header::new(Kind::Pages) }.with_body(&body, 2 * PAGE_BYTES);
     body.extend([7; 2 * PAGE_BYTES]);
     let mut out = Vec::new();
-    assert_eq!(decode_pages(&body, 2, &mut out), Ok(&[7; 2 * PAGE_BYTES][..]));
+    assert_eq!(decode_pages((&header, &body), &mut out), Ok(&[7; 2 * PAGE_BYTES][..]));
     assert_eq!(out, entries);
+    // A checksum in the table, which nothing else tells from another.
+    let table_bytes = body.len() - 2 * PAGE_BYTES;
+    body[table_bytes - 1] ^= 1;
+    assert_eq!(decode_pages((&header, &body), &mut out), Err(Malformed::BodyChecksum));
+    body[table_bytes - 1] ^= 1;
     body.pop();
-    assert_eq!(decode_pages(&body, 2, &mut out), Err(Malformed::Truncated));
+    assert_eq!(decode_pages((&header, &body), &mut out), Err(Malformed::Truncated));
     body.extend([0, 0]);
-    assert_eq!(decode_pages(&body, 2, &mut out), Err(Malformed::Trailing));
+    assert_eq!(decode_pages((&header, &body), &mut out), Err(Malformed::Trailing));
 }

@@ -437,8 +437,8 @@ fn what_no_honest_client_sends_ends_its_connection_only() {
     for (what, frames) in cases {
         let channel = rude(&server, 1);
         for (at, (kind, count, body)) in frames.into_iter().enumerate() {
-            let (sequence, body_bytes) = (Sequence(at as u64 + 1), body.len() as u32);
-            let header = Header { count, sequence, body_bytes, ..channel.header(kind) };
+            let sequence = Sequence(at as u64 + 1);
+            let header = Header { count, sequence, ..channel.header(kind) }.with_body(&body, 0);
             write_all(&channel, &[&header.encode()[..], &body].concat()).unwrap();
         }
         let heard = last_words(&channel);
@@ -461,8 +461,8 @@ fn a_lying_end_is_refused_and_a_frame_reused_is_told_from_the_first() {
     let _plain = Client::create(&server, 1, 1000);
     let channel = rude(&server, 1);
     let say = |kind, count, sequence, body: &[u8]| {
-        let (sequence, body_bytes) = (Sequence(sequence), body.len() as u32);
-        let header = Header { count, sequence, body_bytes, ..channel.header(kind) };
+        let sequence = Sequence(sequence);
+        let header = Header { count, sequence, ..channel.header(kind) }.with_body(body, 0);
         write_all(&channel, &[&header.encode()[..], body].concat()).unwrap();
     };
     say(Kind::Attach, 0, 1, b"somebody else");

@@ -64,10 +64,8 @@ fn put_header(channel: &Channel, pages: u16) -> (Header, Vec<u8>) {
     let mut body = Vec::new();
     let entry = |page| PageEntry::raw(PageIndex(page), Round(0), Checksum(0));
     let runs = encode_runs((0..u32::from(pages)).map(entry), &mut body);
-    let body_bytes = (body.len() + usize::from(pages) * PAGE_BYTES) as u32;
-    let header =
-        Header { count: runs as u16, body_bytes, sequence: Sequence(1), ..channel.header(Kind::Put) };
-    (header, body)
+    let header = Header { count: runs as u16, sequence: Sequence(1), ..channel.header(Kind::Put) };
+    (header.with_body(&body, usize::from(pages) * PAGE_BYTES), body)
 }
 
 /// A table of one entry.
@@ -111,8 +109,7 @@ fn bytes_that_make_no_sense_end_the_connection_only() {
     IndexEntry::at(PageIndex(0), Round(0), place, Checksum(0)).encode_head(4097, false, &mut heads[2].1);
     for (kind, body) in heads {
         let channel = channel();
-        let body_bytes = body.len() as u32;
-        let header = Header { count: 1, body_bytes, sequence: Sequence(1), ..channel.header(kind) };
+        let header = Header { count: 1, sequence: Sequence(1), ..channel.header(kind) }.with_body(&body, 0);
         write_all(&channel, &[&header.encode()[..], &body].concat()).unwrap();
         refused_as_malformed(&channel);
     }
@@ -144,8 +141,7 @@ fn bytes_that_make_no_sense_end_the_connection_only() {
     ];
     for (kind, count, body) in cases {
         let channel = channel();
-        let body_bytes = body.len() as u32;
-        let header = Header { count, body_bytes, sequence: Sequence(1), ..channel.header(kind) };
+        let header = Header { count, sequence: Sequence(1), ..channel.header(kind) }.with_body(&body, 0);
         write_all(&channel, &[&header.encode()[..], &body].concat()).unwrap();
         refused_as_malformed(&channel);
         honest.check(0..64);
@@ -153,13 +149,39 @@ fn bytes_that_make_no_sense_end_the_connection_only() {
     // Tables of nonsense behind a good header.
     for kind in [Kind::Put, Kind::Get, Kind::PutIndex, Kind::Locate, Kind::Discard, Kind::Vmd, Kind::State] {
         let channel = channel();
-        let body_bytes = 16;
-        let header = Header { count: 1, body_bytes, sequence: Sequence(1), ..channel.header(kind) };
+        let body = [0xff; 16];
+        let header = Header { count: 1, sequence: Sequence(1), ..channel.header(kind) }.with_body(&body, 0);
         write_all(&channel, &header.encode()).unwrap();
-        write_all(&channel, &[0xff; 16]).unwrap();
+        write_all(&channel, &body).unwrap();
         write_all(&channel, &[0xff; HEADER_BYTES]).unwrap();
         refused_as_malformed(&channel);
     }
+    honest.check(0..64);
+}
+
+#[test]
+fn a_bit_that_was_flipped_on_the_way_ends_the_connection_and_stores_nothing() {
+    let server = serve(|_| {});
+    let mut honest = Client::create(&server, 1, 1000);
+    let used_bytes = server.statistics().used_bytes;
+    let (_, table) = put_header(&rude(&server, 1), 64);
+    for bit in (0..table.len() * 8).step_by(37) {
+        let channel = rude(&server, 1);
+        let (header, mut table) = put_header(&channel, 64);
+        table[bit / 8] ^= 1 << (bit % 8);
+        write_all(&channel, &[&header.encode()[..], &table].concat()).unwrap();
+        // It may be said before the rest has come.
+        let _ = write_all(&channel, &vec![1; 64 * PAGE_BYTES]);
+        let refused = last_words(&channel).iter().all(|heard| heard.status == Status::Malformed);
+        assert!(refused, "bit {bit}");
+    }
+    let channel = rude(&server, 1);
+    let mut body = libsg::wire::message::encode(&VmdRequest::Dissolve).unwrap();
+    let header = Header { sequence: Sequence(1), ..channel.header(Kind::Vmd) }.with_body(&body, 0);
+    body[0] ^= 1;
+    write_all(&channel, &[&header.encode()[..], &body].concat()).unwrap();
+    refused_as_malformed(&channel);
+    assert_eq!(server.statistics().used_bytes, used_bytes);
     honest.check(0..64);
 }
 
@@ -240,7 +262,7 @@ fn a_handshake_that_was_overheard_opens_nothing() {
     replay.write_all(&said).unwrap();
     let dissolve = Header { volume: VolumeId(1), epoch: Epoch(1), ..Header::new(Kind::Vmd) };
     let body = libsg::wire::message::encode(&VmdRequest::Dissolve).unwrap();
-    let header = Header { body_bytes: body.len() as u32, ..dissolve };
+    let header = dissolve.with_body(&body, 0);
     let _ = replay.write_all(&header.encode()).and_then(|()| replay.write_all(&body));
     let mut answer = Vec::new();
     let _ = replay.read_to_end(&mut answer);

@@ -1,36 +1,34 @@
-//! Where in a stream of bytes damage may be done: in what a checksum of ours covers.
-//!
-//! That is each header, all of the handshake, the VM's state, and the bytes of pages. Tables in front of pages and
-//! control messages have the transport's checksum only (DESIGN.md, *Simulation*).
+//! Where in a stream of bytes damage may be done: anywhere. Told apart are headers, what is said behind them, and the bytes
+//! of pages, so that what is short is damaged as often as what is long.
 
 use std::ops::Range;
 
 use libsg::page::PAGE_BYTES;
-use libsg::wire::{HEADER_BYTES, Header, Kind};
+use libsg::wire::{HEADER_BYTES, Header};
 
 /// One direction of a connection, frame by frame.
 #[derive(Default)]
 pub struct Frames {
     /// What has come of the next header.
     header: Vec<u8>,
-    /// Bytes of a body that are still to come, of how many, and from where on damage may be done in it.
+    /// Bytes of a body that are still to come, of how many, and where the bytes of pages begin in it.
     body: Option<(usize, usize, usize)>,
     /// It is no stream of frames.
     unknown: bool,
 }
 
 impl Frames {
-    /// Follows the stream; where in these bytes damage may be done.
+    /// Follows the stream; of what parts these bytes are.
     pub fn follow(&mut self, bytes: &[u8]) -> Vec<Range<usize>> {
         let (mut found, mut at) = (Vec::new(), 0);
         while at < bytes.len() && !self.unknown {
             let rest = bytes.len() - at;
-            if let Some((left, all, covered)) = self.body {
+            if let Some((left, all, pages_at)) = self.body {
                 let step = left.min(rest);
                 let begin = all - left;
-                let from = at + covered.saturating_sub(begin).min(step);
-                found.extend((from < at + step).then_some(from..at + step));
-                self.body = (left > step).then_some((left - step, all, covered));
+                let pages = at + pages_at.saturating_sub(begin).min(step);
+                found.extend([at..pages, pages..at + step].into_iter().filter(|part| !part.is_empty()));
+                self.body = (left > step).then_some((left - step, all, pages_at));
                 at += step;
             } else {
                 let step = (HEADER_BYTES - self.header.len()).min(rest);
@@ -48,27 +46,12 @@ impl Frames {
         match Header::decode(bytes) {
             Ok(header) => {
                 let all = header.body_bytes as usize;
-                self.body = (all > 0).then_some((all, all, covered_from(&header)));
+                // No table is as long as a page here.
+                let pages_at = if header.kind.has_bytes() { all % PAGE_BYTES } else { all };
+                self.body = (all > 0).then_some((all, all, pages_at));
             }
             Err(_) => self.unknown = true,
         }
         self.header.clear();
-    }
-}
-
-/// From where on the body is covered by a checksum, or by what it proves.
-fn covered_from(header: &Header) -> usize {
-    let all = header.body_bytes as usize;
-    match header.kind {
-        Kind::Hello | Kind::Challenge | Kind::Auth | Kind::Welcome | Kind::Refused | Kind::State => 0,
-        // No table is as long as a page.
-        Kind::Put
-        | Kind::GetReply
-        | Kind::Pages
-        | Kind::PutCopies
-        | Kind::Copy
-        | Kind::HandPages
-        | Kind::HandCopies => all % PAGE_BYTES,
-        _ => all,
     }
 }

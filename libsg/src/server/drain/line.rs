@@ -94,8 +94,8 @@ impl<'s> Line<'s> {
         let mut head = vec![0; HEADER_BYTES];
         let runs = encode_runs(parcel.entries.iter().copied(), &mut head);
         let pages = parcel.entries.len();
-        let body_bytes = (head.len() - HEADER_BYTES + pages * PAGE_BYTES) as u32;
-        let header = Header { sequence, count: runs as u16, body_bytes, ..self.talk.channel().header(kind) };
+        let header = Header { sequence, count: runs as u16, ..self.talk.channel().header(kind) }
+            .with_body(&head[HEADER_BYTES..], pages * PAGE_BYTES);
         head[..HEADER_BYTES].copy_from_slice(&header.encode());
         let mut parts = Vec::with_capacity(parcel.slots.len() + 1);
         parts.push(IoPart::Bytes(&head));

@@ -312,8 +312,8 @@ impl Outgoing<'_> {
 fn head(channel: &Channel, batch: &Batch<'_>, sequence: Sequence) -> Vec<u8> {
     let mut head = vec![0; HEADER_BYTES];
     let runs = encode_runs(batch.entries.iter().copied(), &mut head);
-    let body_bytes = (head.len() - HEADER_BYTES + batch.entries.len() * PAGE_BYTES) as u32;
-    let header = Header { sequence, count: runs as u16, body_bytes, ..channel.header(Kind::Copy) };
+    let header = Header { sequence, count: runs as u16, ..channel.header(Kind::Copy) }
+        .with_body(&head[HEADER_BYTES..], batch.entries.len() * PAGE_BYTES);
     head[..HEADER_BYTES].copy_from_slice(&header.encode());
     head
 }

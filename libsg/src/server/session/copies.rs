@@ -1,7 +1,7 @@
 //! Batches with copies: what a client wants to lie at several members, and what another member sends on.
 
 use super::Session;
-use super::table::{read_table, read_whole};
+use super::table::read_table;
 use crate::error::Result;
 #[cfg(feature = "simulation")]
 use crate::host;
@@ -22,13 +22,9 @@ impl<'c> Session<'c> {
     /// they have it; the session goes on.
     pub(super) fn put_copies(&mut self, header: &Header) -> Result<()> {
         let Self { store, stream, buffers, targets, .. } = self;
-        let mut bytes = [0; MemberSet::BYTES];
-        let Some(table_bytes) = (header.body_bytes as usize).checked_sub(bytes.len()) else {
-            return Err(Malformed::Truncated.into());
-        };
-        read_whole(stream, &mut bytes)?;
-        let holders = MemberSet::decode(&bytes)?;
-        let page_bytes = read_table(stream, (header, table_bytes), &mut buffers.body, &mut buffers.pages)?;
+        let before = (header, MemberSet::BYTES);
+        let page_bytes = read_table(stream, before, &mut buffers.body, &mut buffers.pages)?;
+        let holders = MemberSet::decode(&buffers.body[..MemberSet::BYTES])?;
         if !buffers.pages.iter().all(|entry| entry.encoding == Encoding::Raw) {
             return Err(Malformed::Bounds("encoding of a page that is put").into());
         }
@@ -126,9 +122,8 @@ impl<'c> Session<'c> {
         noted: fn(&[IndexEntry]) -> Noted<'_>,
     ) -> Result<Status> {
         let Self { stream, buffers, .. } = self;
-        let body_bytes = header.body_bytes as usize;
         let mut of = std::mem::take(&mut buffers.index);
-        let page_bytes = read_table(stream, (header, body_bytes), &mut buffers.body, &mut of)?;
+        let page_bytes = read_table(stream, (header, 0), &mut buffers.body, &mut of)?;
         if copied_bytes(&of)? != page_bytes {
             return Err(Malformed::Bounds("bytes of a batch").into());
         }

@@ -6,33 +6,34 @@ use crate::server::stream::Stream;
 use crate::wire::run::{self, RunEntry};
 use crate::wire::{Header, Malformed};
 
-/// Reads the table of a batch, part by part, and says how many bytes follow it: `body_bytes` are left of the frame.
+/// Reads what is said in front of a batch's pages, and says how many bytes follow: first `before_bytes`, which `body` then
+/// begins with, and behind them the table, part by part.
 pub(super) fn read_table<E: RunEntry>(
     stream: &mut Stream<'_>,
-    (header, body_bytes): (&Header, usize),
+    (header, before_bytes): (&Header, usize),
     body: &mut Vec<u8>,
     out: &mut Vec<E>,
 ) -> Result<usize> {
-    let head_bytes = usize::from(header.count) * E::HEAD_BYTES;
-    if usize::from(header.count) > limits::BATCH_PAGES_MAX || head_bytes > body_bytes {
+    let body_bytes = header.body_bytes as usize;
+    let heads_end = before_bytes + usize::from(header.count) * E::HEAD_BYTES;
+    if usize::from(header.count) > limits::BATCH_PAGES_MAX || heads_end > body_bytes {
         return Err(Malformed::Bounds("entries of a batch").into());
     }
-    body.resize(head_bytes, 0);
+    body.resize(heads_end, 0);
     read_whole(stream, body)?;
-    let mask_bytes = run::mask_bytes::<E>(body)?;
-    if head_bytes + mask_bytes > body_bytes {
+    let masks_end = heads_end + run::mask_bytes::<E>(&body[before_bytes..])?;
+    if masks_end > body_bytes {
         return Err(Malformed::Bounds("entries of a batch").into());
     }
-    body.resize(head_bytes + mask_bytes, 0);
-    let (heads, masks) = body.split_at_mut(head_bytes);
-    read_whole(stream, masks)?;
-    run::decode_heads(heads, masks, out)?;
-    let sum_bytes = run::checksum_bytes(out);
-    let table_bytes = head_bytes + mask_bytes + sum_bytes;
-    let left = body_bytes.checked_sub(table_bytes).ok_or(Malformed::Bounds("bytes of a batch"))?;
-    body.resize(sum_bytes, 0);
-    read_whole(stream, body)?;
-    run::decode_checksums(body, out)?;
+    body.resize(masks_end, 0);
+    read_whole(stream, &mut body[heads_end..])?;
+    run::decode_heads(&body[before_bytes..heads_end], &body[heads_end..], out)?;
+    let end = masks_end + run::checksum_bytes(out);
+    let left = body_bytes.checked_sub(end).ok_or(Malformed::Bounds("bytes of a batch"))?;
+    body.resize(end, 0);
+    read_whole(stream, &mut body[masks_end..])?;
+    run::decode_checksums(&body[masks_end..], out)?;
+    header.check_said(body)?;
     Ok(left)
 }
 

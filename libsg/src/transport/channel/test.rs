@@ -92,12 +92,12 @@ fn a_server_without_the_secret_is_not_believed() {
         let body = Challenge { version: VERSION_NEWEST, nonce: [1; NONCE_BYTES], node: node() }
             .encode()
             .expect("fits");
-        let header = Header { body_bytes: body.len() as u32, ..Header::new(Kind::Challenge) };
+        let header = Header::new(Kind::Challenge).with_body(&body, 0);
         stream.write_all(&header.encode()).expect("written");
         stream.write_all(&body).expect("written");
         let mut auth = [0; HEADER_BYTES + MAC_BYTES];
         stream.read_exact(&mut auth).expect("auth");
-        let header = Header { body_bytes: MAC_BYTES as u32, ..Header::new(Kind::Welcome) };
+        let header = Header::new(Kind::Welcome).with_body(&auth[HEADER_BYTES..], 0);
         stream.write_all(&header.encode()).expect("written");
         stream.write_all(&auth[HEADER_BYTES..]).expect("written");
         stream
@@ -138,8 +138,9 @@ fn time_is_bounded_as_a_whole() {
 fn strangers_get_a_typed_refusal() {
     let newer =
         Hello { version_min: 900, version_max: 901, purpose: Purpose::VmdBulk, nonce: [0; NONCE_BYTES] };
-    let mut hello = Header { version: 901, body_bytes: 40, ..Header::new(Kind::Hello) }.encode().to_vec();
-    hello.extend(newer.encode());
+    let newer = newer.encode();
+    let header = Header { version: 901, ..Header::new(Kind::Hello) }.with_body(&newer, 0);
+    let hello = [&header.encode()[..], &newer].concat();
     let mut long = Header::new(Kind::Put).encode().to_vec();
     long[12] = 0xff;
     for (bytes, kind, status) in [

@@ -185,7 +185,7 @@ impl Expected {
             }
             Self::Indexed => Ok(Answer::Indexed),
             Self::Pages(pages) => {
-                let bytes = decode_pages(frame.body, count, entries)?;
+                let bytes = decode_pages((&frame.header, frame.body), entries)?;
                 check_pages(entries, pages)?;
                 Ok(Answer::Pages { bytes_at: frame.body.len() - bytes.len() })
             }
@@ -346,7 +346,7 @@ mod test {
     }
 
     fn checked(mut expected: Expected, kind: Kind, count: u16, body: &[u8]) -> Result<Answer> {
-        let header = Header { count, ..Header::new(kind) };
+        let header = Header { count, ..Header::new(kind) }.with_body(body, 0);
         expected.check_kind(kind)?;
         let (entries, located) = (&mut Vec::new(), &mut Vec::new());
         let (stored, referred) = (&mut Vec::new(), &mut Vec::new());
