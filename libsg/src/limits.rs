@@ -42,6 +42,9 @@ pub const NODE_NAME_BYTES_MAX: usize = 64;
 /// Bytes of the name under which a volume is parked.
 pub const PARKING_NAME_BYTES_MAX: usize = 64;
 
+/// Bytes of what a parked volume says of who decides who may have it.
+pub const ARBITER_BYTES_MAX: usize = 256;
+
 /// How long whoever claimed a parked volume has until it runs the VM, or says that it is still at it. Then another
 /// may claim it. Nothing that is safe rests on it: whoever was replaced is refused when it wants to run the VM.
 pub const CLAIM_LEASE: Duration = Duration::from_secs(10);

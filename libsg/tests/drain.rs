@@ -327,7 +327,7 @@ fn by(name: &str) -> NodeId {
 fn park(pool: &[ServerHandle]) -> (VolumeInfo, Vec<u32>) {
     let volume = create(pool, &manifest(None, InstallUnit::Page));
     let (id, pages) = (volume.id(), fill(&*volume, 1));
-    let parking = Parking { name: "web".into(), keeper: pool[0].node().clone(), term: 0 };
+    let parking = Parking { name: "web".into(), keeper: pool[0].node().clone(), term: 0, arbiter: None };
     for server in pool {
         let mut link =
             connector().connect(server.address(), id, Epoch::FIRST, Class::Bulk, PATIENCE).unwrap();

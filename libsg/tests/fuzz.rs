@@ -195,7 +195,8 @@ fn messages() -> Vec<Vec<u8>> {
         Talk::Written { round: Round(3), runs: vec![PageRange::new(PageIndex(1), 2)], last: true },
     ];
     let node = || members()[0].node.clone();
-    let parking = Parking { name: "web".into(), keeper: node(), term: 2 };
+    let arbiter = Some("etcd://10.0.0.1/sg".into());
+    let parking = Parking { name: "web".into(), keeper: node(), term: 2, arbiter };
     let requests = [
         VmdRequest::Create { manifest: manifest(), members: members() },
         VmdRequest::PutState { bytes: 5, checksum: 6 },

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use gather_common::*;
 use libsg::content::Sharing;
+use libsg::ids::Epoch;
 use libsg::manifest::Manifest;
 use libsg::memory::{Backing, GuestMemory};
 use libsg::migrate::destination::{ClaimOptions, DestinationOptions, Incoming, claim};
@@ -17,7 +18,7 @@ use libsg::migrate::{Event, Mode, OutgoingVm, RoundOptions};
 use libsg::page::{InstallUnit, PageIndex, PageRange};
 use libsg::report::Status;
 use libsg::source::MemorySource;
-use libsg::vmd::{Arbiter, MemoryConnector, MemoryNode, Vmd, VmdClient};
+use libsg::vmd::{Arbiter, Engines, MemoryConnector, MemoryNode, Vmd, VmdClient};
 use libsg::wire::message::VolumeInfo;
 use libsg::wire::parking::{Claim, Verdict};
 use libsg::{Error, ErrorKind, Result};
@@ -81,25 +82,29 @@ impl Pool {
     }
 
     fn park(&self, name: &str, sharing: Option<Sharing>) -> (Outgoing, Arc<AtomicBool>) {
+        self.park_to(To::parked(name), sharing)
+    }
+
+    fn park_to(&self, to: To, sharing: Option<Sharing>) -> (Outgoing, Arc<AtomicBool>) {
         let manifest = Manifest { sharing, ..manifest(PAGES.into(), InstallUnit::Page) };
         let memory = GuestMemory::allocate(&manifest, Backing::Anon).unwrap();
         for page in (0..PAGES).filter(|page| !is_zero(*page)) {
             memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
         }
         let runs = Arc::new(AtomicBool::new(true));
-        let options = self.options(To::Parked(name.into()), Mode::ScatterGather);
+        let options = self.options(to, Mode::ScatterGather);
         let vm = Box::new(Leaving(Arc::clone(&runs)));
         (start(vm, Arc::new(MemorySource::new(memory)), manifest, options).unwrap(), runs)
     }
 
-    fn claim(&self, name: &str, arbiter: Option<Arc<dyn Arbiter>>) -> (Incoming, Arc<Seen>) {
+    fn claim(&self, name: &str, engines: Option<Engines>) -> (Incoming, Arc<Seen>) {
         let seen = Arc::new(Seen::default());
         let watch = Arc::clone(&seen);
         let nowhere = ([127, 0, 0, 1], 0).into();
         let mut options = DestinationOptions::new(nowhere, secret(), Arc::new(self.connector.clone()));
         options.observer = Arc::new(move |event| watch.events.lock().push(event.clone()));
         let intermediaries = vec![self.nodes[0].member().address];
-        let wanted = ClaimOptions { name: name.into(), intermediaries, force: false, arbiter };
+        let wanted = ClaimOptions { name: name.into(), intermediaries, force: false, engines };
         let vm = arriving(&seen, Backing::Anon, vec![3, 1500, PAGES - 1]);
         (claim(vm, wanted, options).unwrap(), seen)
     }
@@ -187,7 +192,7 @@ fn without_room_it_runs_on_and_nothing_is_left_behind() {
         let manifest = manifest(64, InstallUnit::Page);
         let source = MemorySource::new(GuestMemory::allocate(&manifest, Backing::Anon).unwrap());
         let runs = Arc::new(AtomicBool::new(true));
-        let options = pool.options(To::Parked("web".into()), Mode::ScatterGather);
+        let options = pool.options(To::parked("web"), Mode::ScatterGather);
         match start(Box::new(Leaving(Arc::clone(&runs))), Arc::new(source), manifest, options) {
             Ok(outgoing) => {
                 assert_eq!(outgoing.wait_evicted(LONG).unwrap_err().kind, ErrorKind::Unreachable);
@@ -208,7 +213,7 @@ fn what_cannot_be_parked_is_refused_at_once() {
         let manifest = manifest(64, InstallUnit::Page);
         let source = MemorySource::new(GuestMemory::allocate(&manifest, Backing::Anon).unwrap());
         let vm = Box::new(Leaving(Arc::default()));
-        let options = pool.options(To::Parked(name.into()), mode);
+        let options = pool.options(To::parked(name), mode);
         let refused = start(vm, Arc::new(source), manifest, options).map(|_| ()).unwrap_err();
         assert_eq!(refused.kind, ErrorKind::Input, "{refused}");
     }
@@ -234,21 +239,24 @@ fn a_vm_that_has_much_in_common_with_one_that_is_parked_is_not_sent_again() {
     pool.holds_nothing();
 }
 
-/// One of somebody else's: it answers as it is told, and counts.
+/// An engine of the pool's: it answers as it is told, and counts.
 struct Told {
     verdict: Verdict,
+    /// The epoch that somebody had who told nobody of it.
+    before: u64,
     /// It cannot be reached for so many questions whether the VM may run.
     silent: u32,
     asked: AtomicU32,
 }
 
 impl Arbiter for Told {
-    fn claim(&self, _: &VolumeInfo, _: &Claim) -> Result<Verdict> {
-        Ok(self.verdict.clone())
+    fn claim(&self, _: &VolumeInfo, claim: &Claim) -> Result<Verdict> {
+        let before = Epoch(self.before);
+        Ok(if claim.epoch <= before { Verdict::Newer(before) } else { self.verdict.clone() })
     }
 
     fn run(&self, parked: &VolumeInfo, claim: &Claim) -> Result<()> {
-        assert_eq!((parked.parking.as_ref().unwrap().name.as_str(), claim.epoch.0), ("web", 2));
+        assert_eq!((parked.parking.as_ref().unwrap().name.as_str(), claim.epoch.0), ("web", self.before + 1));
         if self.asked.fetch_add(1, Ordering::SeqCst) < self.silent {
             return Err(Error::new(ErrorKind::Unreachable, "it is away"));
         }
@@ -257,19 +265,32 @@ impl Arbiter for Told {
 }
 
 #[test]
-fn an_arbiter_of_ones_own_decides_and_nothing_runs_before_it_knows() {
+fn the_engine_that_the_volume_names_decides_and_nothing_runs_before_it_knows() {
     let pool = Pool::new(1, 4000);
-    let (outgoing, _) = pool.park("web", None);
+    let to = To::Parked { name: "web".into(), arbiter: Some("engine://here".into()) };
+    let (outgoing, _) = pool.park_to(to, None);
     outgoing.wait_evicted(LONG).unwrap();
-    let told = |verdict, silent| Arc::new(Told { verdict, silent, asked: AtomicU32::new(0) });
+    let told = |verdict, silent| Arc::new(Told { verdict, before: 4, silent, asked: AtomicU32::new(0) });
+    let engines = |engine: &Arc<Told>| -> Option<Engines> {
+        let engine = Arc::clone(engine);
+        Some(Arc::new(move |named: &str| {
+            assert_eq!(named, "engine://here");
+            Ok(Arc::clone(&engine) as Arc<dyn Arbiter>)
+        }))
+    };
+    // Whoever knows no engine gets nothing: the keeper does not decide.
+    let (unable, seen) = pool.claim("web", None);
+    let error = unable.wait_running(LONG).unwrap_err();
+    assert!(error.message.contains("engine://here") && error.message.contains("--force"), "{error}");
+    assert!(!seen.running.load(Ordering::SeqCst));
     let by = libsg::ids::NodeId { name: "other".into(), incarnation: 1 };
     let no = told(Verdict::Claimed { by, for_ms: 7000 }, 0);
-    let (refused, seen) = pool.claim("web", Some(Arc::clone(&no) as Arc<dyn Arbiter>));
+    let (refused, seen) = pool.claim("web", engines(&no));
     let error = refused.wait_running(LONG).unwrap_err();
     assert!(error.message.contains("claimed by other") && error.message.contains("7 s"), "{error}");
     assert!(!seen.running.load(Ordering::SeqCst) && no.asked.load(Ordering::SeqCst) == 0);
     let yes = told(Verdict::Granted, 3);
-    let (incoming, seen) = pool.claim("web", Some(Arc::clone(&yes) as Arc<dyn Arbiter>));
+    let (incoming, seen) = pool.claim("web", engines(&yes));
     until("it is asked", || yes.asked.load(Ordering::SeqCst) > 1);
     let runs = seen.running.load(Ordering::SeqCst);
     assert!(!runs || yes.asked.load(Ordering::SeqCst) > 3, "it ran before that was known");

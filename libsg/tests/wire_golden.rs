@@ -324,7 +324,15 @@ fn messages() {
         (VmdRequest::Claim { epoch: Epoch(9) }, "0709"),
         (VmdRequest::Dissolve, "08"),
         (VmdRequest::Statistics, "09"),
-        (VmdRequest::Park(Parking { name: "web".into(), keeper: node(), term: 3 }), "0a03776562026931ac0203"),
+        (
+            VmdRequest::Park(Parking {
+                name: "web".into(),
+                keeper: node(),
+                term: 3,
+                arbiter: Some("e".into()),
+            }),
+            "0a03776562026931ac0203010165",
+        ),
         (VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }), "0b09026931ac0201"),
         (VmdRequest::Run, "0c"),
         (VmdRequest::Succeed { epoch: Epoch(9) }, "0d09"),
@@ -342,6 +350,7 @@ fn messages() {
         (Verdict::Runs { by: node() }, "0402026931ac02"),
         (Verdict::Newer(Epoch(9)), "040309"),
         (Verdict::NotParked, "0404"),
+        (Verdict::Elsewhere, "0405"),
     ];
     for (verdict, expected) in verdicts {
         assert_eq!(bytes(message::encode(&VmdReply::Verdict(verdict.clone()))), expected, "{verdict:?}");

@@ -1,13 +1,14 @@
-//! Hosts that find each other by etcd, where a cluster has one: announcements are its keys, which live as long as
-//! their lease.
+//! What etcd does for libsg, where a cluster has one: hosts find each other by it, and it says who may have a parked VM.
+//! Announcements are keys that live as long as their lease.
 //!
 //! ```text
 //!  Announcer   sg-announce   lease + put, each 5 s ------> etcd: PREFIX/NAME.INCARNATION = a sealed datagram
 //!  Watcher     sg-watch      list, then watch from there <--+
 //!  EtcdPool                  list <-------------------------+
+//!  EtcdArbiter               compare + put                     who claimed a parked VM, and runs it (arbiter.rs)
 //! ```
 //!
-//! etcd carries what multicast carries elsewhere, the same sealed bytes, and is trusted with no more than the network is:
+//! For finding hosts, etcd carries what multicast carries elsewhere, the same sealed bytes, and is trusted with no more than the network is:
 //! it can hide hosts, and it can neither make one up nor bring an old word of one back. Values count under the key of who
 //! said them only, and once.
 //!
@@ -15,6 +16,7 @@
 //! protocol compiler, no async runtime. `view` is the pure core: what is said, in, and who is there, out.
 
 mod announcer;
+mod arbiter;
 mod backoff;
 mod client;
 mod key;
@@ -26,6 +28,7 @@ mod view;
 mod watcher;
 
 pub use announcer::Announcer;
+pub use arbiter::EtcdArbiter;
 pub use place::Place;
 pub use pool::EtcdPool;
 pub use watcher::Watcher;

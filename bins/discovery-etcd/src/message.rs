@@ -37,9 +37,23 @@ pub fn watch(from: &str, end: &str, revision: i64) -> Value {
     } })
 }
 
-/// A key that lives as long as a lease.
+/// A key that lives as long as a lease, for ever where that is 0.
 pub fn put(key: &str, value: &[u8], lease: i64) -> Value {
     json!({ "key": base64(key), "value": base64(value), "lease": lease.to_string() })
+}
+
+/// Keys that are put if one was last put at that revision, and is not there where that is 0.
+pub fn change(key: &str, revision: i64, puts: Vec<Value>) -> Value {
+    let puts: Vec<Value> = puts.into_iter().map(|put| json!({ "request_put": put })).collect();
+    json!({
+        "compare": [{
+            "key": base64(key),
+            "target": "MOD",
+            "result": "EQUAL",
+            "mod_revision": revision.to_string(),
+        }],
+        "success": puts,
+    })
 }
 
 /// A lease of so many seconds.
@@ -106,6 +120,9 @@ pub struct KeyValue {
     /// When it was last put or deleted.
     #[serde(default, deserialize_with = "number")]
     pub mod_revision: i64,
+    /// The lease that it lives on; 0 for none.
+    #[serde(default, deserialize_with = "number")]
+    pub lease: i64,
 }
 
 /// A piece of a listing.
@@ -197,6 +214,14 @@ pub struct No {
     /// Why.
     #[serde(default)]
     pub message: String,
+}
+
+/// What came of a change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Changed {
+    /// It was made.
+    #[serde(default)]
+    pub succeeded: bool,
 }
 
 /// An answer whose content is of no interest.

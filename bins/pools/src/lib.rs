@@ -4,11 +4,13 @@
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use discovery_etcd::{EtcdPool, Watcher};
+use discovery_etcd::{EtcdArbiter, EtcdPool, Watcher};
 use libsg::discovery::multicast::{self, MulticastPool};
 use libsg::discovery::{Announces, Describe, Hears, Pool};
 use libsg::transport::PoolSecret;
+use libsg::vmd::Engines;
 use libsg::wire::announcement::Announcement;
 use libsg::{Error, ErrorKind, Result};
 
@@ -86,6 +88,18 @@ impl Hears for EtcdMember {
     fn hosts(&self) -> Vec<Announcement> {
         self.watcher.hosts()
     }
+}
+
+/// The engines that a parked VM may name, which say who may have it.
+#[must_use]
+pub fn engines() -> Engines {
+    Arc::new(EtcdArbiter::named)
+}
+
+/// The engine that says who may have what is parked in a pool, by how the pool is written; `None` where a keeper does.
+#[must_use]
+pub fn arbiter_of(pool: &str) -> Option<String> {
+    pool.starts_with("etcd:").then(|| pool.to_owned())
 }
 
 impl FromStr for Meeting {

@@ -50,6 +50,8 @@ pub struct Start {
     pub to: Option<SocketAddr>,
     /// There is no destination yet: the name under which the VM is parked at the intermediaries.
     pub park: Option<String>,
+    /// With `park`: the engine that says who may have it, `etcd://HOST/PREFIX`; an intermediary where it is not said.
+    pub arbiter: Option<String>,
     /// Intermediaries that may take pages.
     #[serde(default)]
     pub intermediaries: Vec<SocketAddr>,
@@ -96,7 +98,7 @@ impl Start {
     fn to(&self) -> Result<To> {
         match (self.to, &self.park) {
             (Some(address), None) => Ok(address.into()),
-            (None, Some(name)) => Ok(To::Parked(name.clone())),
+            (None, Some(name)) => Ok(To::Parked { name: name.clone(), arbiter: self.arbiter.clone() }),
             _ => Err(Error::new(
                 ErrorKind::Input,
                 "say either \"to\", where a destination listens, or \"park\", under which name the VM is left at the \
@@ -306,7 +308,7 @@ impl Moves {
             name: what.claim,
             intermediaries: what.intermediaries,
             force: what.force,
-            arbiter: None,
+            engines: Some(pools::engines()),
         };
         let incoming = claim(self.arriving(berth, serial), wanted, options)?;
         Ok(Arc::clone(slot.insert(Arc::new(incoming))))

@@ -51,6 +51,9 @@ pub struct Start {
     pub to: Option<SocketAddr>,
     /// The name under which it is parked.
     pub park: Option<String>,
+    /// The engine that says who may have it then; an intermediary where it is not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub arbiter: Option<String>,
     /// Who may take pages.
     pub intermediaries: Vec<SocketAddr>,
     /// Others, who take the place of those that die on the way, in this order.

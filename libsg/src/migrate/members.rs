@@ -246,7 +246,7 @@ pub(super) fn connect(
             break;
         }
     }
-    if members.is_empty() && !matches!(options.to, To::Parked(_)) {
+    if members.is_empty() && !matches!(options.to, To::Parked { .. }) {
         warn(format!(
             "no intermediary can be reached: {}",
             match options.mode {

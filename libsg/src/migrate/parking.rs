@@ -143,9 +143,13 @@ impl<'a> Parking<'a> {
     pub fn park(&self, members: &mut Members) -> Result<()> {
         let Some(keeper_at) = members.iter().position(Option::is_some) else { return Err(self.nobody()) };
         let keeper = self.keeper(keeper_at).node.clone();
-        let To::Parked(name) = &self.lead.options.to else { return Ok(()) };
-        let request =
-            VmdRequest::Park(parking::Parking { name: name.clone(), keeper: keeper.clone(), term: 0 });
+        let To::Parked { name, arbiter } = &self.lead.options.to else { return Ok(()) };
+        let request = VmdRequest::Park(parking::Parking {
+            name: name.clone(),
+            keeper: keeper.clone(),
+            term: 0,
+            arbiter: arbiter.clone(),
+        });
         loop {
             let claimed = self.ask(members, |at| at != keeper_at, || Request::Control(&request));
             #[cfg(feature = "simulation")]
@@ -166,7 +170,7 @@ impl<'a> Parking<'a> {
             }
             // Only what is parked is claimed: where somebody has, the keeper's answer was lost.
             let is_parked = claimed || members[keeper_at].is_some() || self.park_anew(keeper_at, &request)?;
-            self.tell(name, &keeper, is_parked);
+            self.tell((name, arbiter.as_deref()), &keeper, is_parked);
             return Ok(());
         }
     }
@@ -191,8 +195,9 @@ impl<'a> Parking<'a> {
         Ok(false)
     }
 
-    fn tell(&self, name: &str, keeper: &NodeId, is_parked: bool) {
-        if !is_parked {
+    fn tell(&self, (name, arbiter): (&str, Option<&str>), keeper: &NodeId, is_parked: bool) {
+        // Where an engine decides, the keeper is only an intermediary like the others.
+        if !is_parked && arbiter.is_none() {
             let message = format!(
                 "the keeper {keeper} of {name:?} was lost while the VM was parked: it is whole at the others, but \
                  whoever claims it has to say --force"

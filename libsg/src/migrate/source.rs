@@ -35,11 +35,17 @@ use crate::wire::message::Talk;
 pub enum To {
     /// To the destination that listens there.
     Destination(SocketAddr),
-    /// To nobody yet: it is parked at the intermediaries under this name (at most
-    /// [`limits::PARKING_NAME_BYTES_MAX`] bytes), until a destination claims it
+    /// To nobody yet: it is parked at the intermediaries, until a destination claims it
     /// ([`claim`](super::destination::claim())). It is paused until all of it is safe there, and only then COMMIT is given: where
     /// the intermediaries have no room it runs on here.
-    Parked(String),
+    Parked {
+        /// What operators call it: at most [`limits::PARKING_NAME_BYTES_MAX`] bytes.
+        name: String,
+        /// The engine of the pool that says who may have it, as whoever claims it finds it ([`Engines`](crate::vmd::Engines));
+        /// at most [`limits::ARBITER_BYTES_MAX`] bytes. `None` is an intermediary, its keeper, without which nobody gets the
+        /// VM but by force.
+        arbiter: Option<String>,
+    },
 }
 
 impl From<SocketAddr> for To {
@@ -49,12 +55,21 @@ impl From<SocketAddr> for To {
 }
 
 impl To {
+    /// Parked under this name, with a keeper.
+    pub fn parked(name: impl Into<String>) -> Self {
+        Self::Parked { name: name.into(), arbiter: None }
+    }
+
     fn check(&self, options: &SourceOptions) -> Result<()> {
-        let Self::Parked(name) = self else { return Ok(()) };
+        let Self::Parked { name, arbiter } = self else { return Ok(()) };
         let refuse = |what: String| Err(Error::new(ErrorKind::Input, what));
         let most = limits::PARKING_NAME_BYTES_MAX;
         if name.is_empty() || name.len() > most {
             return refuse(format!("the name of a parked VM has 1 to {most} bytes"));
+        }
+        let longest = limits::ARBITER_BYTES_MAX;
+        if arbiter.as_ref().is_some_and(|arbiter| arbiter.len() > longest) {
+            return refuse(format!("what a parked VM says of its arbiter has {longest} bytes at most"));
         }
         if !matches!(options.mode, Mode::ScatterGather | Mode::Hybrid) {
             return refuse(format!(

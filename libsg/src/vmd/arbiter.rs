@@ -15,6 +15,12 @@ use crate::ids::{Epoch, VolumeId};
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo};
 use crate::wire::parking::{Claim, Parking, Verdict};
 
+/// Finds the engine that a parked volume names ([`Parking::arbiter`](crate::wire::parking::Parking::arbiter)).
+///
+/// # Errors
+/// [`ErrorKind::Input`] for one that it does not know.
+pub type Engines = Arc<dyn Fn(&str) -> Result<Arc<dyn Arbiter>> + Send + Sync>;
+
 /// Says who may have a parked volume.
 ///
 /// # Contract

@@ -86,6 +86,7 @@ const RULES: &[(&str, Rule)] = &[
     ("members can be added", volumes::grows),
     ("commit, seal, claim and dissolve reach every member", volumes::states_everywhere),
     ("a parked volume has one owner", parking::has_one_owner),
+    ("where an engine decides, a keeper does not", parking::grants_nothing_itself),
     ("a writer of an open volume is succeeded by another", volumes::writers_succeed),
     ("copies lie where they are said to", copies::copies_are_there),
     ("many batches with copies all come to their end", copies::many_copies_outstanding),

@@ -14,7 +14,7 @@ mod memory;
 mod tcp;
 
 pub use crate::wire::placement;
-pub use arbiter::{Arbiter, KeeperArbiter};
+pub use arbiter::{Arbiter, Engines, KeeperArbiter};
 pub(crate) use arbiter::{is_away, verdict, visit, visit_all};
 pub use client::VmdClient;
 pub use device::{Fetched, PagePut, PageReference, Role, Shared, Vmd, Volume};

@@ -24,6 +24,9 @@ pub struct Parking {
     pub keeper: NodeId,
     /// How often another was named: of two that are said to be the keeper, it is the one with more.
     pub term: u32,
+    /// An engine of the pool that decides in the keeper's stead, as whoever claims can find it (`etcd://HOST/PREFIX`): the
+    /// keeper then grants nothing but by force.
+    pub arbiter: Option<String>,
 }
 
 /// Somebody wants to own a parked volume.
@@ -59,6 +62,8 @@ pub enum Verdict {
     Newer(Epoch),
     /// It was not parked: its source has not evicted it.
     NotParked,
+    /// The keeper does not decide, but the engine that the parked volume names.
+    Elsewhere,
 }
 
 impl Parking {
@@ -68,7 +73,13 @@ impl Parking {
     /// What is out of bounds.
     pub fn check(&self) -> Result<(), Malformed> {
         let named = !self.name.is_empty() && self.name.len() <= limits::PARKING_NAME_BYTES_MAX;
-        if named { check_node(&self.keeper) } else { Err(Malformed::Bounds("name of a parked volume")) }
+        if !named {
+            return Err(Malformed::Bounds("name of a parked volume"));
+        }
+        if self.arbiter.as_ref().is_some_and(|arbiter| arbiter.len() > limits::ARBITER_BYTES_MAX) {
+            return Err(Malformed::Bounds("arbiter of a parked volume"));
+        }
+        check_node(&self.keeper)
     }
 }
 
@@ -90,7 +101,7 @@ impl Verdict {
     pub fn check(&self) -> Result<(), Malformed> {
         match self {
             Self::Claimed { by, .. } | Self::Runs { by } => check_node(by),
-            Self::Granted | Self::Newer(_) | Self::NotParked => Ok(()),
+            Self::Granted | Self::Newer(_) | Self::NotParked | Self::Elsewhere => Ok(()),
         }
     }
 }
@@ -111,13 +122,21 @@ mod test {
 
     #[test]
     fn names_are_bounded() {
-        let parking = |name: usize, keeper| Parking { name: "p".repeat(name), keeper: node(keeper), term: 1 };
+        let parking = |name: usize, keeper| Parking {
+            name: "p".repeat(name),
+            keeper: node(keeper),
+            term: 1,
+            arbiter: None,
+        };
         let decoded = |parking| VmdRequest::decode(&encode(&VmdRequest::Park(parking)).expect("encodes"));
         let (most, longest) = (limits::PARKING_NAME_BYTES_MAX, limits::NODE_NAME_BYTES_MAX);
         assert_eq!(decoded(parking(most, longest)), Ok(VmdRequest::Park(parking(most, longest))));
         for (name, keeper) in [(0, 1), (most + 1, 1), (1, longest + 1)] {
             assert!(decoded(parking(name, keeper)).is_err(), "{name} {keeper}");
         }
+        let by_engine = |bytes: usize| Parking { arbiter: Some("e".repeat(bytes)), ..parking(1, 1) };
+        assert!(decoded(by_engine(limits::ARBITER_BYTES_MAX)).is_ok());
+        assert!(decoded(by_engine(limits::ARBITER_BYTES_MAX + 1)).is_err());
         let claim = VmdRequest::ClaimParked(Claim { epoch: Epoch(2), by: node(longest + 1), force: false });
         assert!(VmdRequest::decode(&encode(&claim).expect("encodes")).is_err());
         let verdict = |by| encode(&VmdReply::Verdict(Verdict::Claimed { by, for_ms: 3 })).expect("encodes");

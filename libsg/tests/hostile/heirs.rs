@@ -111,7 +111,7 @@ fn said(server: &ServerHandle) -> Inheritance {
         members: vec![Member { node: server.node().clone(), address: server.address() }],
         committed: true,
         state: VolumeState::Parked,
-        parking: Some(Parking { name: "web".into(), keeper: server.node().clone(), term: 1 }),
+        parking: Some(Parking { name: "web".into(), keeper: server.node().clone(), term: 1, arbiter: None }),
         owner: None,
         blob: None,
     }

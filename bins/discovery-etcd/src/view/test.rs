@@ -48,7 +48,7 @@ fn sealed(number: u16, counter: u64, sent_ms: u64) -> Vec<u8> {
 }
 
 fn at(key: &str, value: &[u8], mod_revision: i64) -> KeyValue {
-    KeyValue { key: Base64::of(key.as_bytes()), value: Base64::of(value), mod_revision }
+    KeyValue { key: Base64::of(key.as_bytes()), value: Base64::of(value), mod_revision, lease: 0 }
 }
 
 fn own_key(number: u16) -> String {

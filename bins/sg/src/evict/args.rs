@@ -8,11 +8,15 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use libsg::limits::NAME_BYTES_MAX;
 use libsg::units::Rate;
+use pools::Meeting;
 
 use crate::cli::{Intermediaries, PORT as INTERMEDIARY_PORT, WrongArguments, resolve_at};
 
 /// Where VMMs of a host have their control sockets.
 const RUN_DIRECTORY: &str = "/run/libsg";
+
+/// Where no engine says who may have a parked VM.
+const KEEPER: &str = "keeper";
 
 /// The port of a destination.
 const PORT: u16 = 7700;
@@ -123,6 +127,10 @@ pub struct EvictArgs {
     /// (a VM alone then has that name itself). Two of one name are told apart by their sockets'
     #[arg(long, value_name = "PREFIX", num_args = 0..=1, default_missing_value = "", conflicts_with = "to")]
     pub park: Option<String>,
+    /// With --park: the etcd that says who may have the VMs, etcd://HOST/PREFIX, which goes on when intermediaries are lost; or
+    /// "keeper": an intermediary does [default: the etcd of --pool, else a keeper]
+    #[arg(long, value_name = "ETCD", requires = "park", value_parser = arbiter)]
+    pub arbiter: Option<String>,
     /// How the memory leaves [default: by the deadline; scatter-gather without one, post-copy without intermediaries]
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
@@ -189,6 +197,15 @@ impl EvictArgs {
     /// Where destinations wait.
     pub fn destinations(&self) -> Result<Vec<SocketAddr>> {
         self.to.iter().map(|name| resolve_at(name, PORT)).collect()
+    }
+
+    /// The engine that says who may have VMs that are parked.
+    pub fn arbiter(&self) -> Option<String> {
+        match self.arbiter.as_deref() {
+            Some(KEEPER) => None,
+            Some(named) => Some(named.to_owned()),
+            None => self.at.pool.as_deref().and_then(pools::arbiter_of),
+        }
     }
 
     /// Who takes the place of those that die.
@@ -277,6 +294,12 @@ pub struct LimitArgs {
     /// Most that may arrive in the background, of each VM; 0 = unlimited
     #[arg(long, value_name = "RATE")]
     pub gather: Option<Rate>,
+}
+
+fn arbiter(text: &str) -> Result<String> {
+    let is_etcd = || pools::arbiter_of(text).is_some() && text.parse::<Meeting>().is_ok();
+    anyhow::ensure!(text == KEEPER || is_etcd(), "write etcd://HOST[:PORT][,HOST…]/PREFIX, or keeper");
+    Ok(text.to_owned())
 }
 
 fn weight(text: &str) -> Result<(String, f64)> {

@@ -118,6 +118,7 @@ fn prepare(args: &EvictArgs, found: &[Found]) -> Result<Prepared> {
         mode: plan.mode,
         to: to(at),
         park: names.as_ref().map(|names| names[at].clone()),
+        arbiter: args.arbiter(),
         intermediaries: chosen[at].addresses.clone(),
         spares: chosen[at].spares.clone(),
         dedup: args

@@ -3,10 +3,13 @@
 //! Everything here waits for intermediaries, each for a bounded time, and happens on the conductor's thread before
 //! there is a VM that could need it; [`Claimant::run`] and [`Claimant::renew`] are asked for in between.
 
+mod find;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::find::{describe, describe_all, newest, search};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, NodeId, VolumeId, random_bytes};
@@ -14,12 +17,12 @@ use crate::limits::CLAIM_LEASE;
 use crate::page::PageRange;
 use crate::vmd::link::ask;
 use crate::vmd::{
-    Arbiter, Class, Connector, KeeperArbiter, Reply, Request, Role, Vmd, VmdClient, is_away, verdict,
+    Arbiter, Class, Connector, Engines, KeeperArbiter, Reply, Request, Role, VmdClient, is_away, verdict,
     visit_all,
 };
 use crate::wire::IndexEntry;
 use crate::wire::final_set::{self, Blobs};
-use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo, VolumeState};
+use crate::wire::message::{Member, VmdRequest, VolumeInfo, VolumeState};
 use crate::wire::parking::{Claim, Verdict};
 
 /// How long each intermediary has for an answer.
@@ -33,6 +36,9 @@ const RENEW_EVERY: Duration = Duration::from_secs(3);
 
 /// A keeper that cannot be told that the VM runs is told again after so long.
 const RUN_AGAIN: Duration = Duration::from_millis(500);
+
+/// Claims that were over before this one came, and that nobody but the arbiter was told of.
+const EPOCHS_MAX: usize = 4;
 
 /// Lists of members that are followed, where each names more than the one before.
 const LISTS_MAX: usize = 4;
@@ -49,8 +55,8 @@ pub struct ClaimOptions {
     /// Take it from a host that has claimed it and does not run it yet; without the keeper, when that cannot be reached;
     /// and with pages missing. By an operator who knows that the VM runs nowhere.
     pub force: bool,
-    /// Who grants claims; `None` is the volume's keeper.
-    pub arbiter: Option<Arc<dyn Arbiter>>,
+    /// Finds the engine that grants claims, where the volume names one; else its keeper does.
+    pub engines: Option<Engines>,
 }
 
 /// Who claims a volume.
@@ -94,11 +100,7 @@ impl Claimant {
         let epoch = all.iter().map(|info| info.epoch).max().unwrap_or(Epoch(0)).max(parked.epoch);
         let node = NodeId { name: called.into(), incarnation: u64::from_le_bytes(random_bytes()?) };
         let claim = Claim { epoch: Epoch(epoch.0.saturating_add(1)), by: node, force: options.force };
-        let by_keeper = || {
-            let keeper = KeeperArbiter::new(Arc::clone(&connector), ANSWER_MAX);
-            Arc::new(keeper) as Arc<dyn Arbiter>
-        };
-        let arbiter = options.arbiter.clone().unwrap_or_else(by_keeper);
+        let arbiter = arbiter(&connector, &parked, options)?;
         let renewed_at = host::now();
         Ok(Self { claim, parked, arbiter, connector, renewed_at, asked_to_run: None, told: false })
     }
@@ -112,11 +114,39 @@ impl Claimant {
         (self.parked.volume, self.claim.epoch)
     }
 
+    /// Asks the arbiter for the first time.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub fn begin(&mut self) -> Result<()> {
+        for _ in 0..EPOCHS_MAX {
+            let verdict = match self.arbiter.claim(&self.parked, &self.claim) {
+                Err(error) if self.claim.force && is_away(&error) && self.is_by_engine() => {
+                    tracing::warn!(error = error.chain(), "the arbiter cannot be asked: taken by force");
+                    self.arbiter = by_keeper(&self.connector);
+                    continue;
+                }
+                asked => asked?,
+            };
+            self.renewed_at = host::now();
+            match verdict {
+                // Its time is over, and it told nobody but the arbiter.
+                Verdict::Newer(epoch) => self.claim.epoch = Epoch(epoch.0.saturating_add(1)),
+                verdict => return self.granted(verdict),
+            }
+        }
+        self.ask()
+    }
+
+    fn is_by_engine(&self) -> bool {
+        self.parked.parking.as_ref().is_some_and(|parking| parking.arbiter.is_some())
+    }
+
     /// Asks the arbiter.
     ///
     /// # Errors
     /// [`ErrorKind::Volume`] or [`ErrorKind::Fenced`] when it is somebody else's, the arbiter's own.
-    pub fn ask(&mut self) -> Result<()> {
+    fn ask(&mut self) -> Result<()> {
         let verdict = self.arbiter.claim(&self.parked, &self.claim)?;
         self.renewed_at = host::now();
         self.granted(verdict)
@@ -141,6 +171,10 @@ impl Claimant {
                     epoch.0
                 );
                 Err(Error::new(ErrorKind::Fenced, message))
+            }
+            Verdict::Elsewhere => {
+                let message = format!("who may have the parked VM {name:?} is not decided there");
+                Err(Error::new(ErrorKind::Volume, message))
             }
             Verdict::NotParked => {
                 let message = format!("the VM {name:?} is not parked: its source has not evicted it");
@@ -344,78 +378,39 @@ impl Claimant {
     }
 }
 
-/// All that is known of a volume by those that were asked: each of its members, and who its keeper is.
-fn newest(all: &[VolumeInfo]) -> Option<VolumeInfo> {
-    let parking = all.iter().filter_map(|info| info.parking.as_ref()).max_by_key(|parking| parking.term);
-    let members = all.iter().map(|info| &info.members).max_by_key(|members| members.len())?;
-    let last = all.iter().max_by_key(|info| info.epoch)?;
-    Some(VolumeInfo { members: members.clone(), parking: parking.cloned(), ..last.clone() })
-}
-
-/// The volume of that name, or id.
-fn search(vmd: &VmdClient, options: &ClaimOptions) -> Result<VolumeId> {
-    let mut found: Vec<VolumeId> = Vec::new();
-    let mut failed = None;
-    for address in &options.intermediaries {
-        match vmd.statistics(*address) {
-            Ok(node) => {
-                let is_it = |parked_as: &str, volume: VolumeId| {
-                    parked_as == options.name || volume.to_string() == options.name
-                };
-                let parked = node.volumes.iter().filter_map(|v| Some((v.parked_as.as_deref()?, v.volume)));
-                found.extend(parked.filter(|(name, volume)| is_it(name, *volume)).map(|(_, volume)| volume));
-            }
-            Err(error) => {
-                tracing::warn!(%address, error = error.chain(), "cannot be asked for the parked VM");
-                failed = Some(error);
-            }
-        }
-    }
-    found.sort_unstable();
-    found.dedup();
-    match (&found[..], failed) {
-        ([volume], _) => Ok(*volume),
-        ([], None) => Err(none(&options.name)),
-        ([], Some(error)) => {
-            let message =
-                format!("none of the intermediaries that answer knows a parked VM {:?}", options.name);
-            Err(Error::new(ErrorKind::Unreachable, message).because(error))
-        }
-        (several, _) => {
-            let ids: Vec<_> = several.iter().map(ToString::to_string).collect();
-            let message = format!(
-                "{} VMs are parked as {:?}: claim one by its volume, {}",
-                several.len(),
-                options.name,
-                ids.join(" or ")
+/// Who says whose the volume is.
+fn arbiter(
+    connector: &Arc<dyn Connector>,
+    parked: &VolumeInfo,
+    options: &ClaimOptions,
+) -> Result<Arc<dyn Arbiter>> {
+    let named = parked.parking.as_ref().and_then(|parking| parking.arbiter.as_deref());
+    let Some(named) = named else { return Ok(by_keeper(connector)) };
+    let unknown = || Error::new(ErrorKind::Input, "no engine is known here");
+    let found = options.engines.as_ref().ok_or_else(unknown).and_then(|engines| engines(named));
+    match found {
+        Ok(arbiter) => Ok(arbiter),
+        Err(error) if options.force => {
+            tracing::warn!(
+                arbiter = named,
+                error = error.chain(),
+                "the arbiter is not asked: taken by force"
             );
-            Err(Error::new(ErrorKind::Volume, message))
+            Ok(by_keeper(connector))
+        }
+        Err(cause) => {
+            let message = format!(
+                "{named} says who may have the parked VM {:?}, and cannot be asked from here; if you know that the VM runs \
+                 nowhere, claim it with --force",
+                options.name
+            );
+            Err(Error::new(cause.kind, message).because(cause))
         }
     }
 }
 
-/// What its members, of those who answer, know of a volume.
-fn describe_all(connector: &Arc<dyn Connector>, volume: &VolumeInfo) -> Vec<VolumeInfo> {
-    let addresses: Vec<_> = volume.members.iter().map(|member| member.address).collect();
-    describe(connector, volume.volume, &addresses)
-}
-
-/// What those who answer know of a volume.
-fn describe(connector: &Arc<dyn Connector>, volume: VolumeId, at: &[SocketAddr]) -> Vec<VolumeInfo> {
-    let ask_one = |address: &SocketAddr| -> Result<VolumeInfo> {
-        let newest = Epoch(u64::MAX);
-        let mut link = connector.connect(*address, volume, newest, Class::Bulk, ANSWER_MAX)?;
-        ask(&mut *link, Request::Control(&VmdRequest::Describe), ANSWER_MAX, |reply| match reply {
-            Reply::Control(VmdReply::Volume(info)) => Ok(*info),
-            _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
-        })
-    };
-    let known = std::thread::scope(|scope| {
-        let start = |address| host::thread::Builder::new().spawn_scoped(scope, move || ask_one(address));
-        let threads: Vec<_> = at.iter().map(start).collect();
-        threads.into_iter().filter_map(|thread| thread.ok()?.join().ok()?.ok()).collect::<Vec<_>>()
-    });
-    known.into_iter().filter(|info| info.volume == volume && info.parking.is_some()).collect()
+fn by_keeper(connector: &Arc<dyn Connector>) -> Arc<dyn Arbiter> {
+    Arc::new(KeeperArbiter::new(Arc::clone(connector), ANSWER_MAX))
 }
 
 fn range_of(first: u32, end: u32) -> PageRange {

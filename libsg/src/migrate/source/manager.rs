@@ -69,7 +69,7 @@ impl Manager {
         let recruiter = Mutex::new(Recruiter::new(&self.options, &self.manifest, (volume, epoch)));
         let address = match &self.options.to {
             To::Destination(address) => *address,
-            To::Parked(_) => return self.park(&scatter, &recruiter, members),
+            To::Parked { .. } => return self.park(&scatter, &recruiter, members),
         };
         let destination = Destination { address, secret: self.options.secret.clone(), volume, epoch };
         let (control, options) = (&*self.control, &self.options);

@@ -142,7 +142,7 @@ mod test {
     }
 
     fn parking(keeper: usize, term: u32) -> Parking {
-        Parking { name: "web".into(), keeper: node(&keeper.to_string()), term }
+        Parking { name: "web".into(), keeper: node(&keeper.to_string()), term, arbiter: None }
     }
 
     /// What one of them knows.

@@ -75,8 +75,9 @@ impl<P> Volumes<P> {
 
 impl<P> Volume<P> {
     fn claim(&mut self, claim: &Claim, now: Instant) -> Verdict {
-        if self.parking.is_none() {
-            return Verdict::NotParked;
+        let Some(parking) = &self.parking else { return Verdict::NotParked };
+        if parking.arbiter.is_some() && !claim.force {
+            return Verdict::Elsewhere;
         }
         #[cfg(feature = "simulation")]
         if crate::host::has_bug(crate::host::Bug::ClaimedTwice) {
@@ -130,7 +131,7 @@ mod test {
     }
 
     fn parking() -> Parking {
-        Parking { name: "web".into(), keeper: node("i1"), term: 0 }
+        Parking { name: "web".into(), keeper: node("i1"), term: 0, arbiter: None }
     }
 
     fn claim(by: &str, epoch: u64) -> Claim {
@@ -209,6 +210,23 @@ mod test {
         let forced = Claim { force: true, ..claim("c", 4) };
         assert_eq!(volumes.claim_parked(ID, &forced, late), Ok(Verdict::Granted));
         volumes.run(ID, Epoch(4)).unwrap();
+    }
+
+    #[test]
+    fn where_an_engine_decides_the_keeper_does_not_but_by_force() {
+        let (mut volumes, now) = (Volumes::new(2), Instant::now());
+        create(&mut volumes, 1, 1).unwrap();
+        volumes.set_blob(ID, WRITER, StateBlob { bytes: vec![1].into(), checksum: Checksum(0) }).unwrap();
+        let arbiter = Some("etcd://10.0.0.1:2379/sg".into());
+        volumes.park(ID, WRITER, Parking { arbiter, ..parking() }).unwrap();
+        assert_eq!(volumes.claim_parked(ID, &claim("a", 2), now), Ok(Verdict::Elsewhere));
+        // As who was granted it there tells everybody.
+        let told = Claim { force: true, ..claim("a", 2) };
+        assert_eq!(volumes.claim_parked(ID, &told, now), Ok(Verdict::Granted));
+        assert_eq!(volumes.claim_parked(ID, &claim("a", 2), now), Ok(Verdict::Elsewhere));
+        volumes.run(ID, Epoch(2)).unwrap();
+        let late = Claim { force: true, ..claim("b", 9) };
+        assert_eq!(volumes.claim_parked(ID, &late, now), Ok(Verdict::Runs { by: node("a") }));
     }
 
     proptest! {

@@ -36,9 +36,25 @@ fn stands(link: &mut dyn Link) -> VolumeInfo {
     }
 }
 
+/// Where an engine decides, a keeper does what those say who were told by it.
+pub(super) fn grants_nothing_itself(bench: &Bench<'_>) {
+    let (at, id, mut writer) = bench.one();
+    let arbiter = Some("etcd://10.0.0.1/sg".into());
+    let parking = Parking { name: "web".into(), keeper: writer.member().node.clone(), term: 0, arbiter };
+    asked(&mut *writer, Request::PutState(b"the vcpus"), |_| Some(())).expect("stored");
+    said(&mut *writer, &VmdRequest::Park(parking.clone())).expect("parked");
+    assert_eq!(stands(&mut *writer).parking, Some(parking));
+    let mut owner = bench.link(&*at, id, 2);
+    assert_eq!(verdict(&mut *owner, claim("a", 2, false)), Verdict::Elsewhere);
+    assert_eq!(verdict(&mut *owner, claim("a", 2, true)), Verdict::Granted);
+    said(&mut *owner, &VmdRequest::Run).expect("it runs");
+    assert_eq!(verdict(&mut *owner, claim("b", 3, true)), Verdict::Runs { by: node("a") });
+}
+
 pub(super) fn has_one_owner(bench: &Bench<'_>) {
     let (at, id, mut writer) = bench.one();
-    let parking = Parking { name: "web".into(), keeper: writer.member().node.clone(), term: 0 };
+    let parking =
+        Parking { name: "web".into(), keeper: writer.member().node.clone(), term: 0, arbiter: None };
     let park = VmdRequest::Park(parking.clone());
     assert_eq!(verdict(&mut *writer, claim("a", 2, true)), Verdict::NotParked);
     refused(said(&mut *writer, &park), ErrorKind::Volume);

@@ -126,6 +126,7 @@ impl Volume {
         let by = claim.by.clone();
         match (&self.parking, &self.claim, self.state) {
             (None, ..) => Verdict::NotParked,
+            (Some(parking), ..) if parking.arbiter.is_some() && !claim.force => Verdict::Elsewhere,
             (_, Some((owner, _)), VolumeState::Running) => Verdict::Runs { by: owner.clone() },
             (_, Some((owner, _)), _) if *owner == by && self.epoch == claim.epoch => {
                 self.claim = Some((by, now));

@@ -132,7 +132,7 @@ impl Run {
         let intermediaries: Vec<_> = base.intermediaries.iter().enumerate().map(start).collect();
         let vm = Vm::new(0, &base.vms[0], base.random(6));
         let log = Arc::<Mutex<Log>>::default();
-        let to = (To::Parked(NAME.into()), observer(None, &source_node, &log));
+        let to = (To::parked(NAME), observer(None, &source_node, &log));
         let source = source::start(&source_node, (0, &base.vms[0]), &vm, base, to);
         log.lock().reached.insert(After::Start, Duration::ZERO);
         Self {
@@ -355,7 +355,7 @@ impl Run {
             name: NAME.into(),
             intermediaries: base.members().map(address).collect(),
             force,
-            arbiter: None,
+            engines: None,
         };
         let options = DestinationOptions {
             name: format!("claimant {nth}"),

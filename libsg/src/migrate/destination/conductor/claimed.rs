@@ -28,7 +28,7 @@ impl Conductor {
         let connector = Arc::clone(&self.options.connector);
         let mut claimant = Claimant::find(connector, &self.options.name, wanted)?;
         self.check_given_up()?;
-        claimant.ask()?;
+        claimant.begin()?;
         let (volume, epoch, name) =
             (claimant.parked.volume, claimant.claim.epoch, claimant.name().to_owned());
         tracing::info!(%volume, name, epoch = epoch.0, "claimed");
