@@ -103,8 +103,7 @@ impl Rounds {
             Rule { rounds_max: options.rounds.most(options.mode), downtime: options.rounds.downtime_limit };
         let mut leg = Leg::begin(lead, Convergence::new(rule), 0, present.into());
         if total > 0 {
-            // With several holders a page that a round took back was found with one of them.
-            let what = With { members: true, ready: false, offers: scatter.copies.holders() == 1 };
+            let what = With { members: true, ready: false, offers: true };
             with_sinks(lead, lines.as_deref_mut(), members, what, &mut || leg.step(self))?;
         }
         match lines.filter(|_| options.mode == Mode::Hybrid) {
