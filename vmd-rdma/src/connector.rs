@@ -9,7 +9,7 @@ use libsg::content::{ContentHasher, Sharing};
 use libsg::ids::{Epoch, VolumeId};
 use libsg::transport::PoolSecret;
 use libsg::vmd::{Class, Connector, Link, TcpConnector};
-use libsg::{Error, Result};
+use libsg::{Error, ErrorKind, Result};
 
 use crate::link::RdmaLink;
 use crate::verbs::Device;
@@ -22,18 +22,37 @@ pub struct RdmaConnector {
     said: Said,
 }
 
-/// What is said once, however many links there are.
+/// What is said once, however many links there are; and what is no matter of saying, where there must be no other way.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Said(Arc<AtomicBool>);
+pub(crate) struct Said {
+    is_strict: bool,
+    over: Arc<AtomicBool>,
+    not_over: Arc<AtomicBool>,
+}
 
 impl Said {
-    /// Pages do not go over the device, on one link at least.
-    pub(crate) fn not_over_the_device(&self, why: &Error) {
-        if self.0.swap(true, Ordering::Relaxed) {
+    /// Pages go over the device, on one link at least.
+    pub(crate) fn over_the_device(&self, device: &str) {
+        if !self.over.swap(true, Ordering::Relaxed) {
+            tracing::info!(device, "pages go over the RDMA device");
+        }
+    }
+
+    /// Pages do not, on one link at least.
+    ///
+    /// # Errors
+    /// They must, and so the link is of no use.
+    pub(crate) fn not_over_the_device(&self, why: Error) -> Result<()> {
+        if self.is_strict {
+            let what = "pages cannot go over the RDMA device, and may not go otherwise";
+            return Err(Error::new(ErrorKind::Unreachable, what).because(why));
+        }
+        if self.not_over.swap(true, Ordering::Relaxed) {
             tracing::debug!(error = why.chain(), "pages of one more link go over its connection");
         } else {
             tracing::warn!(error = why.chain(), "pages go over a connection, not over the RDMA device");
         }
+        Ok(())
     }
 }
 
@@ -42,6 +61,29 @@ impl RdmaConnector {
     #[must_use]
     pub fn new(secret: PoolSecret, device: Arc<dyn Device>) -> Self {
         Self { tcp: TcpConnector::new(secret), device, said: Said::default() }
+    }
+
+    /// Its links fail where pages cannot go over the device, instead of going over their connections. Those that a link
+    /// begins with, before the intermediary has let the device in, do so all the same.
+    #[must_use]
+    pub fn strict(mut self) -> Self {
+        self.said.is_strict = true;
+        self
+    }
+
+    /// [`Connector::connect`], where pages are meant to move.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn link(
+        &self,
+        address: SocketAddr,
+        (volume, epoch): (VolumeId, Epoch),
+        class: Class,
+        timeout: Duration,
+    ) -> Result<RdmaLink> {
+        let control = self.tcp.link(address, (volume, epoch), class, timeout)?;
+        RdmaLink::new(control, Arc::clone(&self.device), class, self.said.clone())
     }
 }
 
@@ -58,11 +100,10 @@ impl Connector for RdmaConnector {
         class: Class,
         timeout: Duration,
     ) -> Result<Box<dyn Link>> {
-        let control = self.tcp.link(address, (volume, epoch), class, timeout)?;
         if volume == VolumeId(0) {
             // An operator moves no pages.
-            return Ok(Box::new(control));
+            return self.tcp.connect(address, volume, epoch, class, timeout);
         }
-        Ok(Box::new(RdmaLink::new(control, Arc::clone(&self.device), class, self.said.clone())?))
+        Ok(Box::new(self.link(address, (volume, epoch), class, timeout)?))
     }
 }

@@ -5,6 +5,7 @@
 //! hardware.
 
 mod blob;
+pub mod check;
 mod connector;
 mod link;
 mod region;

@@ -30,7 +30,6 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use self::job::{Job, Spare};
 use self::way::{Half, Way};
 use crate::connector::Said;
-use crate::stream::Lost;
 use crate::verbs::Device;
 
 /// Pages that were read are released so many gets at a time, or with the next look.
@@ -162,18 +161,23 @@ impl RdmaLink {
                 self.way = Way::Asked(half);
             }
             Err(error) => {
-                self.said.not_over_the_device(&error);
                 self.way = Way::Closed;
+                self.said.not_over_the_device(error)?;
             }
         }
         Ok(())
     }
 
+    /// Whether pages that are put or wanted now go over the device.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        matches!(&self.way, Way::Open(open) if open.takes_jobs())
+    }
+
     /// Takes a put or get over the device, if that is open.
     fn take(&mut self, request: Request<'_>) -> Result<Option<Ticket>> {
-        match &self.way {
-            Way::Open(open) if !open.shut => {}
-            _ => return Ok(None),
+        if !self.is_open() {
+            return Ok(None);
         }
         request.check()?;
         let job = match request {
@@ -215,7 +219,7 @@ impl RdmaLink {
                         Ok(None) => return Ok(()),
                         Err(error) => {
                             open.shut = true;
-                            self.said.not_over_the_device(&error);
+                            self.said.not_over_the_device(error)?;
                             continue;
                         }
                     }
@@ -240,11 +244,11 @@ impl RdmaLink {
     }
 
     /// The way over the device leads nowhere any more for new pages, and for this job.
-    fn shut(&mut self, number: u64, why: &Error) -> Result<()> {
+    fn shut(&mut self, number: u64, why: Error) -> Result<()> {
         if let Way::Open(open) = &mut self.way {
             open.shut = true;
         }
-        self.said.not_over_the_device(why);
+        self.said.not_over_the_device(why)?;
         self.stand_in(number)
     }
 
@@ -267,10 +271,23 @@ impl RdmaLink {
     /// What the device has ended goes on. Whether there was anything.
     fn reap(&mut self) -> Result<bool> {
         let Way::Open(open) = &mut self.way else { return Ok(false) };
-        let any = open.stream.reap(&mut self.ended).map_err(|lost| match lost {
-            Lost::Work(fault) => fault.at(&self.control.member().node),
-            Lost::Device(error) => error.at(&self.control.member().node),
-        })?;
+        let was_proven = open.stream.is_proven();
+        let any = match open.stream.reap(&mut self.ended) {
+            Ok(any) => any,
+            Err(lost) => {
+                let error = lost.at(&self.control.member().node);
+                if was_proven {
+                    return Err(error);
+                }
+                // Nothing was ever done over it: no common network, then.
+                self.way = Way::Closed;
+                self.said.not_over_the_device(error)?;
+                return Ok(false);
+            }
+        };
+        if open.stream.is_proven() && !was_proven {
+            self.said.over_the_device(self.device.name());
+        }
         self.news |= any;
         for number in self.ended.drain(..) {
             match self.jobs.get_mut(&number) {
@@ -411,7 +428,8 @@ impl Link for RdmaLink {
     fn submit(&mut self, request: Request<'_>) -> Result<Ticket> {
         self.check_alive()?;
         if matches!(request, Request::Put { .. } | Request::Get(_)) {
-            if matches!(self.way, Way::Asked(_))
+            if !self.is_open()
+                && matches!(self.way, Way::Asked(_) | Way::Open(_))
                 && let Err(error) = self.advance()
             {
                 self.way = Way::Closed;
@@ -422,7 +440,7 @@ impl Link for RdmaLink {
                 return Ok(ticket);
             }
             let ticket = self.control.submit(request)?;
-            self.try_way()?;
+            self.try_way().inspect_err(|_| self.dead = true)?;
             return Ok(plain(ticket));
         }
         Ok(plain(self.control.submit(request)?))

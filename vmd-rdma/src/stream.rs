@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 
 use libsg::Result;
+use libsg::ids::NodeId;
 
 use crate::verbs::{Done, Fault, Limits, Operation, Piece, QueuePair, Remote, Work};
 
@@ -19,6 +20,9 @@ const REAPED: usize = 32;
 /// The number of a work request with which no batch ends, and which says that those before it came to their end: so the
 /// queue pair has room again.
 const HALFWAY: u64 = u64::MAX;
+
+/// The number of the first work request of all, which writes nothing: when it has ended, the peer is there.
+const KNOCK: u64 = u64::MAX - 1;
 
 /// Memory here, and as much there.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +72,8 @@ pub(crate) struct Stream {
     unsignalled: usize,
     /// Batches that have not ended.
     open: usize,
+    /// Packets get to the peer and back.
+    is_proven: bool,
     /// Lists of spans to use again.
     spare: Vec<VecDeque<Span>>,
     done: Vec<Done>,
@@ -158,9 +164,14 @@ impl Queue {
 }
 
 impl Stream {
-    /// Over a queue pair that is connected, with room for so many work requests.
-    pub(crate) fn new(pair: Box<dyn QueuePair>, limits: Limits, works_max: usize) -> Self {
-        Self {
+    /// Over a queue pair that is connected, with room for so many work requests. It knocks at the peer's.
+    ///
+    /// # Errors
+    /// The device refuses it.
+    pub(crate) fn new(mut pair: Box<dyn QueuePair>, limits: Limits, works_max: usize) -> Result<Self> {
+        let (operation, remote) = (Operation::Write, Remote { address: 0, key: 0 });
+        pair.post(&[Work { id: KNOCK, operation, pieces: &[], remote, signalled: true }])?;
+        Ok(Self {
             pair,
             limits,
             works_max,
@@ -168,9 +179,10 @@ impl Stream {
             writes: Queue::default(),
             unsignalled: 0,
             open: 0,
+            is_proven: false,
             spare: Vec::new(),
             done: Vec::new(),
-        }
+        })
     }
 
     /// An empty list.
@@ -241,9 +253,13 @@ impl Stream {
             any |= !self.done.is_empty();
             for done in &self.done {
                 done.result.map_err(Lost::Work)?;
-                if done.id != HALFWAY {
-                    ended.push(done.id);
-                    self.open -= 1;
+                match done.id {
+                    HALFWAY => {}
+                    KNOCK => self.is_proven = true,
+                    number => {
+                        ended.push(number);
+                        self.open -= 1;
+                    }
                 }
             }
             if self.done.len() < REAPED {
@@ -254,7 +270,12 @@ impl Stream {
 
     /// Whether anything is on its way.
     pub(crate) fn is_busy(&self) -> bool {
-        self.open > 0
+        self.open > 0 || !self.is_proven
+    }
+
+    /// Whether the peer has acknowledged anything yet. Until then nothing else is to be pushed.
+    pub(crate) fn is_proven(&self) -> bool {
+        self.is_proven
     }
 
     pub(crate) fn pair(&mut self) -> &mut dyn QueuePair {
@@ -269,6 +290,16 @@ pub(crate) enum Lost {
     Work(Fault),
     /// The device is gone.
     Device(libsg::Error),
+}
+
+impl Lost {
+    /// As an error about the peer.
+    pub(crate) fn at(self, peer: &NodeId) -> libsg::Error {
+        match self {
+            Self::Work(fault) => fault.at(peer),
+            Self::Device(error) => error.at(peer),
+        }
+    }
 }
 
 impl Drop for Stream {

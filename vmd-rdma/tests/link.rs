@@ -14,9 +14,10 @@ use libsg::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use libsg::server::Server;
 use libsg::transport::wait;
 use libsg::vmd::link::ask;
-use libsg::vmd::{Class, Connector, Reply, Request, Ticket};
+use libsg::vmd::{Class, Connector, Link as _, Reply, Request, Ticket};
 use libsg::wire::GetEntry;
 use libsg::wire::message::VmdRequest;
+use vmd_rdma::check;
 use vmd_rdma::verbs::simulated::Network;
 
 /// Pages far apart, so that no two of them are one piece anywhere.
@@ -244,11 +245,35 @@ fn where_there_is_no_device_pages_go_over_the_connection() {
     let plain = libsg::server::Config { backend: None, ..config(&network, 2, 64 * MIB) };
     let server = Server::bind(plain).unwrap().spawn().unwrap();
     let mut client = Client::create(&network, &[&server]);
-    client.warm_up();
     let pages: Vec<u32> = (1..300).collect();
-    let placements = client.put(pages.iter().copied()).unwrap();
-    assert!(client.get(&pages, &placements).unwrap().into_iter().all(|there| there));
+    for _ in 0..3 {
+        let placements = client.put(pages.iter().copied()).unwrap();
+        assert!(client.get(&pages, &placements).unwrap().into_iter().all(|there| there));
+    }
+    assert!(!client.link.is_open());
     assert_eq!(network.counts().written_bytes, 0);
+    // Where it must be the device, nothing goes.
+    let mut strict = Client::link(&common::connector(&network).strict(), &server, 1, Class::Bulk);
+    let refused = strict.put([1]).and_then(|_| strict.control(&VmdRequest::Describe).map(|_| ()));
+    assert_eq!(kind(refused), ErrorKind::Unreachable);
+}
+
+#[test]
+fn where_packets_do_not_pass_pages_go_over_the_connection() {
+    let network = Network::new(14);
+    let server = serve(&network, 2);
+    network.cut_off(2);
+    let mut client = Client::create(&network, &[&server]);
+    let pages: Vec<u32> = (1..300).collect();
+    for _ in 0..3 {
+        let placements = client.put(pages.iter().copied()).unwrap();
+        assert!(client.get(&pages, &placements).unwrap().into_iter().all(|there| there));
+    }
+    assert!(!client.link.is_open());
+    assert_eq!(network.counts().written_bytes, 0);
+    let mut strict = Client::link(&common::connector(&network).strict(), &server, 1, Class::Bulk);
+    let asked = (0..100).try_for_each(|_| strict.put([1]).map(|_| ()));
+    assert_eq!(kind(asked), ErrorKind::Unreachable);
 }
 
 #[test]
@@ -291,8 +316,7 @@ fn who_is_answered_first_is_who_waits() {
     let pages: Vec<u32> = (1..200).collect();
     let placements = client.put(pages.iter().copied()).unwrap();
     let connector = common::connector(&network);
-    let link = connector.connect(server.address(), client.volume, Epoch(1), Class::Urgent, PATIENCE).unwrap();
-    let mut urgent = Client { link, volume: client.volume };
+    let mut urgent = Client::link(&connector, &server, 1, Class::Urgent);
     for (page, placement) in pages.iter().zip(&placements) {
         assert_eq!(urgent.get(&[*page], &[*placement]).unwrap(), [true]);
     }
@@ -301,4 +325,24 @@ fn who_is_answered_first_is_who_waits() {
     let operator = connector.connect(server.address(), VolumeId(0), Epoch(0), Class::Bulk, PATIENCE).unwrap();
     assert_eq!(operator.member().node, *server.node());
     assert_eq!(network.device(CLIENTS).name(), "sim1");
+}
+
+#[test]
+fn a_pair_of_hosts_is_tried_and_nothing_is_left_there() {
+    let network = Network::new(15);
+    let server = serve(&network, 2);
+    let found = check::check(&common::connector(&network), server.address()).unwrap();
+    assert_eq!((&found.node, found.pages), (server.node(), 1 + 100 + 8 * 256));
+    assert!(network.counts().written_bytes >= 2148 * PAGE_BYTES_U64, "{:?}", network.counts());
+    eventually("its memory is back", || server.statistics().arena_bytes == 0);
+    network.cut_off(2);
+    let error = check::check(&common::connector(&network), server.address()).unwrap_err();
+    assert!(error.chain().contains("MTU"), "it says what to look at: {}", error.chain());
+    eventually("its memory is back", || server.statistics().arena_bytes == 0);
+    // An intermediary without a device says so.
+    let plain = libsg::server::Config { backend: None, ..config(&network, 3, 64 * MIB) };
+    let server = Server::bind(plain).unwrap().spawn().unwrap();
+    let error = check::check(&common::connector(&network), server.address()).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Unreachable, "{}", error.chain());
+    eventually("its memory is back", || server.statistics().arena_bytes == 0);
 }

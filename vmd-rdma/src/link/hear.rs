@@ -36,7 +36,7 @@ impl RdmaLink {
                 self.grants -= 1;
                 self.leased -= put.entries.len();
                 if error.kind == ErrorKind::Unreachable {
-                    return self.shut(number, &error);
+                    return self.shut(number, error);
                 }
                 self.heard = Some(End::Put(number, Err(error)));
                 return Ok(());
@@ -66,7 +66,7 @@ impl RdmaLink {
                 open.written(put);
                 self.leased -= put.entries.len();
                 self.releases.push(put.lease);
-                self.shut(number, &error)
+                self.shut(number, error)
             }
         }
     }
@@ -116,7 +116,7 @@ impl RdmaLink {
                 self.grants -= 1;
                 open.give_back(get.area);
                 if error.kind == ErrorKind::Unreachable {
-                    return self.shut(number, &error);
+                    return self.shut(number, error);
                 }
                 self.heard = Some(End::Got(number, Err(error)));
                 Ok(())
@@ -137,8 +137,7 @@ impl RdmaLink {
                 return Ok(());
             }
             Err(error) => {
-                self.said.not_over_the_device(&error);
-                return Ok(());
+                return self.said.not_over_the_device(error);
             }
         };
         match half.connect(&endpoint, self.class) {
@@ -147,7 +146,7 @@ impl RdmaLink {
                 epoll::add(&self.poll, fd, EventData::new_u64(1), EventFlags::IN)?;
                 self.way = Way::Open(Box::new(open));
             }
-            Err(error) => self.said.not_over_the_device(&error.at(&self.control.member().node)),
+            Err(error) => return self.said.not_over_the_device(error.at(&self.control.member().node)),
         }
         Ok(())
     }

@@ -35,6 +35,7 @@ pub(super) enum Way {
     Untried,
     /// The intermediary was asked.
     Asked(Half),
+    /// Open to jobs once packets have passed there and back.
     Open(Box<Open>),
     /// Everything goes over the connection.
     Closed,
@@ -75,7 +76,7 @@ impl Half {
     pub(super) fn connect(mut self, peer: &Endpoint, class: Class) -> Result<Open> {
         self.pair.connect(&blob::endpoint(peer)?, Patience::default())?;
         Ok(Open {
-            stream: Stream::new(self.pair, self.limits, self.works),
+            stream: Stream::new(self.pair, self.limits, self.works)?,
             windows: Windows::new(Arc::clone(&self.domain), WINDOWS),
             landing: None,
             domain: self.domain,
@@ -104,6 +105,11 @@ fn push(spans: &mut VecDeque<Span>, span: Span) {
 }
 
 impl Open {
+    /// Whether it takes jobs.
+    pub(super) fn takes_jobs(&self) -> bool {
+        !self.shut && self.stream.is_proven()
+    }
+
     /// Where so many pages may land; `None` until others were taken.
     ///
     /// # Errors

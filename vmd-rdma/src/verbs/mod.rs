@@ -7,6 +7,7 @@
 //! Terms and rules are those of the InfiniBand Architecture Specification, volume 1, chapters 9 to 11.
 #![allow(unsafe_code)] // one method is unsafe to call
 
+pub mod kernel;
 pub mod simulated;
 
 use std::fmt;
@@ -232,6 +233,7 @@ pub trait Region: Send + Sync + fmt::Debug {
 /// - A failed one leaves the queue pair in the error state: all behind it are [`Fault::Flushed`], and only
 ///   [`Self::fail`] and [`Self::reap`] are of any use.
 /// - A write whose completion has come is in the peer's memory, whatever happens to this end.
+/// - A write of nothing needs no key: it ends well when the peer has acknowledged it.
 /// - Dropped in the error state with every completion reaped, none is ever heard of later. Dropped otherwise, it goes
 ///   to the error state first.
 pub trait QueuePair: Send + fmt::Debug {

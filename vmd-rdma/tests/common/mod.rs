@@ -15,13 +15,15 @@ use libsg::memory::PageSlice;
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex};
 use libsg::server::{Config, Server, ServerHandle};
 use libsg::transport::PoolSecret;
+use libsg::vmd::conformance::{Fixture, FixtureNode};
 use libsg::vmd::link::ask;
-use libsg::vmd::{Class, Connector, Link, Reply, Request};
+use libsg::vmd::{Class, Connector, Reply, Request};
 use libsg::wire::message::{Member, VmdReply, VmdRequest};
 use libsg::wire::{GetEntry, PageEntry};
 use libsg::{Error, Result};
+use vmd_rdma::verbs::Device;
 use vmd_rdma::verbs::simulated::Network;
-use vmd_rdma::{RdmaBackend, RdmaConnector};
+use vmd_rdma::{RdmaBackend, RdmaConnector, RdmaLink};
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
 pub const MIB: u64 = 1 << 20;
@@ -35,10 +37,54 @@ pub fn secret() -> PoolSecret {
 
 /// How an intermediary on that host is set up.
 pub fn config(network: &Network, host: u16, memory_bytes: u64) -> Config {
+    config_at(network.device(host), &format!("i{host}"), memory_bytes)
+}
+
+/// The same, with this device.
+pub fn config_at(device: Arc<dyn Device>, name: &str, memory_bytes: u64) -> Config {
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    let mut config = Config::new(listen, format!("i{host}"), memory_bytes, secret());
-    config.backend = Some(Arc::new(RdmaBackend::new(network.device(host))));
+    let mut config = Config::new(listen, name.to_owned(), memory_bytes, secret());
+    config.backend = Some(Arc::new(RdmaBackend::new(device)));
     config
+}
+
+/// What the conformance suite needs: clients at one device, and intermediaries at others.
+pub struct Devices<F> {
+    pub clients: Arc<dyn Device>,
+    pub next: F,
+}
+
+struct Node {
+    config: Config,
+    server: Option<ServerHandle>,
+}
+
+impl<F: Fn() -> Arc<dyn Device> + Send + Sync> Fixture for Devices<F> {
+    fn connector(&self) -> Arc<dyn Connector> {
+        Arc::new(RdmaConnector::new(secret(), self.clients.clone()))
+    }
+
+    fn start(&self, limit_bytes: u64) -> Box<dyn FixtureNode> {
+        let mut node = Node { config: config_at((self.next)(), "node", limit_bytes), server: None };
+        node.restart();
+        Box::new(node)
+    }
+}
+
+impl FixtureNode for Node {
+    fn address(&self) -> SocketAddr {
+        self.config.listen
+    }
+
+    fn kill(&mut self) {
+        self.server.take().into_iter().for_each(ServerHandle::shutdown);
+    }
+
+    fn restart(&mut self) {
+        let server = Server::bind(self.config.clone()).unwrap();
+        self.config.listen = server.address();
+        self.server = Some(server.spawn().unwrap());
+    }
 }
 
 pub fn serve(network: &Network, host: u16) -> ServerHandle {
@@ -64,7 +110,7 @@ pub fn batch(pages: impl IntoIterator<Item = u32>) -> (Vec<PageEntry>, Vec<PageS
 }
 
 pub struct Client {
-    pub link: Box<dyn Link>,
+    pub link: Box<RdmaLink>,
     pub volume: VolumeId,
 }
 
@@ -72,9 +118,12 @@ pub const VOLUME: VolumeId = VolumeId(1);
 
 impl Client {
     pub fn connect(network: &Network, server: &ServerHandle, epoch: u64) -> Self {
-        let connector = connector(network);
-        let link = connector.connect(server.address(), VOLUME, Epoch(epoch), Class::Bulk, PATIENCE).unwrap();
-        Self { link, volume: VOLUME }
+        Self::link(&connector(network), server, epoch, Class::Bulk)
+    }
+
+    pub fn link(connector: &RdmaConnector, server: &ServerHandle, epoch: u64, class: Class) -> Self {
+        let link = connector.link(server.address(), (VOLUME, Epoch(epoch)), class, PATIENCE).unwrap();
+        Self { link: Box::new(link), volume: VOLUME }
     }
 
     /// A volume at these, as the client of the first.
@@ -101,11 +150,16 @@ impl Client {
         })
     }
 
-    /// The first pages go over the connection; those behind this go over the device, where there is one.
+    /// The first pages go over the connection; those behind this go over the device.
     pub fn warm_up(&mut self) {
         self.put([0]).unwrap();
-        // Answers come in the order of what was asked.
-        self.control(&VmdRequest::Describe).unwrap();
+        for _ in 0..1000 {
+            if self.link.is_open() {
+                return;
+            }
+            self.control(&VmdRequest::Describe).unwrap();
+        }
+        panic!("the device was not let in");
     }
 
     pub fn put(&mut self, pages: impl IntoIterator<Item = u32>) -> Result<Vec<Option<Placement>>> {

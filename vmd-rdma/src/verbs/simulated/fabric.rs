@@ -303,6 +303,9 @@ impl Fabric {
             self.pairs.get(&peer_number).filter(|peer| reached && !peer.failed && peer.gid == peer_gid);
         let peer = peer.ok_or(Fault::RetriesExceeded)?;
         let bytes = work.bytes();
+        if bytes == 0 && work.operation != Operation::Read {
+            return Ok(());
+        }
         let far = self.regions.get(&work.remote.key).filter(|region| region.domain == peer.domain);
         let may = |access: &Access| match work.operation {
             Operation::Read => access.remote_read,

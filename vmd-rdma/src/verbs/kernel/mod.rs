@@ -1,0 +1,92 @@
+//! Devices of the kernel, by libibverbs, which is loaded at run time: without it, and without devices, everything but this
+//! works.
+//!
+//! [`Choice`] says which port, [`open`] opens it. What stands in the way is said with what to do about it.
+
+mod context;
+mod domain;
+mod pair;
+mod ports;
+mod refusal;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use libsg::Result;
+
+use self::context::Context;
+use self::domain::KernelDomain;
+pub use self::ports::{Gid, GidKind, LinkLayer, Port};
+use super::{Device, Domain, Limits};
+
+/// Which port of which device, and how it is used. What is not said is chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// The device, as `rdma link` names it.
+    pub device: Option<String>,
+    /// Its port, from 1.
+    pub port: Option<u8>,
+    /// The global identifier, by its index at the port. Else the one of `near`; on Ethernet else RoCE v2 with an IPv4
+    /// address, then with an IPv6 address.
+    pub gid_index: Option<u32>,
+    /// For the network's quality of service: the IP header's, on Ethernet.
+    pub traffic_class: u8,
+    /// Bytes of the largest packet, at most what the port has now.
+    pub mtu_bytes: Option<u32>,
+    /// An address of this host: of several ports the one that has it, if one does.
+    pub near: Option<IpAddr>,
+}
+
+/// Ports of all devices that can be opened.
+///
+/// # Errors
+/// libibverbs is not here, the kernel has no RDMA, or no device can be opened.
+pub fn ports() -> Result<Vec<Port>> {
+    let mut all = Vec::new();
+    for context in Context::open_all()? {
+        all.extend(context.ports()?);
+    }
+    Ok(all)
+}
+
+/// Opens the port that is chosen.
+///
+/// # Errors
+/// [`libsg::ErrorKind::Input`] where there is none like it, or it is down; those of [`ports`].
+pub fn open(choice: &Choice) -> Result<Arc<dyn Device>> {
+    let contexts: Vec<Arc<Context>> = Context::open_all()?;
+    let mut all = Vec::new();
+    for context in &contexts {
+        all.extend(context.ports()?);
+    }
+    let picked = ports::pick(&all, choice)?;
+    let context = contexts.into_iter().find(|context| context.name() == picked.port.device);
+    let context = context.ok_or_else(|| refusal::no_device(&[]))?;
+    let limits = domain::probe(&context, &picked)?;
+    Ok(Arc::new(KernelDevice(Arc::new(Opened { context, picked, limits }))))
+}
+
+/// A port that is open, as its domains and queue pairs need it.
+#[derive(Debug)]
+struct Opened {
+    context: Arc<Context>,
+    picked: ports::Picked,
+    limits: Limits,
+}
+
+#[derive(Debug)]
+struct KernelDevice(Arc<Opened>);
+
+impl Device for KernelDevice {
+    fn name(&self) -> &str {
+        self.0.context.name()
+    }
+
+    fn limits(&self) -> Limits {
+        self.0.limits
+    }
+
+    fn domain(&self) -> Result<Arc<dyn Domain>> {
+        Ok(Arc::new(KernelDomain::new(&self.0)?))
+    }
+}
