@@ -74,7 +74,9 @@ pub fn run(arguments: &RunArguments) -> Result<u8> {
     if arguments.canary_panic_at.is_some() {
         tracing::warn!("TEST CANARY: a worker of a migration will panic on purpose");
     }
-    let moves = Moves::new(secret, pool, arguments.canary_panic_at);
+    let near = arguments.incoming.map(|address| address.ip());
+    let connector = arguments.transport.connector(secret.clone(), near)?;
+    let moves = Moves::new(secret, connector, pool, arguments.canary_panic_at);
     let gather_limit = arguments.gather_limit.bytes_per_s();
     let vmm = Arc::new(Vmm { berth, moves, serial, gather_limit, end, ended: false.into() });
     end_on_lost_pages()?;

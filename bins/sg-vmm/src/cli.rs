@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use libsg::migrate::PoolSecret;
 use libsg::units::{Rate, Size};
 use libsg::{Error, ErrorKind, Result};
+use transports::TransportArgs;
 
 use crate::config::{BackingKind, VcpuKind, VmConfig, Workload};
 use crate::kvm::KvmVm;
@@ -125,6 +126,9 @@ pub struct RunArguments {
     /// that dies on the way; and while a VM leaves, others do not choose nodes of this host
     #[arg(long, value_name = "WHERE")]
     pub pool: Option<String>,
+    /// How pages reach intermediaries.
+    #[command(flatten)]
+    pub transport: TransportArgs,
     /// The zone (rack, power feed) this host is in
     #[arg(long, value_name = "Z", requires = "pool")]
     pub zone: Option<String>,

@@ -19,7 +19,7 @@ use libsg::migrate::{Mode, PoolSecret, Replacements, RoundOptions, Via};
 use libsg::report::{Bytes, DestinationReport, Sample, SourceReport};
 use libsg::source::{MemorySource, PageSource};
 use libsg::units::Rate;
-use libsg::vmd::TcpConnector;
+use libsg::vmd::Connector;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -125,6 +125,7 @@ impl Start {
 /// Leaving and arriving.
 pub struct Moves {
     secret: PoolSecret,
+    connector: Arc<dyn Connector>,
     pool: Option<Arc<PoolView>>,
     canary: Option<Arc<PanicAt>>,
     began: Mutex<Option<Instant>>,
@@ -133,21 +134,23 @@ pub struct Moves {
 }
 
 impl Moves {
-    /// No migration yet. The canary is the page at which a worker panics.
+    /// No migration yet; those that come reach intermediaries by the connector. The canary is the page at which a worker panics.
     #[must_use]
-    pub fn new(secret: PoolSecret, pool: Option<PoolView>, canary: Option<u64>) -> Arc<Self> {
+    pub fn new(
+        secret: PoolSecret,
+        connector: Arc<dyn Connector>,
+        pool: Option<PoolView>,
+        canary: Option<u64>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             secret,
+            connector,
             pool: pool.map(Arc::new),
             canary: canary.map(|page| Arc::new(PanicAt::page(page))),
             began: Mutex::new(None),
             outgoing: Mutex::new(None),
             incoming: Mutex::new(None),
         })
-    }
-
-    fn connector(&self) -> Arc<TcpConnector> {
-        Arc::new(TcpConnector::new(self.secret.clone()))
     }
 
     fn observer(self: &Arc<Self>) -> Observer {
@@ -226,7 +229,7 @@ impl Moves {
             intermediaries,
             replacements,
             secret: self.secret.clone(),
-            connector: self.connector(),
+            connector: Arc::clone(&self.connector),
             scatter_limit_bytes_per_s: scatter_limit.map_or(0, Rate::bytes_per_s),
             ready_timeout: READY_TIMEOUT,
             observer: self.observer(),
@@ -271,7 +274,7 @@ impl Moves {
         berth: &Berth,
         serial: Serial,
     ) -> Result<SocketAddr> {
-        let mut options = DestinationOptions::new(address, self.secret.clone(), self.connector());
+        let mut options = DestinationOptions::new(address, self.secret.clone(), Arc::clone(&self.connector));
         options.gather_limit = gather_limit;
         options.observer = self.observer();
         let destination = Destination::listen(options)?;
@@ -299,7 +302,7 @@ impl Moves {
             return Err(Error::new(ErrorKind::Input, "there is a VM here, or one arrives"));
         }
         let nowhere = (std::net::Ipv4Addr::LOCALHOST, 0).into();
-        let mut options = DestinationOptions::new(nowhere, self.secret.clone(), self.connector());
+        let mut options = DestinationOptions::new(nowhere, self.secret.clone(), Arc::clone(&self.connector));
         options.name = this_process();
         options.gather_limit = gather_limit;
         options.observer = self.observer();

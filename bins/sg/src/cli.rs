@@ -10,6 +10,7 @@ use libsg::discovery::{Found, Pool as _, StaticPool};
 use libsg::transport::PoolSecret;
 use libsg::units::{Rate, Size};
 use pools::Meeting;
+use transports::TransportArgs;
 
 /// The port an intermediary listens on.
 pub const PORT: u16 = 7701;
@@ -79,15 +80,9 @@ pub enum Command {
     Limit(crate::evict::LimitArgs),
     /// Serve a volume as a block device, to whatever speaks NBD
     Nbd(crate::nbd::NbdArgs),
-}
-
-/// How pages reach an intermediary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Transport {
-    /// The best there is
-    Auto,
-    /// TCP
-    Tcp,
+    /// Look at RDMA devices, and try them with an intermediary
+    #[command(subcommand)]
+    Rdma(crate::rdma::RdmaCommand),
 }
 
 /// How logs are written, to standard error.
@@ -162,9 +157,9 @@ pub struct ServeArgs {
     /// announcements]
     #[arg(long, value_name = "RATE")]
     pub link: Option<Rate>,
-    /// How pages reach it
-    #[arg(long, value_enum, default_value = "auto")]
-    pub transport: Transport,
+    /// How pages reach it.
+    #[command(flatten)]
+    pub transport: TransportArgs,
     /// How logs are written, to standard error
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,

@@ -10,6 +10,7 @@ mod nbd;
 mod operate;
 mod plan;
 mod process;
+mod rdma;
 mod serve;
 mod table;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         cli::Command::Cancel(args) => evict::cancel(args),
         cli::Command::Limit(args) => evict::limit(args),
         cli::Command::Nbd(args) => nbd::run(args),
+        cli::Command::Rdma(args) => rdma::run(args),
     };
     match done {
         Ok(code) => ExitCode::from(code),

@@ -94,6 +94,8 @@ fn config(args: &ServeArgs) -> Result<Config> {
     config.zone.clone_from(&args.zone);
     config.limit_in_bytes_per_s = args.limit_in.bytes_per_s();
     config.limit_out_bytes_per_s = args.limit_out.bytes_per_s();
+    config.backend =
+        args.transport.backend(args.listen.ip()).map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
     config.canary_flip_slot = args.canary_flip_slot;
     if args.canary_flip_slot.is_some() {
         tracing::warn!("TEST CANARY: a stored page will be damaged on purpose");

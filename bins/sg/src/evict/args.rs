@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use libsg::limits::NAME_BYTES_MAX;
 use libsg::units::Rate;
 use pools::Meeting;
+use transports::TransportArgs;
 
 use crate::cli::{Intermediaries, PORT as INTERMEDIARY_PORT, WrongArguments, resolve_at};
 
@@ -188,6 +189,9 @@ pub struct EvictArgs {
     /// With --qmp: writable disks are where the destination finds them too, whatever file system they are on
     #[arg(long, requires = "qmp")]
     pub shared_disks: bool,
+    /// With --qmp: how pages leave for intermediaries (VMMs have been told at their start).
+    #[command(flatten)]
+    pub transport: TransportArgs,
     /// Which intermediaries.
     #[command(flatten)]
     pub at: Intermediaries,
@@ -260,6 +264,9 @@ pub struct GatherArgs {
     /// Write the report as JSON; - = standard output
     #[arg(long, value_name = "PATH")]
     pub json: Option<PathBuf>,
+    /// With --qmp: how pages come from intermediaries (VMMs have been told at their start).
+    #[command(flatten)]
+    pub transport: TransportArgs,
     /// Which intermediaries.
     #[command(flatten)]
     pub at: Intermediaries,

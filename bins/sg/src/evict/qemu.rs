@@ -13,7 +13,6 @@ use libsg::migrate::source::{Outgoing, SourceOptions, start};
 use libsg::migrate::{Event, Mode, RoundOptions};
 use libsg::report::{Report, Status};
 use libsg::units::Rate;
-use libsg::vmd::TcpConnector;
 use libsg::{Error, ErrorKind};
 use qemu::{ArrivingQemu, Departure, Disks, Found, Qmp};
 use serde_json::json;
@@ -59,7 +58,7 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
         replacements: None,
         replicas: args.replicas,
         rounds: RoundOptions::USUAL,
-        connector: Arc::new(TcpConnector::new(secret.clone())),
+        connector: args.transport.connector(secret.clone(), None)?,
         secret,
         scatter_limit_bytes_per_s: args.scatter.map_or(0, Rate::bytes_per_s),
         ready_timeout: READY_TIMEOUT,
@@ -115,7 +114,7 @@ pub fn gather(args: &GatherArgs, socket: &Path, listen: SocketAddr, interrupted:
     let secret = secret(args.at.secret.as_deref())?;
     let mut qmp = Qmp::connect(socket)?;
     clear(socket, &qemu::destination(&mut qmp)?)?;
-    let connector = Arc::new(TcpConnector::new(secret.clone()));
+    let connector = args.transport.connector(secret.clone(), Some(listen.ip()))?;
     let options = DestinationOptions {
         gather_limit: args.limit.map_or(0, Rate::bytes_per_s),
         observer: Arc::new(tell),
