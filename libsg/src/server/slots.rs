@@ -345,18 +345,17 @@ impl Slots {
         slot: SlotIndex,
         generation: Generation,
     ) -> Option<Owner> {
-        let Entry::Leased(chunk) = self.entries.get(ChunkNumber::of(slot).0 as usize)? else { return None };
-        let at = slot.0 as usize % CHUNK_SLOTS;
+        let (chunk, at) = self.chunk(slot)?;
         let held = &chunk.slots[at];
         if !chunk.stored.contains(at) || held.generation != generation.0 {
             return None;
         }
-        let (checksum, round) = if chunk.volume == volume && chunk.owned.contains(at) && held.page == page.0 {
-            (held.checksum, held.round)
-        } else {
-            let referring = self.leases.get(&volume)?.refs.get(&(page.0, slot.0))?;
-            (referring.checksum, referring.round)
-        };
+        let own = chunk.owns(volume, page, at).then_some((held.checksum, held.round));
+        let referring = self.reference(chunk, at, (volume, page, slot));
+        let referring = referring.map(|referring| (referring.checksum, referring.round));
+        // Of a page that holds it twice, for two rounds that found the same bytes, the newer counts.
+        let both = [referring, own].into_iter().flatten();
+        let (checksum, round) = both.max_by_key(|(_, round)| *round)?;
         Some(Owner { page, checksum: Checksum(checksum), round: Round(round) })
     }
 
@@ -401,6 +400,13 @@ impl Slots {
                 chunk.owned.remove(at);
                 self.let_go(slot);
             }
+        }
+    }
+
+    fn chunk(&self, slot: SlotIndex) -> Option<(&Chunk, usize)> {
+        match self.entries.get(ChunkNumber::of(slot).0 as usize)? {
+            Entry::Leased(chunk) => Some((chunk, slot.0 as usize % CHUNK_SLOTS)),
+            _ => None,
         }
     }
 

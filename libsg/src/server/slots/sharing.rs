@@ -115,6 +115,11 @@ fn word_of(entries: &[Entry], slot: u32) -> u64 {
 }
 
 impl Chunk {
+    /// Whether a page holds the slot that was written for it.
+    pub(super) fn owns(&self, volume: VolumeId, page: PageIndex, at: usize) -> bool {
+        self.volume == volume && self.owned.contains(at) && self.slots[at].page == page.0
+    }
+
     /// Whether anybody holds what is stored there.
     fn is_held(&self, at: usize) -> bool {
         self.owned.contains(at) || self.contents.as_ref().is_some_and(|contents| contents.references[at] > 0)
@@ -123,20 +128,35 @@ impl Chunk {
 
 impl Slots {
     /// A page lies in the slot no more; the slot is free when nobody else holds it. Nothing happens unless [`Self::read`]
-    /// finds the page there. Of a page that holds its slot twice, one hold goes.
+    /// finds the page there. Of a page that holds its slot twice, one hold goes: the older one, since the bytes are those of the
+    /// newer round as well.
     pub fn release(&mut self, volume: VolumeId, page: PageIndex, slot: SlotIndex, generation: Generation) {
         if self.read(volume, page, slot, generation).is_none() {
             return;
         }
-        let Some((chunk, at)) = self.chunk_mut(slot) else { return };
-        let is_shared = chunk.contents.as_ref().is_some_and(|contents| contents.references[at] > 0);
-        if is_shared && self.release_reference(volume, page, slot) {
+        let Some((chunk, at)) = self.chunk(slot) else { return };
+        let referring = self.reference(chunk, at, (volume, page, slot));
+        let owns_older = |round| chunk.owns(volume, page, at) && chunk.slots[at].round < round;
+        if referring.is_some_and(|referring| !owns_older(referring.round)) {
+            self.release_reference(volume, page, slot);
             return;
         }
         if let Some((chunk, at)) = self.chunk_mut(slot) {
             chunk.owned.remove(at);
             self.let_go(slot);
         }
+    }
+
+    /// How a page refers to a slot, if it does.
+    pub(super) fn reference(
+        &self,
+        chunk: &Chunk,
+        at: usize,
+        (volume, page, slot): (VolumeId, PageIndex, SlotIndex),
+    ) -> Option<&Reference> {
+        let contents = chunk.contents.as_ref()?;
+        let is_shared = contents.references[at] > 0;
+        self.leases.get(&volume).filter(|_| is_shared)?.refs.get(&(page.0, slot.0))
     }
 
     /// Frees a stored slot that nobody holds any more.

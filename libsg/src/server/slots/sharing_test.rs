@@ -208,10 +208,14 @@ impl Model {
                 let hold = self.holds[at.index(self.holds.len())];
                 let generation = self.written[&hold.slot].1;
                 slots.release(volume(hold.v), PageIndex(hold.page), SlotIndex(hold.slot), generation);
-                // Of a page's holds on a slot, references go first, the oldest before the others.
+                // Of a page's holds on a slot, one that was written for it goes first if it is older than all references, else
+                // a reference, the oldest before the others.
                 let same =
                     |other: &&Hold| (other.v, other.page, other.slot) == (hold.v, hold.page, hold.slot);
-                let gone = self.holds.iter().filter(same).map(|h| (h.own, h.round)).min().expect("itself");
+                let all = || self.holds.iter().filter(same);
+                let newest = all().filter(|h| !h.own).map(|h| h.round).max();
+                let older = all().find(|h| h.own && Some(h.round) < newest).map(|h| (h.own, h.round));
+                let gone = older.or_else(|| all().map(|h| (h.own, h.round)).min()).expect("itself");
                 let at = self.holds.iter().position(|h| same(&h) && (h.own, h.round) == gone);
                 self.holds.remove(at.expect("there"));
             }
@@ -266,9 +270,14 @@ impl Model {
             assert_eq!(slots.stored_pages_of(volume(v)), held as u64);
             for (slot, (content, generation)) in &self.written {
                 for page in 0..20 {
-                    let holds = self.holds.iter().any(|h| (h.v, h.page, h.slot) == (v, page, *slot));
+                    let holds = self.holds.iter().filter(|h| (h.v, h.page, h.slot) == (v, page, *slot));
+                    let newest = holds.map(|h| h.round).max();
                     let read = slots.read(volume(v), PageIndex(page), SlotIndex(*slot), *generation);
-                    assert_eq!(read.is_some(), holds, "volume {v}, page {page}, slot {slot}");
+                    assert_eq!(
+                        read.map(|owner| owner.round.0),
+                        newest,
+                        "volume {v}, page {page}, slot {slot}"
+                    );
                     assert!(read.is_none_or(|owner| owner.checksum == Checksum((*content).into())));
                 }
             }
