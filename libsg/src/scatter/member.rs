@@ -248,7 +248,7 @@ impl MemberSink {
             any = true;
             self.ack_time.took(now.saturating_duration_since(asked.at));
             match (asked.what, completion.result) {
-                (What::Put(batch, mut pages, holders), Ok(Reply::Stored { placements, missing })) => {
+                (What::Put(batch, pages, holders), Ok(Reply::Stored { placements, missing })) => {
                     self.window.acknowledged(pages.len() * PAGE_BYTES, now);
                     #[cfg(feature = "simulation")]
                     let counted_on = host::has_bug(host::Bug::UnitHalfStored).then(|| counted_on(placements));
@@ -286,7 +286,6 @@ impl MemberSink {
                     self.scatter.note_stored(self.entries.iter().map(|entry| entry.page), self.member);
                     self.scatter.route(&self.entries);
                     self.scatter.announce(&self.entries);
-                    pages.clear();
                     self.spare_pages.push(pages);
                 }
                 (What::Put(batch, pages, holders), refused) => {
@@ -412,6 +411,7 @@ impl MemberSink {
         let Loaded { entries, slices, .. } = &self.loaded;
         let ticket = self.link.submit(Request::Put { entries, slices, copies: holders })?;
         let mut pages = self.spare_pages.pop().unwrap_or_default();
+        pages.clear();
         pages.extend(entries.iter().map(|entry| (entry.page, entry.checksum)));
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         self.scatter.counters.staged.fetch_add(bytes, Ordering::Relaxed);

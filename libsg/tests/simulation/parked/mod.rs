@@ -326,6 +326,16 @@ fn an_index_server_is_asked_again_within_its_grace() {
     }
 }
 
+/// The only one that is left cannot leave: it refuses what it is given, and takes it when it stays. The pages of a batch that was
+/// refused were taken for pages of the next one, and so for being where others were.
+#[test]
+fn one_that_refused_pages_and_takes_them_again_has_them() {
+    let at = |what| At { after: After::Commit, delay: Duration::ZERO, what };
+    let outcome = claimed(2, vec![at(What::Leave(0, None)), at(What::Kill(Who::Intermediary(1), None))]);
+    let gathered = outcome.lines.iter().any(|line| line.contains("claimant 0: Gathered"));
+    assert!(gathered, "{:#?}", outcome.lines);
+}
+
 /// Both leave, and new ones start at their places. Who had come was not asked where it became known between the question who
 /// the members are and the one where pages are; and an index that had been handed over named places from which others had
 /// taken them since.
