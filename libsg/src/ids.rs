@@ -57,7 +57,7 @@ pub fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
 }
 
 /// An intermediary: its configured name plus a random number drawn when the process started.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct NodeId {
     /// The name the operator gave (`--name`), at most [`crate::limits::NODE_NAME_BYTES_MAX`] bytes.
     pub name: String,
@@ -104,6 +104,12 @@ impl MemberSet {
     #[must_use]
     pub fn of(member: MemberIndex) -> Self {
         Self(1_u64.checked_shl(member.0.into()).unwrap_or(0))
+    }
+
+    /// The first so many members.
+    #[must_use]
+    pub const fn first(members: usize) -> Self {
+        if members >= u64::BITS as usize { Self::ALL } else { Self((1 << members) - 1) }
     }
 
     /// These and one more.

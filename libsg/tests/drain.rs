@@ -1,9 +1,10 @@
-//! An intermediary that leaves: what it has goes to others first, over real connections in one process.
+//! An intermediary that leaves, or dies: what it has goes to others first, or copies of what it had are made again, over real
+//! connections in one process.
 #![allow(clippy::unwrap_used, reason = "a test that fails shall say where")]
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libsg::ErrorKind;
 use libsg::content::{HashKind, Sharing};
@@ -416,4 +417,73 @@ fn an_index_entry_that_comes_late_names_where_its_page_is() {
     drop((volume, link));
     pool.remove(0).shutdown();
     is_whole(id, &pool, &pages);
+}
+
+/// Waits until all of them are through with the copies of a volume, without so many members; how many are missing.
+fn mended(servers: &[ServerHandle], id: VolumeId, away: u16) -> u64 {
+    let begun = Instant::now();
+    loop {
+        let said: Vec<_> = servers.iter().map(|server| describe(server, id).mending).collect();
+        let missing = said.iter().map(|said| said.missing_copies.filter(|_| said.away_members == away)).sum();
+        if let Some(missing) = missing {
+            return missing;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{said:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Two of three die one after the other, of each page there were two copies.
+fn outlives_two(sharing: Option<Sharing>) {
+    let mut pool = servers(3);
+    let volume = create(&pool, &manifest(sharing, InstallUnit::Page));
+    let (id, pages) = (volume.id(), fill(&*volume, 2));
+    drop(volume);
+    drop(pool.remove(2));
+    assert_eq!(mended(&pool, id, 1), 0);
+    for server in &pool {
+        assert_eq!(describe(server, id).stored_pages, pages.len() as u64);
+    }
+    drop(pool.remove(0));
+    // This client told each zero page one index server: those that the first to die alone had heard of are not known.
+    let unknown = (2048..3072).filter(|page| page % 3 == 0).count();
+    assert_eq!(has_all(id, &pool, &pages), PAGES as usize - unknown);
+    // Nobody is left to have another.
+    assert_eq!(mended(&pool, id, 2), pages.len() as u64);
+}
+
+#[test]
+fn copies_that_went_with_one_that_died_are_made_again() {
+    outlives_two(None);
+}
+
+#[test]
+fn shared_pages_are_copied_again() {
+    outlives_two(Some(Sharing { hash: HashKind::Blake3, domain: "tenant".into() }));
+}
+
+#[test]
+fn where_there_is_no_room_for_copies_it_is_said_how_many_are_missing() {
+    let mut pool = vec![server("i1"), server("i2"), server_with("i3", 2 << 20)];
+    let volume = create(&pool, &manifest(None, InstallUnit::Page));
+    let (id, pages) = (volume.id(), fill(&*volume, 2));
+    drop(volume);
+    drop(pool.remove(0));
+    let missing = mended(&pool, id, 1);
+    // A chunk of 512 pages is all the last one has.
+    assert_eq!(missing, pages.len() as u64 - 512);
+    assert_eq!(describe(&pool[1], id).stored_pages, 512);
+}
+
+#[test]
+fn what_was_dissolved_is_not_brought_back() {
+    let mut pool = servers(3);
+    let volume = create(&pool, &manifest(None, InstallUnit::Page));
+    let (id, _) = (volume.id(), fill(&*volume, 2));
+    drop(volume);
+    drop(pool.remove(0));
+    let mut link = connector().connect(pool[0].address(), id, Epoch::FIRST, Class::Bulk, PATIENCE).unwrap();
+    ask(&mut *link, Request::Control(&VmdRequest::Dissolve), PATIENCE, |_| Ok(())).unwrap();
+    assert!(mended(&pool[1..], id, 1) > 0);
+    assert_eq!((pool[0].statistics().volumes.len(), pool[0].statistics().used_bytes), (0, 0));
 }

@@ -24,6 +24,7 @@ use libsg::wire::final_set::{self, Blobs};
 use libsg::wire::handover::Leaving;
 use libsg::wire::handshake::{Challenge, Hello, PoolKey, Purpose};
 use libsg::wire::link_use::{LinkUse, LocalTraffic};
+use libsg::wire::mending::Mending;
 use libsg::wire::message::{
     self, Member, NodeStatistics, Rounds, Talk, VmdReply, VmdRequest, VolumeInfo, VolumeState, VolumeSummary,
 };
@@ -205,6 +206,7 @@ fn messages() -> Vec<Vec<u8>> {
         VmdRequest::Park(parking.clone()),
         VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }),
         VmdRequest::Succeed { epoch: Epoch(9) },
+        VmdRequest::Copies(3),
     ];
     let (volume, state) = (VolumeId(u128::MAX), VolumeState::Sealed);
     let info = VolumeInfo {
@@ -221,6 +223,7 @@ fn messages() -> Vec<Vec<u8>> {
         age_s: 11,
         parking: Some(parking),
         owner: Some(node()),
+        mending: Mending { copies: 2, away_members: 1, missing_copies: None },
     };
     let summary = VolumeSummary {
         volume,
@@ -232,6 +235,7 @@ fn messages() -> Vec<Vec<u8>> {
         age_s: 2,
         parked_as: Some("web".into()),
         owner: Some(node()),
+        mending: Mending { copies: 2, away_members: 1, missing_copies: None },
     };
     let statistics = NodeStatistics {
         node: members()[0].node.clone(),

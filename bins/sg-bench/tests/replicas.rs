@@ -152,3 +152,45 @@ fn with_fewer_intermediaries_than_copies_it_goes_on_and_says_so() {
     source.quit(0);
     destination.quit(0);
 }
+
+/// The volume there is, as all intermediaries that live know it: `None` while they are not through with its copies.
+fn whole_without(world: &World, away: u64) -> Option<serde_json::Value> {
+    let listed = world.sg(&["ls", "--json"]);
+    let volumes: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
+    let at = volumes["volumes"][0]["at"].as_array().cloned().unwrap_or_default();
+    let is_whole = |at: &serde_json::Value| {
+        at["mending"]["away_members"].as_u64() == Some(away)
+            && at["mending"]["missing_copies"].as_u64() == Some(0)
+    };
+    let whole = at.len() == world.intermediaries.len() && at.iter().all(is_whole);
+    whole.then(|| volumes["volumes"][0].clone())
+}
+
+/// Evicted long ago: with each death the copies that went with it are made again by those that are left.
+#[test]
+fn parked_pages_outlive_all_intermediaries_but_one_that_die_one_after_the_other() {
+    let mut world = World::new(3, &[]);
+    let source = world.vm("source", "--memory 16M --zero-fraction 0.1");
+    let members: Vec<String> = world.members().iter().map(ToString::to_string).collect();
+    let start = json!({"do": "start", "park": "web", "intermediaries": members, "replicas": 2});
+    assert_eq!(source.ask(&start)["ok"], true);
+    source.process.wait("evicted");
+    source.process.kill();
+    let volume = whole_without(&world, 0).expect("nobody has died");
+    let pages = volume["stored_pages"].as_u64().expect("pages");
+    world.intermediaries.remove(2).process.kill();
+    let begun = std::time::Instant::now();
+    let mended = loop {
+        if let Some(volume) = whole_without(&world, 1) {
+            break volume;
+        }
+        assert!(begun.elapsed() < world::PATIENCE, "{}", world.sg(&["ls"]));
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    assert_eq!(mended["stored_pages"].as_u64(), Some(pages), "{mended}");
+    // The first is the keeper.
+    world.intermediaries.remove(1).process.kill();
+    let claimant = world.claim("claimant", "web", "");
+    claimant.arrived(16);
+    claimant.quit(0);
+}

@@ -76,7 +76,19 @@ pub fn list(args: &PoolArgs) -> Result<u8> {
         println!("{}", json!({ "schema": SCHEMA, "status": "ok", "volumes": volumes }));
     } else {
         let rows: Vec<_> = volumes.iter().map(|(id, parts)| volume_row(*id, parts)).collect();
-        let heading = ["VOLUME", "VM", "NAME", "STATE", "COMMITTED", "OWNER", "PAGES", "COPIES", "AGE", "AT"];
+        let heading = [
+            "VOLUME",
+            "VM",
+            "NAME",
+            "STATE",
+            "COMMITTED",
+            "OWNER",
+            "PAGES",
+            "COPIES",
+            "MISSING",
+            "AGE",
+            "AT",
+        ];
         print!("{}", table::render(&heading, &rows));
         report_failures(&answers);
     }
@@ -262,6 +274,7 @@ fn summary_json(volume: &VolumeSummary) -> serde_json::Value {
         "age_s": volume.age_s,
         "parked_as": volume.parked_as,
         "owner": volume.owner.as_ref().map(ToString::to_string),
+        "mending": volume.mending,
     })
 }
 
@@ -325,6 +338,15 @@ fn volume_json(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> ser
     })
 }
 
+/// Copies that are missing, as far as those that have the pages know; while some are made again that is not known.
+fn missing(parts: &[(&NodeStatistics, &VolumeSummary)]) -> String {
+    if parts.iter().all(|(_, volume)| volume.mending.copies == 1) {
+        return "-".into();
+    }
+    let all = parts.iter().map(|(_, volume)| volume.mending.missing_copies).sum::<Option<u64>>();
+    all.map_or_else(|| "?".into(), |missing| missing.to_string())
+}
+
 /// The name under which it is parked.
 fn parked_as(parts: &[(&NodeStatistics, &VolumeSummary)]) -> Option<String> {
     parts.iter().find_map(|(_, volume)| volume.parked_as.clone())
@@ -350,6 +372,7 @@ fn volume_row(id: VolumeId, parts: &[(&NodeStatistics, &VolumeSummary)]) -> Vec<
         owner(parts).unwrap_or_else(|| "-".into()),
         parts.iter().map(|(_, volume)| volume.stored_pages).sum::<u64>().to_string(),
         parts.iter().map(|(_, volume)| volume.copied_pages).sum::<u64>().to_string(),
+        missing(parts),
         table::age(parts.iter().map(|(_, volume)| volume.age_s).max().unwrap_or(0)),
         nodes.join(","),
     ]

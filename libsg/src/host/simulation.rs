@@ -133,6 +133,8 @@ pub enum Bug {
     OlderRoundIndexed,
     /// A slot is given out again under the generation that it had.
     GenerationKept,
+    /// Copies that went with an intermediary that died are said to be made again, and are not.
+    MendsNothing,
 }
 
 thread_local! {

@@ -233,14 +233,10 @@ pub(super) fn connect(
     loop {
         let create = VmdRequest::Create { manifest: manifest.clone(), members: list(&members) };
         let before = members.len();
-        ask_all(
-            &mut members,
-            || Request::Control(&create),
-            Patience::Even,
-            |_, error| {
-                warn(format!("an intermediary is left out: {}", error.chain()));
-            },
-        );
+        for request in std::iter::once(&create).chain(copies(options.replicas).as_ref()) {
+            let left_out = |_, error: Error| warn(format!("an intermediary is left out: {}", error.chain()));
+            ask_all(&mut members, || Request::Control(request), Patience::Even, left_out);
+        }
         members.retain(Option::is_some);
         if members.len() == before {
             break;
@@ -258,6 +254,11 @@ pub(super) fn connect(
         ));
     }
     members
+}
+
+/// The request that says how many copies there are to be, where there are to be several.
+pub(super) fn copies(replicas: u8) -> Option<VmdRequest> {
+    (replicas > 1).then_some(VmdRequest::Copies(replicas))
 }
 
 /// The requests that put a VM's state to the volume: what it rests on goes ahead of it.

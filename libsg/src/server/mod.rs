@@ -10,7 +10,8 @@
 //! ```
 //!
 //! A session whose client wants copies sends what it stored on to other members, over connections of its own
-//! (`forward`), while it goes on. One that leaves hands over what it has first (`drain`).
+//! (`forward`), while it goes on. One that leaves hands over what it has first (`drain`). What lay at one that died is
+//! copied again by those that have it (`mend`).
 
 mod accept;
 mod arena;
@@ -25,6 +26,7 @@ pub mod index;
 mod inspect;
 mod limit;
 pub mod local;
+mod mend;
 mod seats;
 mod session;
 pub mod slots;
@@ -156,11 +158,12 @@ impl Server {
     /// [`ErrorKind::System`] when no thread can be started.
     pub fn spawn(self) -> Result<ServerHandle> {
         let tend = Arc::clone(&self.shared);
-        let accept = Arc::clone(&self.shared);
+        let (accept, mend) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
         let listener = self.listener;
         let threads = vec![
             named("sg-serve-memory", move || tend.store().tend_memory())?,
             named("sg-serve-accept", move || accept::run(&accept, &listener))?,
+            named("sg-serve-mend", move || mend::run(mend.store(), mend.limit_out()))?,
         ];
         Ok(ServerHandle { shared: self.shared, threads })
     }

@@ -397,6 +397,7 @@ impl<'c> Session<'c> {
             VmdRequest::PutPiece { number, bytes, checksum } => self
                 .keep_blob((bytes, checksum), |store, blob| store.put_piece(volume, epoch, (number, blob))),
             VmdRequest::Commit => self.store.commit(volume, epoch),
+            VmdRequest::Copies(copies) => self.store.set_copies(volume, epoch, copies),
             VmdRequest::Seal => self.store.seal(volume, epoch),
             VmdRequest::Claim { epoch } => self.store.hand_over(volume, epoch, Volumes::claim),
             VmdRequest::Succeed { epoch } => self.store.hand_over(volume, epoch, Volumes::succeed),

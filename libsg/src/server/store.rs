@@ -6,6 +6,7 @@
 mod access;
 mod copies;
 mod handover;
+mod mending;
 mod offers;
 mod parked;
 mod report;
@@ -22,6 +23,7 @@ use self::access::Reached;
 pub(super) use self::access::Seated;
 pub(super) use self::copies::{Noted, Target};
 pub(super) use self::handover::{Handed, Parcel, Portrait, Writing};
+pub(super) use self::mending::{Mended, Tended};
 pub use self::report::Holding;
 use super::Config;
 use super::arena::Arena;
@@ -62,6 +64,8 @@ pub(super) struct Books {
     copies: Mutex<Copies>,
     /// Connections on which it is written.
     writers: AtomicUsize,
+    /// How its copies were when they were last looked at. Locked last.
+    mended: Mutex<Mended>,
     budget: Arc<Budget>,
     /// Of its pages, where it shares them.
     hasher: Option<ContentHasher>,
@@ -87,6 +91,9 @@ pub(super) struct Store {
     slots: Mutex<Slots>,
     /// Slots were taken, chunks are leaving, or the server closes.
     stirred: Condvar,
+    /// There may be volumes whose copies are to be looked after; told when there are, and when the server closes.
+    has_copies: Mutex<bool>,
+    tends: Condvar,
     closing: AtomicBool,
     /// It leaves, and takes nothing in.
     leaving: AtomicBool,
@@ -121,6 +128,8 @@ impl Store {
             reached: Reached::new(config.backend.clone()),
             slots: Mutex::new(slots),
             stirred: Condvar::new(),
+            has_copies: Mutex::new(false),
+            tends: Condvar::new(),
             closing: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             shut: AtomicBool::new(false),
@@ -284,6 +293,7 @@ impl Store {
             index: Mutex::default(),
             copies: Mutex::default(),
             writers: AtomicUsize::new(0),
+            mended: Mutex::default(),
             budget: Arc::clone(&self.budget),
             hasher: sharing.map(|sharing| self.secret.hasher(sharing)),
         }
@@ -453,6 +463,7 @@ impl Store {
     pub(super) fn close(&self) {
         self.closing.store(true, Ordering::Release);
         self.stirred.notify_all();
+        self.tends.notify_all();
     }
 
     pub(super) fn is_closing(&self) -> bool {

@@ -64,6 +64,8 @@ pub struct Volume<P> {
     pub blob: Option<StateBlob>,
     /// Pieces of the final set, ahead of the state.
     pub pieces: Vec<StateBlob>,
+    /// At how many members each page is to lie.
+    pub copies: u8,
     /// When it was created here.
     pub created: Instant,
     /// Where it was parked, its name and keeper.
@@ -185,6 +187,7 @@ impl<P> Volumes<P> {
             committed: false,
             blob: None,
             pieces: Vec::new(),
+            copies: 1,
             created: now,
             parking: None,
             claim: None,
@@ -244,6 +247,15 @@ impl<P> Volumes<P> {
         let replaced = pieces.split_off(number as usize);
         pieces.push(piece);
         Ok(replaced)
+    }
+
+    /// Each page is to lie at so many members.
+    ///
+    /// # Errors
+    /// As [`Self::admit`] for a write.
+    pub fn set_copies(&mut self, id: VolumeId, epoch: Epoch, copies: u8) -> Result<(), Status> {
+        self.admit_mut(id, epoch, Access::Write)?.copies = copies;
+        Ok(())
     }
 
     /// The source never runs the VM again. Done again it changes nothing.
@@ -353,6 +365,7 @@ impl<P> Volume<P> {
             committed: self.committed,
             blob: None,
             pieces: Vec::new(),
+            copies: self.copies,
             created: self.created,
             parking: self.parking.clone(),
             claim: self.claim.clone(),

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Malformed;
 use super::entry::Entry;
-use super::message::{Member, VolumeState, check_manifest, check_members};
+use super::message::{Member, VolumeState, check_copies, check_manifest, check_members};
 use super::parking::{Parking, check_node};
 use crate::ids::{NodeId, Placement};
 use crate::limits;
@@ -76,6 +76,8 @@ pub struct Inheritance {
     pub owner: Option<NodeId>,
     /// Whether the VM's state came before this on this connection: its bytes, and the CRC32C over all of them.
     pub blob: Option<(u64, u32)>,
+    /// At how many members each page is to lie.
+    pub copies: u8,
 }
 
 impl Inheritance {
@@ -88,6 +90,7 @@ impl Inheritance {
         check_members(&self.members)?;
         self.parking.as_ref().map_or(Ok(()), Parking::check)?;
         self.owner.as_ref().map_or(Ok(()), check_node)?;
+        check_copies(self.copies)?;
         match self.blob {
             Some((bytes, _)) if bytes > limits::STATE_BYTES_MAX as u64 => Err(Malformed::Bounds("state")),
             _ => Ok(()),

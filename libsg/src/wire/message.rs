@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Malformed;
 use super::handover::{Inheritance, Leaving};
 use super::link_use::LinkUse;
+use super::mending::Mending;
 use super::parking::{Claim, Parking, Verdict, check_node};
 use crate::error::ErrorKind;
 use crate::ids::{Epoch, NodeId, Round, VolumeId};
@@ -104,6 +105,9 @@ pub enum VmdRequest {
         /// CRC32C over all of them.
         checksum: u32,
     },
+    /// Each page of the volume is to lie at so many members (1 to [`limits::COPIES_MAX`]): once it has COMMIT and nobody writes
+    /// it any more, they see to that among themselves. Its writer's own epoch. The last one said holds.
+    Copies(u8),
 }
 
 /// What an intermediary answers. The status is in the header; where that is not `Ok` the body is `Done`.
@@ -173,6 +177,8 @@ pub struct VolumeInfo {
     pub parking: Option<Parking>,
     /// Who claimed it since.
     pub owner: Option<NodeId>,
+    /// How many copies its pages are to have, and have.
+    pub mending: Mending,
 }
 
 /// What an intermediary has and holds.
@@ -223,6 +229,8 @@ pub struct VolumeSummary {
     pub parked_as: Option<String>,
     /// Who claimed it since.
     pub owner: Option<NodeId>,
+    /// How many copies its pages are to have, and have.
+    pub mending: Mending,
 }
 
 /// What source and destination say to each other on the control connection.
@@ -367,6 +375,11 @@ pub(super) fn check_members(members: &[Member]) -> Result<(), Malformed> {
     Ok(())
 }
 
+pub(super) fn check_copies(copies: u8) -> Result<(), Malformed> {
+    let may_be = (1..=limits::COPIES_MAX).contains(&usize::from(copies));
+    if may_be { Ok(()) } else { Err(Malformed::Bounds("copies")) }
+}
+
 pub(super) fn check_manifest(manifest: &Manifest) -> Result<(), Malformed> {
     manifest.check().map_err(|_| Malformed::Bounds("manifest"))
 }
@@ -390,6 +403,7 @@ impl VmdRequest {
             Self::Park(parking) => parking.check()?,
             Self::Inherit(inheritance) => inheritance.check()?,
             Self::ClaimParked(claim) => claim.check()?,
+            Self::Copies(copies) => check_copies(*copies)?,
             _ => {}
         }
         Ok(request)

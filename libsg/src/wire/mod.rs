@@ -20,6 +20,7 @@ pub mod handshake;
 pub mod header;
 mod heads;
 pub mod link_use;
+pub mod mending;
 pub mod message;
 pub mod parking;
 pub mod placement;

@@ -1,22 +1,23 @@
-//! What a server does that leaves, and whose pages go to one that does not keep to the protocol: another gets them. And
-//! what one does that is told nonsense by somebody who says that it leaves.
+//! What a server does that leaves, or makes copies again, and whose pages go to one that does not keep to the protocol: another
+//! gets them. And what one does that is told nonsense by somebody who says that it leaves.
 
 use std::time::Duration;
 
 use libsg::ErrorKind;
-use libsg::ids::{Checksum, Round, VolumeId};
+use libsg::ids::{Checksum, Epoch, Round, VolumeId};
 use libsg::page::{PageIndex, PageRange};
 use libsg::server::{DrainOptions, ServerHandle};
 use libsg::transport::{Channel, Inbox, Outbox};
 use libsg::vmd::link::ask;
 use libsg::vmd::{Reply, Request};
 use libsg::wire::handover::Inheritance;
-use libsg::wire::message::{Member, VmdReply, VmdRequest, VolumeState, encode};
+use libsg::wire::mending::Mending;
+use libsg::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo, VolumeState, encode};
 use libsg::wire::parking::Parking;
 use libsg::wire::{GetEntry, Header, IndexEntry, Kind, Status};
 
 use super::copiers::{Stranger, next};
-use super::support::{Client, PATIENCE, content, manifest, serve};
+use super::support::{Client, PATIENCE, content, eventually, manifest, serve};
 
 fn answer(channel: &Channel, header: Header, body: &[u8]) {
     let mut outbox = Outbox::new();
@@ -114,6 +115,7 @@ fn said(server: &ServerHandle) -> Inheritance {
         parking: Some(Parking { name: "web".into(), keeper: server.node().clone(), term: 1, arbiter: None }),
         owner: None,
         blob: None,
+        copies: 1,
     }
 }
 
@@ -151,4 +153,83 @@ fn one_that_leaves_and_nobody_to_take_over_takes_pages_again() {
     let options = DrainOptions { timeout: Duration::from_millis(200), others: &nobody };
     assert!(server.drain(&options).is_err());
     client.check(10..20);
+}
+
+/// A member that knows a volume as `info` says, and answers to anything but control requests with what `lie` makes of it.
+fn knows_and_lies(info: VolumeInfo, lie: fn(&Header) -> Option<Header>) -> Stranger {
+    Stranger::new("liar", move |channel: &Channel| {
+        let mut inbox = Inbox::new();
+        let known = encode(&VmdReply::Volume(Box::new(info.clone()))).unwrap();
+        while let Some(header) = next(channel, &mut inbox) {
+            match header.kind {
+                Kind::Vmd => answer(channel, header.answer(Kind::VmdReply), &known),
+                _ => match lie(&header) {
+                    Some(lie) => answer(channel, lie, &[]),
+                    None => return,
+                },
+            }
+        }
+    })
+}
+
+/// Of three other members one is dead and one lies: the third gets a copy of every page.
+fn mends_beside(lie: fn(&Header) -> Option<Header>) {
+    let (mends, takes) = (serve(|_| {}), serve(|config| config.name = "i2".into()));
+    let dead = serve(|config| config.name = "i3".into());
+    let own = |server: &ServerHandle| Member { node: server.node().clone(), address: server.address() };
+    let mut client = Client::connect(&mends, 5, 1);
+    // What is said of it counts as it is, whoever the members are.
+    client.control(&VmdRequest::Create { manifest: manifest(1000), members: vec![own(&mends)] }).unwrap();
+    let Ok(VmdReply::Volume(info)) = client.control(&VmdRequest::Describe) else { panic!("it is known") };
+    let mending = Mending::whole(2);
+    let liar = knows_and_lies(
+        VolumeInfo { members: vec![own(&mends); 4], committed: true, has_state: true, mending, ..*info },
+        lie,
+    );
+    let members = vec![own(&mends), liar.member.clone(), own(&dead), own(&takes)];
+    for server in [&mends, &takes] {
+        let mut client = Client::connect(server, 5, 1);
+        client.control(&VmdRequest::Create { manifest: manifest(1000), members: members.clone() }).unwrap();
+        client.control(&VmdRequest::Copies(2)).unwrap();
+        client.control(&VmdRequest::Commit).unwrap();
+    }
+    client.put(0..200).unwrap();
+    drop((client, dead));
+    eventually("copied", || takes.statistics().volumes[0].stored_pages == 200);
+}
+
+#[test]
+fn who_lies_of_what_it_has_or_takes_is_passed_over_when_copies_are_made() {
+    let lies: [fn(&Header) -> Option<Header>; 5] = [
+        |_| None,
+        |asked| Some(Header { kind: Kind::Refused, status: Status::Busy, ..asked.answer(Kind::Refused) }),
+        |asked| Some(Header { count: 3, ..asked.answer(Kind::LocateReply) }),
+        // It has nothing, and says of no page where it is.
+        |asked| {
+            Some(asked.answer(if asked.kind == Kind::Locate { Kind::LocateReply } else { Kind::HandReply }))
+        },
+        |asked| (asked.kind == Kind::Locate).then(|| asked.answer(Kind::LocateReply)),
+    ];
+    std::thread::scope(|scope| {
+        for lie in lies {
+            scope.spawn(move || mends_beside(lie));
+        }
+    });
+}
+
+#[test]
+fn so_many_copies_as_there_can_be_are_asked_for_by_who_writes() {
+    let server = serve(|_| {});
+    let mut client = Client::create(&server, 1, 1000);
+    client.control(&VmdRequest::Copies(8)).unwrap();
+    for out_of_bounds in [0, 9, 255] {
+        let mut client = Client::connect(&server, 1, 1);
+        let refused = client.control(&VmdRequest::Copies(out_of_bounds)).unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::Protocol, "{refused:?}");
+    }
+    client.control(&VmdRequest::Claim { epoch: Epoch(2) }).unwrap();
+    let refused = client.control(&VmdRequest::Copies(1)).unwrap_err();
+    assert_eq!(refused.kind, ErrorKind::Fenced, "{refused:?}");
+    let Ok(VmdReply::Volume(info)) = client.control(&VmdRequest::Describe) else { panic!("it is known") };
+    assert_eq!(info.mending, Mending::whole(8));
 }

@@ -2,16 +2,18 @@
 
 use super::Around;
 use super::line::Line;
+use super::plan::Group;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ids::{Epoch, MemberIndex, MemberSet, NodeId, VolumeId};
 use crate::limits;
+use crate::page::PageIndex;
 use crate::server::store::Portrait;
 use crate::wire::handover::Inheritance;
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo, VolumeState};
 use crate::wire::parking::Parking;
 
 /// One that takes over.
-pub(super) struct Heir<'s> {
+pub(in crate::server) struct Heir<'s> {
     pub index: MemberIndex,
     pub member: Member,
     pub line: Line<'s>,
@@ -22,20 +24,40 @@ pub(super) struct Heir<'s> {
 }
 
 /// Those that take a volume over, and those that hear of it, by their numbers.
-pub(super) struct Heirs<'s> {
+pub(in crate::server) struct Heirs<'s> {
     volume: VolumeId,
     epoch: Epoch,
     list: Vec<Heir<'s>>,
+    /// Somebody was not met who may be another time.
+    missed: bool,
 }
 
 impl<'s> Heirs<'s> {
     /// The members that live and know the volume, or do now. Of those in `gone` there is another node at their place.
-    pub(super) fn meet(
+    pub(in crate::server) fn meet(
         around: &Around<'s>,
         (volume, portrait): (VolumeId, &Portrait),
         gone: &mut Vec<NodeId>,
     ) -> Result<Self> {
-        let mut heirs = Self { volume, epoch: portrait.epoch, list: Vec::new() };
+        Self::meet_those(around, (volume, portrait), gone, Whom::Everybody)
+    }
+
+    /// The members that live and know the volume. Where one knows that it was dissolved, there are none.
+    pub(in crate::server) fn meet_again(
+        around: &Around<'s>,
+        (volume, portrait): (VolumeId, &Portrait),
+        gone: &mut Vec<NodeId>,
+    ) -> Result<Self> {
+        Self::meet_those(around, (volume, portrait), gone, Whom::WhoKnowsIt)
+    }
+
+    fn meet_those(
+        around: &Around<'s>,
+        (volume, portrait): (VolumeId, &Portrait),
+        gone: &mut Vec<NodeId>,
+        whom: Whom,
+    ) -> Result<Self> {
+        let mut heirs = Self { volume, epoch: portrait.epoch, list: Vec::new(), missed: false };
         for (at, member) in portrait.said.members.iter().enumerate() {
             let index = MemberIndex(at as u16);
             if index == portrait.me || gone.contains(&member.node) {
@@ -49,16 +71,22 @@ impl<'s> Heirs<'s> {
                 }
                 Err(error) => {
                     tracing::debug!(member = %member.node, error = error.chain(), "a member is away");
+                    heirs.missed = true;
                     continue;
                 }
             };
-            match bring_up(around, &mut line, (volume, portrait)) {
-                Ok(Some(takes)) => {
+            match bring_up(around, &mut line, (volume, portrait), whom) {
+                Ok(Brought::Up { takes }) => {
                     heirs.list.push(Heir { index, member: member.clone(), line, takes, full: !takes });
                 }
-                Ok(None) => {}
+                Ok(Brought::Dissolved) if whom == Whom::WhoKnowsIt => {
+                    heirs.list.clear();
+                    break;
+                }
+                Ok(Brought::Dissolved | Brought::Nothing) => {}
                 Err(error) => {
                     tracing::info!(member = %member.node, error = error.chain(), "a member takes nothing over");
+                    heirs.missed = true;
                 }
             }
         }
@@ -69,44 +97,63 @@ impl<'s> Heirs<'s> {
         Line::open((around.store, around.limit_out), address, (self.volume, self.epoch))
     }
 
+    /// Whether somebody was not met, or is lost, who may be there another time.
+    pub(in crate::server) fn missed(&self) -> bool {
+        self.missed
+    }
+
     /// Whether nobody takes over.
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::server) fn is_empty(&self) -> bool {
         self.set().is_empty()
     }
 
     /// Those that take over.
-    pub(super) fn set(&self) -> MemberSet {
+    pub(in crate::server) fn set(&self) -> MemberSet {
         self.list.iter().filter(|heir| heir.takes).map(|heir| heir.index).collect()
     }
 
     /// All that hear of it.
-    pub(super) fn all(&self) -> MemberSet {
+    pub(in crate::server) fn all(&self) -> MemberSet {
         self.list.iter().map(|heir| heir.index).collect()
     }
 
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Heir<'s>> {
+    pub(in crate::server) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Heir<'s>> {
         self.list.iter_mut()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Heir<'s>> {
+    pub(in crate::server) fn iter(&self) -> impl Iterator<Item = &Heir<'s>> {
         self.list.iter()
     }
 
-    pub(super) fn get(&mut self, index: MemberIndex) -> Option<&mut Heir<'s>> {
+    pub(in crate::server) fn get(&mut self, index: MemberIndex) -> Option<&mut Heir<'s>> {
         self.list.iter_mut().find(|heir| heir.index == index)
     }
 
+    /// Who gets a group: who has least under way, of those that have room and have it not; one member for all of a unit, so
+    /// that where `before` says who got the last one, of the same unit, it is that one.
+    pub(in crate::server) fn choose(
+        &self,
+        group: &Group,
+        before: Option<(PageIndex, MemberIndex)>,
+    ) -> Option<MemberIndex> {
+        let same = before.filter(|(unit, _)| *unit == group.unit).map(|(_, to)| to);
+        let least = |index: MemberIndex, under_way| (Some(index) != same, under_way, index);
+        let may = self.iter().filter(|heir| !heir.full && !group.has.contains(heir.index));
+        may.min_by_key(|heir| least(heir.index, heir.line.under_way())).map(|heir| heir.index)
+    }
+
     /// It cannot be relied on.
-    pub(super) fn lose(&mut self, index: MemberIndex, error: &Error) {
+    pub(in crate::server) fn lose(&mut self, index: MemberIndex, error: &Error) {
         if let Some(at) = self.list.iter().position(|heir| heir.index == index) {
             let heir = self.list.remove(at);
+            self.missed = true;
             tracing::warn!(member = %heir.member.node, error = error.chain(), "who took pages over is lost");
         }
     }
 
     /// Another intermediary becomes a member, the first that can. Of those that are members the first hears of it before
     /// the others: two who add members at once do not end with two lists.
-    pub(super) fn add(&mut self, around: &Around<'s>, portrait: &mut Portrait) -> Result<()> {
+    pub(in crate::server) fn add(&mut self, around: &Around<'s>, portrait: &mut Portrait) -> Result<()> {
         if portrait.is_written {
             let message = "its source is at work, and adds members itself: it is waited for";
             return Err(Error::new(ErrorKind::Volume, message));
@@ -169,7 +216,7 @@ impl<'s> Heirs<'s> {
     }
 
     /// Says who grants claims to all who do not know.
-    pub(super) fn name_keeper(&mut self, portrait: &Portrait, parking: &Parking) {
+    pub(in crate::server) fn name_keeper(&mut self, portrait: &Portrait, parking: &Parking) {
         let said = Inheritance { parking: Some(parking.clone()), ..portrait.said.clone() };
         let told = VmdRequest::Inherit(Box::new(said));
         for heir in self.list.iter_mut().filter(|heir| heir.member.node != parking.keeper) {
@@ -181,34 +228,57 @@ impl<'s> Heirs<'s> {
     }
 }
 
-/// Tells a member what it does not know; whether it takes over. `None` for one that has nothing to do with it.
+/// Which members are met.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Whom {
+    /// All: one that does not know the volume does then.
+    Everybody,
+    /// A volume that nobody knows any more is not made anew.
+    WhoKnowsIt,
+}
+
+/// What telling a member came to.
+enum Brought {
+    /// It knows all that is known here. Whether it takes over.
+    Up { takes: bool },
+    /// It has nothing to do with it, or all begins anew.
+    Nothing,
+    /// It knows that the volume was dissolved.
+    Dissolved,
+}
+
+/// Tells a member what it does not know.
 fn bring_up(
     around: &Around<'_>,
     line: &mut Line<'_>,
     (volume, portrait): (VolumeId, &Portrait),
-) -> Result<Option<bool>> {
+    whom: Whom,
+) -> Result<Brought> {
     match line.control(&VmdRequest::Describe) {
-        Ok(VmdReply::Volume(info)) if info.state == VolumeState::Dissolved => return Ok(None),
+        Ok(VmdReply::Volume(info)) if info.state == VolumeState::Dissolved => return Ok(Brought::Dissolved),
         Ok(VmdReply::Volume(info)) => {
             if info.members.len() > portrait.said.members.len() {
                 let learned = around.store.add_members(volume, info.members);
                 learned.map_err(crate::transport::refusal)?;
                 // With what was learned, all begins anew.
-                return Ok(None);
+                return Ok(Brought::Nothing);
             }
             if knows_all(&info, portrait) {
-                return Ok(Some(true));
+                return Ok(Brought::Up { takes: true });
             }
         }
         Ok(_) => return Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
         // It has not heard of it.
+        Err(error) if error.kind == ErrorKind::Volume && whom == Whom::WhoKnowsIt => {
+            return Ok(Brought::Nothing);
+        }
         Err(error) if error.kind == ErrorKind::Volume => {}
         Err(error) => return Err(error),
     }
     match inherit(line, portrait, portrait.said.clone()) {
-        Ok(()) => Ok(Some(true)),
+        Ok(()) => Ok(Brought::Up { takes: true }),
         // As it says that it leaves.
-        Err(error) if error.kind == ErrorKind::Full => Ok(Some(false)),
+        Err(error) if error.kind == ErrorKind::Full => Ok(Brought::Up { takes: false }),
         Err(error) => Err(error),
     }
 }
@@ -235,4 +305,5 @@ fn knows_all(info: &VolumeInfo, portrait: &Portrait) -> bool {
         && info.members.len() == said.members.len()
         && info.epoch >= *epoch
         && term(&info.parking) >= term(&said.parking)
+        && info.mending.copies >= said.copies
 }

@@ -22,10 +22,10 @@ use crate::wire::{HEADER_BYTES, Header, Kind, Status};
 const DIAL_TIME: Duration = Duration::from_secs(1);
 
 /// One that takes nothing, or answers nothing, for so long is lost.
-pub(super) const SILENCE_MAX: Duration = Duration::from_secs(5);
+pub(in crate::server) const SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// What became of a batch.
-pub(super) struct Heard {
+pub(in crate::server) struct Heard {
     pub group: Group,
     /// Which of its pages were sent.
     pub taken: Vec<bool>,
@@ -41,7 +41,7 @@ struct Asked {
 }
 
 /// A connection to who takes over.
-pub(super) struct Line<'s> {
+pub(in crate::server) struct Line<'s> {
     store: &'s Store,
     turn: Turn<'s>,
     talk: Conversation,
@@ -53,7 +53,7 @@ pub(super) struct Line<'s> {
 
 impl<'s> Line<'s> {
     /// Connects to whoever is there. Waits at most a second.
-    pub(super) fn open(
+    pub(in crate::server) fn open(
         (store, limit): (&'s Store, &'s Limit),
         address: std::net::SocketAddr,
         (volume, epoch): (VolumeId, Epoch),
@@ -64,17 +64,17 @@ impl<'s> Line<'s> {
     }
 
     /// Who is there.
-    pub(super) fn node(&self) -> &NodeId {
+    pub(in crate::server) fn node(&self) -> &NodeId {
         self.talk.channel().node()
     }
 
     /// Bytes of pages sent and not answered.
-    pub(super) fn under_way(&self) -> usize {
+    pub(in crate::server) fn under_way(&self) -> usize {
         self.asked.iter().map(|asked| asked.pages * PAGE_BYTES).sum()
     }
 
     /// What was heard of batches.
-    pub(super) fn take_heard(&mut self) -> Vec<Heard> {
+    pub(in crate::server) fn take_heard(&mut self) -> Vec<Heard> {
         std::mem::take(&mut self.heard)
     }
 
@@ -84,7 +84,7 @@ impl<'s> Line<'s> {
     }
 
     /// Sends a batch, at what the operator's limit leaves, behind what others read here.
-    pub(super) fn hand(
+    pub(in crate::server) fn hand(
         &mut self,
         kind: Kind,
         parcel: &Parcel<'_>,
@@ -139,7 +139,7 @@ impl<'s> Line<'s> {
     }
 
     /// Waits until no more than so many bytes are under way.
-    pub(super) fn settle(&mut self, bytes: usize) -> Result<()> {
+    pub(in crate::server) fn settle(&mut self, bytes: usize) -> Result<()> {
         while self.under_way() > bytes {
             let deadline = host::now() + SILENCE_MAX;
             let frame = self.talk.recv(deadline)?;
@@ -180,7 +180,7 @@ impl<'s> Line<'s> {
     }
 
     /// Asks, and waits for the answer; those of batches before it are heard on the way.
-    pub(super) fn ask(
+    pub(in crate::server) fn ask(
         &mut self,
         kind: Kind,
         (count, body): (usize, &[u8]),
@@ -210,7 +210,7 @@ impl<'s> Line<'s> {
     ///
     /// # Errors
     /// What the status says.
-    pub(super) fn tell(&mut self, kind: Kind, table: (usize, &[u8])) -> Result<(Header, Vec<u8>)> {
+    pub(in crate::server) fn tell(&mut self, kind: Kind, table: (usize, &[u8])) -> Result<(Header, Vec<u8>)> {
         let answer = self.ask(kind, table, host::now() + SILENCE_MAX)?;
         if answer.0.status == Status::Ok { Ok(answer) } else { Err(refusal(answer.0.status)) }
     }
@@ -219,14 +219,14 @@ impl<'s> Line<'s> {
     ///
     /// # Errors
     /// What the status says.
-    pub(super) fn control(&mut self, request: &VmdRequest) -> Result<VmdReply> {
+    pub(in crate::server) fn control(&mut self, request: &VmdRequest) -> Result<VmdReply> {
         let body = message::encode(request)?;
         let (_, answer) = self.tell(Kind::Vmd, (0, &body))?;
         Ok(VmdReply::decode(&answer)?)
     }
 
     /// Queues the VM's state in front of what is asked next; its length and checksum.
-    pub(super) fn push_state(&mut self, state: &[u8]) -> Result<(u64, u32)> {
+    pub(in crate::server) fn push_state(&mut self, state: &[u8]) -> Result<(u64, u32)> {
         let header = self.talk.channel().header(Kind::State);
         let (_, _, outbox) = self.talk.parts();
         let (bytes, checksum) = push_state(outbox, header, state)?;

@@ -10,9 +10,9 @@
 //! Whoever reads here is answered until the end, and goes first. Nothing is forgotten here before it was acknowledged there:
 //! if this one dies on the way, no more is lost than by any other death.
 
-mod heirs;
-mod line;
-mod look;
+pub(super) mod heirs;
+pub(super) mod line;
+pub(super) mod look;
 pub mod plan;
 mod volume;
 
@@ -58,7 +58,7 @@ pub struct Drained {
     pub pages: u64,
 }
 
-/// What handing over needs of the server.
+/// What handing over, or on, needs of the server.
 pub(super) struct Around<'s> {
     pub store: &'s Store,
     pub limit_out: &'s Limit,
@@ -66,14 +66,22 @@ pub(super) struct Around<'s> {
     reads: Cell<(u64, Option<Instant>)>,
 }
 
-impl Around<'_> {
+impl<'s> Around<'s> {
+    pub(super) fn new(
+        store: &'s Store,
+        limit_out: &'s Limit,
+        others: &'s dyn Fn() -> Vec<SocketAddr>,
+    ) -> Self {
+        Self { store, limit_out, others, reads: Cell::new((0, None)) }
+    }
+
     /// Whether anybody ever read here.
     fn was_read(&self) -> bool {
         self.store.reads.load(std::sync::atomic::Ordering::Relaxed) > 0
     }
 
     /// Whether somebody reads here.
-    fn is_read(&self) -> bool {
+    pub(super) fn is_read(&self) -> bool {
         let (reads, now) = (self.store.reads.load(std::sync::atomic::Ordering::Relaxed), host::now());
         let (before, mut at) = self.reads.get();
         if reads != before {
@@ -89,8 +97,7 @@ impl Around<'_> {
 /// # Errors
 /// What could not be handed over, and why: then this intermediary stays.
 pub(super) fn run(store: &Store, limit_out: &Limit, options: &DrainOptions<'_>) -> Result<Drained> {
-    let reads = Cell::new((0, None));
-    let around = Around { store, limit_out, others: options.others, reads };
+    let around = Around::new(store, limit_out, options.others);
     let mut handings: BTreeMap<VolumeId, Handing> = BTreeMap::new();
     let (mut lingered, mut shut, mut told) = (false, false, None);
     let (mut least_left, mut least_at) = (u64::MAX, host::now());

@@ -202,13 +202,15 @@ impl Handing {
     ) -> Result<()> {
         let units = Units::new(&portrait.said.manifest);
         let unit_of = |page| units.of(page).unwrap_or(PageRange::new(page, 1));
-        let has = if portrait.noted { Some(Holdings::ask(portrait, heirs)?) } else { None };
+        let all = PageRange::new(PageIndex(0), portrait.said.manifest.pages());
+        let has =
+            if portrait.noted { Some(Holdings::ask(heirs, all).map_err(|(_, error)| error)?) } else { None };
         let has = |held: &Held| has.as_ref().map_or(MemberSet::NONE, |has| has.of(held));
         loop {
             let groups = self.plan.groups(&unit_of, &has);
             let mut before = None;
             for group in groups {
-                let Some(to) = choose(&group, heirs, before) else {
+                let Some(to) = heirs.choose(&group, before) else {
                     if last && !group.has.is_empty() {
                         self.plan.settled(&group);
                     }
@@ -434,14 +436,6 @@ impl Handing {
         }
         Ok(())
     }
-}
-
-/// Who gets a group: who has least under way, of those that have room and have it not; one member for all of a unit.
-fn choose(group: &Group, heirs: &Heirs<'_>, before: Option<(PageIndex, MemberIndex)>) -> Option<MemberIndex> {
-    let same = before.filter(|(unit, _)| *unit == group.unit).map(|(_, to)| to);
-    let least = |index: MemberIndex, under_way| (Some(index) != same, under_way, index);
-    let may = heirs.iter().filter(|heir| !heir.full && !group.has.contains(heir.index));
-    may.min_by_key(|heir| least(heir.index, heir.line.under_way())).map(|heir| heir.index)
 }
 
 fn is_keeper(store: &Store, portrait: &Portrait) -> bool {

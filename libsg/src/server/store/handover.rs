@@ -91,7 +91,7 @@ impl Store {
         self.handed.lock().insert(volume, handed);
     }
 
-    pub(super) fn is_leaving(&self) -> bool {
+    pub(in crate::server) fn is_leaving(&self) -> bool {
         self.leaving.load(Ordering::SeqCst)
     }
 
@@ -122,6 +122,7 @@ impl Store {
             parking: known.parking.clone(),
             owner: known.claim.as_ref().map(|claim| claim.by.clone()),
             blob: None,
+            copies: known.copies,
         };
         Some(Portrait {
             epoch: known.epoch,
@@ -260,6 +261,9 @@ impl Store {
         }
         // It may have a newer owner, or be sealed: so it was where it comes from.
         self.withdraw(volume);
+        if said.copies > 1 {
+            self.tend();
+        }
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Books, Store};
+use super::{Books, Mended, Store};
 use crate::host;
 use crate::ids::VolumeId;
 use crate::page::PAGE_BYTES_U64;
@@ -36,15 +36,16 @@ impl Store {
     pub(in crate::server) fn describe(&self, volume: VolumeId) -> Result<VolumeInfo, Status> {
         let volumes = self.volumes.lock();
         if let Some(gone) = volumes.dissolved(volume) {
-            return Ok(info(volume, gone, (0, 0), 0));
+            return Ok(info(volume, gone, (0, 0), 0, Mended::default()));
         }
         let books = Arc::clone(&volumes.get(volume)?.payload);
         drop(volumes);
         let indexed_pages = books.index.lock().pages();
         let copied_pages = books.copies.lock().copied();
+        let mended = *books.mended.lock();
         let volumes = self.volumes.lock();
         let stored_pages = self.slots.lock().stored_pages_of(volume);
-        Ok(info(volume, volumes.get(volume)?, (stored_pages, copied_pages), indexed_pages))
+        Ok(info(volume, volumes.get(volume)?, (stored_pages, copied_pages), indexed_pages, mended))
     }
 
     /// What would be lost if this server went now.
@@ -75,6 +76,7 @@ impl Store {
                     age_s: host::elapsed(volume.created).as_secs(),
                     parked_as: volume.parking.as_ref().map(|parking| parking.name.clone()),
                     owner: volume.claim.as_ref().map(|claim| claim.by.clone()),
+                    mending: volume.payload.mended.lock().of(volume.copies),
                 };
                 (summary, volume.blob.is_some(), Arc::clone(&volume.payload))
             })
@@ -124,6 +126,7 @@ fn info<P>(
     volume: &Volume<P>,
     (stored_pages, copied_pages): (u64, u64),
     indexed_pages: u64,
+    mended: Mended,
 ) -> VolumeInfo {
     VolumeInfo {
         volume: id,
@@ -139,5 +142,6 @@ fn info<P>(
         age_s: host::elapsed(volume.created).as_secs(),
         parking: volume.parking.clone(),
         owner: volume.claim.as_ref().map(|claim| claim.by.clone()),
+        mending: mended.of(volume.copies),
     }
 }

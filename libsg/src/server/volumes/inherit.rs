@@ -93,6 +93,7 @@ impl<P> Volume<P> {
             return Err(Status::State);
         }
         self.committed |= said.committed;
+        self.copies = self.copies.max(said.copies);
         if self.blob.is_none() {
             self.blob = blob;
         }
@@ -156,6 +157,7 @@ mod test {
             parking: Some(parking),
             owner: known.claim.as_ref().map(|claim| claim.by.clone()),
             blob: None,
+            copies: known.copies,
         };
         (known.epoch, said)
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use super::peers::{Peers, control};
 use super::{meet, mismatch};
@@ -26,11 +26,13 @@ pub(super) struct ClientVolume {
     writer: bool,
     /// Whose turn it is to store.
     pub(super) turn: AtomicUsize,
+    /// The most copies that were asked for.
+    copies: AtomicU8,
 }
 
 impl ClientVolume {
     pub const fn new(peers: Peers, manifest: Manifest, hasher: Option<ContentHasher>, writer: bool) -> Self {
-        Self { peers, manifest, hasher, writer, turn: AtomicUsize::new(0) }
+        Self { peers, manifest, hasher, writer, turn: AtomicUsize::new(0), copies: AtomicU8::new(1) }
     }
 
     /// Takes for dead who is not among these.
@@ -215,6 +217,7 @@ impl Volume for ClientVolume {
 
     fn put(&self, pages: &[PagePut], copies: u8) -> Result<Vec<IndexEntry>> {
         self.check_writer()?;
+        self.copies.fetch_max(copies, Ordering::Relaxed);
         let mut stored = Vec::with_capacity(pages.len());
         for batch in pages.chunks(limits::BATCH_PAGES) {
             let entries: Vec<PageEntry> =
@@ -354,6 +357,10 @@ impl Volume for ClientVolume {
 
     fn commit(&self) -> Result<usize> {
         self.check_writer()?;
+        let copies = self.copies.load(Ordering::Relaxed);
+        if copies > 1 {
+            self.peers.control_all(&VmdRequest::Copies(copies))?;
+        }
         self.peers.control_all(&VmdRequest::Commit)
     }
 

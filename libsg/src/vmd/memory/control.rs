@@ -7,6 +7,7 @@ use crate::manifest::Manifest;
 use crate::page::PAGE_BYTES_U64;
 use crate::wire::Status;
 use crate::wire::link_use::LinkUse;
+use crate::wire::mending::Mending;
 use crate::wire::message::{Member, NodeStatistics, VmdReply, VmdRequest, VolumeState, VolumeSummary};
 
 impl State {
@@ -20,6 +21,7 @@ impl State {
                 return Ok(VmdReply::Volume(Box::new(volume.describe(asker.volume, pages))));
             }
             VmdRequest::Commit => self.owned(asker)?.committed = true,
+            VmdRequest::Copies(copies) => self.writable(asker)?.copies = *copies,
             VmdRequest::Seal => self.owned(asker)?.seal()?,
             VmdRequest::Claim { epoch } => {
                 self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.claim(*epoch)?
@@ -92,6 +94,7 @@ impl State {
             age_s: volume.age_s(),
             parked_as: volume.parking.as_ref().map(|parking| parking.name.clone()),
             owner: volume.owner(),
+            mending: Mending::whole(volume.copies),
         };
         let live = self.volumes.iter().filter(|(_, volume)| volume.state != VolumeState::Dissolved);
         NodeStatistics {

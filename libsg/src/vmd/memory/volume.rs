@@ -7,6 +7,7 @@ use crate::ids::{Checksum, Epoch, MemberIndex, NodeId, Placement, Round, VolumeI
 use crate::limits::{self, CLAIM_LEASE};
 use crate::manifest::Manifest;
 use crate::page::{PageIndex, PageRange};
+use crate::wire::mending::Mending;
 use crate::wire::message::{Member, VolumeInfo, VolumeState};
 use crate::wire::parking::{Claim, Parking, Verdict};
 use crate::wire::{Encoding, IndexEntry, Status};
@@ -21,6 +22,8 @@ pub(super) struct Volume {
     pub blob: Option<Vec<u8>>,
     /// Of the final set, ahead of the blob.
     pub pieces: Vec<Vec<u8>>,
+    /// At how many members each page is to lie. Nobody in memory dies.
+    pub copies: u8,
     members: Vec<Member>,
     /// Page by page; a zero page has no placement.
     index: BTreeMap<u32, Known>,
@@ -57,6 +60,7 @@ impl Volume {
             manifest,
             blob: None,
             pieces: Vec::new(),
+            copies: 1,
             members,
             index: BTreeMap::new(),
             own: Vec::new(),
@@ -249,6 +253,7 @@ impl Volume {
             age_s: self.age_s(),
             parking: self.parking.clone(),
             owner: self.owner(),
+            mending: Mending::whole(self.copies),
         }
     }
 }

@@ -99,6 +99,7 @@ impl Expected {
             | VmdRequest::Run
             | VmdRequest::Succeed { .. }
             | VmdRequest::Inherit(_)
+            | VmdRequest::Copies(_)
             | VmdRequest::Dissolve => Some(Self::Done),
             VmdRequest::ClaimParked(_) => Some(Self::Verdict),
             VmdRequest::Describe => Some(Self::Volume),

@@ -1,6 +1,7 @@
 //! Evict now, place later, by seed: a VM is parked, and hosts claim it, one after the other or at once, while
 //! intermediaries, the source and claimants die and the network fails.
 
+mod mended;
 mod run;
 
 use std::fmt::Write as _;
@@ -189,51 +190,92 @@ impl Parking {
     }
 }
 
-fn run(seed: u64, bug: Option<Bug>) -> Outcome {
-    run::Run::new(&Parking::of(seed), bug).run()
+/// Runs by seed of one kind.
+struct Kind {
+    /// The module of its tests.
+    name: &'static str,
+    of: fn(u64) -> Parking,
+    run: fn(&Parking, Option<Bug>) -> Outcome,
 }
 
-/// The run of a seed with some of its events only.
-fn run_with(seed: u64, events: &[usize], bug: Option<Bug>) -> (Parking, Outcome) {
-    let mut parking = Parking::of(seed);
-    parking.events = events.iter().filter_map(|nth| parking.events.get(*nth).copied()).collect();
-    let outcome = run::Run::new(&parking, bug).run();
-    (parking, outcome)
-}
+const PARKED: Kind =
+    Kind { name: "parked", of: Parking::of, run: |parking, bug| run::Run::new(parking, bug).run() };
 
-/// What is printed about a seed that fails, with the fewest events that make it fail.
-fn report(seed: u64, bug: Option<Bug>) -> Option<String> {
-    let all: Vec<_> = (0..Parking::of(seed).events.len()).collect();
-    let fails = |events: &[usize]| {
-        let (parking, outcome) = run_with(seed, events, bug);
-        outcome.breach.is_some().then(|| (events.to_vec(), parking, outcome))
-    };
-    let mut least = fails(&all)?;
-    while let Some(less) = without_one(&least.0, fails) {
-        least = less;
+impl Kind {
+    fn run(&self, seed: u64, bug: Option<Bug>) -> Outcome {
+        (self.run)(&(self.of)(seed), bug)
     }
-    let (events, parking, outcome) = least;
-    let mut text = format!("seed {seed}: {:?}\n", outcome.breach);
-    let _ = writeln!(text, "claims {:?}\nevents {:?}\n{:?}", parking.claims, parking.events, parking.base);
-    outcome.lines.iter().for_each(|line| {
-        let _ = writeln!(text, "{line}");
-    });
-    let _ = write!(text, "Again by\n{}", again("parked::one_seed", seed, &events, bug));
-    Some(text)
+
+    /// The run of a seed with some of its events only.
+    fn run_with(&self, seed: u64, events: &[usize], bug: Option<Bug>) -> (Parking, Outcome) {
+        let mut parking = (self.of)(seed);
+        parking.events = events.iter().filter_map(|nth| parking.events.get(*nth).copied()).collect();
+        let outcome = (self.run)(&parking, bug);
+        (parking, outcome)
+    }
+
+    /// What is printed about a seed that fails, with the fewest events that make it fail.
+    fn report(&self, seed: u64, bug: Option<Bug>) -> Option<String> {
+        let all: Vec<_> = (0..(self.of)(seed).events.len()).collect();
+        let fails = |events: &[usize]| {
+            let (parking, outcome) = self.run_with(seed, events, bug);
+            outcome.breach.is_some().then(|| (events.to_vec(), parking, outcome))
+        };
+        let mut least = fails(&all)?;
+        while let Some(less) = without_one(&least.0, fails) {
+            least = less;
+        }
+        let (events, parking, outcome) = least;
+        let mut text = format!("seed {seed}: {:?}\n", outcome.breach);
+        let _ =
+            writeln!(text, "claims {:?}\nevents {:?}\n{:?}", parking.claims, parking.events, parking.base);
+        outcome.lines.iter().for_each(|line| {
+            let _ = writeln!(text, "{line}");
+        });
+        let test = format!("{}::one_seed", self.name);
+        let _ = write!(text, "Again by\n{}", again(&test, seed, &events, bug));
+        Some(text)
+    }
+
+    /// As the test of that name in `main`.
+    fn one_seed(&self) {
+        let (seed, events, bug) = asked(|seed| (self.of)(seed).events.len());
+        log_if_asked();
+        let (_, outcome) = self.run_with(seed, &events, bug);
+        for line in &outcome.lines {
+            println!("{line}");
+        }
+        assert_eq!(outcome.breach, None);
+    }
+
+    fn whatever_happens(&self) {
+        let (first, count) = (number("SG_SIM_FIRST", 0), number("SG_SIM_SEEDS", 300));
+        log_if_asked();
+        let sum = run_each(first..first + count, true, 5, |seed| self.run(seed, None));
+        println!("{sum}");
+        let broken = sum.broken.first().and_then(|(seed, _)| self.report(*seed, None)).unwrap_or_default();
+        assert!(sum.broken.is_empty(), "{sum}\n{:?}\n{broken}", sum.broken);
+    }
+
+    /// Bugs put in on purpose are found within a thousand seeds.
+    fn finds(&self, bug: Bug, says: &[&str]) {
+        let sum = run_each(0..1000, false, 1, |seed| self.run(seed, Some(bug)));
+        let (seed, breach) = sum.broken.first().unwrap_or_else(|| panic!("{bug:?} was not found: {sum}"));
+        println!("{bug:?}: seed {seed}: {breach}");
+        let says_it = says.iter().any(|words| breach.contains(words));
+        assert!(says_it, "{bug:?} was found as something else: {breach}");
+    }
 }
 
-/// As the test of that name beside it.
-#[test]
-fn one_seed() {
-    let (seed, events, bug) = asked(|seed| Parking::of(seed).events.len());
+fn log_if_asked() {
     if let Ok(filter) = std::env::var("SG_SIM_LOG") {
         tracing_subscriber::fmt().with_env_filter(filter).init();
     }
-    let (_, outcome) = run_with(seed, &events, bug);
-    for line in &outcome.lines {
-        println!("{line}");
-    }
-    assert_eq!(outcome.breach, None);
+}
+
+#[test]
+fn one_seed() {
+    PARKED.one_seed();
 }
 
 #[test]
@@ -241,35 +283,28 @@ fn a_failure_is_made_small_and_says_how_it_is_seen_again() {
     let bug = Some(Bug::ClaimedTwice);
     let sum = run_each(0..1000, false, 1, |seed| match Parking::of(seed).events.len() {
         0..2 => Outcome::default(),
-        _ => run(seed, bug),
+        _ => PARKED.run(seed, bug),
     });
     let (seed, _) = sum.broken.first().unwrap_or_else(|| panic!("{bug:?} was not found: {sum}"));
-    let report = report(*seed, bug).expect("it fails");
+    let report = PARKED.report(*seed, bug).expect("it fails");
     let (_, command) = report.split_once("SG_SIM_EVENTS=").expect("the command");
     let (events, behind) = command.split_once(' ').expect("more");
     assert!(behind.starts_with("SG_SIM_BUG=ClaimedTwice cargo test"), "{command}");
     let events: Vec<usize> = events.split(',').filter_map(|nth| nth.parse().ok()).collect();
     let all = Parking::of(*seed).events.len();
     assert!(events.len() < all, "{events:?} of {all}: {report}");
-    assert!(run_with(*seed, &events, bug).1.breach.is_some());
+    assert!(PARKED.run_with(*seed, &events, bug).1.breach.is_some());
 }
 
 #[test]
 fn whatever_happens_the_contracts_hold() {
-    let (first, count) = (number("SG_SIM_FIRST", 0), number("SG_SIM_SEEDS", 300));
-    if let Ok(filter) = std::env::var("SG_SIM_LOG") {
-        tracing_subscriber::fmt().with_env_filter(filter).init();
-    }
-    let sum = run_each(first..first + count, true, 5, |seed| run(seed, None));
-    println!("{sum}");
-    let broken = sum.broken.first().and_then(|(seed, _)| report(*seed, None)).unwrap_or_default();
-    assert!(sum.broken.is_empty(), "{sum}\n{:?}\n{broken}", sum.broken);
+    PARKED.whatever_happens();
 }
 
 #[test]
 fn a_seed_is_the_same_run_each_time() {
     for seed in 0..10 {
-        assert_eq!(run(seed, None).trace, run(seed, None).trace, "seed {seed}");
+        assert_eq!(PARKED.run(seed, None).trace, PARKED.run(seed, None).trace, "seed {seed}");
     }
 }
 
@@ -360,30 +395,22 @@ fn whoever_takes_over_is_asked_before_anything_is_lost() {
     }
 }
 
-/// Bugs put in on purpose are found within a thousand seeds.
-fn is_found(bug: Bug, says: &[&str]) {
-    let sum = run_each(0..1000, false, 1, |seed| run(seed, Some(bug)));
-    let (seed, breach) = sum.broken.first().unwrap_or_else(|| panic!("{bug:?} was not found: {sum}"));
-    println!("{bug:?}: seed {seed}: {breach}");
-    assert!(says.iter().any(|words| breach.contains(words)), "{bug:?} was found as something else: {breach}");
-}
-
 #[test]
 fn nothing_is_parked_before_all_is_safe() {
-    is_found(Bug::ParkedUnsafe, &["evicted means evicted", "a death is an event", "each page is right"]);
+    PARKED.finds(Bug::ParkedUnsafe, &["evicted means evicted", "a death is an event", "each page is right"]);
 }
 
 #[test]
 fn no_claim_is_granted_twice() {
-    is_found(Bug::ClaimedTwice, &["one owner"]);
+    PARKED.finds(Bug::ClaimedTwice, &["one owner"]);
 }
 
 #[test]
 fn nobody_leaves_early() {
-    is_found(Bug::LeavesEarly, &["a death is an event"]);
+    PARKED.finds(Bug::LeavesEarly, &["a death is an event"]);
 }
 
 #[test]
 fn nothing_runs_that_is_not_written_down() {
-    is_found(Bug::RunsUnasked, &["one owner"]);
+    PARKED.finds(Bug::RunsUnasked, &["one owner"]);
 }

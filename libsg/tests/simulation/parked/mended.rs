@@ -1,0 +1,137 @@
+//! A VM that is parked with several copies of each page, whose intermediaries die one after the other: what went with one lies
+//! at the others again before the next one dies.
+
+use std::time::Duration;
+
+use libsg::host::simulation::Bug;
+use libsg::page::InstallUnit;
+
+use super::run::Run;
+use super::{After, At, Kind, Parking, What, Who};
+use crate::content::Content;
+use crate::random::Random;
+use crate::run::Outcome;
+
+/// Between two deaths: who is silent has to be found out, and what it had has to be sent.
+const APART: Duration = Duration::from_secs(30);
+
+fn after(after: After, seconds: f64, what: What) -> At<What> {
+    At { after, delay: Duration::from_secs_f64(seconds), what }
+}
+
+fn dies(nth: usize, seconds: f64) -> At<What> {
+    after(After::Evicted, seconds, What::Kill(Who::Intermediary(nth), None))
+}
+
+/// A VM at so many intermediaries, each page at so many of them, which is claimed when all that is to happen has.
+fn parking(seed: u64, intermediaries: usize, replicas: u8, events: Vec<At<What>>) -> Parking {
+    let mut parking = Parking::of(seed);
+    parking.base.intermediaries = vec![16 << 20; intermediaries];
+    parking.base.replicas = replicas;
+    let last = events.iter().map(|event| event.delay).max().unwrap_or_default();
+    parking.claims = vec![At { after: After::Evicted, delay: last + Duration::from_secs(1), what: () }];
+    parking.events = events;
+    parking
+}
+
+/// The one of a seed: all holders of a page but one die, and sometimes something else happens meanwhile.
+fn of(seed: u64) -> Parking {
+    let mut random = Random::new(seed).fork(70);
+    let replicas = random.pick(&[2, 2, 3]);
+    let intermediaries = usize::from(replicas) + random.pick(&[1, 1, 2]);
+    // As many as leave one.
+    let mut order: Vec<usize> = (0..intermediaries).collect();
+    for at in (1..order.len()).rev() {
+        order.swap(at, random.below(at as u64 + 1) as usize);
+    }
+    let deaths = random.within(2, intermediaries as u64 - 1) as usize;
+    let first = random.pick(&[0.0, 0.5, 3.0]);
+    let mut events: Vec<_> = order[..deaths]
+        .iter()
+        .zip(0..)
+        .map(|(nth, before)| dies(*nth, first + f64::from(before) * APART.as_secs_f64()))
+        .collect();
+    let survivor = order[deaths];
+    if random.one_in(2) {
+        let at = first + random.pick(&[0.1, 2.0, 5.0, 6.0, 7.0]);
+        let other = Who::Intermediary(random.pick(&order));
+        let time = Duration::from_millis(random.pick(&[1, 600, 5000]));
+        let what = random.pick(&[
+            What::Freeze(Who::Intermediary(survivor), time),
+            What::Break(Who::Intermediary(survivor), other),
+            What::Cut(Who::Intermediary(survivor), other, time),
+        ]);
+        events.push(after(After::Evicted, at, what));
+    }
+    let mut parking = parking(seed, intermediaries, replicas, events);
+    if random.one_in(4) {
+        let huge = InstallUnit::Huge2M;
+        let plan = &mut parking.base.vms[0];
+        plan.memory.resize(2 * huge.pages() as usize, Content::Version(1));
+        plan.memory.truncate(2 * huge.pages() as usize);
+        plan.regions = vec![(plan.memory.len() as u64, huge)];
+    }
+    parking
+}
+
+/// Whoever claimed it last has all of it.
+fn run(parking: &Parking, bug: Option<Bug>) -> Outcome {
+    let mut outcome = Run::new(parking, bug).run();
+    let said = |what: &str| outcome.lines.iter().any(|line| line.contains(what));
+    if outcome.evicted && outcome.breach.is_none() {
+        if said(": Lost {") {
+            outcome.breach = Some("a death is an event: pages are lost of which there were copies".into());
+        } else if !said(": Gathered") {
+            outcome.breach = Some("a death is an event: the VM cannot be had".into());
+        }
+    }
+    outcome
+}
+
+const MENDED: Kind = Kind { name: "parked::mended", of, run };
+
+fn nothing_is_lost(parking: &Parking) {
+    let outcome = run(parking, None);
+    assert_eq!(outcome.breach, None, "{:#?}", outcome.lines);
+    assert!(outcome.evicted, "{:#?}", outcome.lines);
+}
+
+#[test]
+fn all_but_one_die_one_after_the_other() {
+    let apart = APART.as_secs_f64();
+    for (first, second) in [(1, 2), (2, 1), (0, 1), (0, 2), (2, 0)] {
+        nothing_is_lost(&parking(0, 3, 2, vec![dies(first, 0.0), dies(second, apart)]));
+    }
+    nothing_is_lost(&parking(0, 4, 3, vec![dies(3, 0.0), dies(1, apart), dies(2, 2.0 * apart)]));
+    // Two at once, then one more.
+    nothing_is_lost(&parking(
+        0,
+        5,
+        3,
+        vec![dies(4, 0.0), dies(1, 0.1), dies(2, apart), dies(3, apart + 0.1)],
+    ));
+}
+
+/// Who is only silent for a moment is not dead, and who comes back has what it had.
+#[test]
+fn one_that_is_stopped_meanwhile_comes_back() {
+    for seconds in [2, 20] {
+        let stops = What::Freeze(Who::Intermediary(2), Duration::from_secs(seconds));
+        nothing_is_lost(&parking(0, 3, 2, vec![after(After::Evicted, 0.0, stops), dies(1, 40.0)]));
+    }
+}
+
+#[test]
+fn one_seed() {
+    MENDED.one_seed();
+}
+
+#[test]
+fn whatever_happens_in_between_nothing_is_lost() {
+    MENDED.whatever_happens();
+}
+
+#[test]
+fn copies_are_made_again() {
+    MENDED.finds(Bug::MendsNothing, &["a death is an event"]);
+}
