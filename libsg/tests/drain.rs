@@ -419,6 +419,25 @@ fn an_index_entry_that_comes_late_names_where_its_page_is() {
     is_whole(id, &pool, &pages);
 }
 
+/// The first of them stays, and takes what the other has, which goes.
+#[test]
+fn of_members_that_all_leave_at_once_one_stays() {
+    let pool = servers(2);
+    let volume = create(&pool, &manifest(None, InstallUnit::Page));
+    let (id, pages) = (volume.id(), fill(&*volume, 1));
+    drop(volume);
+    let (first, second) = std::thread::scope(|scope| {
+        let leave = |server| move || drain_within(Duration::from_secs(3), server, &[]);
+        let leaving = [scope.spawn(leave(&pool[0])), scope.spawn(leave(&pool[1]))];
+        let [first, second] = leaving.map(|leaving| leaving.join().unwrap());
+        (first, second)
+    });
+    assert_eq!(first.unwrap_err().kind, ErrorKind::Full);
+    assert!(second.unwrap().pages > 0);
+    assert_eq!((pool[0].holdings().len(), pool[1].holdings().len()), (1, 0));
+    is_whole(id, &pool[..1], &pages);
+}
+
 /// Waits until all of them are through with the copies of a volume, without so many members; how many are missing.
 fn mended(servers: &[ServerHandle], id: VolumeId, away: u16) -> u64 {
     let begun = Instant::now();

@@ -11,11 +11,13 @@ use signal_hook::iterator::Handle;
 
 use crate::cli::{Intermediaries, ServeArgs, secret};
 
-/// Hands over in a thread of its own, and ends the wait for signals when that is done.
+/// Hands over in a thread of its own, and ends the wait for signals when that is done. Where it stays, that is announced, so
+/// that it is chosen again.
 pub fn start(
     server: &Arc<ServerHandle>,
     args: &ServeArgs,
     signals: Handle,
+    announce_leaving: impl Fn(bool) + Send + 'static,
 ) -> Result<std::thread::JoinHandle<()>> {
     let (server, secret, timeout) = (Arc::clone(server), secret(args.secret.as_deref())?, args.drain_timeout);
     let pool = args.pool.clone().or_else(|| args.announce.as_ref().map(ToString::to_string));
@@ -31,6 +33,7 @@ pub fn start(
             Err(error) => {
                 tracing::warn!(error = error.chain(), "not everything could be handed over");
                 refuse(&server.holdings());
+                announce_leaving(false);
             }
         }
     };

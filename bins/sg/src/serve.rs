@@ -1,10 +1,11 @@
 //! `sg serve`: the intermediary.
 
 use std::io::{IsTerminal as _, Write as _};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use anyhow::{Context as _, Result};
+use libsg::discovery::Announces;
 use libsg::server::{Config, Holding, Server};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -30,8 +31,8 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     let server = Arc::new(server.spawn().map_err(|e| anyhow::anyhow!("{}", e.chain()))?);
     let _watch = local_first.map(|setup| setup.start(&server)).transpose()?;
     let leaves = Arc::new(AtomicBool::new(false));
-    let announcer = match announced {
-        Some(setup) => Some(setup.start(&server, Arc::clone(&leaves))?),
+    let announcer: Option<Arc<dyn Announces>> = match announced {
+        Some(setup) => Some(setup.start(&server, Arc::clone(&leaves))?.into()),
         None => None,
     };
     tracing::info!(
@@ -56,9 +57,13 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
             drop(announcer);
             return Ok(go_anyway(&held));
         }
-        leaves.store(true, Ordering::Relaxed);
-        announcer.iter().for_each(|announcer| announcer.announce());
-        leaving = Some(leave::start(&server, args, handle.clone())?);
+        let (flag, weak) = (Arc::clone(&leaves), announcer.as_ref().map(Arc::downgrade));
+        let announce = move |leaves| {
+            flag.store(leaves, Ordering::Relaxed);
+            weak.iter().filter_map(Weak::upgrade).for_each(|announcer| announcer.announce());
+        };
+        announce(true);
+        leaving = Some(leave::start(&server, args, handle.clone(), announce)?);
     }
     // It says that it leaves.
     drop(announcer);

@@ -3,11 +3,17 @@
 
 mod daemons;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use daemons::Daemons;
+use libsg::ids::{Epoch, VolumeId};
+use libsg::manifest::{Manifest, Region};
+use libsg::page::InstallUnit;
+use libsg::transport::PoolSecret;
+use libsg::vmd::{TcpConnector, Vmd as _, VmdClient};
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -102,6 +108,32 @@ fn daemons_are_found_and_those_of_others_and_dead_ones_are_not() {
     let begun = Instant::now();
     while pool.sg(&["status"]).status.code() != Some(1) {
         assert!(begun.elapsed() < PATIENCE, "somebody is there");
+    }
+}
+
+/// Where nobody takes over what is there, it is chosen again.
+#[test]
+fn one_that_could_not_leave_announces_that_it_lends() {
+    let mut pool = Pool::new();
+    let secret = pool.secret("ours");
+    pool.daemons.serve("a", &pool.place, &secret, &["--drain-timeout", "3"]);
+    let address = pool.finds(&["a"])[0]["address"].as_str().unwrap().parse().unwrap();
+    let connector = Arc::new(TcpConnector::new(PoolSecret::from_file(Path::new(&secret)).unwrap()));
+    let region =
+        Region { name: "ram".into(), guest_address: None, length_bytes: 1 << 20, unit: InstallUnit::Page };
+    let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new(), sharing: None };
+    let id = VolumeId::random().unwrap();
+    let volume = VmdClient::new(connector, PATIENCE).create(id, Epoch::FIRST, &manifest, &[address]).unwrap();
+    volume.put_state(b"state").unwrap();
+    volume.commit().unwrap();
+    drop(volume);
+    let daemon = rustix::process::Pid::from_child(&pool.daemons.0[0]);
+    rustix::process::kill_process(daemon, rustix::process::Signal::TERM).unwrap();
+    for leaves in [true, false] {
+        let begun = Instant::now();
+        while (pool.finds(&["a"])[0]["announced"]["duty"] == "Leaves") != leaves {
+            assert!(begun.elapsed() < PATIENCE, "{leaves}: {:?}", pool.finds(&["a"]));
+        }
     }
 }
 

@@ -23,6 +23,16 @@ pub(in crate::server) struct Heir<'s> {
     pub full: bool,
 }
 
+impl Heir<'_> {
+    /// Whether it leaves as well.
+    pub(super) fn leaves(&mut self) -> bool {
+        matches!(
+            self.line.control(&VmdRequest::Statistics),
+            Ok(VmdReply::Statistics(said)) if said.leaving.is_some()
+        )
+    }
+}
+
 /// Those that take a volume over, and those that hear of it, by their numbers.
 pub(in crate::server) struct Heirs<'s> {
     volume: VolumeId,

@@ -130,7 +130,9 @@ pub(super) fn run(store: &Store, limit_out: &Limit, options: &DrainOptions<'_>) 
         if std::mem::take(&mut shut) {
             store.set_shut(false);
         }
-        if host::elapsed(least_at) >= options.timeout {
+        let idle = host::elapsed(least_at);
+        let mut is_to_stay = || handings.values_mut().any(|handing| handing.is_to_stay(&around));
+        if idle >= options.timeout || (idle >= options.timeout / 2 && is_to_stay()) {
             handings.values().for_each(|handing| handing.stay(store));
             store.set_leaving(false);
             let restless = || Error::new(ErrorKind::Timeout, "those who take over come and go");
@@ -160,6 +162,7 @@ fn pass(around: &Around<'_>, handings: &mut BTreeMap<VolumeId, Handing>) -> Resu
             }
             Err(error) => {
                 store.set_handed(volume, handing.so_far(false));
+                handing.failed();
                 failed = Some(named(volume, error));
             }
         }

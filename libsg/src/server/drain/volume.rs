@@ -63,6 +63,8 @@ pub(super) struct Handing {
     was_here: bool,
     /// It has members of whom those that read it may not have heard.
     grew: bool,
+    /// The last pass was in vain.
+    has_failed: bool,
     told_at: Option<Instant>,
 }
 
@@ -78,6 +80,7 @@ impl Handing {
             handed: 0,
             was_here: false,
             grew: false,
+            has_failed: false,
             told_at: None,
         }
     }
@@ -97,6 +100,24 @@ impl Handing {
         self.grew
     }
 
+    /// It could not be handed over.
+    pub(super) const fn failed(&mut self) {
+        self.has_failed = true;
+    }
+
+    /// Whether it cannot be handed over since all members that are there leave, and this one is the first of them: if it stays,
+    /// it takes what the others have.
+    pub(super) fn is_to_stay(&mut self, around: &Around<'_>) -> bool {
+        let Some(portrait) = around.store.portrait(self.volume).filter(|_| self.has_failed) else {
+            return false;
+        };
+        let Ok(mut heirs) = Heirs::meet_again(around, (self.volume, &portrait), &mut self.gone) else {
+            return false;
+        };
+        let is_first = heirs.iter().all(|heir| portrait.me < heir.index);
+        is_first && heirs.iter().next().is_some() && heirs.iter_mut().all(|heir| heir.leaves())
+    }
+
     /// This intermediary stays: it decides again who gets the volume, unless somebody else may.
     pub(super) fn stay(&self, store: &Store) {
         let Some(portrait) = store.portrait(self.volume) else { return };
@@ -111,6 +132,7 @@ impl Handing {
     /// Why not all of it could be: the next pass tries again.
     pub(super) fn pass(&mut self, around: &Around<'_>) -> Result<Pass> {
         let store = around.store;
+        self.has_failed = false;
         let Some(mut portrait) = store.portrait(self.volume) else {
             self.plan = Plan::default();
             return Ok(Pass::Clean);
