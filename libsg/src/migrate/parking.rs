@@ -87,6 +87,7 @@ impl<'a> Parking<'a> {
         for request in members::put_state(&blobs) {
             self.ask(members, |_| true, || request);
         }
+        self.lead.recruiter.lock().keep_state(blobs);
         members::seat_all(scatter, members);
         #[cfg(feature = "simulation")]
         if host::has_bug(host::Bug::ParkedUnsafe) {
@@ -116,11 +117,11 @@ impl<'a> Parking<'a> {
                 (watch.safe, watch.since) = (safe, now);
             }
             let idle = now.saturating_duration_since(watch.since);
-            if safe == total {
+            if safe == total && scatter.are_known() {
                 let hints = scatter.offers.get().is_some_and(OfferDesk::has_hints);
                 return Ok(!hints || idle >= LAST_HINTS);
             }
-            if scatter.index.alive() == 0 {
+            if scatter.index.alive() == 0 && !self.lead.recruiter.lock().is_searching() {
                 return Err(self.nobody());
             }
             let stalled = idle >= STALL;

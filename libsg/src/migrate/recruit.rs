@@ -4,7 +4,7 @@
 //! ```text
 //!  a member dies --> Replacements: who? --> connect, Create with the longer list     2 s each, in the background
 //!                                              |
-//!       the manager: it is a member now  <-----+     after COMMIT: state and COMMIT go there first
+//!       the manager: it is a member now  <-----+     the VM's state, once there is one, and COMMIT go there first
 //!         all living members and the destination are told of it
 //!       its sink runs once it has answered, and somebody who outlives the source knows of it
 //! ```
@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 
 use super::members::{MEMBER_TIME, Seat, dissolve_anew, put_state};
-use super::source::{SourceOptions, To};
+use super::source::SourceOptions;
 use super::{Event, Observer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, thread::JoinHandle};
@@ -92,10 +92,9 @@ pub(super) struct Recruiter {
 }
 
 impl Recruiter {
-    /// Nobody died yet. Nobody is asked for where pages have copies, or the VM is parked: those that are left do.
+    /// Nobody died yet. Nobody is asked for where pages have copies: those that are left do.
     pub fn new(options: &SourceOptions, manifest: &Manifest, (volume, epoch): (VolumeId, Epoch)) -> Self {
-        let replaces = options.replicas == 1 && matches!(options.to, To::Destination(_));
-        let job = options.replacements.clone().filter(|_| replaces).map(|replacements| {
+        let job = options.replacements.clone().filter(|_| options.replicas == 1).map(|replacements| {
             Arc::new(Job {
                 replacements,
                 connector: Arc::clone(&options.connector),
@@ -114,7 +113,7 @@ impl Recruiter {
     }
 
     /// Looks whether somebody died, and whether somebody was found. Who was found is a member from now on, told to all;
-    /// after COMMIT, it was asked to take state and COMMIT. `None` where there is nobody new.
+    /// once there is a state it was asked to take that, and after COMMIT, COMMIT. `None` where there is nobody new.
     pub fn look(&mut self, scatter: &Arc<Scatter>, committed: bool) -> Option<(MemberIndex, Seat)> {
         self.job.as_ref()?;
         if self.search.as_ref().is_some_and(|search| search.found.lock().is_some()) {
@@ -132,6 +131,11 @@ impl Recruiter {
             });
         }
         None
+    }
+
+    /// Whether somebody may yet be found.
+    pub const fn is_searching(&self) -> bool {
+        self.search.is_some()
     }
 
     /// Begins to search for the next place that is empty.
@@ -188,8 +192,9 @@ impl Recruiter {
         };
         let message = format!("intermediary {} takes the place of {}", new.node, dead.node);
         (scatter.observer)(&Event::NodeReplaced { message });
-        if let Some(state) = self.state.as_ref().filter(|_| committed) {
-            let mut all = put_state(state).chain([Request::Control(&VmdRequest::Commit)]);
+        if let Some(state) = &self.state {
+            let commit = committed.then_some(Request::Control(&VmdRequest::Commit));
+            let mut all = put_state(state).chain(commit);
             if let Err(error) = all.try_for_each(|request| seat.ask(request)) {
                 scatter.member_lost(member, &error);
                 return None;

@@ -2,7 +2,7 @@
 //! who outlives the source knows of a new one, nothing that lies there could be found again.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
@@ -36,6 +36,8 @@ pub struct Membership {
     first: usize,
     /// Of how many the destination is known to know.
     destination_knows: AtomicUsize,
+    /// There is no destination yet.
+    is_parked: AtomicBool,
 }
 
 impl Membership {
@@ -47,7 +49,12 @@ impl Membership {
         let first = members.len();
         let books = members.into_iter().map(|member| MemberBooks::new(member, first));
         let books = Roster::new(books.collect::<Result<Vec<_>>>()?);
-        Ok(Self { books, first, destination_knows: AtomicUsize::new(first) })
+        Ok(Self {
+            books,
+            first,
+            destination_knows: AtomicUsize::new(first),
+            is_parked: AtomicBool::new(false),
+        })
     }
 
     /// Takes one more, on which the volume was created with all of them and itself as members. `None` where there is no
@@ -88,6 +95,11 @@ impl Membership {
         self.destination_knows.fetch_max(of, Ordering::AcqRel);
     }
 
+    /// There is no destination yet: whoever claims the VM later asks all hosts that it knows of, and begins with any of them.
+    pub fn park(&self) {
+        self.is_parked.store(true, Ordering::Release);
+    }
+
     /// Of how many the destination knows, as far as is known here.
     #[cfg(feature = "simulation")]
     #[must_use]
@@ -101,12 +113,13 @@ impl Membership {
     pub fn is_known(&self, member: MemberIndex, is_dead: impl Fn(MemberIndex) -> bool) -> bool {
         let needed = member.as_usize() + 1;
         let asked = self.first.max(self.destination_knows.load(Ordering::Acquire));
+        let is_parked = self.is_parked.load(Ordering::Acquire);
         if needed <= asked {
             return true;
         }
         let others = self.books.iter().enumerate().map(|(at, books)| (MemberIndex(at as u16), books));
         let living: Vec<_> = others.filter(|(at, _)| *at != member && !is_dead(*at)).collect();
-        living.iter().any(|(at, _)| at.as_usize() < asked)
+        (is_parked || living.iter().any(|(at, _)| at.as_usize() < asked))
             && living.iter().all(|(_, books)| books.knows.load(Ordering::Acquire) >= needed)
     }
 
@@ -166,5 +179,17 @@ mod test {
         );
         members.destination_knows(5);
         assert!(members.is_known(new, dead(&[0, 1, 2])) && members.is_known(next, dead(&[0, 1, 2])));
+    }
+
+    #[test]
+    fn of_a_parked_vm_all_that_live_are_to_know_whoever_they_are() {
+        let members = Membership::new(vec![member(0)]).expect("event descriptors");
+        members.park();
+        let new = members.add(member(1)).expect("event descriptor").expect("room");
+        let next = members.add(member(2)).expect("event descriptor").expect("room");
+        assert!(!members.is_known(new, |_| false) && !members.is_known(next, |at| at.0 == 0));
+        members.member_knows(new, 3);
+        assert!(members.is_known(next, |at| at.0 == 0) && members.are_known(|at| at.0 == 0));
+        assert!(members.is_known(next, |at| at.0 < 2), "it is the only one");
     }
 }

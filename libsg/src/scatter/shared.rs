@@ -235,7 +235,9 @@ impl Scatter {
         self.members.is_known(member, |other| self.index.is_dead(other))
     }
 
-    fn are_known(&self) -> bool {
+    /// The same of all members that live.
+    #[must_use]
+    pub fn are_known(&self) -> bool {
         #[cfg(feature = "simulation")]
         if host::has_bug(host::Bug::MemberUnknown) {
             return true;

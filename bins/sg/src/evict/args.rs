@@ -136,8 +136,8 @@ pub struct EvictArgs {
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
     /// An intermediary that takes the place of one that dies on the way, in this order (repeatable). Of a pool, where
-    /// hosts announce themselves, those that are not chosen at the start are such already. With --replicas above 1, and for
-    /// VMs that are parked, nobody is replaced: those that are left take what it had
+    /// hosts announce themselves, those that are not chosen at the start are such already. With --replicas above 1 nobody is
+    /// replaced: those that are left take what it had
     #[arg(long, value_name = "HOST:PORT")]
     pub spare: Vec<String>,
     /// Pages that intermediaries hold already for VMs of the same domain are not sent there again: DOMAIN for all VMs, or

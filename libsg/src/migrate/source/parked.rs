@@ -24,6 +24,7 @@ impl Manager {
         recruiter: &Mutex<Recruiter>,
         mut members: Members,
     ) -> Result<()> {
+        scatter.members.park();
         let (control, options) = (&*self.control, &self.options);
         let parking = Parking::new(Lead { control, options, scatter, recruiter });
         let mut rounds = None;
@@ -41,7 +42,9 @@ impl Manager {
             rounds.stop();
         }
         (self.options.observer)(&Event::Commit);
-        parking.park(&mut members)?;
+        let parked = parking.park(&mut members);
+        recruiter.lock().end();
+        parked?;
         self.evicted(scatter, host::now(), (rounds.as_ref(), None));
         Ok(())
     }

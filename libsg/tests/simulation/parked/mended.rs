@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use libsg::host::simulation::Bug;
+use libsg::migrate::Mode;
 use libsg::page::InstallUnit;
 
 use super::run::Run;
@@ -134,4 +135,28 @@ fn whatever_happens_in_between_nothing_is_lost() {
 #[test]
 fn copies_are_made_again() {
     MENDED.finds(Bug::MendsNothing, &["a death is an event"]);
+}
+
+/// Who dies while a VM is being parked is replaced by one that stands by, be it the only one, in the rounds or behind them.
+#[test]
+fn another_takes_the_place_of_one_that_dies_while_the_vm_is_parked() {
+    for (members, replicas, mode) in
+        [(2, 1, Mode::ScatterGather), (1, 1, Mode::ScatterGather), (2, 1, Mode::Hybrid)]
+    {
+        for ms in [50, 300, 1000] {
+            let delay = Duration::from_millis(ms);
+            let dies =
+                At { after: After::Start, delay, what: What::Kill(Who::Intermediary(members - 1), None) };
+            let mut parking = parking(0, members + 1, replicas, vec![dies]);
+            parking.base.spares = 1;
+            parking.base.weather.port_rate = 4_000_000;
+            let plan = &mut parking.base.vms[0];
+            plan.memory = vec![Content::Version(1); 1200];
+            (plan.regions, plan.mode) = (vec![(1200, InstallUnit::Page)], mode);
+            let outcome = run(&parking, None);
+            assert_eq!(outcome.breach, None, "{:#?}", outcome.lines);
+            let replaced = outcome.lines.iter().any(|line| line.contains("NodeReplaced"));
+            assert!(outcome.evicted && replaced, "{members} {replicas} {mode:?} {ms}: {:#?}", outcome.lines);
+        }
+    }
 }

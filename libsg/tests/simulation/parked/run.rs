@@ -353,7 +353,7 @@ impl Run {
         let (memory, vm) = arriving(&node, &self.vm, Early::Never, (random, base.think));
         let wanted = ClaimOptions {
             name: NAME.into(),
-            intermediaries: base.members().map(address).collect(),
+            intermediaries: base.lenders().map(address).collect(),
             force,
             engines: None,
         };
