@@ -2,23 +2,20 @@
 //! where they are when they cannot.
 
 mod process;
+mod world;
 
-use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use libsg::ErrorKind;
-use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
-use libsg::migrate::source::{Outgoing, SourceOptions, start};
-use libsg::migrate::{Event, Mode, Observer, PoolSecret, RoundOptions};
+use libsg::migrate::{Event, Observer};
 use libsg::report::Status;
-use libsg::server::{Config, Server, ServerHandle};
-use libsg::vmd::TcpConnector;
+use libsg::server::ServerHandle;
 use parking_lot::Mutex;
 use process::{PATIENCE, Qemu};
-use qemu::{ArrivingQemu, Departure, Qmp};
+use qemu::{Departure, Qmp};
 use serde_json::json;
+use world::World;
 
 /// What is put into the guest's memory, and where.
 const FILLED: usize = 16 << 20;
@@ -60,64 +57,6 @@ fn filled(qmp: &mut Qmp, directory: &Path) -> Vec<u8> {
 fn status(qmp: &mut Qmp) -> String {
     let told = qmp.execute("query-status", &json!({})).expect("answers");
     told["status"].as_str().expect("a status").to_owned()
-}
-
-/// The hosts of a migration, but for the QEMUs.
-struct World {
-    secret: PoolSecret,
-    connector: Arc<TcpConnector>,
-    servers: Vec<ServerHandle>,
-    /// Intermediaries that somebody else holds.
-    others: Vec<SocketAddr>,
-}
-
-impl World {
-    fn new(intermediaries: usize) -> Self {
-        let secret = PoolSecret::from_bytes(b"known to everybody in this process").expect("a secret");
-        let connector = Arc::new(TcpConnector::new(secret.clone()));
-        let server = |at: usize| {
-            let config = Config::new(anywhere(), format!("i{at}"), 256 << 20, secret.clone());
-            Server::bind(config).and_then(Server::spawn).expect("serves")
-        };
-        let servers = (0..intermediaries).map(server).collect();
-        Self { secret, connector, servers, others: Vec::new() }
-    }
-
-    fn arrive(&self, qmp: Qmp, gather_limit: u64) -> (Incoming, SocketAddr) {
-        let mut options = DestinationOptions::new(anywhere(), self.secret.clone(), self.connector.clone());
-        options.gather_limit = gather_limit;
-        options.source_grace = Duration::from_secs(2);
-        let destination = Destination::listen(options).expect("listens");
-        let to = destination.address();
-        (destination.accept(Box::new(ArrivingQemu::new(qmp))).expect("waits"), to)
-    }
-
-    fn leave(&self, departure: &Departure, to: SocketAddr, observer: Observer) -> Outgoing {
-        let options = SourceOptions {
-            to: to.into(),
-            intermediaries: self
-                .servers
-                .iter()
-                .map(ServerHandle::address)
-                .chain(self.others.iter().copied())
-                .collect(),
-            replacements: None,
-            replicas: 1,
-            mode: Mode::ScatterGather,
-            rounds: RoundOptions::default(),
-            secret: self.secret.clone(),
-            connector: self.connector.clone(),
-            scatter_limit_bytes_per_s: 0,
-            ready_timeout: PATIENCE,
-            observer,
-        };
-        let pages = Arc::new(departure.pages());
-        start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
-    }
-}
-
-fn anywhere() -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, 0).into()
 }
 
 /// The source QEMU has ended by itself before the destination has half of the memory; then the rest comes.

@@ -1,4 +1,4 @@
-//! A QEMU of a test's own: Debian's, with a guest that is only firmware, under software emulation.
+//! A QEMU of a test's own: Debian's, under software emulation.
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::path::{Path, PathBuf};

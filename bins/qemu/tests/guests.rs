@@ -1,0 +1,162 @@
+//! Guests with an operating system move: their memory is what they wrote, and their hearts go on where they stopped.
+
+mod process;
+mod world;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use guest::{Beat, Said, Work};
+use libsg::migrate::{Event, Observer};
+use libsg::report::{SourceReport, Status};
+use libsg::server::ServerHandle;
+use parking_lot::Mutex;
+use process::{PATIENCE, Qemu};
+use qemu::Departure;
+use world::World;
+
+/// What the guest fills; the VM has more.
+const FILLED_MIB: u32 = 48;
+
+/// A VM that can be started twice: where it is, and where it goes.
+struct Machine {
+    directory: tempfile::TempDir,
+    arguments: Vec<String>,
+}
+
+/// One of its QEMUs.
+struct Host {
+    qemu: Qemu,
+    console: PathBuf,
+}
+
+impl Machine {
+    fn new(machine: &str, vcpus: u32, devices: &[&str]) -> Self {
+        let directory = tempfile::tempdir().expect("creates");
+        let work = Work { filled_mib: FILLED_MIB, writes_per_s: 3000, checks_per_s: 20_000, threads: vcpus };
+        let mut arguments = work.arguments(directory.path()).unwrap_or_else(|error| panic!("{error:#}"));
+        let (vcpus, own) = (vcpus.to_string(), ["-machine", machine, "-m", "128M", "-smp"]);
+        arguments.extend(own.iter().chain([&vcpus.as_str()]).chain(devices).map(ToString::to_string));
+        Self { directory, arguments }
+    }
+
+    fn start(&self, name: &str, more: &[&str]) -> Host {
+        let console = self.directory.path().join(format!("{name}.console"));
+        let serial = format!("file:{}", console.display());
+        let own: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        let qemu =
+            Qemu::start(self.directory.path(), name, &[&own[..], &["-serial", &serial], more].concat());
+        Host { qemu, console }
+    }
+}
+
+impl Host {
+    fn said(&self) -> Said {
+        Said::parse(&std::fs::read(&self.console).unwrap_or_default())
+    }
+
+    /// Waits until the guest's last beat is as wanted.
+    fn await_beat(&mut self, what: &str, is_wanted: impl Fn(&Beat) -> bool) -> Beat {
+        let begun = Instant::now();
+        loop {
+            let said = self.said();
+            assert!(said.complaints.is_empty(), "{:?}", said.complaints);
+            if let Some(beat) = said.beats.last().filter(|beat| is_wanted(beat)) {
+                return *beat;
+            }
+            assert!(self.qemu.is_alive(), "QEMU ended: {}", self.qemu.said());
+            assert!(begun.elapsed() < PATIENCE, "{what}: {:?}", said.beats.last());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until every page was looked at twice from now on.
+    fn await_passes(&mut self) -> Beat {
+        let passes = self.said().beats.last().map_or(0, |beat| beat.passes);
+        self.await_beat("the guest does not look at its memory", |beat| beat.passes >= passes + 2)
+    }
+}
+
+/// Beats of both, as of one console: none is missing, none comes twice.
+fn one_heart(from: &Path, there: &Path) {
+    let mut console = std::fs::read(from).expect("a console");
+    console.extend(std::fs::read(there).expect("a console"));
+    let said = Said::parse(&console);
+    for (at, beat) in said.beats.iter().enumerate() {
+        assert_eq!(beat.number, at as u64, "{beat:?}");
+        assert_eq!(beat.wrong, 0, "{beat:?}");
+    }
+    assert_eq!(said.complaints, [""; 0]);
+}
+
+/// The guest runs at its destination while most of its memory is elsewhere still, with its source gone.
+fn moves(machine: &Machine) {
+    let world = World::new(2);
+    moves_through(machine, &world, Arc::new(|_| {}));
+}
+
+/// What the source says of it.
+fn moves_through(machine: &Machine, world: &World, observer: Observer) -> SourceReport {
+    let mut from = machine.start("from", &[]);
+    from.await_beat("the guest does not start", |beat| beat.passes >= 1);
+    let mut there = machine.start("there", &["-incoming", "defer"]);
+    let (incoming, to) = world.arrive(there.qemu.connect(), 1 << 20);
+    let departure = Departure::begin(from.qemu.connect(), "vm").expect("begins");
+    let outgoing = world.leave(&departure, to, observer);
+    let left = outgoing.wait_evicted(PATIENCE).expect("is out");
+    assert!(left.pages.staged > Some(1000), "{left:?}");
+    departure.complete(true).expect("the source QEMU completes");
+    assert!(from.qemu.has_ended_well(), "{}", from.qemu.said());
+    drop(outgoing);
+
+    incoming.wait_running(PATIENCE).expect("runs");
+    let last = from.said().beats.last().map_or(0, |beat| beat.number);
+    there.await_beat("its heart stands still", |beat| beat.number > last + 3);
+    let pages = incoming.progress().pages;
+    assert!(pages.held < pages.total, "it ran on before all was there: {pages:?}");
+    incoming.set_gather_limit(0);
+    let arrived = incoming.wait_gathered(PATIENCE).expect("is there");
+    assert_eq!(arrived.status, Status::Ok);
+    incoming.wait_dissolved(PATIENCE).expect("nothing is left at the intermediaries");
+    there.await_passes();
+    one_heart(&from.console, &there.console);
+    left
+}
+
+#[test]
+fn a_pc_with_one_vcpu() {
+    moves(&Machine::new("pc", 1, &[]));
+}
+
+#[test]
+fn a_pc_with_two_vcpus() {
+    moves(&Machine::new("pc", 2, &[]));
+}
+
+#[test]
+fn a_q35_with_one_vcpu() {
+    moves(&Machine::new("q35", 1, &[]));
+}
+
+/// Devices have memory of their own, which moves as well.
+#[test]
+fn a_q35_with_two_vcpus_and_devices() {
+    let devices = ["-device", "VGA", "-device", "virtio-net-pci", "-device", "virtio-rng-pci"];
+    moves(&Machine::new("q35", 2, &[&devices[..], &["-device", "virtio-balloon-pci"]].concat()));
+}
+
+/// With pages that have no other copy there, acknowledged: none is lost, since the source lives.
+#[test]
+fn an_intermediary_dies_while_the_source_lives() {
+    let mut world = World::new(2);
+    let dies = Mutex::new(world.servers.pop());
+    world.others = dies.lock().iter().map(ServerHandle::address).collect();
+    let observer: Observer = Arc::new(move |event| {
+        if matches!(event, Event::Scattered { percent } if *percent >= 50) {
+            drop(dies.lock().take());
+        }
+    });
+    let left = moves_through(&Machine::new("pc", 1, &[]), &world, observer);
+    assert!(left.pages.resent > Some(0), "{left:?}");
+}

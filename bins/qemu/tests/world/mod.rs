@@ -1,0 +1,73 @@
+//! What a migration of a QEMU's VM needs beside the QEMUs: intermediaries, and both ends of libsg, in this process.
+#![allow(dead_code, reason = "each test uses a part of it")]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
+use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::{Mode, Observer, PoolSecret, RoundOptions};
+use libsg::server::{Config, Server, ServerHandle};
+use libsg::vmd::TcpConnector;
+use qemu::{ArrivingQemu, Departure, Qmp};
+
+use crate::process::PATIENCE;
+
+/// The hosts of a migration, but for the QEMUs.
+pub struct World {
+    pub secret: PoolSecret,
+    pub connector: Arc<TcpConnector>,
+    pub servers: Vec<ServerHandle>,
+    /// Intermediaries that somebody else holds.
+    pub others: Vec<SocketAddr>,
+}
+
+impl World {
+    pub fn new(intermediaries: usize) -> Self {
+        let secret = PoolSecret::from_bytes(b"known to everybody in this process").expect("a secret");
+        let connector = Arc::new(TcpConnector::new(secret.clone()));
+        let server = |at: usize| {
+            let config = Config::new(anywhere(), format!("i{at}"), 256 << 20, secret.clone());
+            Server::bind(config).and_then(Server::spawn).expect("serves")
+        };
+        let servers = (0..intermediaries).map(server).collect();
+        Self { secret, connector, servers, others: Vec::new() }
+    }
+
+    pub fn arrive(&self, qmp: Qmp, gather_limit: u64) -> (Incoming, SocketAddr) {
+        let mut options = DestinationOptions::new(anywhere(), self.secret.clone(), self.connector.clone());
+        options.gather_limit = gather_limit;
+        options.source_grace = Duration::from_secs(2);
+        let destination = Destination::listen(options).expect("listens");
+        let to = destination.address();
+        (destination.accept(Box::new(ArrivingQemu::new(qmp))).expect("waits"), to)
+    }
+
+    pub fn leave(&self, departure: &Departure, to: SocketAddr, observer: Observer) -> Outgoing {
+        let options = SourceOptions {
+            to: to.into(),
+            intermediaries: self
+                .servers
+                .iter()
+                .map(ServerHandle::address)
+                .chain(self.others.iter().copied())
+                .collect(),
+            replacements: None,
+            replicas: 1,
+            mode: Mode::ScatterGather,
+            rounds: RoundOptions::default(),
+            secret: self.secret.clone(),
+            connector: self.connector.clone(),
+            scatter_limit_bytes_per_s: 0,
+            ready_timeout: PATIENCE,
+            observer,
+        };
+        let pages = Arc::new(departure.pages());
+        start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
+    }
+}
+
+pub fn anywhere() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 0).into()
+}
