@@ -70,7 +70,13 @@ impl Departure {
     /// The VM, for who moves it.
     #[must_use]
     pub fn vm(&self) -> LeavingQemu {
-        LeavingQemu { qmp: Arc::clone(&self.qmp), relay: self.relay.clone() }
+        LeavingQemu { qmp: Arc::clone(&self.qmp), relay: self.relay.clone(), all_first: false, flows: false }
+    }
+
+    /// The VM, for who parks it: all of its memory comes before COMMIT.
+    #[must_use]
+    pub fn vm_to_park(&self) -> LeavingQemu {
+        LeavingQemu { all_first: true, ..self.vm() }
     }
 
     /// It was moved, and all of it is safe: the source QEMU completes, and ends if `quit`.
@@ -144,6 +150,30 @@ fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
 pub struct LeavingQemu {
     qmp: Arc<Mutex<Qmp>>,
     relay: Relay,
+    /// COMMIT comes when all of the memory has come.
+    all_first: bool,
+    /// The memory comes as fast as it can.
+    flows: bool,
+}
+
+impl LeavingQemu {
+    /// Lets the memory come.
+    fn flow(&mut self) -> Result<()> {
+        self.flows = true;
+        self.relay.taken();
+        let unlimited = json!({ "max-postcopy-bandwidth": 0 });
+        self.qmp.lock().execute("migrate-set-parameters", &unlimited).map(drop)
+    }
+
+    /// Ends the migration as one that has failed, in which QEMU's VM stays its own.
+    fn end(&self) -> Result<()> {
+        if !self.flows {
+            return call_off(&mut self.qmp.lock());
+        }
+        // Called off now it may take the closed connection for a broken network. So it says all that it has to say, and is refused.
+        self.relay.refuse(STEP)?;
+        await_status(&mut self.qmp.lock(), |status| status == "failed")
+    }
 }
 
 impl OutgoingVm for LeavingQemu {
@@ -155,7 +185,12 @@ impl OutgoingVm for LeavingQemu {
             .execute("migrate-set-parameters", &json!({ "max-bandwidth": UNLIMITED }))
             .and_then(|_| qmp.execute("migrate-start-postcopy", &json!({})));
         drop(qmp);
-        let state = switched.and_then(|_| self.relay.state(STEP));
+        let state = switched.and_then(|_| self.relay.state(STEP)).and_then(|state| {
+            if self.all_first {
+                self.flow()?;
+            }
+            Ok(state)
+        });
         state.inspect_err(|_| {
             if let Err(error) = self.resume() {
                 tracing::error!(error = error.chain(), "the VM is paused at the source");
@@ -164,15 +199,14 @@ impl OutgoingVm for LeavingQemu {
     }
 
     fn resume(&mut self) -> Result<()> {
-        let mut qmp = self.qmp.lock();
-        call_off(&mut qmp)?;
-        qmp.execute("cont", &json!({})).map(drop)
+        self.end()?;
+        self.qmp.lock().execute("cont", &json!({})).map(drop)
     }
 
     fn committed(&mut self) {
-        self.relay.committed();
-        let unlimited = json!({ "max-postcopy-bandwidth": 0 });
-        if let Err(error) = self.qmp.lock().execute("migrate-set-parameters", &unlimited) {
+        if !self.flows
+            && let Err(error) = self.flow()
+        {
             tracing::error!(error = error.chain(), "the source QEMU's stream stays slow");
         }
     }

@@ -109,8 +109,8 @@ impl Relay {
         })
     }
 
-    /// COMMIT was given: a source from 10.2 on waits for a word of that.
-    pub fn committed(&self) {
+    /// The state of the devices was taken: a source from 10.2 on waits for a word of that.
+    pub fn taken(&self) {
         let package = self.0.books.lock().package.clone();
         if let Some(Ok(Package { awaited: Some(ping), .. })) =
             package.map(|package| Package::inspect(&package))
@@ -129,6 +129,28 @@ impl Relay {
             return Ok(());
         }
         Err(Error::new(ErrorKind::Unreachable, "the source QEMU hung up before it was told that all is safe"))
+    }
+
+    /// Not all is safe: the source has failed, and keeps the VM. It hears that once it has said that there is no more, for which
+    /// all of its memory comes yet.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Timeout`] when nothing came for so long, [`ErrorKind::Unreachable`] when it hung up.
+    pub fn refuse(&self, patience: Duration) -> Result<()> {
+        let mut came = 0;
+        while let Err(error) = self.0.wait(patience, "does not end", |books| books.over.then_some(())) {
+            let now = self.0.books.lock().came.as_ref().map_or(0, PresenceMap::count);
+            if error.kind != ErrorKind::Timeout || now == std::mem::replace(&mut came, now) {
+                return Err(error);
+            }
+        }
+        if self.0.answer(&Blocks::default(), &Answer::Shut(1)) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unreachable,
+            "the source QEMU hung up before it was told that it keeps its VM",
+        ))
     }
 
     /// Hangs up.

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest::{Beat, Said, Work};
+use libsg::ErrorKind;
 use libsg::migrate::{Event, Observer};
 use libsg::report::{SourceReport, Status};
 use libsg::server::ServerHandle;
 use parking_lot::Mutex;
-use process::{PATIENCE, Qemu};
+use process::{PATIENCE, Qemu, settings};
 use qemu::Departure;
 use world::World;
 
@@ -159,4 +160,83 @@ fn an_intermediary_dies_while_the_source_lives() {
     });
     let left = moves_through(&Machine::new("pc", 1, &[]), &world, observer);
     assert!(left.pages.resent > Some(0), "{left:?}");
+}
+
+/// Parked, its source gone, it waits for nobody, and goes on where it stopped when it is claimed.
+#[test]
+fn a_vm_is_parked_and_claimed() {
+    let machine = Machine::new("q35", 1, &[]);
+    let mut from = machine.start("from", &[]);
+    from.await_beat("the guest does not start", |beat| beat.passes >= 1);
+    let world = World::new(2);
+    let departure = Departure::begin(from.qemu.connect(), "vm").expect("begins");
+    let outgoing = world.park(&departure, "web", 0);
+    let left = outgoing.wait_evicted(PATIENCE).expect("is parked");
+    assert!(left.pages.staged > Some(u64::from(FILLED_MIB) * 200), "{left:?}");
+    departure.complete(true).expect("the source QEMU completes");
+    assert!(from.qemu.has_ended_well(), "{}", from.qemu.said());
+    drop(outgoing);
+
+    // Another machine cannot be it: it stays parked.
+    let mut other = Qemu::start(
+        machine.directory.path(),
+        "other",
+        &["-machine", "pc", "-m", "64M", "-incoming", "defer"],
+    );
+    let refused =
+        world.claim(other.connect(), "web", false).wait_running(PATIENCE).expect_err("another machine");
+    assert!(refused.chain().contains("machine type"), "{}", refused.chain());
+    assert!(!other.has_ended_well(), "QEMU ends when it is offered what it cannot be");
+
+    let mut there = machine.start("there", &["-incoming", "defer"]);
+    // By who knows that the other does not run it; otherwise after 10 s.
+    let incoming = world.claim(there.qemu.connect(), "web", true);
+    incoming.wait_running(PATIENCE).expect("runs");
+    assert_eq!(incoming.wait_gathered(PATIENCE).expect("is there").status, Status::Ok);
+    incoming.wait_dissolved(PATIENCE).expect("nothing is left at the intermediaries");
+    there.await_passes();
+    one_heart(&from.console, &there.console);
+}
+
+/// No room for it, and a cancel with its memory under way: it runs on, settings as before, and can be parked all the same.
+#[test]
+fn a_vm_that_cannot_be_parked_runs_on() {
+    let machine = Machine::new("pc", 1, &[]);
+    let mut from = machine.start("from", &[]);
+    from.await_beat("the guest does not start", |beat| beat.passes >= 1);
+    let before = settings(&mut from.qemu.connect());
+    let runs_on = |from: &mut Host, departure: Departure| {
+        departure.give_up().expect("put back");
+        assert_eq!(settings(&mut from.qemu.connect()), before);
+        from.await_passes();
+    };
+
+    let departure = Departure::begin(from.qemu.connect(), "vm").expect("begins");
+    let small = World::with_room(1, 16 << 20);
+    let outgoing = small.park(&departure, "web", 0);
+    let refused = outgoing.wait_evicted(PATIENCE).expect_err("there is no room");
+    assert_eq!(refused.kind, ErrorKind::Full, "{}", refused.chain());
+    runs_on(&mut from, departure);
+
+    let world = World::new(1);
+    let departure = Departure::begin(from.qemu.connect(), "vm").expect("begins");
+    let outgoing = world.park(&departure, "web", 4 << 20);
+    let begun = Instant::now();
+    while outgoing.progress().safe_pages < 500 {
+        assert!(begun.elapsed() < PATIENCE && !outgoing.is_over(), "{:?}", outgoing.progress());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    outgoing.cancel().expect("called off");
+    let refused = outgoing.wait_evicted(PATIENCE).expect_err("it was called off");
+    assert_eq!(refused.kind, ErrorKind::Cancelled, "{}", refused.chain());
+    runs_on(&mut from, departure);
+
+    let departure = Departure::begin(from.qemu.connect(), "vm").expect("begins");
+    world.park(&departure, "web", 0).wait_evicted(PATIENCE).expect("is parked");
+    departure.complete(false).expect("the source QEMU completes");
+    let mut there = machine.start("there", &["-incoming", "defer"]);
+    let incoming = world.claim(there.qemu.connect(), "web", false);
+    assert_eq!(incoming.wait_gathered(PATIENCE).expect("is there").status, Status::Ok);
+    there.await_passes();
+    one_heart(&from.console, &there.console);
 }

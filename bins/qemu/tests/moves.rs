@@ -12,7 +12,7 @@ use libsg::migrate::{Event, Observer};
 use libsg::report::Status;
 use libsg::server::ServerHandle;
 use parking_lot::Mutex;
-use process::{PATIENCE, Qemu};
+use process::{PATIENCE, Qemu, settings};
 use qemu::{Departure, Qmp};
 use serde_json::json;
 use world::World;
@@ -97,10 +97,6 @@ fn a_vm_that_its_destination_does_not_take_runs_on() {
     let directory = tempfile::tempdir().expect("creates");
     let ((from, bytes), mut there) = (source(directory.path()), destination(directory.path(), "pc"));
     let world = World::new(1);
-    let settings = |qmp: &mut Qmp| {
-        ["query-migrate-capabilities", "query-migrate-parameters"]
-            .map(|command| qmp.execute(command, &json!({})).expect("answers"))
-    };
     let before = settings(&mut from.connect());
     let (incoming, to) = world.arrive(there.connect(), 0);
     let departure = Departure::begin(from.connect(), "vm").expect("begins");

@@ -173,7 +173,7 @@ fn the_source_is_asked_once_and_let_go_when_all_is_safe() {
     let (mut source, relay) = Source::begin();
     source.switch(Span { start_bytes: 0, length_bytes: 16 << 12 });
     relay.state(PATIENCE).expect("switches");
-    relay.committed();
+    relay.taken();
     relay.want(PageIndex(5)).expect("asked");
     relay.want(PageIndex(5)).expect("asked already");
     relay.want(PageIndex(16 + 600)).expect("asked");
@@ -196,6 +196,24 @@ fn the_source_is_asked_once_and_let_go_when_all_is_safe() {
         Answer::Shut(0),
     ];
     assert_eq!(source.answers(5), expected.map(AnswerItem::Answer));
+}
+
+#[test]
+fn a_source_is_refused_when_it_has_said_everything() {
+    let (mut source, relay) = Source::begin();
+    source.switch(Span { start_bytes: 0, length_bytes: 16 << 12 });
+    relay.state(PATIENCE).expect("switches");
+    source.pages(RAM, [(5, Some(5))], false);
+    let slow = relay.refuse(Duration::from_millis(50)).expect_err("it says nothing more");
+    assert_eq!(slow.kind, ErrorKind::Timeout);
+    source.pages(RAM, [], true);
+    source.say(&[END_OF_STREAM]);
+    relay.refuse(PATIENCE).expect("told");
+    assert_eq!(source.answers(2), [Answer::Pong(1), Answer::Shut(1)].map(AnswerItem::Answer));
+    // One that is gone keeps nothing.
+    let (source, relay) = Source::begin();
+    drop(source);
+    assert_eq!(relay.refuse(PATIENCE).expect_err("it hung up").kind, ErrorKind::Unreachable);
 }
 
 #[test]

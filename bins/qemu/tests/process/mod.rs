@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qemu::Qmp;
+use serde_json::{Value, json};
 
 /// How long anything may take that is to happen.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -79,4 +80,10 @@ impl Qemu {
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
+}
+
+/// Capabilities and parameters of a QEMU's migrations.
+pub fn settings(qmp: &mut Qmp) -> [Value; 2] {
+    ["query-migrate-capabilities", "query-migrate-parameters"]
+        .map(|command| qmp.execute(command, &json!({})).expect("answers"))
 }

@@ -5,8 +5,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
-use libsg::migrate::source::{Outgoing, SourceOptions, start};
+use libsg::migrate::destination::{ClaimOptions, Destination, DestinationOptions, Incoming, claim};
+use libsg::migrate::source::{Outgoing, SourceOptions, To, start};
 use libsg::migrate::{Mode, Observer, PoolSecret, RoundOptions};
 use libsg::server::{Config, Server, ServerHandle};
 use libsg::vmd::TcpConnector;
@@ -24,11 +24,16 @@ pub struct World {
 }
 
 impl World {
+    /// With so many intermediaries, each with room for more than the VM.
     pub fn new(intermediaries: usize) -> Self {
+        Self::with_room(intermediaries, 256 << 20)
+    }
+
+    pub fn with_room(intermediaries: usize, bytes: u64) -> Self {
         let secret = PoolSecret::from_bytes(b"known to everybody in this process").expect("a secret");
         let connector = Arc::new(TcpConnector::new(secret.clone()));
         let server = |at: usize| {
-            let config = Config::new(anywhere(), format!("i{at}"), 256 << 20, secret.clone());
+            let config = Config::new(anywhere(), format!("i{at}"), bytes, secret.clone());
             Server::bind(config).and_then(Server::spawn).expect("serves")
         };
         let servers = (0..intermediaries).map(server).collect();
@@ -45,14 +50,35 @@ impl World {
     }
 
     pub fn leave(&self, departure: &Departure, to: SocketAddr, observer: Observer) -> Outgoing {
+        let options = SourceOptions { observer, ..self.options(to.into()) };
+        let pages = Arc::new(departure.pages());
+        start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
+    }
+
+    pub fn park(&self, departure: &Departure, name: &str, limit_bytes_per_s: u64) -> Outgoing {
         let options = SourceOptions {
-            to: to.into(),
-            intermediaries: self
-                .servers
-                .iter()
-                .map(ServerHandle::address)
-                .chain(self.others.iter().copied())
-                .collect(),
+            scatter_limit_bytes_per_s: limit_bytes_per_s,
+            ..self.options(To::Parked(name.into()))
+        };
+        let pages = Arc::new(departure.pages());
+        start(Box::new(departure.vm_to_park()), pages, departure.manifest().clone(), options).expect("starts")
+    }
+
+    pub fn claim(&self, qmp: Qmp, name: &str, force: bool) -> Incoming {
+        let options = DestinationOptions::new(anywhere(), self.secret.clone(), self.connector.clone());
+        let wanted =
+            ClaimOptions { name: name.into(), intermediaries: self.intermediaries(), force, arbiter: None };
+        claim(Box::new(ArrivingQemu::new(qmp)), wanted, options).expect("claims")
+    }
+
+    fn intermediaries(&self) -> Vec<SocketAddr> {
+        self.servers.iter().map(ServerHandle::address).chain(self.others.iter().copied()).collect()
+    }
+
+    fn options(&self, to: To) -> SourceOptions {
+        SourceOptions {
+            to,
+            intermediaries: self.intermediaries(),
             replacements: None,
             replicas: 1,
             mode: Mode::ScatterGather,
@@ -61,10 +87,8 @@ impl World {
             connector: self.connector.clone(),
             scatter_limit_bytes_per_s: 0,
             ready_timeout: PATIENCE,
-            observer,
-        };
-        let pages = Arc::new(departure.pages());
-        start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
+            observer: Arc::new(|_| {}),
+        }
     }
 }
 
