@@ -91,6 +91,36 @@ fn the_vm_of_a_qemu_moves_to_another() {
 }
 
 #[test]
+fn the_vm_of_a_qemu_is_parked_and_claimed() {
+    let directory = tempfile::tempdir().expect("creates");
+    let machine = ["-machine", "q35", "-m", "64M"];
+    let mut from = Qemu::start(directory.path(), "from", &machine);
+    let (_serving, intermediary) = Sg::listening(&["serve", "--memory", "128M", "--listen", "127.0.0.1:0"]);
+    let (report, qmp) = (directory.path().join("report"), path(&from.qmp).to_owned());
+    let at = ["--intermediary", &intermediary, "--json", path(&report)];
+    // A name that no VM can have: it runs on.
+    let long = "x".repeat(1000);
+    let refused = sg(&[&["evict", "--qmp", &qmp, "--park", &long][..], &at].concat());
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let parked = sg(&[&["evict", "--qmp", &qmp, "--park", "web", "--quit"][..], &at].concat());
+    assert!(parked.status.success(), "{parked:?}");
+    assert!(from.has_ended_well(), "{}", from.said());
+    let told: Value = serde_json::from_slice(&std::fs::read(&report).expect("written")).expect("JSON");
+    assert_eq!((&told["status"], &told["parked_as"]), (&json!("ok"), &json!("web")), "{told}");
+
+    let there = Qemu::start(directory.path(), "there", &[&machine[..], &["-incoming", "defer"]].concat());
+    let claim = ["gather", "--qmp", path(&there.qmp), "--claim"];
+    let refused = sg(&[&claim[..], &["db"], &at].concat());
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let claimed = sg(&[&claim[..], &["web"], &at].concat());
+    assert!(claimed.status.success(), "{claimed:?}");
+    let said = String::from_utf8_lossy(&claimed.stdout);
+    assert!(said.contains("claimed") && said.contains("gathered") && said.contains("dissolved"), "{said}");
+    let mut qmp = there.connect();
+    assert_eq!(qmp.execute("query-status", &json!({})).expect("answers")["status"], "running");
+}
+
+#[test]
 fn what_stands_in_the_way_is_said_before_anything_is_done() {
     let directory = tempfile::tempdir().expect("creates");
     let disk = directory.path().join("root.img");
@@ -113,4 +143,8 @@ fn what_stands_in_the_way_is_said_before_anything_is_done() {
     assert_eq!(qmp.execute("query-migrate", &json!({})).expect("answers")["status"], "cancelled");
     drop(qmp);
     assert_eq!(sg(&["evict", "--qmp", path(&from.qmp), "--park"]).status.code(), Some(2));
+    for wrong in [&["--listen", "127.0.0.1:0", "--claim", "web"][..], &["--claim", "web"], &[]] {
+        let wrong = [&["gather", "--qmp", path(&from.qmp)], wrong].concat();
+        assert_eq!(sg(&wrong).status.code(), Some(2), "{wrong:?}");
+    }
 }

@@ -56,10 +56,8 @@ impl World {
     }
 
     pub fn park(&self, departure: &Departure, name: &str, limit_bytes_per_s: u64) -> Outgoing {
-        let options = SourceOptions {
-            scatter_limit_bytes_per_s: limit_bytes_per_s,
-            ..self.options(To::Parked(name.into()))
-        };
+        let options =
+            SourceOptions { scatter_limit_bytes_per_s: limit_bytes_per_s, ..self.options(To::parked(name)) };
         let pages = Arc::new(departure.pages());
         start(Box::new(departure.vm_to_park()), pages, departure.manifest().clone(), options).expect("starts")
     }
@@ -67,7 +65,7 @@ impl World {
     pub fn claim(&self, qmp: Qmp, name: &str, force: bool) -> Incoming {
         let options = DestinationOptions::new(anywhere(), self.secret.clone(), self.connector.clone());
         let wanted =
-            ClaimOptions { name: name.into(), intermediaries: self.intermediaries(), force, arbiter: None };
+            ClaimOptions { name: name.into(), intermediaries: self.intermediaries(), force, engines: None };
         claim(Box::new(ArrivingQemu::new(qmp)), wanted, options).expect("claims")
     }
 

@@ -102,6 +102,7 @@ Examples:
   sg evict --all --to 10.0.0.2 --intermediary 10.0.0.3 --spare 10.0.0.4 --spare 10.0.0.5       in the place of one that dies
   sg evict --all --park --pool static:/etc/sg/pool --dedup tenant7 --dedup db=tenant8     what is alike is sent once
   sg evict --qmp src.qmp --to 10.0.0.2 --intermediary 10.0.0.3 --secret pool.secret --quit    a stock QEMU's VM
+  sg evict --qmp src.qmp --park web --intermediary 10.0.0.3 --secret pool.secret --quit
 
 The VMs of one `sg evict` share the host's link: by what each has left, so that all are out together, or by --weight. Pages
 that guests wait for go before the bulk of all of them. When `sg evict` itself dies, VMs that have begun go on, and each looks for
@@ -180,8 +181,8 @@ pub struct EvictArgs {
     /// Write the report as JSON; - = standard output
     #[arg(long, value_name = "PATH")]
     pub json: Option<PathBuf>,
-    /// The VM of a stock QEMU (7.2 or newer), by its QMP socket: to the one --to where `sg gather --qmp` waits
-    #[arg(long, value_name = "QMP_SOCKET", conflicts_with_all = ["sockets", "all", "park", "mode", "spare", "weight", "deadline", "zone", "evacuate"])]
+    /// The VM of a stock QEMU (7.2 or newer), by its QMP socket: to the one --to where `sg gather --qmp` waits, or to be parked
+    #[arg(long, value_name = "QMP_SOCKET", conflicts_with_all = ["sockets", "all", "mode", "spare", "weight", "deadline", "zone", "evacuate"])]
     pub qmp: Option<PathBuf>,
     /// With --qmp: QEMU ends when it is evicted
     #[arg(long, requires = "qmp")]
@@ -237,6 +238,7 @@ Examples:
   sg gather /run/libsg/there.sock                              follows the VM that arrives there
   sg gather /run/libsg/there.sock --claim web --intermediary 10.0.0.3 --secret pool.secret
   sg gather --qmp dst.qmp --listen 10.0.0.2:7700 --secret pool.secret --gather-limit 256mbit     a stock QEMU takes a VM
+  sg gather --qmp dst.qmp --claim web --intermediary 10.0.0.3 --secret pool.secret
   sg gather /run/libsg/a.sock /run/libsg/b.sock --claim web --claim db --pool static:/etc/sg/pool --secret pool.secret
 
 Ends when the VMs hold all of their memory. ^C leaves them as they are: they go on.
@@ -255,8 +257,9 @@ pub struct GatherArgs {
     /// Most that arrives in the background, of each VM; 0 = unlimited
     #[arg(long, value_name = "RATE", visible_alias = "gather-limit")]
     pub limit: Option<Rate>,
-    /// A stock QEMU (7.2 or newer; -incoming defer), by its QMP socket: it takes one VM, from `sg evict --qmp`
-    #[arg(long, value_name = "QMP_SOCKET", requires = "listen", conflicts_with_all = ["sockets", "all", "claim"])]
+    /// A stock QEMU (7.2 or newer; -incoming defer), by its QMP socket: it takes one VM, from `sg evict --qmp` (--listen) or one
+    /// that it has parked (--claim)
+    #[arg(long, value_name = "QMP_SOCKET", conflicts_with_all = ["sockets", "all"])]
     pub qmp: Option<PathBuf>,
     /// With --qmp: where the source connects to; port 0 picks a free one, and the line "listening" says which
     #[arg(long, value_name = "ADDR:PORT", requires = "qmp")]

@@ -34,8 +34,8 @@ struct Arrival {
 /// Follows them; the exit code.
 pub fn run(args: &GatherArgs) -> Result<u8> {
     let interrupted = interruptible()?;
-    if let (Some(socket), Some(listen)) = (&args.qmp, args.listen) {
-        return super::qemu::gather(args, socket, listen, &interrupted);
+    if let Some(socket) = &args.qmp {
+        return super::qemu::gather(args, socket, &interrupted);
     }
     let sockets = args.vmms.find()?;
     if !args.claim.is_empty() && args.claim.len() != sockets.len() {

@@ -35,6 +35,9 @@ use self::show::Show;
 use self::who::Found;
 use crate::cli::{Intermediaries, WrongArguments, secret};
 
+/// What is missing where a VM is to be parked, or was, and nobody is named.
+const PARKED_WHERE: &str = "VMs are parked at intermediaries: --intermediary HOST:PORT, or --pool";
+
 /// What an interrupted command ends with.
 const INTERRUPTED: u8 = 130;
 
@@ -84,8 +87,7 @@ fn prepare(args: &EvictArgs, found: &[Found]) -> Result<Prepared> {
     let secret = secret(args.at.secret.as_deref())?;
     let nodes = if args.at.is_empty() { Vec::new() } else { args.at.find(&secret)? };
     if args.park.is_some() && nodes.is_empty() {
-        let what = "VMs are parked at intermediaries: --intermediary HOST:PORT, or --pool";
-        return Err(WrongArguments(what.into()).into());
+        return Err(WrongArguments(PARKED_WHERE.into()).into());
     }
     let own = args.at.own_address();
     let link = link_bytes_per_s(own, args.link);

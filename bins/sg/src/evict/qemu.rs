@@ -1,6 +1,6 @@
 //! A stock QEMU, over its QMP socket: `sg evict --qmp` is its destination, and `sg gather --qmp` another's source.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,18 +8,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use libsg::content::Sharing;
-use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
-use libsg::migrate::source::{Outgoing, SourceOptions, start};
-use libsg::migrate::{Event, Mode, RoundOptions};
+use libsg::migrate::destination::{ClaimOptions, Destination, DestinationOptions, Incoming, claim};
+use libsg::migrate::source::{Outgoing, SourceOptions, To, start};
+use libsg::migrate::{Event, Mode, PoolSecret, RoundOptions};
 use libsg::report::{Report, Status};
 use libsg::units::Rate;
+use libsg::vmd::Connector;
 use libsg::{Error, ErrorKind};
 use qemu::{ArrivingQemu, Departure, Disks, Found, Qmp};
 use serde_json::json;
 
 use super::args::{EvictArgs, GatherArgs};
 use super::show::{Row, Show};
-use super::{INTERRUPTED, addresses, told, write_json};
+use super::{INTERRUPTED, PARKED_WHERE, addresses, told, write_json};
 use crate::cli::{WrongArguments, secret};
 
 /// How often it is looked.
@@ -33,12 +34,21 @@ const DISSOLVE_TIME: Duration = Duration::from_secs(15);
 
 /// The VM leaves; the exit code.
 pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Result<u8> {
-    let [to] = args.destinations()?[..] else {
-        let what = "say where the VM goes: --to HOST:PORT, once, where sg gather --qmp waits";
-        return Err(WrongArguments(what.into()).into());
+    let to = match (&args.destinations()?[..], &args.park) {
+        ([to], None) => Some(*to),
+        ([], Some(_)) => None,
+        _ => {
+            let what =
+                "say where the VM goes: --to HOST:PORT, once, where sg gather --qmp waits, or --park NAME";
+            return Err(WrongArguments(what.into()).into());
+        }
     };
     let secret = secret(args.at.secret.as_deref())?;
     let intermediaries = if args.at.is_empty() { Vec::new() } else { addresses(&args.at)? };
+    if to.is_none() && intermediaries.is_empty() {
+        return Err(WrongArguments(PARKED_WHERE.into()).into());
+    }
+    let connector = args.transport.connector(secret.clone(), None)?;
     let mut qmp = Qmp::connect(socket)?;
     let disks = if args.shared_disks { Disks::Shared } else { Disks::AsFound };
     clear(socket, &qemu::source(&mut qmp, disks)?)?;
@@ -48,23 +58,17 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
     }
     let name = socket.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     let departure = Departure::begin(qmp, &name)?;
-    let mut manifest = departure.manifest().clone();
-    let domain = args.domain_of(&manifest.vm);
-    manifest.sharing = domain.map(|domain| Sharing { domain: domain.to_owned(), ..Sharing::default() });
-    let options = SourceOptions {
-        to: to.into(),
-        mode: if intermediaries.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
-        intermediaries,
-        replacements: None,
-        replicas: args.replicas,
-        rounds: RoundOptions::USUAL,
-        connector: args.transport.connector(secret.clone(), None)?,
-        secret,
-        scatter_limit_bytes_per_s: args.scatter.map_or(0, Rate::bytes_per_s),
-        ready_timeout: READY_TIMEOUT,
-        observer: Arc::new(tell),
+    let to = to.map_or_else(
+        || To::Parked { name: parking_name(args, &departure), arbiter: args.arbiter() },
+        To::from,
+    );
+    let outgoing = match begin(args, &departure, &to, (secret, connector), intermediaries) {
+        Ok(outgoing) => outgoing,
+        Err(error) => {
+            departure.give_up()?;
+            return Err(error.into());
+        }
     };
-    let outgoing = start(Box::new(departure.vm()), Arc::new(departure.pages()), manifest, options)?;
     let left = follow_out(&outgoing, departure.manifest().vm.as_str(), interrupted);
     let report = outgoing.report();
     let ended = match &left {
@@ -74,7 +78,11 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
     };
     let mut told = json!(Report::merged(Some(&report), None));
     told["socket"] = json!(socket);
-    told["to"] = json!(to);
+    let whither = match &to {
+        To::Destination(to) => ("to", json!(to), String::new()),
+        To::Parked { name, .. } => ("parked_as", json!(name), format!("parked as {name}, ")),
+    };
+    told[whither.0] = whither.1;
     write_json(args.json.as_deref(), &told)?;
     ended?;
     if let Err(error) = left {
@@ -83,8 +91,44 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
         return Ok(if was_called_off { INTERRUPTED } else { told::code(&report.status) });
     }
     let whole = if args.quit { "its QEMU has ended" } else { "its QEMU may be ended" };
-    eprintln!("{}: evicted: {whole}", socket.display());
+    eprintln!("{}: evicted: {}{whole}", socket.display(), whither.2);
     Ok(0)
+}
+
+/// The name under which it is parked: the one that was said, or its own.
+fn parking_name(args: &EvictArgs, departure: &Departure) -> String {
+    let said = args.park.as_ref().filter(|name| !name.is_empty());
+    said.unwrap_or(&departure.manifest().vm).clone()
+}
+
+fn begin(
+    args: &EvictArgs,
+    departure: &Departure,
+    to: &To,
+    (secret, connector): (PoolSecret, Arc<dyn Connector>),
+    intermediaries: Vec<SocketAddr>,
+) -> libsg::Result<Outgoing> {
+    let mut manifest = departure.manifest().clone();
+    let domain = args.domain_of(&manifest.vm);
+    manifest.sharing = domain.map(|domain| Sharing { domain: domain.to_owned(), ..Sharing::default() });
+    let options = SourceOptions {
+        to: to.clone(),
+        mode: if intermediaries.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
+        intermediaries,
+        replacements: None,
+        replicas: args.replicas,
+        rounds: RoundOptions::USUAL,
+        connector,
+        secret,
+        scatter_limit_bytes_per_s: args.scatter.map_or(0, Rate::bytes_per_s),
+        ready_timeout: READY_TIMEOUT,
+        observer: Arc::new(tell),
+    };
+    let vm = match to {
+        To::Destination(_) => departure.vm(),
+        To::Parked { .. } => departure.vm_to_park(),
+    };
+    start(Box::new(vm), Arc::new(departure.pages()), manifest, options)
 }
 
 /// Until it is out, or is not; an interruption calls it off where it can be.
@@ -109,20 +153,43 @@ fn follow_out(outgoing: &Outgoing, vm: &str, interrupted: &AtomicBool) -> libsg:
     }
 }
 
-/// A VM arrives; the exit code.
-pub fn gather(args: &GatherArgs, socket: &Path, listen: SocketAddr, interrupted: &AtomicBool) -> Result<u8> {
+/// A VM arrives, or is claimed; the exit code.
+pub fn gather(args: &GatherArgs, socket: &Path, interrupted: &AtomicBool) -> Result<u8> {
+    let wanted = match (args.listen, &args.claim[..]) {
+        (Some(_), []) => None,
+        (None, [name]) if args.at.is_empty() => {
+            let what = format!("{PARKED_WHERE}: those that hold {name:?}");
+            return Err(WrongArguments(what).into());
+        }
+        (None, [name]) => {
+            let (name, intermediaries) = (name.clone(), addresses(&args.at)?);
+            Some(ClaimOptions { name, intermediaries, force: args.force, engines: Some(pools::engines()) })
+        }
+        _ => {
+            let what =
+                "say which VM: --listen ADDR:PORT, where sg evict --qmp sends it, or --claim NAME, of one";
+            return Err(WrongArguments(what.into()).into());
+        }
+    };
     let secret = secret(args.at.secret.as_deref())?;
     let mut qmp = Qmp::connect(socket)?;
     clear(socket, &qemu::destination(&mut qmp)?)?;
-    let connector = args.transport.connector(secret.clone(), Some(listen.ip()))?;
+    let nowhere = (Ipv4Addr::LOCALHOST, 0).into();
+    let listen = args.listen.unwrap_or(nowhere);
+    let connector = args.transport.connector(secret.clone(), args.listen.map(|listen| listen.ip()))?;
     let options = DestinationOptions {
         gather_limit: args.limit.map_or(0, Rate::bytes_per_s),
         observer: Arc::new(tell),
         ..DestinationOptions::new(listen, secret, connector)
     };
-    let destination = Destination::listen(options)?;
-    println!("{}", json!({ "event": "listening", "address": destination.address() }));
-    let incoming = destination.accept(Box::new(ArrivingQemu::new(qmp)))?;
+    let vm = Box::new(ArrivingQemu::new(qmp));
+    let incoming = if let Some(wanted) = wanted {
+        claim(vm, wanted, options)?
+    } else {
+        let destination = Destination::listen(options)?;
+        println!("{}", json!({ "event": "listening", "address": destination.address() }));
+        destination.accept(vm)?
+    };
     let arrived = follow_in(&incoming, interrupted);
     let (status, report) = match arrived {
         Ok(report) => (report.status.clone(), Some(report)),
