@@ -9,10 +9,12 @@ use libsg::page::PageRange;
 use libsg::sink::PageSink;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
+use qemu_stream::Configuration;
 use serde_json::json;
 
 use crate::feeder::Feeder;
-use crate::layout::Layout;
+use crate::layout::{self, Layout};
+use crate::machine::{self, Devices};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
@@ -40,6 +42,7 @@ impl IncomingVm for ArrivingQemu {
     fn prepare(&mut self, manifest: &Manifest) -> Result<Arc<dyn PageSink>> {
         let offered = Layout::of(manifest)?;
         let mut qmp = self.qmp.lock();
+        is_the_machine(&mut qmp, &offered, &layout::devices(manifest)?)?;
         // A QEMU takes one VM in its life: there is nothing to be put back.
         Settings::change(&mut qmp, &[("postcopy-ram", true)], &[]).map_err(|cause| {
             let message = "the destination QEMU cannot do post-copy: run it as root, give it CAP_SYS_PTRACE or \
@@ -78,4 +81,30 @@ impl IncomingVm for ArrivingQemu {
             tracing::error!(error = error.chain(), "the VM could not be paused");
         }
     }
+}
+
+/// Whether this QEMU is what its command line has to make it, before it is asked to be: then it waits for another VM still.
+fn is_the_machine(
+    qmp: &mut Qmp,
+    (layout, configuration, _): &(Layout, Configuration, u32),
+    devices: &Devices,
+) -> Result<()> {
+    let (kind, wanted) = (machine::kind(qmp)?, &configuration.machine);
+    let mut differs = Vec::new();
+    if kind != *wanted {
+        differs.push(format!("it is a {kind} and no {wanted} (-machine {wanted})"));
+    }
+    differs.extend(machine::memory(qmp, layout.blocks())?);
+    // Another machine has other devices all over.
+    if kind == *wanted {
+        differs.extend(devices.differences(&Devices::of(qmp)?));
+    }
+    if differs.is_empty() {
+        return Ok(());
+    }
+    let message = format!(
+        "the destination QEMU is not the machine that the VM needs: {}. Start it with the source's options, and -incoming defer",
+        differs.join("; ")
+    );
+    Err(Error::new(ErrorKind::Vm, message))
 }

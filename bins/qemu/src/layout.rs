@@ -6,6 +6,8 @@ use libsg::{Error, ErrorKind, Result};
 use qemu_stream::{Block, BlockIndex, Blocks, Configuration};
 use serde::{Deserialize, Serialize};
 
+use crate::machine::Devices;
+
 /// Blocks, and where their pages are in the numbering of the volume.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -21,6 +23,21 @@ struct Described {
     uuid: Option<[u8; 16]>,
     /// The number by which the memory's sections go.
     section: u32,
+    devices: Devices,
+}
+
+impl Described {
+    fn of(manifest: &Manifest) -> Result<Self> {
+        serde_json::from_slice(&manifest.vm_config).map_err(|cause| unusable().because(cause))
+    }
+}
+
+/// The devices that a manifest tells of.
+///
+/// # Errors
+/// As [`Layout::of`].
+pub(crate) fn devices(manifest: &Manifest) -> Result<Devices> {
+    Ok(Described::of(manifest)?.devices)
 }
 
 impl Layout {
@@ -68,7 +85,12 @@ impl Layout {
     ///
     /// # Errors
     /// [`ErrorKind::Input`] for pages that libsg does not know, naming the block.
-    pub fn manifest(&self, vm: &str, configuration: &Configuration, section: u32) -> Result<Manifest> {
+    pub fn manifest(
+        &self,
+        vm: &str,
+        (configuration, section): (&Configuration, u32),
+        devices: &Devices,
+    ) -> Result<Manifest> {
         let region = |(_, block): (BlockIndex, &Block)| {
             let unit = match block.page_bytes {
                 bytes if bytes == InstallUnit::Page.bytes() as u64 => InstallUnit::Page,
@@ -88,8 +110,12 @@ impl Layout {
                 unit,
             })
         };
-        let described =
-            Described { machine: configuration.machine.clone(), uuid: configuration.uuid, section };
+        let described = Described {
+            machine: configuration.machine.clone(),
+            uuid: configuration.uuid,
+            section,
+            devices: devices.clone(),
+        };
         let vm_config = serde_json::to_vec(&described).map_err(|cause| unusable().because(cause))?;
         let regions = self.blocks.iter().map(region).collect::<Result<_>>()?;
         let manifest = Manifest { vm: vm.into(), regions, vm_config, sharing: None };
@@ -102,8 +128,7 @@ impl Layout {
     /// # Errors
     /// [`ErrorKind::Input`] when it is not of a QEMU, or of one that there cannot be.
     pub fn of(manifest: &Manifest) -> Result<(Self, Configuration, u32)> {
-        let described: Described =
-            serde_json::from_slice(&manifest.vm_config).map_err(|cause| unusable().because(cause))?;
+        let described = Described::of(manifest)?;
         let block = |region: &Region| Block {
             page_bytes: region.unit.bytes() as u64,
             ..Block::new(&region.name, region.length_bytes)
@@ -137,7 +162,7 @@ mod test {
         assert_eq!(layout.place(PageIndex(1027)), None);
 
         let configuration = Configuration { uuid: Some([7; 16]), ..Configuration::new("pc-q35-7.2") };
-        let manifest = layout.manifest("web", &configuration, 2).expect("a manifest");
+        let manifest = layout.manifest("web", (&configuration, 2), &Devices::default()).expect("a manifest");
         assert_eq!(manifest.pages(), layout.pages());
         let (back, said, section) = Layout::of(&manifest).expect("of a QEMU");
         assert_eq!((back.blocks(), said, section), (layout.blocks(), configuration, 2));
@@ -149,7 +174,9 @@ mod test {
     fn pages_of_another_size_are_named() {
         let gigantic = Block { page_bytes: 1 << 30, ..Block::new("ram1g", 1 << 30) };
         let layout = Layout::new(Blocks::new(vec![gigantic]).expect("blocks"));
-        let error = layout.manifest("web", &Configuration::new("pc"), 2).expect_err("not known");
+        let error = layout
+            .manifest("web", (&Configuration::new("pc"), 2), &Devices::default())
+            .expect_err("not known");
         assert!(error.message.contains("ram1g") && error.message.contains("1024 MiB"), "{error}");
     }
 }

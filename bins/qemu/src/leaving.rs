@@ -10,6 +10,7 @@ use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use serde_json::json;
 
+use crate::machine::Devices;
 use crate::qmp::Qmp;
 use crate::relay::Relay;
 use crate::scratch::Scratch;
@@ -42,9 +43,10 @@ impl Departure {
     pub fn begin(mut qmp: Qmp, name: &str) -> Result<Self> {
         let said = qmp.execute("query-name", &json!({}))?;
         let name = said["name"].as_str().unwrap_or(name).to_owned();
+        let devices = Devices::of(&mut qmp)?;
         let rates = [("max-bandwidth", STANDSTILL), ("max-postcopy-bandwidth", STANDSTILL)];
         let mut settings = Settings::change(&mut qmp, &[("postcopy-ram", true)], &rates)?;
-        match connect(&mut qmp).and_then(|relay| Ok((relay.manifest(&name, STEP)?, relay))) {
+        match connect(&mut qmp).and_then(|relay| Ok((relay.manifest(&name, &devices, STEP)?, relay))) {
             Ok((manifest, relay)) => Ok(Self { qmp: Arc::new(Mutex::new(qmp)), settings, relay, manifest }),
             Err(error) => {
                 let _ = call_off(&mut qmp).and_then(|()| settings.restore(&mut qmp)).inspect_err(|error| {

@@ -13,6 +13,7 @@ mod arriving;
 mod feeder;
 mod layout;
 mod leaving;
+mod machine;
 mod preflight;
 mod qmp;
 mod relay;

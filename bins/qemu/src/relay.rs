@@ -23,6 +23,7 @@ use parking_lot::{Condvar, Mutex};
 use qemu_stream::{Answer, Blocks, Configuration, Package, Span};
 
 use crate::layout::Layout;
+use crate::machine::Devices;
 
 /// A VM's stream, and what has come of it. Clones are the same.
 #[derive(Clone)]
@@ -89,13 +90,13 @@ impl Relay {
         Ok(Self(shared))
     }
 
-    /// The VM's memory, once the source has begun with it: a manifest for a VM called `vm`.
+    /// The VM's memory, once the source has begun with it: a manifest for a VM called `vm` that has these devices.
     ///
     /// # Errors
     /// The stream's; [`ErrorKind::Timeout`].
-    pub fn manifest(&self, vm: &str, patience: Duration) -> Result<Manifest> {
+    pub(crate) fn manifest(&self, vm: &str, devices: &Devices, patience: Duration) -> Result<Manifest> {
         let begun = self.0.wait(patience, "does not begin", |books| books.begun.clone())?;
-        begun.layout.manifest(vm, &begun.configuration, begun.section)
+        begun.layout.manifest(vm, (&begun.configuration, begun.section), devices)
     }
 
     /// The state of the VM's devices, once the source has switched.

@@ -11,6 +11,7 @@ use qemu_stream::{Answer, Command, Configuration, Item, Package, StreamDecoder, 
 
 use super::{Begun, Shared};
 use crate::layout::Layout;
+use crate::machine::Devices;
 
 /// Bytes read at once, behind what is left of an item.
 const READ_BYTES: usize = 1 << 20;
@@ -133,7 +134,7 @@ impl Reader<'_> {
         let Some(configuration) = self.configuration.take() else { return Ok(()) };
         let layout = Layout::new(self.decoder.blocks().clone());
         let section = self.decoder.section();
-        let manifest = layout.manifest("", &configuration, section)?;
+        let manifest = layout.manifest("", (&configuration, section), &Devices::default())?;
         let memory = GuestMemory::allocate(&manifest, Backing::Anon)?;
         let none = PresenceMap::new(layout.pages());
         let begun = Begun { layout: Arc::new(layout), configuration, section, memory };

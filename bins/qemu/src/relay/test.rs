@@ -124,7 +124,7 @@ fn byte_of(relay: &Relay, page: u32) -> u8 {
 #[test]
 fn what_counts_is_what_came_last_and_each_page_is_told_once() {
     let (mut source, relay) = Source::begin();
-    let manifest = relay.manifest("web", PATIENCE).expect("begins");
+    let manifest = relay.manifest("web", &Devices::default(), PATIENCE).expect("begins");
     assert_eq!((manifest.vm.as_str(), manifest.pages()), ("web", 16 + 1024));
     // While the VM runs: pages 0 to 3, of which 2 and 3 are written again.
     source.pages(RAM, [(0, Some(10)), (1, None), (2, Some(12)), (3, Some(13))], false);
@@ -220,11 +220,12 @@ fn a_source_is_refused_when_it_has_said_everything() {
 fn a_source_that_dies_lies_or_is_slow() {
     // It says nothing.
     let (_ours, theirs) = UnixStream::pair().expect("a pair");
-    let slow = Relay::start(theirs).expect("reads").manifest("vm", Duration::from_millis(20));
+    let slow =
+        Relay::start(theirs).expect("reads").manifest("vm", &Devices::default(), Duration::from_millis(20));
     assert_eq!(slow.expect_err("nothing comes").kind, ErrorKind::Timeout);
     // It is gone before the switch, and before its end.
     let (source, relay) = Source::begin();
-    relay.manifest("vm", PATIENCE).expect("begins");
+    relay.manifest("vm", &Devices::default(), PATIENCE).expect("begins");
     drop(source);
     assert_eq!(relay.state(PATIENCE).expect_err("it hung up").kind, ErrorKind::Unreachable);
     let (mut source, relay) = Source::begin();
