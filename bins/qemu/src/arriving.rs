@@ -19,9 +19,20 @@ use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::settings::Settings;
 
+/// What becomes of a VM of which pages are lost for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnLost {
+    /// It stays as it is, for somebody to look at: paused, its migration without an end.
+    #[default]
+    Pause,
+    /// Its QEMU ends.
+    Kill,
+}
+
 /// A destination QEMU (`-incoming defer`) under libsg's seam.
 pub struct ArrivingQemu {
     qmp: Mutex<Qmp>,
+    on_lost: OnLost,
     feeder: Option<Arc<Feeder>>,
     state: Vec<u8>,
 }
@@ -29,8 +40,8 @@ pub struct ArrivingQemu {
 impl ArrivingQemu {
     /// One that waits, as [`destination`](crate::destination) has found.
     #[must_use]
-    pub fn new(qmp: Qmp) -> Self {
-        Self { qmp: Mutex::new(qmp), feeder: None, state: Vec::new() }
+    pub fn new(qmp: Qmp, on_lost: OnLost) -> Self {
+        Self { qmp: Mutex::new(qmp), on_lost, feeder: None, state: Vec::new() }
     }
 
     fn feeder(&self) -> Result<&Feeder> {
@@ -76,9 +87,13 @@ impl IncomingVm for ArrivingQemu {
 
     fn lost(&mut self, pages: &[PageRange]) {
         let ranges: Vec<String> = pages.iter().map(ToString::to_string).collect();
-        tracing::error!(pages = ranges.join(","), "pages are lost for good: the VM is paused");
-        if let Err(error) = self.qmp.lock().execute("stop", &json!({})) {
-            tracing::error!(error = error.chain(), "the VM could not be paused");
+        tracing::error!(pages = ranges.join(","), "pages are lost for good");
+        let told = match self.on_lost {
+            OnLost::Pause => self.qmp.lock().execute("stop", &json!({})).map(drop),
+            OnLost::Kill => self.qmp.lock().kill(),
+        };
+        if let Err(error) = told {
+            tracing::error!(error = error.chain(), "the VM does not do what it is told");
         }
     }
 }

@@ -20,7 +20,7 @@ mod relay;
 mod scratch;
 mod settings;
 
-pub use arriving::ArrivingQemu;
+pub use arriving::{ArrivingQemu, OnLost};
 pub use leaving::{Departure, LeavingQemu};
 pub use preflight::{Disks, Found, destination, source};
 pub use qmp::{Qmp, Version};

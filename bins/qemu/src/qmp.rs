@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use libsg::{Error, ErrorKind, Result};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// How long a QEMU may take to answer: it looks at QMP between two turns of the guest, on a busy host.
@@ -112,6 +114,25 @@ impl Qmp {
     pub fn monitor(&mut self, command: &str) -> Result<String> {
         let printed = self.execute("human-monitor-command", &json!({ "command-line": command }))?;
         Ok(printed.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Ends the QEMU. One with a vCPU that waits for memory for ever does not end when it is told to: its process is killed, if
+    /// that is known, which it is not where somebody else made the socket for it.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub fn kill(&mut self) -> Result<()> {
+        match self.process() {
+            Some(process) => Ok(kill_process(process, Signal::KILL)?),
+            None => self.execute("quit", &json!({})).map(drop),
+        }
+    }
+
+    /// The process that listens at the socket, if it is a QEMU.
+    fn process(&self) -> Option<Pid> {
+        let process = socket_peercred(self.connection.get_ref()).ok()?.pid;
+        let program = std::fs::read_link(format!("/proc/{}/exe", process.as_raw_nonzero())).ok()?;
+        program.file_name()?.to_string_lossy().contains("qemu").then_some(process)
     }
 
     fn line(&mut self, deadline: Instant) -> Result<Value> {

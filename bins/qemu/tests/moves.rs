@@ -13,7 +13,7 @@ use libsg::report::Status;
 use libsg::server::ServerHandle;
 use parking_lot::Mutex;
 use process::{PATIENCE, Qemu, settings};
-use qemu::{Departure, Qmp};
+use qemu::{Departure, OnLost, Qmp};
 use serde_json::json;
 use world::World;
 
@@ -181,10 +181,23 @@ fn what_a_destination_lacks_is_said() {
 /// The source QEMU dies behind COMMIT: both ends say so, and the VM is paused for good rather than run with wrong pages.
 #[test]
 fn a_source_that_dies_loses_what_it_had_and_nobody_waits() {
+    let mut there = loses(OnLost::Pause);
+    // It waits for a page that nobody has; its process is for the operator to end.
+    assert!(there.is_alive());
+}
+
+#[test]
+fn a_vm_that_has_lost_pages_ends_where_that_was_wished() {
+    let mut there = loses(OnLost::Kill);
+    assert!(!there.has_ended_well() && !there.is_alive());
+}
+
+/// The destination QEMU of a source that has died.
+fn loses(on_lost: OnLost) -> Qemu {
     let directory = tempfile::tempdir().expect("creates");
-    let ((from, _), mut there) = (source(directory.path()), destination(directory.path(), "q35"));
+    let ((from, _), there) = (source(directory.path()), destination(directory.path(), "q35"));
     let world = World::new(1);
-    let (incoming, to) = world.arrive(there.connect(), 1 << 20);
+    let (incoming, to) = world.arrive_or(there.connect(), 1 << 20, on_lost);
     let departure = Departure::begin(from.connect(), "vm").expect("begins");
     let from = Mutex::new(Some(from));
     let observer: Observer = Arc::new(move |event| {
@@ -201,7 +214,5 @@ fn a_source_that_dies_loses_what_it_had_and_nobody_waits() {
         Ok(report) => assert_ne!(report.status, Status::Ok),
         Err(error) => assert_ne!(error.kind, ErrorKind::Timeout, "{}", error.chain()),
     }
-    drop(incoming);
-    // It waits for a page that nobody has; its process is for the operator to end.
-    assert!(there.is_alive());
+    there
 }

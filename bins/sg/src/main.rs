@@ -7,6 +7,7 @@ mod evict;
 mod leave;
 mod local_first;
 mod nbd;
+mod notify;
 mod operate;
 mod plan;
 mod process;

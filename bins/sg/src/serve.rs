@@ -13,7 +13,7 @@ use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{LogFormat, ServeArgs, WrongArguments, secret};
-use crate::{announce, leave, local_first, process};
+use crate::{announce, leave, local_first, notify, process};
 
 /// Exit code of one that went with pages of live volumes.
 const LOST: u8 = 3;
@@ -45,6 +45,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
         "node": server.node().to_string(),
     });
     let _ = writeln!(std::io::stdout(), "{ready}").and_then(|()| std::io::stdout().flush());
+    notify::tell("READY=1");
 
     let (handle, mut leaving) = (signals.handle(), None);
     for signal in signals.forever() {
@@ -53,6 +54,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
             tracing::info!(signal, "nobody needs what is here: going");
             break;
         }
+        notify::tell("STOPPING=1");
         if args.force || leaving.is_some() {
             drop(announcer);
             return Ok(go_anyway(&held));

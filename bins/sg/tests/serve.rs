@@ -326,3 +326,23 @@ fn strangers_cost_a_bounded_amount_of_memory() {
     assert!(grown < 32 << 20, "{grown} bytes for strangers");
     drop(strangers);
 }
+
+/// A service manager is told when it listens, and that it leaves while it has pages that others need.
+#[test]
+fn a_service_manager_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("notify");
+    let manager = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut said = [0; 64];
+    let mut hear = move || {
+        let bytes = manager.recv(&mut said).unwrap();
+        String::from_utf8_lossy(&said[..bytes]).into_owned()
+    };
+    let daemon =
+        Daemon::spawn(Command::new(env!("CARGO_BIN_EXE_sg")).env("NOTIFY_SOCKET", &path), "127.0.0.1:0", &[]);
+    assert_eq!(hear(), "READY=1");
+    daemon.fill();
+    daemon.signal(rustix::process::Signal::TERM);
+    assert_eq!(hear(), "STOPPING=1");
+}

@@ -10,7 +10,7 @@ use libsg::migrate::source::{Outgoing, SourceOptions, To, start};
 use libsg::migrate::{Mode, Observer, PoolSecret, RoundOptions};
 use libsg::server::{Config, Server, ServerHandle};
 use libsg::vmd::TcpConnector;
-use qemu::{ArrivingQemu, Departure, Qmp};
+use qemu::{ArrivingQemu, Departure, OnLost, Qmp};
 
 use crate::process::PATIENCE;
 
@@ -41,12 +41,16 @@ impl World {
     }
 
     pub fn arrive(&self, qmp: Qmp, gather_limit: u64) -> (Incoming, SocketAddr) {
+        self.arrive_or(qmp, gather_limit, OnLost::Pause)
+    }
+
+    pub fn arrive_or(&self, qmp: Qmp, gather_limit: u64, on_lost: OnLost) -> (Incoming, SocketAddr) {
         let mut options = DestinationOptions::new(anywhere(), self.secret.clone(), self.connector.clone());
         options.gather_limit = gather_limit;
         options.source_grace = Duration::from_secs(2);
         let destination = Destination::listen(options).expect("listens");
         let to = destination.address();
-        (destination.accept(Box::new(ArrivingQemu::new(qmp))).expect("waits"), to)
+        (destination.accept(Box::new(ArrivingQemu::new(qmp, on_lost))).expect("waits"), to)
     }
 
     pub fn leave(&self, departure: &Departure, to: SocketAddr, observer: Observer) -> Outgoing {
@@ -66,7 +70,7 @@ impl World {
         let options = DestinationOptions::new(anywhere(), self.secret.clone(), self.connector.clone());
         let wanted =
             ClaimOptions { name: name.into(), intermediaries: self.intermediaries(), force, engines: None };
-        claim(Box::new(ArrivingQemu::new(qmp)), wanted, options).expect("claims")
+        claim(Box::new(ArrivingQemu::new(qmp, OnLost::Pause)), wanted, options).expect("claims")
     }
 
     fn intermediaries(&self) -> Vec<SocketAddr> {

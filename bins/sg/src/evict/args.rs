@@ -264,6 +264,9 @@ pub struct GatherArgs {
     /// With --qmp: where the source connects to; port 0 picks a free one, and the line "listening" says which
     #[arg(long, value_name = "ADDR:PORT", requires = "qmp")]
     pub listen: Option<SocketAddr>,
+    /// With --qmp: what becomes of the VM when pages of it are lost for good
+    #[arg(long, value_enum, default_value = "pause", requires = "qmp")]
+    pub on_lost: OnLost,
     /// Write the report as JSON; - = standard output
     #[arg(long, value_name = "PATH")]
     pub json: Option<PathBuf>,
@@ -273,6 +276,24 @@ pub struct GatherArgs {
     /// Which intermediaries.
     #[command(flatten)]
     pub at: Intermediaries,
+}
+
+/// What becomes of a VM of which pages are lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnLost {
+    /// It is paused, for somebody to look at
+    Pause,
+    /// Its QEMU is ended
+    Kill,
+}
+
+impl From<OnLost> for qemu::OnLost {
+    fn from(on_lost: OnLost) -> Self {
+        match on_lost {
+            OnLost::Pause => Self::Pause,
+            OnLost::Kill => Self::Kill,
+        }
+    }
 }
 
 /// Arguments of `sg cancel`.

@@ -182,7 +182,7 @@ pub fn gather(args: &GatherArgs, socket: &Path, interrupted: &AtomicBool) -> Res
         observer: Arc::new(tell),
         ..DestinationOptions::new(listen, secret, connector)
     };
-    let vm = Box::new(ArrivingQemu::new(qmp));
+    let vm = Box::new(ArrivingQemu::new(qmp, args.on_lost.into()));
     let incoming = if let Some(wanted) = wanted {
         claim(vm, wanted, options)?
     } else {
