@@ -45,6 +45,7 @@ fn parked(etcd: &Etcd, volume: u128) -> VolumeInfo {
         has_state: true,
         stored_pages: 0,
         copied_pages: 0,
+        mending: libsg::wire::mending::Mending::whole(1),
         indexed_pages: 0,
         age_s: 1,
         parking: Some(Parking { name: "web".into(), keeper: node("i1"), term: 0, arbiter }),
