@@ -53,6 +53,7 @@ const BACKEND_UNSAFE_FILES: &[&str] = &[
     "verbs/kernel/context.rs",
     "verbs/kernel/domain.rs",
     "verbs/kernel/pair.rs",
+    "verbs/kernel/queue.rs",
     "verbs/mod.rs",
     "verbs/simulated/fabric.rs",
     "verbs/simulated.rs",

@@ -9,8 +9,9 @@ use libsg::Result;
 use rdma_sys::{ibv_access_flags, ibv_alloc_pd, ibv_dealloc_pd, ibv_dereg_mr, ibv_mr, ibv_pd, ibv_reg_mr};
 
 use super::context::Context;
-use super::pair::{KernelPair, Pair};
+use super::pair::KernelPair;
 use super::ports::Picked;
+use super::queue::Pair;
 use super::{Opened, refusal};
 use crate::verbs::{Access, Domain, Limits, QueuePair, Region};
 

@@ -7,6 +7,7 @@ mod context;
 mod domain;
 mod pair;
 mod ports;
+mod queue;
 mod refusal;
 
 use std::net::IpAddr;
