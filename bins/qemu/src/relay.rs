@@ -102,7 +102,7 @@ impl Relay {
     /// The state of the VM's devices, once the source has switched.
     ///
     /// # Errors
-    /// As [`Self::manifest`].
+    /// The stream's; [`ErrorKind::Timeout`].
     pub fn state(&self, patience: Duration) -> Result<Vec<u8>> {
         self.0.wait(patience, "does not switch", |books| {
             let package = books.package.as_ref()?;
