@@ -6,20 +6,21 @@ use std::sync::Arc;
 use anyhow::Result;
 use libsg::page::PAGE_BYTES_U64;
 use libsg::server::{DrainOptions, Drained, Holding, ServerHandle};
+use libsg::transport::PoolSecret;
 use libsg::wire::announcement::Duty;
 use signal_hook::iterator::Handle;
 
-use crate::cli::{Intermediaries, ServeArgs, secret};
+use crate::cli::{Intermediaries, ServeArgs};
 
 /// Hands over in a thread of its own, and ends the wait for signals when that is done. Where it stays, that is announced, so
 /// that it is chosen again.
 pub fn start(
     server: &Arc<ServerHandle>,
-    args: &ServeArgs,
+    (args, secret): (&ServeArgs, &PoolSecret),
     signals: Handle,
     announce_leaving: impl Fn(bool) + Send + 'static,
 ) -> Result<std::thread::JoinHandle<()>> {
-    let (server, secret, timeout) = (Arc::clone(server), secret(args.secret.as_deref())?, args.drain_timeout);
+    let (server, secret, timeout) = (Arc::clone(server), secret.clone(), args.drain_timeout);
     let pool = args.pool.clone().or_else(|| args.announce.as_ref().map(ToString::to_string));
     let at = Intermediaries { intermediary: args.peer.clone(), pool, secret: None };
     let hand_over = move || {
@@ -41,7 +42,7 @@ pub fn start(
 }
 
 /// Others of the pool that do not leave themselves.
-fn find(at: &Intermediaries, secret: &libsg::transport::PoolSecret) -> Vec<SocketAddr> {
+fn find(at: &Intermediaries, secret: &PoolSecret) -> Vec<SocketAddr> {
     if at.intermediary.is_empty() && at.pool.is_none() {
         return Vec::new();
     }

@@ -22,6 +22,7 @@ const LOST: u8 = 3;
 pub fn run(args: &ServeArgs) -> Result<u8> {
     start_logs(args.log_format);
     let config = config(args)?;
+    let secret = config.secret.clone();
     let announced = announce::Setup::of(args, &config);
     let local_first = local_first::Setup::of(args, &config)?;
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("signals cannot be caught")?;
@@ -65,7 +66,7 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
             weak.iter().filter_map(Weak::upgrade).for_each(|announcer| announcer.announce());
         };
         announce(true);
-        leaving = Some(leave::start(&server, args, handle.clone(), announce)?);
+        leaving = Some(leave::start(&server, (args, &secret), handle.clone(), announce)?);
     }
     // It says that it leaves.
     drop(announcer);
