@@ -39,7 +39,7 @@ canaries! {
     a_death_is_an_event: DeathForgotten, "evicted means evicted", "a death is an event", "no tail";
     a_loss_is_told: LossNotTold, "each page is right", "faults overtake", "a death is an event";
     what_is_late_is_hedged: LateNotHedged, "no tail";
-    what_was_in_flight_is_sent_again: FlightForgotten, "no tail";
+    what_was_in_flight_is_sent_again: FlightForgotten, "no tail", "a death is an event";
     a_newer_round_wins: OlderRoundWins, "each page is right", "evicted means evicted";
     what_is_out_of_date_is_taken_out: StaleKept, "each page is right";
     the_final_set_is_named: FinalSetUnnamed, "each page is right", "evicted means evicted";
