@@ -56,5 +56,4 @@ canaries! {
     who_was_replaced_is_refused: EpochIgnored, "epochs";
     an_index_keeps_the_newest_round: OlderRoundIndexed, "rounds", "each page is right", "evicted means evicted";
     a_slot_is_used_again_under_a_new_generation: GenerationKept, "generations";
-    nobody_leaves_early: LeavesEarly, "evicted means evicted", "leaving loses nothing";
 }
