@@ -27,6 +27,7 @@ mod share;
 mod shared;
 mod socket;
 mod tcp_info;
+mod trickle;
 #[cfg(test)]
 mod test;
 
@@ -39,3 +40,4 @@ pub use rate::{RateFinder, Reading};
 pub use shared::{Acquire, Class, LinkId, SharedPacer, Told};
 pub use socket::{Dscp, mark_bulk, mark_urgent, precise_timers, quick_ack, set_congestion};
 pub use tcp_info::{KernelPace, TcpInfo, wake_reader_at};
+pub use trickle::Trickle;

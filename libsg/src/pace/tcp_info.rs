@@ -10,6 +10,7 @@ use std::time::Duration;
 use socket2::SockRef;
 
 use super::bucket::bytes_in;
+use super::trickle::KERNEL_PACE_MIN;
 
 /// The kernel's `struct tcp_info` up to `tcpi_sndbuf_limited` (Linux 4.10; libc's type ends earlier).
 /// Later kernels only append.
@@ -149,11 +150,13 @@ pub struct KernelPace {
 }
 
 impl KernelPace {
-    /// Paces `socket` at `rate` bytes of payload a second; `None` lets it go.
+    /// Paces `socket` at `rate` bytes of payload a second, and not below what the kernel can keep ([`Trickle`](super::Trickle));
+    /// `None` lets it go.
     ///
     /// # Errors
     /// The socket is not TCP, or closed.
     pub fn set(&mut self, socket: impl AsFd, rate: Option<u64>) -> io::Result<()> {
+        let rate = rate.map(|rate| rate.max(KERNEL_PACE_MIN));
         let near = |a: u64, b: u64| a.abs_diff(b) as f64 <= b as f64 * CHANGE_SHARE;
         if self.rate == rate || self.rate.zip(rate).is_some_and(|(old, new)| near(old, new)) {
             return Ok(());
@@ -234,6 +237,31 @@ mod test {
         assert!(info.rtt_us > 0 && info.min_rtt_us > 0 && info.min_rtt_us < 10_000_000, "{info:?}");
         assert!(info.queue_delay().is_some());
         assert!(TcpInfo::read(std::fs::File::open("/dev/null").unwrap()).is_err());
+    }
+
+    /// At 1 KB/s the kernel would let the next piece go after a minute, whatever it is told by then.
+    #[test]
+    fn a_low_pace_for_a_moment_holds_nothing_up_after_it() {
+        const BYTES: usize = 40 << 16;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        far.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        // The first segments of a connection are not paced.
+        for _ in 0..40 {
+            near.write_all(&[7; 1 << 16]).unwrap();
+            far.read_exact(&mut [0; 1 << 16]).unwrap();
+        }
+        let mut pace = KernelPace::default();
+        pace.set(&near, Some(1000)).unwrap();
+        let writer = std::thread::spawn(move || {
+            near.write_all(&vec![7; 1 << 17]).unwrap();
+            pace.set(&near, Some(1 << 30)).unwrap();
+            near.write_all(&vec![7; BYTES]).unwrap();
+            near
+        });
+        far.read_exact(&mut vec![0; (1 << 17) + BYTES]).expect("it comes long before that");
+        drop(writer.join().unwrap());
     }
 
     #[test]

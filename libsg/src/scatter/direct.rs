@@ -12,7 +12,7 @@ use super::window::{AckTime, nap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::Sequence;
-use crate::pace::{self, Class, LinkId, LinkReading};
+use crate::pace::{self, Class, LinkId, LinkReading, Trickle};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{Channel, Frame, Inbox, Outbox, TcpPath, wait, wait_writable};
 use crate::wire::entry::decode_table;
@@ -43,6 +43,8 @@ pub struct DirectSink {
     pace: Option<u64>,
     /// Bytes/s that our own link has for this path.
     share: Option<u64>,
+    /// What of a low pace the kernel does not keep.
+    trickle: Trickle,
     loaded: Loaded,
     table: Vec<u8>,
     ack_time: AckTime,
@@ -63,6 +65,7 @@ impl DirectSink {
             credit: 0,
             pace: None,
             share: None,
+            trickle: Trickle::new(host::now()),
             loaded: Loaded::default(),
             table: Vec::new(),
             ack_time: AckTime::default(),
@@ -106,7 +109,9 @@ impl DirectSink {
         let reading = LinkReading { backlogged: waits && ours, ..reading };
         self.share = self.scatter.pacer.report(link, reading, now);
         if host::has_tcp() {
-            self.path.pace(&self.channel, self.share.into_iter().chain(self.pace).min())?;
+            let pace = self.share.into_iter().chain(self.pace).min();
+            self.path.pace(&self.channel, pace)?;
+            self.trickle.set(now, pace);
         }
         // With nothing on its way, and credit waited for, there is nothing to be read of the path.
         let idle = nap(waits || self.path.is_carrying());
@@ -134,8 +139,13 @@ impl DirectSink {
         if allowed == 0 {
             return Ok(None);
         }
+        let allowed = match self.trickle.allows(now) {
+            Ok(most) => allowed.min(most),
+            Err(at) => return Ok(Some(at)),
+        };
         let written = self.outbox.flush(&self.channel, allowed as usize)?;
         self.path.wrote(written);
+        self.trickle.wrote(now, written);
         Counters::add(&self.scatter.counters.wire, written);
         Ok((written as u64 == allowed).then_some(now))
     }

@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Checksum, MemberIndex, MemberSet, Round};
 use crate::limits::BATCH_PAGES;
-use crate::pace::{Acquire, Class, LinkReading};
+use crate::pace::{Acquire, Class, LinkReading, Trickle};
 use crate::page::{PAGE_BYTES, PageIndex};
 use crate::transport::{wait, wait_writable};
 use crate::vmd::{Link, Reply, Request, Ticket};
@@ -57,6 +57,8 @@ pub struct MemberSink {
     member: MemberIndex,
     link: Box<dyn Link>,
     link_paces: bool,
+    /// What of a low pace the kernel does not keep.
+    trickle: Trickle,
     asked: VecDeque<Asked>,
     loaded: Loaded,
     window: Window,
@@ -85,6 +87,7 @@ impl MemberSink {
             member,
             link,
             link_paces: false,
+            trickle: Trickle::new(now),
             asked: VecDeque::new(),
             loaded: Loaded::default(),
             window: Window::new(now),
@@ -179,6 +182,7 @@ impl MemberSink {
         };
         let share = self.scatter.pacer.report(pacer_link, reading, now);
         self.link_paces = self.link.pace(share);
+        self.trickle.set(now, share.filter(|_| self.link_paces));
         let idle = nap(!self.asked.is_empty());
         let until = again.unwrap_or(now + idle);
         let left = until.saturating_duration_since(host::now());
@@ -213,9 +217,17 @@ impl MemberSink {
             return Ok(None);
         }
         if self.link_paces {
-            let written = self.link.progress(queued)?;
+            let most = match self.trickle.allows(now) {
+                Ok(most) => queued.min(most as usize),
+                Err(at) => {
+                    self.link.progress(0)?;
+                    return Ok(Some(at));
+                }
+            };
+            let written = self.link.progress(most)?;
+            self.trickle.wrote(now, written);
             Counters::add(&self.scatter.counters.wire, written);
-            return Ok((written == queued).then_some(now));
+            return Ok((written == most).then_some(now));
         }
         match self.scatter.pacer.acquire(Class::Bulk, queued as u64, now) {
             Acquire::WaitUntil(at) => {
