@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use super::bucket::TokenBucket;
 
-/// The least pace that the kernel is told, in bytes/s: a piece holds up those behind it for a tenth of a second.
-pub(super) const KERNEL_PACE_MIN: u64 = 10 * (64 << 10);
+/// The least pace that the kernel is told, in bytes/s: a piece holds up those behind it for half a second. What bulk keeps of a
+/// link of 1 Gb/s beside a destination that takes all is more.
+pub(super) const KERNEL_PACE_MIN: u64 = 2 * (64 << 10);
 
-/// What is written at once below that: 25 ms of it.
+/// What is written at once below that.
 const PIECE_BYTES: u64 = 16 << 10;
 
 /// How long the pace of the moment is believed.
@@ -89,7 +90,7 @@ mod test {
             }
         }
         assert!((9 * PACE..=11 * PACE + 2 * PIECE_BYTES).contains(&sent), "{sent}");
-        // Of 13 s that a piece takes at 5 KB/s nobody knows any more.
+        // What a piece takes at 5 KB/s nobody knows any more.
         trickle.set(now, Some(5_000));
         while trickle.allows(now).is_ok() {
             trickle.wrote(now, 64 << 10);
