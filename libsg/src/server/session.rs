@@ -186,10 +186,7 @@ impl<'c> Session<'c> {
     fn read_body(&mut self, header: &Header) -> Result<()> {
         self.buffers.body.resize(header.body_bytes as usize, 0);
         read_whole(&mut self.stream, &mut self.buffers.body)?;
-        if !header.kind.has_bytes() {
-            header.check_said(&self.buffers.body)?;
-        }
-        Ok(())
+        Ok(header.check_body(&self.buffers.body)?)
     }
 
     fn put(&mut self, header: &Header) -> Result<()> {

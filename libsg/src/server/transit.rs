@@ -101,7 +101,7 @@ impl Drop for Pinned<'_> {
 }
 
 #[cfg(test)]
-mod test {
+pub(super) mod test {
     use std::net::SocketAddr;
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -115,10 +115,11 @@ mod test {
     use crate::wire::GetEntry;
     use crate::wire::message::Member;
 
-    const VOLUME: VolumeId = VolumeId(1);
-    const EPOCH: Epoch = Epoch::FIRST;
+    pub const VOLUME: VolumeId = VolumeId(1);
+    pub const EPOCH: Epoch = Epoch::FIRST;
 
-    fn store() -> Store {
+    /// One with a volume that has nothing yet.
+    pub fn store() -> Store {
         let node = NodeId { name: "i1".into(), incarnation: 1 };
         let config = Config::new(([127, 0, 0, 1], 0).into(), "i1", 4 << 20, PoolSecret::open());
         let store = Store::new(node.clone(), &config).unwrap();

@@ -297,7 +297,7 @@ fn read_frame<'b>(
     let header = Header::decode(&bytes)?;
     let body = buffer.get_mut(..header.body_bytes as usize).ok_or(Malformed::Bounds("handshake"))?;
     read_exact(stream, body, deadline)?;
-    header.check_said(body)?;
+    header.check_body(body)?;
     Ok((header, body))
 }
 

@@ -107,9 +107,7 @@ impl Inbox {
         self.unread.start = end;
         self.last = start..end;
         let body = &self.buffer[start..end];
-        if !header.kind.has_bytes() {
-            header.check_said(body)?;
-        }
+        header.check_body(body)?;
         Ok(Some(Frame { header, body }))
     }
 

@@ -378,6 +378,14 @@ impl Header {
         Self { body_bytes, said: Checksum::of(said), ..self }
     }
 
+    /// Compares a whole body with its checksum, where nothing but what is said is in it.
+    ///
+    /// # Errors
+    /// As [`Self::check_said`].
+    pub fn check_body(&self, body: &[u8]) -> Result<(), Malformed> {
+        if self.kind.has_bytes() { Ok(()) } else { self.check_said(body) }
+    }
+
     /// Compares what is said in a body with its checksum.
     ///
     /// # Errors

@@ -363,28 +363,8 @@ impl Noted<'_> {
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::ids::{Checksum, NodeId, Round};
-    use crate::manifest::{Manifest, Region};
-    use crate::page::InstallUnit;
-    use crate::server::Config;
-    use crate::transport::PoolSecret;
-
-    const VOLUME: VolumeId = VolumeId(1);
-    const EPOCH: Epoch = Epoch::FIRST;
-
-    fn store() -> Store {
-        let node = NodeId { name: "i1".into(), incarnation: 1 };
-        let config = Config::new(([127, 0, 0, 1], 0).into(), "i1", 4 << 20, PoolSecret::open());
-        let store = Store::new(node.clone(), &config).unwrap();
-        let length_bytes = 1 << 20;
-        let region =
-            Region { name: "ram".into(), guest_address: None, length_bytes, unit: InstallUnit::Page };
-        let manifest =
-            Manifest { vm: "vm".into(), regions: vec![region], vm_config: Vec::new(), sharing: None };
-        let member = Member { node, address: ([127, 0, 0, 1], 1).into() };
-        store.create(VOLUME, EPOCH, manifest, vec![member]).unwrap();
-        store
-    }
+    use crate::ids::{Checksum, Round};
+    use crate::server::transit::test::{EPOCH, VOLUME, store};
 
     fn give(store: &Store) -> [Result<(), Status>; 3] {
         let blob = || StateBlob { bytes: vec![7; 8].into(), checksum: Checksum::of(&[7; 8]) };
