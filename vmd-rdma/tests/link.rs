@@ -239,12 +239,8 @@ fn what_was_written_and_not_settled_when_a_claim_came_is_nowhere() {
     }
 }
 
-#[test]
-fn where_there_is_no_device_pages_go_over_the_connection() {
-    let network = Network::new(10);
-    let plain = libsg::server::Config { backend: None, ..config(&network, 2, 64 * MIB) };
-    let server = Server::bind(plain).unwrap().spawn().unwrap();
-    let mut client = Client::create(&network, &[&server]);
+/// Pages are put and read, and none of them by the device.
+fn all_goes_over_the_connection(network: &Network, client: &mut Client) {
     let pages: Vec<u32> = (1..300).collect();
     for _ in 0..3 {
         let placements = client.put(pages.iter().copied()).unwrap();
@@ -252,6 +248,15 @@ fn where_there_is_no_device_pages_go_over_the_connection() {
     }
     assert!(!client.link.is_open());
     assert_eq!(network.counts().written_bytes, 0);
+}
+
+#[test]
+fn where_there_is_no_device_pages_go_over_the_connection() {
+    let network = Network::new(10);
+    let plain = libsg::server::Config { backend: None, ..config(&network, 2, 64 * MIB) };
+    let server = Server::bind(plain).unwrap().spawn().unwrap();
+    let mut client = Client::create(&network, &[&server]);
+    all_goes_over_the_connection(&network, &mut client);
     // Where it must be the device, nothing goes.
     let mut strict = Client::link(&common::connector(&network).strict(), &server, 1, Class::Bulk);
     let refused = strict.put([1]).and_then(|_| strict.control(&VmdRequest::Describe).map(|_| ()));
@@ -264,13 +269,7 @@ fn where_packets_do_not_pass_pages_go_over_the_connection() {
     let server = serve(&network, 2);
     network.cut_off(2);
     let mut client = Client::create(&network, &[&server]);
-    let pages: Vec<u32> = (1..300).collect();
-    for _ in 0..3 {
-        let placements = client.put(pages.iter().copied()).unwrap();
-        assert!(client.get(&pages, &placements).unwrap().into_iter().all(|there| there));
-    }
-    assert!(!client.link.is_open());
-    assert_eq!(network.counts().written_bytes, 0);
+    all_goes_over_the_connection(&network, &mut client);
     let mut strict = Client::link(&common::connector(&network).strict(), &server, 1, Class::Bulk);
     let asked = (0..100).try_for_each(|_| strict.put([1]).map(|_| ()));
     assert_eq!(kind(asked), ErrorKind::Unreachable);
