@@ -167,7 +167,7 @@ impl Handover<'_> {
         let deadline = host::now() + self.lead.options.ready_timeout;
         control.send_talk(&offer, deadline)?;
         #[cfg(feature = "simulation")]
-        if host::has_bug(host::Bug::StockBeforePause) {
+        if rounds.is_none() && host::has_bug(host::Bug::StockBeforePause) {
             self.lead.scatter.take_stock()?;
         }
         self.lead.expect(control, &Talk::Accepted, deadline)?;
@@ -223,6 +223,8 @@ impl Handover<'_> {
             Rounds::finish(&self.lead, lines, members)?;
             return Ok(paused_at);
         }
+        #[cfg(feature = "simulation")]
+        let live = live || host::has_bug(host::Bug::StockBeforePause);
         if !live {
             self.lead.scatter.take_stock()?;
         }
