@@ -288,6 +288,8 @@ fn a_destination_with_little_memory_and_hungry_neighbours_swaps_and_takes_every_
     assert_eq!(report["guest"]["verified_pages"], 64 * 256, "{said}");
     let pressure = &report["destination_memory"];
     assert_eq!(pressure["limit_bytes"], 64 << 20);
+    let v1 = Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists();
+    assert_eq!(pressure["cgroup"], if v1 { "v1" } else { "v2" }, "{pressure}");
     assert!(is_positive(&pressure["pswpout"]), "{pressure}");
     let neighbours = pressure["neighbours"].as_array().expect("an array");
     assert_eq!(neighbours.len(), 2);
