@@ -1,5 +1,9 @@
 //! Files that a kernel unpacks before it runs the first program (cpio, "newc").
 
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
 /// An archive that grows, with what a guest has in it.
 #[derive(Debug, Default)]
 pub struct Initramfs {
@@ -31,6 +35,31 @@ impl Initramfs {
         let above = path.match_indices('/').map(|(at, _)| &path[..at]);
         above.for_each(|directory| self.entry(directory, DIRECTORY, (0, 0), &[]));
         self.entry(path, PROGRAM, (0, 0), bytes);
+    }
+
+    /// The files of a directory, the first program (`init`) among them.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    pub fn of_directory(root: &Path) -> Result<Self> {
+        let read =
+            |path: &Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+        let mut all = Self::new(&read(&root.join("init"))?);
+        let mut left = vec![root.to_owned()];
+        while let Some(directory) = left.pop() {
+            let listed = std::fs::read_dir(&directory)
+                .with_context(|| format!("cannot read {}", directory.display()))?;
+            for entry in listed {
+                let path = entry?.path();
+                if path.is_dir() {
+                    left.push(path);
+                } else if path != root.join("init") {
+                    let name = path.strip_prefix(root)?.to_string_lossy().into_owned();
+                    all.file(&name, &read(&path)?);
+                }
+            }
+        }
+        Ok(all)
     }
 
     /// The archive.
@@ -96,5 +125,25 @@ mod test {
         let names: Vec<&str> = all.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["dev", "dev/console", "init", "lib", "lib/a", "lib/a/x.ko"]);
         assert_eq!((all[2].1.as_slice(), all[5].1.as_slice()), (&b"first"[..], &b"module"[..]));
+    }
+
+    #[test]
+    fn a_directory_has_its_files_and_its_first_program_once() {
+        let root = tempfile::tempdir().expect("creates");
+        let write = |path: &str, bytes: &[u8]| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("below the root")).expect("creates");
+            std::fs::write(path, bytes).expect("writes");
+        };
+        write("init", b"first");
+        write("lib/a/x.so", b"library");
+        let all = entries(&Initramfs::of_directory(root.path()).expect("packed").finish());
+        let files: Vec<_> = all.iter().filter(|(_, bytes)| !bytes.is_empty()).collect();
+        let (init, library) =
+            (("init".to_owned(), b"first".to_vec()), ("lib/a/x.so".to_owned(), b"library".to_vec()));
+        assert_eq!(files, [&init, &library]);
+        let empty = tempfile::tempdir().expect("creates");
+        let refused = Initramfs::of_directory(empty.path()).expect_err("nothing to begin with");
+        assert!(refused.to_string().ends_with("/init"), "{refused}");
     }
 }

@@ -7,7 +7,7 @@ mod work;
 
 pub use console::{Beat, Said};
 pub use initramfs::Initramfs;
-pub use work::{Work, kernel};
+pub use work::{Work, kernel, redis};
 
 /// The guest's program.
 pub const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/init"));

@@ -44,10 +44,23 @@ impl Work {
 /// # Errors
 /// It is not there.
 pub fn kernel() -> Result<PathBuf> {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
     let path = std::env::var_os("SG_GUEST_KERNEL")
-        .map_or_else(|| workspace.join(target).join("guest/linux-image-cloud-amd64/vmlinuz"), PathBuf::from);
+        .map_or_else(|| fetched().join("linux-image-cloud-amd64/vmlinuz"), PathBuf::from);
     ensure!(path.is_file(), "there is no kernel for a guest at {}: ci/guest fetches it", path.display());
     Ok(path)
+}
+
+/// Where the files of a guest with Redis are, its first program among them: where `ci/redis` puts them.
+///
+/// # Errors
+/// They are not there.
+pub fn redis() -> Result<PathBuf> {
+    let path = fetched().join("redis");
+    ensure!(path.is_dir(), "there is no Redis for a guest at {}: ci/redis fetches it", path.display());
+    Ok(path)
+}
+
+fn fetched() -> PathBuf {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    workspace.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into())).join("guest")
 }
