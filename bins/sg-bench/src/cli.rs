@@ -1,5 +1,6 @@
 //! The command line.
 
+mod stock;
 mod values;
 
 use std::fmt;
@@ -12,7 +13,8 @@ use crate::events::{Harm, Injection, When};
 use crate::lab::node::{INTERMEDIARIES_MAX, SOURCES_MAX};
 use crate::lab::{CongestionControl, LabSpec, Node, Queue};
 use libsg::units::{Rate, Size};
-use values::{count, fraction, neighbour_memory, on_off, transport};
+pub use stock::{StockArgs, StockMode};
+use values::{count, fraction, issue, neighbour_memory, on_off, transport};
 
 /// Migration experiments in network namespaces, acceptance rows and micro-benchmarks
 #[derive(Parser)]
@@ -28,6 +30,8 @@ pub struct Cli {
 pub enum Command {
     /// One experiment: a VM, or several, from a source to a destination
     Migrate(Box<MigrateArgs>),
+    /// A Linux guest of a stock QEMU, by sg evict or by QEMU's own migration
+    Qemu(StockArgs),
     /// The same busy VM to a slow destination, by post-copy and by scatter-gather, side by side
     Demo(DemoArgs),
     /// The rows of the acceptance table: `row want got pass|FAIL`, medians of interleaved runs
@@ -167,8 +171,8 @@ pub struct AcceptArgs {
     /// Only this row (repeatable)
     #[arg(long, value_name = "NAME")]
     pub row: Vec<String>,
-    /// Only the rows of this issue
-    #[arg(long, value_name = "2|3|4", value_parser = clap::value_parser!(u8).range(2..=4))]
+    /// Only the rows of this issue [default: 2, 3 and 4; those of 6, about stock QEMUs, when they are named]
+    #[arg(long, value_name = "2|3|4|6", value_parser = issue)]
     pub issue: Option<u8>,
     /// Only says which rows there are, and about how long each takes
     #[arg(long)]

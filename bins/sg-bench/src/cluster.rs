@@ -21,7 +21,7 @@ use libsg::units::Size;
 use vmms::{Control, ControlSocket, Divider};
 
 const DESTINATION_PORT: u16 = 7700;
-const INTERMEDIARY_PORT: u16 = 7701;
+pub const INTERMEDIARY_PORT: u16 = 7701;
 /// Ports between the destinations of two VMs.
 const PORT_STEP: u16 = 10;
 
@@ -64,17 +64,7 @@ pub struct Cluster {
 impl Cluster {
     /// Starts everything and waits until the guests have filled their memory and everybody listens.
     pub fn start(lab: &Lab, args: &MigrateArgs, events: &Arc<Events>) -> Result<Self> {
-        let secret = lab.directory().join("secret");
-        let bytes: [u8; 32] = libsg::ids::random_bytes()?;
-        let text = bytes.map(|byte| format!("{byte:02x}")).concat();
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&secret)?
-            .write_all(text.as_bytes())?;
-        let secret = secret.display().to_string();
-
+        let secret = secret(lab)?;
         let mut cluster =
             Self { intermediaries: Vec::new(), pairs: Vec::new(), peers: Vec::new(), dividers: Vec::new() };
         for &node in lab.nodes() {
@@ -300,12 +290,23 @@ impl Vmm {
     }
 }
 
+/// A secret for the run, in a file that only its owner reads; where that is.
+pub fn secret(lab: &Lab) -> Result<String> {
+    let secret = lab.directory().join("secret");
+    let bytes: [u8; 32] = libsg::ids::random_bytes()?;
+    let text = bytes.map(|byte| format!("{byte:02x}")).concat();
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&secret)?;
+    file.write_all(text.as_bytes())?;
+    Ok(secret.display().to_string())
+}
+
 /// The name under which a VM is parked.
 fn parked_as(vm: usize) -> String {
     format!("vm{vm}")
 }
 
-fn words(line: &str) -> impl Iterator<Item = String> + '_ {
+/// The words of a command.
+pub fn words(line: &str) -> impl Iterator<Item = String> + '_ {
     line.split_whitespace().map(str::to_owned)
 }
 

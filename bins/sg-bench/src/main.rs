@@ -22,6 +22,7 @@ mod paper;
 mod process;
 mod select;
 mod stats;
+mod stock;
 mod stream;
 mod table;
 mod ui;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     let cli = cli::Cli::parse();
     let done = interrupt::listen().and_then(|()| match cli.command {
         cli::Command::Migrate(args) => experiment::command(&args),
+        cli::Command::Qemu(args) => stock::command(&args),
         cli::Command::Demo(args) => demo::run(&args),
         cli::Command::Accept(args) => accept::run(&args),
         cli::Command::Paper(args) => paper::run(&args),

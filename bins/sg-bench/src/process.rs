@@ -46,16 +46,39 @@ impl Process {
         on_line: impl Fn(&str) + Send + 'static,
     ) -> Result<Self> {
         let path = beside_this_executable(program)?;
+        Self::start(lab, node, name, &path, args, on_line)
+            .with_context(|| format!("cannot run {} (cargo build --workspace builds it)", path.display()))
+    }
+
+    /// The same with a program that is installed: it is looked for in `PATH`.
+    pub fn spawn_installed(
+        lab: &Lab,
+        node: Node,
+        name: &str,
+        program: &str,
+        args: &[String],
+        on_line: impl Fn(&str) + Send + 'static,
+    ) -> Result<Self> {
+        Self::start(lab, node, name, Path::new(program), args, on_line)
+            .with_context(|| format!("cannot run {program}"))
+    }
+
+    fn start(
+        lab: &Lab,
+        node: Node,
+        name: &str,
+        path: &Path,
+        args: &[String],
+        on_line: impl Fn(&str) + Send + 'static,
+    ) -> Result<Self> {
         let log = lab.directory().join(format!("{name}.log"));
         let stderr = File::create(&log)?;
-        let mut command = Command::new(&path);
+        let mut command = Command::new(path);
         // A group of its own: ^C on the terminal is for sg-bench, which ends the others in order.
         command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         tracing::debug!("{node}: {} {}", path.display(), args.join(" "));
-        let mut child = lab
-            .on(node, || command.spawn())?
-            .with_context(|| format!("cannot run {} (cargo build --workspace builds it)", path.display()))?;
+        let mut child = lab.on(node, || command.spawn())??;
         lab.remember(child.id())?;
         let pid = Pid::from_child(&child);
         let reader = child.stdout.take().map(|stdout| read_lines(name, stdout, on_line)).transpose()?;
@@ -86,6 +109,12 @@ impl Process {
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
         self.check().is_err()
+    }
+
+    /// Whether it has ended, and well.
+    pub fn has_ended_well(&self) -> bool {
+        let ended = self.child.lock().ok().and_then(|mut child| child.try_wait().ok().flatten());
+        ended.is_some_and(|status| status.success())
     }
 
     /// Whether it has ended and everything that it ever printed was taken.

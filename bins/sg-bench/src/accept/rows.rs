@@ -93,6 +93,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(
         dedup_rows().into_iter().chain([several_row()]).chain(whole).map(|row| Row { issue: 4, ..row }),
     );
+    rows.extend(super::stock::rows());
     rows
 }
 

@@ -8,6 +8,11 @@ pub(super) fn count(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| (1..=1_000_000).contains(n)).ok_or_else(|| "not from 1 to 1000000".into())
 }
 
+/// One that has rows here: those of 5 are made between guests (`ci/rxe accept`).
+pub(super) fn issue(text: &str) -> Result<u8, String> {
+    text.parse().ok().filter(|n| matches!(n, 2..=4 | 6)).ok_or_else(|| "not 2, 3, 4 or 6".into())
+}
+
 pub(super) fn fraction(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|f| (0.0..=1.0).contains(f)).ok_or_else(|| "not a number from 0 to 1".into())
 }

@@ -1,0 +1,177 @@
+//! A guest of Debian's kernel under a stock QEMU on a host of the lab, and when its heart was heard.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use guest::{Beat, Said, Work};
+use libsg::page::PAGE_BYTES_U64;
+use libsg::units::Size;
+use parking_lot::Mutex;
+use qemu::Qmp;
+
+use crate::interrupt;
+use crate::lab::{Lab, Node};
+use crate::process::Process;
+
+/// What QEMU is called, looked for in `PATH`.
+const QEMU: &str = "qemu-system-x86_64";
+
+/// Memory of the VM that the guest's program does not fill.
+const REST_BYTES: u64 = 160 << 20;
+
+/// How long a QEMU may take to answer, and a guest until its memory is filled.
+const START_LIMIT: Duration = Duration::from_secs(20);
+const FILL_LIMIT: Duration = Duration::from_secs(180);
+
+/// What both ends are started with.
+pub struct Machine {
+    memory: Size,
+    filled_mib: u32,
+    arguments: Vec<String>,
+}
+
+impl Machine {
+    /// A VM of so much memory, whose guest writes so many pages a second.
+    pub fn new(lab: &Lab, memory: Size, writes_per_s: u32, checks_per_s: u32) -> Result<Self> {
+        ensure!(memory.0 >= REST_BYTES * 2, "a guest needs at least 320M");
+        let filled_mib = u32::try_from((memory.0 - REST_BYTES) >> 20)?;
+        let work = Work { filled_mib, writes_per_s, checks_per_s, threads: 1 };
+        Ok(Self { memory, filled_mib, arguments: work.arguments(lab.directory())? })
+    }
+
+    /// What the guest fills, and checks.
+    pub fn filled_pages(&self) -> u64 {
+        (u64::from(self.filled_mib) << 20) / PAGE_BYTES_U64
+    }
+}
+
+/// Beats and complaints of a console, each beat with the time at which it came.
+#[derive(Default)]
+struct Heard {
+    beats: Vec<(Beat, Instant)>,
+    complaints: Vec<String>,
+}
+
+/// One end.
+pub struct Host {
+    /// The QEMU.
+    pub process: Process,
+    /// Where it is asked and told.
+    pub qmp: PathBuf,
+    heard: Arc<Mutex<Heard>>,
+}
+
+impl Host {
+    /// Starts one on a host; with `-incoming defer` among `more` it waits for the other's VM.
+    pub fn start(lab: &Lab, node: Node, machine: &Machine, more: &[&str]) -> Result<Self> {
+        let qmp = lab.directory().join(format!("{node}.qmp"));
+        let mut arguments: Vec<String> =
+            ["-accel", "tcg", "-machine", "q35", "-nodefaults", "-display", "none", "-m"]
+                .map(Into::into)
+                .into();
+        arguments.push((machine.memory.0 >> 20).to_string());
+        arguments.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", qmp.display())]);
+        // No input, which would be keys for QEMU itself.
+        arguments.extend(
+            ["-chardev", "file,id=console,path=/dev/stdout", "-serial", "chardev:console"].map(Into::into),
+        );
+        arguments.extend(machine.arguments.iter().cloned());
+        arguments.extend(more.iter().map(|word| (*word).to_owned()));
+        let heard = Arc::<Mutex<Heard>>::default();
+        let hears = Arc::clone(&heard);
+        let process = Process::spawn_installed(lab, node, &node.to_string(), QEMU, &arguments, move |line| {
+            let now = Instant::now();
+            let said = Said::parse(format!("{line}\n").as_bytes());
+            let mut heard = hears.lock();
+            heard.beats.extend(said.beats.into_iter().map(|beat| (beat, now)));
+            heard.complaints.extend(said.complaints);
+        })
+        .context("a stock QEMU is needed: apt install qemu-system-x86, or put another in front of PATH")?;
+        let host = Self { process, qmp, heard };
+        host.wait(START_LIMIT, "does not answer", || host.qmp.exists() && Qmp::connect(&host.qmp).is_ok())?;
+        Ok(host)
+    }
+
+    /// A connection of its own; there may be one at a time.
+    pub fn connect(&self) -> Result<Qmp> {
+        Qmp::connect(&self.qmp).map_err(|error| anyhow::anyhow!("{}", error.chain()))
+    }
+
+    /// Until the guest has filled its memory, and looked at all of it.
+    pub fn await_filled(&self) -> Result<()> {
+        self.wait(FILL_LIMIT, "its guest does not start", || self.passes() >= 1)
+    }
+
+    /// Until the guest has looked at every page from now on, and found nothing wrong.
+    pub fn verify(&self) -> Result<()> {
+        let before = self.passes();
+        self.wait(FILL_LIMIT, "its guest does not look at its memory", || self.passes() >= before + 2)?;
+        let heard = self.heard.lock();
+        let wrong = heard.beats.last().map_or(0, |(beat, _)| beat.wrong);
+        ensure!(
+            wrong == 0 && heard.complaints.is_empty(),
+            "{wrong} pages are not what they must be: {:?}",
+            heard.complaints
+        );
+        Ok(())
+    }
+
+    fn passes(&self) -> u64 {
+        self.heard.lock().beats.last().map_or(0, |(beat, _)| beat.passes)
+    }
+
+    fn wait(&self, limit: Duration, what: &str, mut ready: impl FnMut() -> bool) -> Result<()> {
+        let until = Instant::now() + limit;
+        while !ready() {
+            self.process.check()?;
+            ensure!(Instant::now() < until, "{} {what}:\n{}", self.process.name, self.process.log_tail());
+            interrupt::sleep(Duration::from_millis(10))?;
+        }
+        Ok(())
+    }
+}
+
+/// The longest time in which a guest that moved was not heard, from `since` on, and that none of its beats is missing.
+pub fn longest_gap(from: &Host, there: &Host, since: Instant) -> Result<Duration> {
+    let beats: Vec<_> = from.heard.lock().beats.iter().chain(&there.heard.lock().beats).copied().collect();
+    longest(&beats, since)
+}
+
+fn longest(beats: &[(Beat, Instant)], since: Instant) -> Result<Duration> {
+    for pair in beats.windows(2) {
+        let [(before, _), (next, _)] = pair else { continue };
+        ensure!(
+            next.number == before.number + 1,
+            "the guest's heart leapt from {} to {}",
+            before.number,
+            next.number
+        );
+    }
+    let gaps = beats.windows(2).filter(|pair| pair[1].1 >= since);
+    gaps.map(|pair| pair[1].1.saturating_duration_since(pair[0].1)).max().context("the guest was not heard")
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_gap_is_between_two_beats_of_whichever_end() {
+        let begun = Instant::now();
+        let at =
+            |number, ms| (Beat { number, writes: 0, passes: 0, wrong: 0 }, begun + Duration::from_millis(ms));
+        let beats = [at(0, 0), at(1, 400), at(2, 450), at(3, 650), at(4, 700)];
+        let gap = |since| longest(&beats, begun + Duration::from_millis(since)).expect("heard");
+        assert_eq!(gap(0), Duration::from_millis(400));
+        assert_eq!(gap(401), Duration::from_millis(200), "what was before is nobody's");
+        assert!(longest(&beats[..1], begun).is_err());
+        assert!(
+            longest(&[at(0, 0), at(2, 50)], begun)
+                .expect_err("one is missing")
+                .to_string()
+                .contains("0 to 2")
+        );
+    }
+}
