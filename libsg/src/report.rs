@@ -185,6 +185,10 @@ pub struct Intermediary {
     pub bytes_in: Option<u64>,
     /// Page bytes it gave.
     pub bytes_out: Option<u64>,
+    /// Page bytes that passed its processors in the whole run, each time that they did.
+    pub touched_bytes: Option<u64>,
+    /// When all had evicted: slots that clients might have written, and had not.
+    pub unused_leased_slots: Option<u64>,
     /// User + system time of its process.
     pub cpu_s: Option<f64>,
     /// Its largest resident set.

@@ -245,6 +245,8 @@ fn messages() -> Vec<Vec<u8>> {
         arena_bytes: 3,
         bytes_in: 4,
         bytes_out: 5,
+        touched_bytes: 9,
+        leased_slots: 10,
         link: LinkUse {
             limit_in_bytes_per_s: 7,
             limit_out_bytes_per_s: 0,

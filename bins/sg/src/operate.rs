@@ -249,6 +249,8 @@ fn node_json((host, answer): &Answer<NodeStatistics>) -> serde_json::Value {
             "arena_bytes": node.arena_bytes,
             "bytes_in": node.bytes_in,
             "bytes_out": node.bytes_out,
+            "touched_bytes": node.touched_bytes,
+            "leased_slots": node.leased_slots,
             "link": node.link,
             "connections": node.connections,
             "volumes": node.volumes.iter().map(summary_json).collect::<Vec<_>>(),

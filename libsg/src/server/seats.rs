@@ -98,6 +98,11 @@ impl Held {
         if full { Err(Status::Busy) } else { Ok(()) }
     }
 
+    /// Slots that it may write.
+    pub fn leased_slots(&self) -> usize {
+        self.leased_slots
+    }
+
     /// Those of these chunks that it may not write yet.
     pub fn closed_of(&self, chunks: &[ChunkNumber]) -> Vec<ChunkNumber> {
         chunks.iter().copied().filter(|chunk| !self.open.contains_key(chunk)).collect()

@@ -222,6 +222,7 @@ impl<'c> Session<'c> {
         let Self { store, stream, buffers, .. } = self;
         let pages = &buffers.pages;
         let runs = std::mem::take(&mut buffers.runs);
+        store.touch(page_bytes);
         let filling = match store.fill(header.volume, (header.epoch, noted.access()), pages, runs) {
             Ok(filling) => filling,
             Err(status) => {
@@ -321,6 +322,7 @@ impl<'c> Session<'c> {
         };
         stream.write(class, &mut parts, &|| !pinned.in_the_way())?;
         store.bytes_out.fetch_add(page_bytes as u64, Ordering::Relaxed);
+        store.touch(page_bytes);
         Ok(())
     }
 

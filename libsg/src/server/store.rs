@@ -113,6 +113,7 @@ pub(super) struct Store {
     pub(super) bytes_out: AtomicU64,
     /// Requests for pages.
     pub(super) reads: AtomicU64,
+    touched_bytes: AtomicU64,
 }
 
 impl Store {
@@ -143,6 +144,7 @@ impl Store {
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
             reads: AtomicU64::new(0),
+            touched_bytes: AtomicU64::new(0),
         })
     }
 

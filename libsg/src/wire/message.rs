@@ -198,6 +198,11 @@ pub struct NodeStatistics {
     pub bytes_in: u64,
     /// Bytes of pages given out since it started.
     pub bytes_out: u64,
+    /// Bytes of pages that passed its processors since it started, each time that they did: received, sent, copied, hashed.
+    /// What clients write and read by themselves passes none.
+    pub touched_bytes: u64,
+    /// Slots that clients may write by themselves now, and have not said to be full.
+    pub leased_slots: u64,
     /// How fast pages may move there now.
     pub link: LinkUse,
     /// Open connections.

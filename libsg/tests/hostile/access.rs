@@ -196,6 +196,9 @@ fn whoever_reads_cannot_write_and_nobody_reaches_another_volume() {
     assert!(!network.write(writer.client, &keys[0].key, 0, &[1]));
     assert_eq!(network.read(stranger.client, &keys[0].key, 0, 1), None);
     assert!(network.read(writer.client, &keys[0].key, 0, 1).is_some());
+    let statistics = server.statistics();
+    assert_eq!((statistics.bytes_in, statistics.bytes_out), (4 * PAGE_BYTES_U64, 4 * PAGE_BYTES_U64));
+    assert_eq!((statistics.touched_bytes, statistics.leased_slots), (0, 0), "no processor did that");
 }
 
 #[test]
@@ -209,7 +212,8 @@ fn leases_are_bounded_and_end_with_their_session() {
     }
     assert_eq!(leased, limits::LEASED_SLOTS_MAX);
     refused(writer.lease(1), ErrorKind::Full);
-    assert_eq!(server.statistics().used_bytes, 0, "nothing is stored yet");
+    let statistics = server.statistics();
+    assert_eq!((statistics.used_bytes, statistics.leased_slots), (0, leased as u64), "nothing is stored yet");
     // Nobody else has these slots meanwhile: of 4096, so many are left.
     let others: usize =
         (0..9).map(|n| plain.put(n * 500..(n + 1) * 500).unwrap().iter().flatten().count()).sum();
@@ -221,6 +225,7 @@ fn leases_are_bounded_and_end_with_their_session() {
     let client = writer.client;
     drop(writer);
     eventually("its way in is gone", || network.is_gone(client));
+    assert_eq!(server.statistics().leased_slots, 0);
     let plain = RefCell::new(plain);
     let put = |pages| plain.borrow_mut().put(pages).unwrap().iter().all(Option::is_some);
     eventually("and its slots are free", || put(50_000..50_001));

@@ -22,6 +22,7 @@ fn pages_come_back_and_their_memory_is_given_back() {
     assert_eq!(statistics.used_bytes, 2048 * PAGE_BYTES_U64);
     assert_eq!(statistics.bytes_in, 8 * MIB);
     eventually("what was sent is counted", || server.statistics().bytes_out == 8 * MIB);
+    assert_eq!(server.statistics().touched_bytes, 16 * MIB, "in, and out");
     assert!(statistics.arena_bytes <= 64 * MIB && statistics.arena_bytes >= 8 * MIB);
     assert_eq!(server.holdings().len(), 1);
     client.control(&VmdRequest::Dissolve).unwrap();

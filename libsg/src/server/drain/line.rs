@@ -104,6 +104,7 @@ impl<'s> Line<'s> {
         }
         self.write(&mut parts)?;
         self.store.bytes_out.fetch_add((pages * PAGE_BYTES) as u64, Ordering::Relaxed);
+        self.store.touch(pages * PAGE_BYTES);
         self.asked.push_back(Asked { sequence, group, taken, pages });
         Ok(())
     }

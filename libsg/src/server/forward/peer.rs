@@ -216,6 +216,7 @@ impl<'s> Peer<'s> {
                 continue;
             }
             store.bytes_out.fetch_add(first.batch.bytes() as u64, Ordering::Relaxed);
+            store.touch(first.batch.bytes());
             self.asked.push_back((first.batch.number, first.batch.bytes()));
             self.queue.pop_front();
         }

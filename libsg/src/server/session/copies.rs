@@ -32,6 +32,7 @@ impl<'c> Session<'c> {
             return Err(Malformed::Bounds("bytes of a batch").into());
         }
         if let Err(status) = store.targets((header.volume, header.epoch), holders, targets) {
+            store.touch(page_bytes);
             stream.skip(page_bytes)?;
             return self.reply(header, Kind::PutCopiesReply, status, 0, &[]);
         }

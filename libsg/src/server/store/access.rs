@@ -241,6 +241,13 @@ impl Store {
         })
     }
 
+    /// Slots of leases that clients have, and have not settled.
+    pub(super) fn leased_slots(&self) -> u64 {
+        let seats = self.reached.seats.lock().clone();
+        seats.iter().filter_map(|seat| seat.held.lock().as_ref().map(Held::leased_slots)).sum::<usize>()
+            as u64
+    }
+
     /// The client is done with these. What it does not have, or has no more, is left alone.
     pub(in crate::server) fn release(&self, seated: &Seated<'_>, numbers: &[u64]) {
         let (mut ended, mut withdrawn) = (Vec::new(), Withdrawn::default());

@@ -26,6 +26,7 @@ impl Store {
             if let Ok(memory) = self.arena.slots(SlotRun { first: slot, slots: 1 }) {
                 memory.readable().copy_to(&mut page);
             }
+            self.touch(PAGE_BYTES);
             hashes.push(hasher.hash(&page));
         }
     }

@@ -90,9 +90,15 @@ impl Store {
         found.into_iter().map(holding).collect()
     }
 
+    /// So many bytes of pages pass a processor here: into memory or out of it, or to be hashed.
+    pub(in crate::server) fn touch(&self, bytes: usize) {
+        self.touched_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
     pub(in crate::server) fn statistics(&self, connections: u32) -> NodeStatistics {
         let volumes: Vec<_> = self.holdings().into_iter().map(|holding| holding.summary).collect();
         let leaving = self.is_leaving().then(|| self.how_far(&volumes));
+        let leased_slots = self.leased_slots();
         let slots = self.slots.lock();
         NodeStatistics {
             node: self.node.clone(),
@@ -102,6 +108,8 @@ impl Store {
             arena_bytes: slots.arena_bytes(),
             bytes_in: self.bytes_in.load(Ordering::Relaxed),
             bytes_out: self.bytes_out.load(Ordering::Relaxed),
+            touched_bytes: self.touched_bytes.load(Ordering::Relaxed),
+            leased_slots,
             link: LinkUse::default(),
             connections,
             volumes,

@@ -105,6 +105,8 @@ impl State {
             arena_bytes: self.slots.len() as u64 * PAGE_BYTES_U64,
             bytes_in: self.bytes_in,
             bytes_out: self.bytes_out,
+            touched_bytes: self.bytes_in + self.bytes_out,
+            leased_slots: 0,
             link: LinkUse::default(),
             connections: 0,
             volumes: live.map(summary).collect(),
