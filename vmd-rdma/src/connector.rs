@@ -31,6 +31,11 @@ pub(crate) struct Said {
 }
 
 impl Said {
+    /// Pages go over the device, or not at all.
+    pub(crate) fn is_strict(&self) -> bool {
+        self.is_strict
+    }
+
     /// Pages go over the device, on one link at least.
     pub(crate) fn over_the_device(&self, device: &str) {
         if !self.over.swap(true, Ordering::Relaxed) {
@@ -63,8 +68,8 @@ impl RdmaConnector {
         Self { tcp: TcpConnector::new(secret), device, said: Said::default() }
     }
 
-    /// Its links fail where pages cannot go over the device, instead of going over their connections. Those that a link
-    /// begins with, before the intermediary has let the device in, do so all the same.
+    /// Its links fail where pages cannot go over the device, instead of going over their connections: those that a link
+    /// begins with wait until the intermediary has let the device in.
     #[must_use]
     pub fn strict(mut self) -> Self {
         self.said.is_strict = true;

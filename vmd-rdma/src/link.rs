@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   put: Lease -> write -> Settle      get: Reach -> read -> Release
+//!                                      or:  Reach, and read meanwhile
 //! ```
 //!
 //! Each arrow is an answer on the connection, or the device's. Any number of puts and gets are under way at once, within
@@ -10,6 +11,7 @@
 
 mod hear;
 mod job;
+mod standing;
 mod way;
 
 use std::collections::{HashMap, VecDeque};
@@ -28,6 +30,7 @@ use libsg::{Error, ErrorKind, Result, ids::Placement, wire::PageEntry};
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use self::job::{Job, Spare};
+use self::standing::Standing;
 use self::way::{Half, Way};
 use crate::connector::Said;
 use crate::verbs::Device;
@@ -53,8 +56,11 @@ pub struct RdmaLink {
     waiting: VecDeque<u64>,
     /// Jobs that the device has ended.
     ended: Vec<u64>,
-    /// Gets that are there.
+    /// Gets whose reads have ended.
+    read: VecDeque<u64>,
+    /// Gets that have ended.
     got: VecDeque<u64>,
+    standing: Standing,
     /// The end of a request that came over the connection, and was not taken yet.
     heard: Option<End>,
     /// Leases and pages kept at the peer, and slots of the former.
@@ -129,7 +135,9 @@ impl RdmaLink {
             next: 0,
             waiting: VecDeque::new(),
             ended: Vec::new(),
+            read: VecDeque::new(),
             got: VecDeque::new(),
+            standing: Standing::default(),
             heard: None,
             grants: 0,
             leased: 0,
@@ -174,9 +182,19 @@ impl RdmaLink {
         matches!(&self.way, Way::Open(open) if open.takes_jobs())
     }
 
-    /// Takes a put or get over the device, if that is open.
+    /// Whether pages wait until the way is open, since they may go no other.
+    fn awaits_way(&self) -> bool {
+        let may_open = match &self.way {
+            Way::Untried | Way::Asked(_) => true,
+            Way::Open(open) => !open.shut,
+            Way::Closed => false,
+        };
+        may_open && self.said.is_strict()
+    }
+
+    /// Takes a put or get over the device, if that is open, or if it is to wait for it.
     fn take(&mut self, request: Request<'_>) -> Result<Option<Ticket>> {
-        if !self.is_open() {
+        if !self.is_open() && !self.awaits_way() {
             return Ok(None);
         }
         request.check()?;
@@ -203,6 +221,9 @@ impl RdmaLink {
                 self.stand_in(number)?;
                 continue;
             }
+            if !open.takes_jobs() {
+                return Ok(());
+            }
             let asked = match job {
                 _ if self.grants >= GRANTS_MAX => return Ok(()),
                 Job::Put(put) => {
@@ -224,6 +245,11 @@ impl RdmaLink {
                         }
                     }
                     get.reach = self.control.submit_access(AccessRequest::Reach(&get.wanted))?;
+                    if let [wanted] = &get.wanted[..]
+                        && let Some(key) = self.standing.reads(wanted.placement.slot)
+                    {
+                        open.read_ahead(number, get, key)?;
+                    }
                     (get.reach, Asked::Reach(number))
                 }
             };
@@ -302,12 +328,17 @@ impl RdmaLink {
                     self.written_bytes += put.pages_bytes() as u64;
                 }
                 Some(Job::Get(get)) => {
-                    self.read_bytes += get.bytes as u64;
-                    self.releases.push(get.reach);
-                    self.got.push_back(number);
+                    get.reading = false;
+                    if get.ahead {
+                        self.standing.has_read();
+                    }
+                    self.read.push_back(number);
                 }
                 None => {}
             }
+        }
+        while let Some(number) = self.read.pop_front() {
+            self.end_get(number)?;
         }
         if self.releases.len() >= RELEASED_MAX {
             self.release()?;
@@ -343,7 +374,11 @@ impl RdmaLink {
         loop {
             self.advance()?;
             if let Some(number) = self.got.pop_front() {
-                return Ok(Some(End::Got(number, Ok(()))));
+                let refused = match self.jobs.get_mut(&number) {
+                    Some(Job::Get(get)) => get.refused.take(),
+                    _ => None,
+                };
+                return Ok(Some(End::Got(number, refused.map_or(Ok(()), Err))));
             }
             if let Some(end) = self.heard.take() {
                 return Ok(Some(end));
@@ -436,12 +471,12 @@ impl Link for RdmaLink {
                 self.dead = true;
                 return Err(error);
             }
-            if let Some(ticket) = self.take(request)? {
-                return Ok(ticket);
-            }
-            let ticket = self.control.submit(request)?;
+            let ticket = match self.take(request)? {
+                Some(ticket) => ticket,
+                None => plain(self.control.submit(request)?),
+            };
             self.try_way().inspect_err(|_| self.dead = true)?;
-            return Ok(plain(ticket));
+            return Ok(ticket);
         }
         Ok(plain(self.control.submit(request)?))
     }

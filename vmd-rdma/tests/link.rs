@@ -11,7 +11,7 @@ use libsg::ErrorKind;
 use libsg::ids::{Epoch, MemberIndex, MemberSet, Placement, VolumeId};
 use libsg::memory::{Mapping, PageSlice};
 use libsg::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
-use libsg::server::Server;
+use libsg::server::{Server, ServerHandle};
 use libsg::transport::wait;
 use libsg::vmd::link::ask;
 use libsg::vmd::{Class, Connector, Link as _, Reply, Request, Ticket};
@@ -43,6 +43,27 @@ fn pages_go_over_the_device_and_nothing_else_does() {
         assert!(client.link.path().delivered_bytes >= written);
         client.control(&VmdRequest::Dissolve).unwrap();
         eventually("its memory is back", || server.statistics().arena_bytes == 0);
+    }
+}
+
+#[test]
+fn where_they_must_pages_wait_for_the_device() {
+    for seed in 1..=10 {
+        let network = Network::new(seed);
+        let server = serve(&network, 2);
+        let strict = common::connector(&network).strict();
+        // It is not there yet, and that is what is said.
+        let mut early = Client::link(&strict, &server, 1, Class::Bulk);
+        assert_eq!(kind(early.put([1])), ErrorKind::Volume);
+        let _volume = Client::create(&network, &[&server]);
+        let placements = early.put(0..300).unwrap();
+        let mut urgent = Client::link(&strict, &server, 1, Class::Urgent);
+        assert_eq!(urgent.get(&[7], &placements[7..8]).unwrap(), [true]);
+        let counts = network.counts();
+        assert_eq!((counts.written_bytes, counts.read_bytes), (300 * PAGE_BYTES_U64, PAGE_BYTES_U64));
+        let statistics = server.statistics();
+        // What was refused came over the connection.
+        assert_eq!((statistics.touched_bytes, statistics.leased_slots), (PAGE_BYTES_U64, 0), "seed {seed}");
     }
 }
 
@@ -325,6 +346,103 @@ fn who_is_answered_first_is_who_waits() {
     let operator = connector.connect(server.address(), VolumeId(0), Epoch(0), Class::Bulk, PATIENCE).unwrap();
     assert_eq!(operator.member().node, *server.node());
     assert_eq!(network.device(CLIENTS).name(), "sim1");
+}
+
+/// A writer with 64 pages, and a reader of single ones that somebody waits for, which has read one of them.
+fn reader(network: &Network, server: &ServerHandle) -> (Client, Client, Vec<Option<Placement>>) {
+    let mut writer = Client::create(network, &[server]);
+    writer.warm_up();
+    let placements = writer.put(0..64).unwrap();
+    let mut reader = Client::link(&common::connector(network).strict(), server, 1, Class::Urgent);
+    assert_eq!(reader.get(&[0], &placements[..1]).unwrap(), [true]);
+    (writer, reader, placements)
+}
+
+#[test]
+fn a_page_beside_one_that_was_read_is_read_while_it_is_asked_for() {
+    for seed in 40..60 {
+        let network = Network::new(seed);
+        let server = serve(&network, 2);
+        let (mut writer, mut reader, placements) = reader(&network, &server);
+        let wanted =
+            |page: u32, at: usize| GetEntry { page: PageIndex(page), placement: placements[at].unwrap() };
+        let read = |reader: &mut Client, get: GetEntry| {
+            ask(&mut *reader.link, Request::Get(&[get]), PATIENCE, |reply| match reply {
+                Reply::Pages { entries, bytes } => Ok(whole(entries, bytes)[0]),
+                other => panic!("{other:?}"),
+            })
+            .unwrap()
+        };
+        for page in 1..64 {
+            assert!(read(&mut reader, wanted(page, page as usize)), "seed {seed}");
+        }
+        let before = network.counts().read_bytes;
+        // Another page's slot, and one that was given back: the device has read there, and that is nobody's page.
+        assert!(!read(&mut reader, wanted(7, 8)));
+        ask(&mut *writer.link, Request::Drop(&[wanted(9, 9)]), PATIENCE, |_| Ok(())).unwrap();
+        assert!(!read(&mut reader, wanted(9, 9)));
+        assert_eq!(network.counts().read_bytes - before, 2 * PAGE_BYTES_U64);
+        // What is put meanwhile is not put where others look.
+        let again = writer.put([9]).unwrap();
+        assert_ne!(again[0].unwrap().slot, placements[9].unwrap().slot);
+        assert_eq!(reader.get(&[9], &again).unwrap(), [true]);
+        assert!(!read(&mut reader, wanted(9, 9)));
+    }
+}
+
+#[test]
+fn many_pages_are_read_while_they_are_asked_for() {
+    for seed in 60..66 {
+        let network = Network::new(seed);
+        let server = serve(&network, 2);
+        let (_writer, mut reader, placements) = reader(&network, &server);
+        let entry = |n: usize| GetEntry { page: PageIndex(n as u32), placement: placements[n].unwrap() };
+        let mut open = HashMap::new();
+        for n in (0..600).map(|n| n * 7 % 64) {
+            open.insert(reader.link.submit(Request::Get(&[entry(n)])).unwrap(), n);
+        }
+        drain(&mut reader, &mut open, |n, reply| match reply {
+            Reply::Pages { entries, bytes } => {
+                assert_eq!((entries[0].page.0 as usize, whole(entries, bytes)), (n, vec![true]));
+            }
+            other => panic!("{other:?}"),
+        });
+        assert_eq!((network.counts().read_bytes, network.counts().refused), (601 * PAGE_BYTES_U64, 0));
+        assert_eq!(reader.link.outstanding_bytes(), 0);
+    }
+}
+
+#[test]
+fn what_is_kept_to_be_read_ends_with_its_volume() {
+    for seed in 70..80 {
+        let network = Network::new(seed);
+        let server = serve(&network, 2);
+        let (mut writer, mut reader, placements) = reader(&network, &server);
+        writer.control(&VmdRequest::Dissolve).unwrap();
+        eventually("its memory is back", || server.statistics().arena_bytes == 0);
+        let error = kind(reader.get(&[1], &placements[1..2]));
+        assert!(matches!(error, ErrorKind::Unreachable | ErrorKind::Volume | ErrorKind::Fenced), "{error:?}");
+    }
+}
+
+#[test]
+fn a_reader_that_was_replaced_or_cut_off_reads_nothing_more() {
+    for seed in 80..90 {
+        let network = Network::new(seed);
+        let server = serve(&network, 2);
+        let (_writer, mut reader, placements) = reader(&network, &server);
+        let mut owner = Client::connect(&network, &server, 2);
+        owner.control(&VmdRequest::Claim { epoch: Epoch(2) }).unwrap();
+        let before = network.counts().read_bytes;
+        let error = kind(reader.get(&[1], &placements[1..2]));
+        assert!(matches!(error, ErrorKind::Unreachable | ErrorKind::Fenced), "{error:?}");
+        assert_eq!(network.counts().read_bytes, before);
+        let strict = common::connector(&network).strict();
+        let mut urgent = Client::link(&strict, &server, 2, Class::Urgent);
+        assert_eq!(urgent.get(&[1], &placements[1..2]).unwrap(), [true]);
+        network.cut_off(2);
+        assert_eq!(kind(urgent.get(&[2], &placements[2..3])), ErrorKind::Unreachable);
+    }
 }
 
 #[test]

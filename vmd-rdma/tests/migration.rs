@@ -73,7 +73,7 @@ fn filled(page: u32) -> Vec<u8> {
 fn migrate(seed: u64) {
     let network = Network::new(seed);
     let servers = [serve(&network, 2), serve(&network, 3)];
-    let connector = Arc::new(connector(&network));
+    let connector = Arc::new(connector(&network).strict());
     let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
     let mut options = DestinationOptions::new(anywhere, secret(), connector.clone());
     // It takes little at first, so that the intermediaries get most.
@@ -104,6 +104,7 @@ fn migrate(seed: u64) {
     };
     let outgoing = start(Box::new(Vm), Arc::new(MemorySource::new(memory)), manifest, options).unwrap();
     let source = outgoing.wait_evicted(LONG).unwrap();
+    assert!(servers.iter().all(|server| server.statistics().leased_slots == 0), "leased, and not used");
     drop(outgoing);
     incoming.wait_running(LONG).unwrap();
     let memory = berth.0.lock().clone().unwrap();
@@ -119,6 +120,7 @@ fn migrate(seed: u64) {
     (0..PAGES).for_each(right);
     incoming.wait_dissolved(LONG).unwrap();
     assert!(servers.iter().all(|server| server.statistics().used_bytes == 0));
+    assert!(servers.iter().all(|server| server.statistics().touched_bytes == 0), "by no processor");
     let (counts, staged) = (network.counts(), source.bytes.staged.unwrap());
     eprintln!("seed {seed}: {staged} bytes staged, {counts:?}");
     assert_eq!(counts.refused, 0);

@@ -1,6 +1,6 @@
 //! What the intermediary's answers do to puts and gets that go over the device.
 
-use libsg::vmd::{AccessReply, Answered, Link as _, Reply, Ticket};
+use libsg::vmd::{AccessReply, Answered, Class, Link as _, Reply, Ticket};
 use libsg::wire::Missing;
 use libsg::{Error, ErrorKind, Result, ids::Placement};
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -99,29 +99,45 @@ impl RdmaLink {
         let (Some(Job::Get(get)), Way::Open(open)) = (self.jobs.get_mut(&number), &mut self.way) else {
             return Ok(());
         };
+        get.answered = true;
         match answer {
             Ok(answered) => {
                 let AccessReply::Reached { entries, keys } = self.control.show(answered) else {
                     return Err(Error::new(ErrorKind::Protocol, "no pages where some belong"));
                 };
                 get.entries.extend_from_slice(entries);
-                get.bytes = 0;
-                if !open.read(number, get, keys)? {
-                    self.releases.push(get.reach);
-                    self.got.push_back(number);
-                }
-                Ok(())
+                get.key =
+                    keys.first().copied().filter(|_| self.class == Class::Urgent && get.wanted.len() == 1);
+                open.read(number, get, keys)?;
             }
-            Err(error) => {
-                self.grants -= 1;
-                open.give_back(get.area);
-                if error.kind == ErrorKind::Unreachable {
-                    return self.shut(number, error);
-                }
-                self.heard = Some(End::Got(number, Err(error)));
-                Ok(())
-            }
+            Err(error) => get.refused = Some(error),
         }
+        self.end_get(number)
+    }
+
+    /// A get goes on where it was answered, and where its bytes are there; it ends where both have come.
+    pub(super) fn end_get(&mut self, number: u64) -> Result<()> {
+        let (Some(Job::Get(get)), Way::Open(open)) = (self.jobs.get_mut(&number), &mut self.way) else {
+            return Ok(());
+        };
+        if !get.has_ended() {
+            return Ok(());
+        }
+        let Some(error) = get.refused.take() else {
+            self.read_bytes += get.bytes as u64;
+            let kept = get.key.take().map(|key| self.standing.keep(key, get.reach));
+            self.releases.extend(kept.unwrap_or(Some(get.reach)));
+            self.got.push_back(number);
+            return Ok(());
+        };
+        self.grants -= 1;
+        open.give_back(get.area);
+        if error.kind == ErrorKind::Unreachable {
+            return self.shut(number, error);
+        }
+        get.refused = Some(error);
+        self.got.push_back(number);
+        Ok(())
     }
 
     fn hear_attached(&mut self, answer: Result<Answered>) -> Result<()> {
@@ -134,6 +150,10 @@ impl RdmaLink {
             // Perhaps it is one later: the volume is not there yet, or this is the epoch of a claim to come.
             Err(error) if matches!(error.kind, ErrorKind::Volume | ErrorKind::Fenced) => {
                 self.way = Way::Untried;
+                // What waits for it is told the same, on the connection.
+                while let Some(number) = self.waiting.pop_front() {
+                    self.stand_in(number)?;
+                }
                 return Ok(());
             }
             Err(error) => {

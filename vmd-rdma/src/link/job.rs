@@ -1,9 +1,11 @@
 //! Puts and gets that go over the device, from when they are asked for to when they have ended.
 
+use libsg::Error;
 use libsg::ids::{MemberSet, Placement};
 use libsg::memory::PageSlice;
 use libsg::page::PAGE_BYTES;
 use libsg::vmd::{Request, Ticket};
+use libsg::wire::access::KeyEntry;
 use libsg::wire::{GetEntry, PageEntry};
 
 /// One of them. Its lists are used again and again.
@@ -38,6 +40,16 @@ pub(super) struct Get {
     /// Those that are there, once that was said, and their bytes.
     pub entries: Vec<PageEntry>,
     pub bytes: usize,
+    /// It is read while the intermediary is asked.
+    pub ahead: bool,
+    /// The device reads.
+    pub reading: bool,
+    /// The intermediary has answered.
+    pub answered: bool,
+    /// With this.
+    pub refused: Option<Error>,
+    /// What may go on to be reached: of a single page that somebody waits for.
+    pub key: Option<KeyEntry>,
 }
 
 impl Put {
@@ -51,6 +63,21 @@ impl Put {
         self.placements.clear();
         self.granted.clear();
         self.windows.clear();
+    }
+}
+
+impl Get {
+    fn clear(&mut self) {
+        self.wanted.clear();
+        self.entries.clear();
+        self.bytes = 0;
+        (self.ahead, self.reading, self.answered) = (false, false, false);
+        (self.refused, self.key) = (None, None);
+    }
+
+    /// Whether nothing is to come any more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.answered && !self.reading
     }
 }
 
@@ -101,8 +128,7 @@ impl Spare {
                 self.puts.push(put);
             }
             Job::Get(mut get) => {
-                get.wanted.clear();
-                get.entries.clear();
+                get.clear();
                 self.gets.push(get);
             }
         }

@@ -166,12 +166,29 @@ impl Open {
         put.windows.drain(..).for_each(|window| self.windows.done(window));
     }
 
-    /// Queues the reads of a get whose pages were found. `false` where none is there.
+    /// Queues the read of a page of which it is not known yet whether it is there.
+    ///
+    /// # Errors
+    /// The peer's key is none.
+    pub(super) fn read_ahead(&mut self, number: u64, get: &mut Get, key: KeyEntry) -> Result<()> {
+        let (Some(landing), [wanted]) = (&self.landing, &get.wanted[..]) else { return Ok(()) };
+        let (address, local) = landing.local(get.area);
+        let remote = remote(&[key], wanted.placement.slot)?;
+        let mut spans = self.stream.spans();
+        push(&mut spans, Span { address, key: local, remote, bytes: PAGE_BYTES });
+        self.stream.push(Operation::Read, Batch { number, spans });
+        (get.ahead, get.reading) = (true, true);
+        Ok(())
+    }
+
+    /// Queues the reads of a get whose pages were found, if there are any.
     ///
     /// # Errors
     /// The peer's keys are none.
-    pub(super) fn read(&mut self, number: u64, get: &mut Get, keys: &[KeyEntry]) -> Result<bool> {
-        let Some(landing) = &self.landing else { return Ok(false) };
+    pub(super) fn read(&mut self, number: u64, get: &mut Get, keys: &[KeyEntry]) -> Result<()> {
+        let there = get.entries.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
+        get.bytes = there * PAGE_BYTES;
+        let Some(landing) = self.landing.as_ref().filter(|_| there > 0 && !get.ahead) else { return Ok(()) };
         let (mut address, key) = landing.local(get.area);
         let mut spans = self.stream.spans();
         for (wanted, entry) in get.wanted.iter().zip(&get.entries) {
@@ -179,13 +196,10 @@ impl Open {
                 let remote = remote(keys, wanted.placement.slot)?;
                 push(&mut spans, Span { address, key, remote, bytes: PAGE_BYTES });
                 address += PAGE_BYTES as u64;
-                get.bytes += PAGE_BYTES;
             }
         }
-        let any = !spans.is_empty();
-        if any {
-            self.stream.push(Operation::Read, Batch { number, spans });
-        }
-        Ok(any)
+        self.stream.push(Operation::Read, Batch { number, spans });
+        get.reading = true;
+        Ok(())
     }
 }
