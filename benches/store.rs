@@ -1,19 +1,24 @@
-//! An intermediary in this process, over TCP: pages are put there and got back, in batches, with up to 1 MiB under way.
+//! An intermediary in this process, over TCP or beside a simulated device: pages are put there and got back, in batches,
+//! with up to 1 MiB under way.
 
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use libsg::ids::{Epoch, MemberSet, Placement, Round, VolumeId};
 use libsg::memory::{GuestMemory, PageSlice};
 use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
+use libsg::server::backend::Backend;
 use libsg::server::{Config, Server, ServerHandle};
 use libsg::transport::{PoolSecret, wait};
 use libsg::vmd::link::ask;
-use libsg::vmd::{Class, Connector as _, Link, Reply, Request, TcpConnector};
+use libsg::vmd::{Class, Connector, Link, Reply, Request, TcpConnector};
 use libsg::wire::message::VmdRequest;
 use libsg::wire::{GetEntry, PageEntry};
 use libsg::{Error, ErrorKind, Result};
+use vmd_rdma::verbs::simulated::Network;
+use vmd_rdma::{RdmaBackend, RdmaConnector};
 
 const UNDER_WAY_PAGES: u32 = 256;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -33,11 +38,24 @@ impl Store {
     /// # Errors
     /// Loopback cannot be used, or there is no memory.
     pub fn start(pages: u32) -> Result<Self> {
-        let secret = PoolSecret::from_bytes(b"bench")?;
+        Self::start_over(pages, &TcpConnector::new(secret()?), None)
+    }
+
+    /// The same, with pages that the client writes and reads by itself.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_simulated(pages: u32) -> Result<Self> {
+        let network = Network::new(1);
+        let connector = RdmaConnector::new(secret()?, network.device(1)).strict();
+        Self::start_over(pages, &connector, Some(Arc::new(RdmaBackend::new(network.device(2)))))
+    }
+
+    fn start_over(pages: u32, connector: &dyn Connector, backend: Option<Arc<dyn Backend>>) -> Result<Self> {
         let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let server = Server::bind(Config::new(anywhere, "bench", 1 << 30, secret.clone()))?.spawn()?;
+        let config = Config { backend, ..Config::new(anywhere, "bench", 1 << 30, secret()?) };
+        let server = Server::bind(config)?.spawn()?;
         let volume = VolumeId::random()?;
-        let connector = TcpConnector::new(secret);
         let mut link = connector.connect(server.address(), volume, Epoch::FIRST, Class::Bulk, PATIENCE)?;
         let members = vec![link.member().clone()];
         let create = VmdRequest::Create { manifest: crate::manifest(pages), members };
@@ -139,6 +157,10 @@ impl Store {
         all.chunks(DROP_AT_ONCE)
             .try_for_each(|some| ask(&mut *self.link, Request::Drop(some), PATIENCE, |_| Ok(())))
     }
+}
+
+fn secret() -> Result<PoolSecret> {
+    PoolSecret::from_bytes(b"bench")
 }
 
 fn another_question() -> Error {

@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,10 @@ use crate::events::Events;
 use crate::interrupt;
 use crate::lab::{Lab, Node};
 use crate::process::Process;
+use libsg::transport::PoolSecret;
 use libsg::units::Size;
+use libsg::vmd::{TcpConnector, Vmd as _, VmdClient};
+use libsg::wire::message::NodeStatistics;
 use vmms::{Control, ControlSocket, Divider};
 
 const DESTINATION_PORT: u16 = 7700;
@@ -29,6 +32,8 @@ const PORT_STEP: u16 = 10;
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// How long a VMM may take to end: its intermediaries are told first that their memory is free.
 const END_LIMIT: Duration = Duration::from_secs(20);
+/// How long an intermediary may take to tell of itself: one that is stopped does not.
+const TELL_LIMIT: Duration = Duration::from_millis(200);
 /// How fast a guest fills its memory at least, on a busy machine.
 const FILL_BYTES_PER_S: u64 = 64 << 20;
 
@@ -57,6 +62,7 @@ pub struct Cluster {
     /// One for each VM.
     pub pairs: Vec<Pair>,
     peers: Vec<SocketAddr>,
+    secret: PoolSecret,
     /// One for each source host that several VMs leave.
     dividers: Vec<Divider>,
 }
@@ -65,8 +71,9 @@ impl Cluster {
     /// Starts everything and waits until the guests have filled their memory and everybody listens.
     pub fn start(lab: &Lab, args: &MigrateArgs, events: &Arc<Events>) -> Result<Self> {
         let secret = secret(lab)?;
-        let mut cluster =
-            Self { intermediaries: Vec::new(), pairs: Vec::new(), peers: Vec::new(), dividers: Vec::new() };
+        let pool = PoolSecret::from_file(Path::new(&secret))?;
+        let (intermediaries, pairs, peers, dividers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut cluster = Self { intermediaries, pairs, peers, secret: pool, dividers };
         for &node in lab.nodes() {
             if let Some(namespace) = lab.namespace(node) {
                 events.add_link(node, namespace);
@@ -94,7 +101,8 @@ impl Cluster {
         let address = SocketAddr::new(lab.address(node), INTERMEDIARY_PORT);
         // Each could take everything alone, with a quarter to spare.
         let memory = Size(args.vm.memory.0 * u64::from(args.vms) / 4 * 5);
-        let arguments = words(&format!("serve --memory {} --listen {address} --name {name}", memory.0))
+        let serve = format!("serve --memory {} --listen {address} --name {name}", memory.0);
+        let arguments = words(&format!("{serve} --transport {}", args.transport))
             .chain(["--secret".into(), secret.into()])
             .collect::<Vec<_>>();
         let process = Process::spawn(lab, node, &name, "sg", &arguments, |_| {})?;
@@ -119,9 +127,11 @@ impl Cluster {
             true => format!("--empty --gather-limit {}", args.gather_limit),
             false => format!("--incoming {to}"),
         };
-        let incoming = format!("run {waits} --vcpu {} --backing {}", what.vcpu, what.backing);
+        let transport = args.transport;
+        let incoming =
+            format!("run {waits} --vcpu {} --backing {} --transport {transport}", what.vcpu, what.backing);
         let outgoing = format!(
-            "run --memory {} --workload {} --working-set {} --write-rate {} --zero-fraction {} --common {} \
+            "run --transport {transport} --memory {} --workload {} --working-set {} --write-rate {} --zero-fraction {} --common {} \
              --vcpus {} --vcpu {} --backing {} --seed {} --name vm{vm}",
             what.memory.0,
             what.workload,
@@ -216,6 +226,16 @@ impl Cluster {
             pair.destination.control.request(&request, START_LIMIT)?;
         }
         Ok(())
+    }
+
+    /// What the intermediaries say of themselves; nothing of those that do not answer.
+    pub fn statistics(&self, lab: &Lab) -> Vec<NodeStatistics> {
+        let vmd = VmdClient::new(Arc::new(TcpConnector::new(self.secret.clone())), TELL_LIMIT);
+        // Asked on its own host: whatever its link does.
+        let ask = |(number, address): (u8, &SocketAddr)| {
+            lab.on(Node::Intermediary(number), || vmd.statistics(*address)).ok()?.ok()
+        };
+        (1..).zip(&self.peers).filter_map(ask).collect()
     }
 
     fn peers(&self) -> Vec<String> {

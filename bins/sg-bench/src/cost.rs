@@ -1,8 +1,10 @@
 //! What a migration costs in processor time, by role.
 
 use libsg::report::{CpuPerGib, Ends, Report};
+use libsg::wire::message::NodeStatistics;
 
 use crate::cluster::Cluster;
+use crate::lab::Lab;
 use crate::stream::Cost;
 
 /// What the intermediaries had used before the migration, and at a moment of it, in seconds. Both ends tell their own.
@@ -10,6 +12,8 @@ use crate::stream::Cost;
 pub struct Meter {
     at_start: Option<f64>,
     at_evicted: Option<Option<f64>>,
+    /// What the intermediaries said of themselves then.
+    said_at_evicted: Vec<NodeStatistics>,
 }
 
 impl Meter {
@@ -19,8 +23,21 @@ impl Meter {
     }
 
     /// All have evicted; noted once.
-    pub fn note_evicted(&mut self, cluster: &Cluster) {
-        self.at_evicted.get_or_insert_with(|| used(cluster));
+    pub fn note_evicted(&mut self, lab: &Lab, cluster: &Cluster) {
+        if self.at_evicted.is_none() {
+            self.at_evicted = Some(used(cluster));
+            self.said_at_evicted = cluster.statistics(lab);
+        }
+    }
+
+    /// What the intermediaries said of themselves then, and say at the end.
+    pub fn add_intermediaries(&self, report: &mut Report, at_end: &[NodeStatistics]) {
+        for entry in &mut report.intermediaries {
+            let of =
+                |said: &[NodeStatistics]| said.iter().find(|node| is_it(&entry.id, &node.node.name)).cloned();
+            entry.touched_bytes = of(at_end).map(|node| node.touched_bytes);
+            entry.unused_leased_slots = of(&self.said_at_evicted).map(|node| node.leased_slots);
+        }
     }
 
     /// Of the whole run, as its VMs' reports tell it: a source may be gone, and has told its own time before.
@@ -52,6 +69,11 @@ fn over(cpu_s: Option<f64>, bytes: u64) -> Option<f64> {
     (bytes > 0).then(|| cpu_s.map(|s| s * (1_u64 << 30) as f64 / bytes as f64))?
 }
 
+/// Whether an id is of that name: it is the name, or the name and an incarnation: `i1#3f2a90bc`.
+pub fn is_it(id: &str, name: &str) -> bool {
+    id.split('#').next() == Some(name)
+}
+
 /// Processor time of all intermediaries so far.
 fn used(cluster: &Cluster) -> Option<f64> {
     cluster.intermediaries.iter().map(|process| process.usage().cpu_s).sum()
@@ -63,7 +85,7 @@ mod test {
 
     #[test]
     fn cost_is_of_the_migration_alone() {
-        let meter = Meter { at_start: Some(0.1), at_evicted: Some(Some(0.6)) };
+        let meter = Meter { at_start: Some(0.1), at_evicted: Some(Some(0.6)), ..Meter::default() };
         let mut report = Report {
             cpu_s: Ends { source: Some(4.0), destination: Some(2.5) },
             migration_cpu_s: Ends { source: Some(1.0), destination: Some(2.0) },

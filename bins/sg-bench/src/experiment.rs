@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::CommandFactory as _;
 use libsg::report::{Guest, Host, Report, Status};
 
 use crate::beside::Beside;
-use crate::cli::{MigrateArgs, Mode, Until};
+use crate::cli::{Cli, MigrateArgs, Mode, Transport, Until};
 use crate::cluster::Cluster;
-use crate::cost::Meter;
+use crate::cost::{self, Meter};
 use crate::events::Events;
 use crate::follow::{Following, Watched};
 use crate::lab::{Lab, Node, Reserve};
@@ -18,6 +19,7 @@ use crate::stream::Cost;
 use crate::ui::Ui;
 use crate::{interrupt, micro, stream};
 use libsg::units::Rate;
+use vmd_rdma::verbs::kernel::{self, Choice};
 
 /// What the links of a run carry.
 struct Links {
@@ -57,6 +59,12 @@ fn run_if(args: &MigrateArgs, ui: &mut Ui, links_do: impl FnOnce(&Links) -> Resu
         !args.park || parks,
         "--park leaves the VM at intermediaries: by scatter-gather or hybrid, and with --intermediaries"
     );
+    if let Err(why) = args.check_transport() {
+        bail!(why);
+    }
+    if args.transport == Transport::Rdma {
+        kernel::open(&Choice::default()).map_err(|error| anyhow!("{}", error.chain()))?;
+    }
     let lab = Lab::create(&args.lab_spec())?;
     // Before anything is measured: packets are memory, too, and links of a machine without any measure slower.
     let mut reserve = Reserve::fill(args.memory_needed())?;
@@ -89,6 +97,7 @@ fn run_if(args: &MigrateArgs, ui: &mut Ui, links_do: impl FnOnce(&Links) -> Resu
         report.sinks_mbps.clone_from(&links.sinks_mbps);
         report.idle_fault_us = Some(links.idle_fault_us);
         add_usage(report, &cluster);
+        meter.add_intermediaries(report, &cluster.statistics(&lab));
     }
     let cost = meter.per_gib(&reports, links.cost);
     let failed = reports.iter().any(|report| report.status != Status::Ok);
@@ -194,9 +203,9 @@ fn add_usage(report: &mut Report, cluster: &Cluster) {
     }
     for process in &cluster.intermediaries {
         let usage = process.usage();
-        // An id is the name, or the name and an incarnation: `i1#3f2a90bc`.
-        let is_it = |id: &str| id.split('#').next() == Some(&process.name);
-        if let Some(entry) = report.intermediaries.iter_mut().find(|entry| is_it(&entry.id)) {
+        if let Some(entry) =
+            report.intermediaries.iter_mut().find(|entry| cost::is_it(&entry.id, &process.name))
+        {
             (entry.cpu_s, entry.peak_rss_bytes) = (usage.cpu_s, usage.peak_rss_bytes);
         }
     }
@@ -272,6 +281,9 @@ pub fn time_limit(args: &MigrateArgs) -> Duration {
 
 /// `sg-bench migrate`: so many runs, and the report where it is wanted. The exit code.
 pub fn command(args: &MigrateArgs) -> Result<u8> {
+    if let Err(why) = args.check_transport() {
+        Cli::command().error(clap::error::ErrorKind::ArgumentConflict, why).exit();
+    }
     let mut ui = Ui::new();
     if let Some(path) = &args.events {
         std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;

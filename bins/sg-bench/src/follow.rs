@@ -97,7 +97,7 @@ impl<'a> Following<'a> {
             interrupt::check()?;
             self.take_events(next_sample, ui);
             if self.vms.iter().all(|vm| vm.evicted.is_some()) {
-                watched.meter.note_evicted(cluster);
+                watched.meter.note_evicted(lab, cluster);
                 if std::mem::take(&mut to_claim) && self.args.until == Until::Gathered {
                     cluster.claim()?;
                 }

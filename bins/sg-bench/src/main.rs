@@ -20,6 +20,7 @@ mod link;
 mod micro;
 mod paper;
 mod process;
+mod rdma;
 mod select;
 mod stats;
 mod stock;
@@ -43,6 +44,8 @@ fn main() -> ExitCode {
         cli::Command::Accept(args) => accept::run(&args),
         cli::Command::Paper(args) => paper::run(&args),
         cli::Command::Select(args) => select::run(&args),
+        cli::Command::Rdma(args) => rdma::run(&args),
+        cli::Command::RdmaRows(args) => rdma::rows::run(&args),
         cli::Command::Micro => micro::run().map(|()| 0),
         cli::Command::Link(args) => link::run(&args).map(|()| 0),
         cli::Command::Beside(what) => match what {

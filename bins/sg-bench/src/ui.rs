@@ -1,10 +1,13 @@
 //! What people see while a run goes on: bars on a terminal, a line a second anywhere else.
 
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use anyhow::{Context as _, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use libsg::report::Sample;
+use serde_json::Value;
 
 /// How progress is shown, on standard error.
 pub enum Ui {
@@ -167,6 +170,42 @@ fn rates(before: &Sample, now: &Sample) -> String {
         rate(before.bytes.gathered, now.bytes.gathered),
         now.faults.map_or("-".to_owned(), |n| n.to_string()),
     )
+}
+
+/// A table for people on standard output, or on standard error where JSON goes there.
+pub struct Table<'a> {
+    json: Option<&'a Path>,
+}
+
+impl<'a> Table<'a> {
+    /// Beside JSON that goes to this file, or `-`; or none.
+    pub fn beside(json: Option<&'a Path>) -> Self {
+        Self { json }
+    }
+
+    fn is_on_stderr(&self) -> bool {
+        self.json == Some(Path::new("-"))
+    }
+
+    /// One more line.
+    pub fn say(&self, line: &str) {
+        if self.is_on_stderr() {
+            eprintln!("{line}");
+        } else {
+            println!("{line}");
+        }
+    }
+
+    /// The JSON, where some was asked for.
+    pub fn write(&self, told: &Value) -> Result<()> {
+        match self.json {
+            Some(_) if self.is_on_stderr() => println!("{told}"),
+            Some(path) => std::fs::write(path, told.to_string())
+                .with_context(|| format!("cannot write {}", path.display()))?,
+            None => {}
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -115,11 +115,25 @@ fn a_source_that_is_killed_when_it_has_evicted_has_told_its_report() {
 }
 
 #[test]
-fn rdma_is_refused_by_name_and_tcp_is_told() {
-    let (code, _, said) = Bench::start(&format!("{LOOPBACK} --transport rdma")).end();
-    assert!(code == Some(2) && said.contains("rdma is not built"), "{code:?} {said}");
+fn rdma_asks_for_a_device_and_for_no_namespaces() {
+    let (code, _, said) = Bench::start("--transport rdma").end();
+    assert!(code == Some(2) && said.contains("--shape off"), "{code:?} {said}");
+    if Path::new("/sys/class/infiniband").exists() {
+        skipped("what is said without RDMA", "this host has some");
+    } else {
+        let (code, _, said) = Bench::start(&format!("{LOOPBACK} --transport rdma")).end();
+        assert!(code == Some(1) && said.contains("RDMA"), "{code:?} {said}");
+        let bench = Command::new(env!("CARGO_BIN_EXE_sg-bench")).arg("rdma").output().expect("starts");
+        let said = String::from_utf8_lossy(&bench.stderr);
+        assert!(bench.status.code() == Some(1) && said.contains("RDMA"), "{said}");
+    }
     let (report, _) = Bench::start(&format!("{LOOPBACK} --transport tcp --until evicted")).ends_well();
     assert_eq!(report["transport"], "tcp");
+    for node in report["intermediaries"].as_array().expect("some") {
+        let bytes = |key: &str| node[key].as_u64().unwrap_or_else(|| panic!("no {key}: {report}"));
+        assert!(bytes("touched_bytes") >= bytes("bytes_in"), "each byte came over a connection: {report}");
+        assert_eq!(bytes("unused_leased_slots"), 0);
+    }
 }
 
 /// By a user who may use userfaultfd, and has neither the right to make namespaces nor `/dev/kvm`.

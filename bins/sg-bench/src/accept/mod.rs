@@ -6,18 +6,18 @@ mod rows;
 pub mod runs;
 mod stock;
 
-use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::cli::AcceptArgs;
 use crate::stats;
-use crate::ui::Ui;
+use crate::ui::{Table, Ui};
 
 use experiments::Experiment;
+pub use rows::Want;
 use rows::{Part, Row};
 use runs::Results;
 
@@ -36,11 +36,11 @@ pub fn run(args: &AcceptArgs) -> Result<u8> {
         return Ok(0);
     }
     let (begun, mut results, mut ui) = (Instant::now(), Results::default(), Ui::new());
-    let table = Table { to_stderr: args.json.as_deref() == Some(Path::new("-")) };
+    let table = Table::beside(args.json.as_deref());
     let mut told = Vec::new();
     let planned = planned(&rows) * args.runs;
     let mut number = 0;
-    table.say(&format!("{:32} {:>12} {:>9}  {:18} {:>7}  verdict", "row", "want", "got", "spread", "took"));
+    table.say(&Line::head());
     for row in &rows {
         let start = Instant::now();
         for missing in missing(&rows, row, &results) {
@@ -117,21 +117,6 @@ fn planned(rows: &[Row]) -> u32 {
     names.len() as u32
 }
 
-/// Where the table goes.
-struct Table {
-    to_stderr: bool,
-}
-
-impl Table {
-    fn say(&self, line: &str) {
-        if self.to_stderr {
-            eprintln!("{line}");
-        } else {
-            println!("{line}");
-        }
-    }
-}
-
 /// A row with its figures.
 #[derive(Serialize)]
 struct Told {
@@ -143,7 +128,7 @@ struct Told {
 
 /// One figure against what is wanted.
 #[derive(Serialize)]
-struct Line {
+pub struct Line {
     name: String,
     want: String,
     got: Option<f64>,
@@ -155,16 +140,37 @@ struct Line {
 impl Line {
     fn of(row: &Row, part: &Part, results: &Results) -> Self {
         let name = format!("{} {}", row.name, part.name).trim_end().to_owned();
-        let (values, why) = match (part.values)(results) {
-            Ok(values) => (values, results.gaps(&part.experiments)),
-            Err(error) => (Vec::new(), Some(format!("{error:#}"))),
-        };
-        let got = stats::median(&values);
-        let passes = got.is_some_and(|got| part.want.holds(got));
-        Self { name, want: part.want.to_string(), got, values, passes, why }
+        Self::new(name, part.want, ((part.values)(results), results.gaps(&part.experiments)), stats::median)
     }
 
-    fn text(&self, took_s: Option<f64>) -> String {
+    /// Of values, or why there are none, and what is missing among them; `by` makes one of them.
+    pub fn new(
+        name: String,
+        want: Want,
+        (values, gaps): (Result<Vec<f64>>, Option<String>),
+        by: impl Fn(&[f64]) -> Option<f64>,
+    ) -> Self {
+        let (values, why) = match values {
+            Ok(values) => (values, gaps),
+            Err(error) => (Vec::new(), Some(format!("{error:#}"))),
+        };
+        let got = by(&values);
+        let passes = got.is_some_and(|got| want.holds(got));
+        Self { name, want: want.to_string(), got, values, passes, why }
+    }
+
+    /// Whether it is what is wanted.
+    pub const fn passes(&self) -> bool {
+        self.passes
+    }
+
+    /// What stands above lines.
+    pub fn head() -> String {
+        format!("{:32} {:>12} {:>9}  {:18} {:>7}  verdict", "row", "want", "got", "spread", "took")
+    }
+
+    /// For people.
+    pub fn text(&self, took_s: Option<f64>) -> String {
         let got = self.got.map_or("-".to_owned(), |got| format!("{got:.3}"));
         let spread = stats::spread(&self.values)
             .map_or(String::new(), |(least, most)| format!("{least:.3} to {most:.3}"));
@@ -176,7 +182,13 @@ impl Line {
 }
 
 /// What was repeated, how long it took, the JSON, and the exit code.
-fn conclude(args: &AcceptArgs, table: &Table, told: &[Told], results: &Results, took_s: f64) -> Result<u8> {
+fn conclude(
+    args: &AcceptArgs,
+    table: &Table<'_>,
+    told: &[Told],
+    results: &Results,
+    took_s: f64,
+) -> Result<u8> {
     for invalid in &results.invalid {
         let wrong = if invalid.wrong { "WRONG PAGES" } else { "repeated" };
         table.say(&format!("{wrong}: a run of {}: {}", invalid.experiment, invalid.why));
@@ -184,17 +196,12 @@ fn conclude(args: &AcceptArgs, table: &Table, told: &[Told], results: &Results, 
     let failed = told.iter().flat_map(|row| &row.lines).filter(|line| !line.passes).count();
     let wrong = results.invalid.iter().any(|invalid| invalid.wrong);
     table.say(&format!("{failed} figures FAIL; {:.1} minutes", took_s / 60.0));
-    if let Some(path) = &args.json {
+    if args.json.is_some() {
         let all = json!({
             "rows": told, "invalid": results.invalid, "runs": results.all(), "took_s": took_s,
             "passes": failed == 0 && !wrong,
         });
-        if table.to_stderr {
-            println!("{all}");
-        } else {
-            std::fs::write(path, all.to_string())
-                .with_context(|| format!("cannot write {}", path.display()))?;
-        }
+        table.write(&all)?;
     }
     Ok(match (wrong, failed) {
         (true, _) => WRONG,

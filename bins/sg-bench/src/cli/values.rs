@@ -2,8 +2,6 @@
 
 use libsg::units::Size;
 
-use super::Transport;
-
 pub(super) fn count(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| (1..=1_000_000).contains(n)).ok_or_else(|| "not from 1 to 1000000".into())
 }
@@ -21,14 +19,6 @@ pub(super) fn neighbour_memory(text: &str) -> Result<Size, String> {
     let size: Size = text.parse().map_err(|error| format!("{error}"))?;
     // A graph has at most 2^32 edges.
     if ((1 << 20)..=(16 << 30)).contains(&size.0) { Ok(size) } else { Err("not from 1M to 16G".into()) }
-}
-
-pub(super) fn transport(text: &str) -> Result<Transport, String> {
-    match text {
-        "tcp" => Ok(Transport::Tcp),
-        "rdma" => Err("rdma is not built: pages travel by tcp".into()),
-        _ => Err("tcp or rdma".into()),
-    }
 }
 
 pub(super) fn on_off(text: &str) -> Result<bool, String> {

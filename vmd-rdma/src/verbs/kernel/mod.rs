@@ -67,6 +67,15 @@ pub fn open(choice: &Choice) -> Result<Arc<dyn Device>> {
     Ok(Arc::new(KernelDevice(Arc::new(Opened { context, picked, limits }))))
 }
 
+/// The port that [`open`] opens, and its identifier: for others who are to use the same.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn picked(choice: &Choice) -> Result<(Port, Gid)> {
+    let picked = ports::pick(&ports()?, choice)?;
+    Ok((picked.port, picked.gid))
+}
+
 /// A port that is open, as its domains and queue pairs need it.
 #[derive(Debug)]
 struct Opened {
