@@ -170,7 +170,8 @@ pub struct ServeArgs {
     /// signal goes
     #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = seconds, conflicts_with = "force")]
     pub drain_timeout: Duration,
-    /// Who may take over what volumes' own intermediaries have no room for; may be given several times
+    /// Who may take over what volumes' own intermediaries have no room for, when this one goes or copies of pages were
+    /// lost with another; may be given several times
     #[arg(long, value_name = "HOST:PORT")]
     pub peer: Vec<String>,
     /// Where to find others that may: as --pool of the other commands [default: where it announces itself]

@@ -1,30 +1,24 @@
 //! `sg serve` at its first signal: what it holds goes to others before it does.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use libsg::page::PAGE_BYTES_U64;
-use libsg::server::{DrainOptions, Drained, Holding, ServerHandle};
-use libsg::transport::PoolSecret;
-use libsg::wire::announcement::Duty;
+use libsg::server::{DrainOptions, Drained, Holding, Others, ServerHandle};
 use signal_hook::iterator::Handle;
-
-use crate::cli::{Intermediaries, ServeArgs};
 
 /// Hands over in a thread of its own, and ends the wait for signals when that is done. Where it stays, that is announced, so
 /// that it is chosen again.
 pub fn start(
     server: &Arc<ServerHandle>,
-    (args, secret): (&ServeArgs, &PoolSecret),
+    (timeout, others): (Duration, Option<Arc<dyn Others>>),
     signals: Handle,
     announce_leaving: impl Fn(bool) + Send + 'static,
 ) -> Result<std::thread::JoinHandle<()>> {
-    let (server, secret, timeout) = (Arc::clone(server), secret.clone(), args.drain_timeout);
-    let pool = args.pool.clone().or_else(|| args.announce.as_ref().map(ToString::to_string));
-    let at = Intermediaries { intermediary: args.peer.clone(), pool, secret: None };
+    let server = Arc::clone(server);
     let hand_over = move || {
-        let others = || find(&at, &secret);
+        let others = || others.as_ref().map(|others| others.others()).unwrap_or_default();
         tracing::info!(timeout_s = timeout.as_secs(), "handing what is here to others, then going");
         match server.drain(&DrainOptions { timeout, others: &others }) {
             Ok(Drained { volumes, pages }) => {
@@ -39,18 +33,6 @@ pub fn start(
         }
     };
     Ok(std::thread::Builder::new().name("sg-serve-leaves".into()).spawn(hand_over)?)
-}
-
-/// Others of the pool that do not leave themselves.
-fn find(at: &Intermediaries, secret: &PoolSecret) -> Vec<SocketAddr> {
-    if at.intermediary.is_empty() && at.pool.is_none() {
-        return Vec::new();
-    }
-    let found = at.find(secret).inspect_err(|error| tracing::warn!(%error, "others cannot be found"));
-    let stays = |duty: Duty| matches!(duty, Duty::Lends);
-    let mut found = found.unwrap_or_default();
-    found.retain(|found| found.announced.as_ref().is_none_or(|announced| stays(announced.duty)));
-    found.into_iter().map(|found| found.address).collect()
 }
 
 fn refuse(held: &[Holding]) {

@@ -9,6 +9,7 @@ mod local_first;
 mod nbd;
 mod notify;
 mod operate;
+mod others;
 mod plan;
 mod process;
 mod rdma;

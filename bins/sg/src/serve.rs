@@ -6,13 +6,14 @@ use std::sync::{Arc, Weak};
 
 use anyhow::{Context as _, Result};
 use libsg::discovery::Announces;
-use libsg::server::{Config, Holding, Server};
+use libsg::server::{Config, Holding, Others, Server};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{LogFormat, ServeArgs, WrongArguments, secret};
+use crate::others::Peers;
 use crate::{announce, leave, local_first, notify, process};
 
 /// Exit code of one that went with pages of live volumes.
@@ -22,7 +23,7 @@ const LOST: u8 = 3;
 pub fn run(args: &ServeArgs) -> Result<u8> {
     start_logs(args.log_format);
     let config = config(args)?;
-    let secret = config.secret.clone();
+    let others = config.others.clone();
     let announced = announce::Setup::of(args, &config);
     let local_first = local_first::Setup::of(args, &config)?;
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("signals cannot be caught")?;
@@ -66,7 +67,8 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
             weak.iter().filter_map(Weak::upgrade).for_each(|announcer| announcer.announce());
         };
         announce(true);
-        leaving = Some(leave::start(&server, (args, &secret), handle.clone(), announce)?);
+        leaving =
+            Some(leave::start(&server, (args.drain_timeout, others.clone()), handle.clone(), announce)?);
     }
     // It says that it leaves.
     drop(announcer);
@@ -104,6 +106,7 @@ fn config(args: &ServeArgs) -> Result<Config> {
     config.limit_out_bytes_per_s = args.limit_out.bytes_per_s();
     config.backend =
         args.transport.backend(args.listen.ip()).map_err(|e| anyhow::anyhow!("{}", e.chain()))?;
+    config.others = Peers::of(args, &config.secret).map(|peers| Arc::new(peers) as Arc<dyn Others>);
     config.canary_flip_slot = args.canary_flip_slot;
     if args.canary_flip_slot.is_some() {
         tracing::warn!("TEST CANARY: a stored page will be damaged on purpose");

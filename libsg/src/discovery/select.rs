@@ -400,7 +400,8 @@ fn usable(node: &Announcement, need: &Need, busy: &Busy) -> Result<usize, Reason
 }
 
 /// Memory that a node can give without touching its head-room.
-fn memory_offer(node: &Announcement) -> u64 {
+#[must_use]
+pub fn memory_offer(node: &Announcement) -> u64 {
     let memory = &node.memory;
     let available = memory.available_bytes.saturating_sub(memory.host_bytes / MEMORY_HEADROOM);
     memory.limit_bytes.saturating_sub(memory.used_bytes).min(available)

@@ -107,6 +107,8 @@ pub enum Bug {
     UnitHalfStored,
     /// What lies at a member that was added counts before anybody who outlives the source knows of it.
     MemberUnknown,
+    /// Who came in the place of one that died gets no copies of what was stored before.
+    JoinedInVain,
     /// An intermediary answers for one volume with the index and the pages of another.
     VolumesMixed,
     /// The first holder of pages says that the others have copies, and sends them none.

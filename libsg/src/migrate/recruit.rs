@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::members::{MEMBER_TIME, Seat, dissolve_anew, put_state};
+use super::members::{MEMBER_TIME, Seat, copies, dissolve_anew, put_state};
 use super::source::SourceOptions;
 use super::{Event, Observer};
 use crate::error::{Error, ErrorKind, Result};
@@ -61,6 +61,8 @@ struct Job {
     manifest: Manifest,
     volume: VolumeId,
     epoch: Epoch,
+    /// At how many members each page is to lie.
+    replicas: u8,
 }
 
 /// A search for one place.
@@ -92,9 +94,9 @@ pub(super) struct Recruiter {
 }
 
 impl Recruiter {
-    /// Nobody died yet. Nobody is asked for where pages have copies: those that are left do.
+    /// Nobody died yet.
     pub fn new(options: &SourceOptions, manifest: &Manifest, (volume, epoch): (VolumeId, Epoch)) -> Self {
-        let job = options.replacements.clone().filter(|_| options.replicas == 1).map(|replacements| {
+        let job = options.replacements.clone().map(|replacements| {
             Arc::new(Job {
                 replacements,
                 connector: Arc::clone(&options.connector),
@@ -102,6 +104,7 @@ impl Recruiter {
                 manifest: manifest.clone(),
                 volume,
                 epoch,
+                replicas: options.replicas,
             })
         });
         Self { job, seen: [false; MEMBERS_MAX], searches: 0, search: None, state: None }
@@ -258,7 +261,10 @@ impl Job {
         }
         let list = members.iter().cloned().chain([member.clone()]).collect();
         let create = VmdRequest::Create { manifest: self.manifest.clone(), members: list };
-        match ask(&mut *link, Request::Control(&create), MEMBER_TIME, |_| Ok(())) {
+        let copies = copies(self.replicas);
+        let mut all = std::iter::once(&create).chain(copies.as_ref());
+        match all.try_for_each(|request| ask(&mut *link, Request::Control(request), MEMBER_TIME, |_| Ok(())))
+        {
             Ok(()) => Ok(Seat::new(link)),
             Err(error) => {
                 drop(link);

@@ -91,8 +91,7 @@ pub struct SourceOptions {
     pub to: To,
     /// Intermediaries that may take pages. Those that cannot be reached are left out, with a warning.
     pub intermediaries: Vec<SocketAddr>,
-    /// Names others in the place of those that die on the way; where there is none, nobody is replaced. It is not asked
-    /// with more than one of [`Self::replicas`].
+    /// Names others in the place of those that die on the way; where there is none, nobody is replaced.
     pub replacements: Option<Arc<dyn Replacements>>,
     /// How many intermediaries hold each page that goes to any: all of them but one may die. From 1 to
     /// [`limits::COPIES_MAX`]. The source sends each page once; they send it on. With fewer intermediaries alive than

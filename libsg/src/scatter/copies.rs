@@ -94,24 +94,42 @@ pub struct CopyDesk {
     told: AtomicBool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Books {
     open: MemberSet,
+    /// Those that came later and were never open: nothing lies there.
+    joining: MemberSet,
+    /// When the last one that came later was opened.
+    opened: Option<Instant>,
     under_way: Vec<u64>,
     /// By first holder, then by member.
-    standings: Vec<Standing>,
+    standings: Vec<Vec<Standing>>,
+}
+
+impl Books {
+    fn add(&mut self) {
+        self.under_way.push(0);
+        let members = self.under_way.len();
+        self.standings.push(Vec::new());
+        self.standings.iter_mut().for_each(|row| row.resize(members, Standing::default()));
+    }
 }
 
 impl CopyDesk {
     /// For pages that each lie at so many of so many members.
     #[must_use]
     pub fn new(holders: usize, members: usize) -> Self {
-        let books = Books {
-            open: MemberSet::NONE,
-            under_way: vec![0; members],
-            standings: vec![Standing::default(); if holders > 1 { members * members } else { 0 }],
-        };
+        let mut books = Books::default();
+        (0..members).for_each(|_| books.add());
         Self { holders, books: Mutex::new(books), told: AtomicBool::new(false) }
+    }
+
+    /// One more member, in the place of one that died: until it is open it counts as one that is not there.
+    pub fn add(&self) {
+        let mut books = self.books.lock();
+        let member = MemberIndex(books.under_way.len() as u16);
+        books.joining = books.joining.with(member);
+        books.add();
     }
 
     /// How many members shall hold each page.
@@ -120,10 +138,30 @@ impl CopyDesk {
         self.holders
     }
 
-    /// A member has all that it was sent beside pages, and may have these.
-    pub fn open(&self, member: MemberIndex) {
+    /// A member has all that it was sent beside pages, and may have these. Whether it is one that came later, and was never
+    /// open before: what lies at too few may have one copy more.
+    pub fn open(&self, member: MemberIndex, now: Instant) -> bool {
         let mut books = self.books.lock();
         books.open = books.open.with(member);
+        let is_new = books.joining.contains(member);
+        if is_new {
+            books.joining = books.joining.without(member);
+            books.opened = Some(now);
+            self.told.store(false, Ordering::Relaxed);
+        }
+        is_new
+    }
+
+    /// Those of the living that are counted on: all but those that came later and were never open.
+    #[must_use]
+    pub fn counted(&self, living: MemberSet) -> MemberSet {
+        living.but(self.books.lock().joining)
+    }
+
+    /// Whether a batch that was sent then to these holders could have had more of them by now.
+    #[must_use]
+    pub fn is_outdated(&self, holders: MemberSet, sent: Instant) -> bool {
+        holders.len() < self.holders && self.books.lock().opened.is_some_and(|opened| sent <= opened)
     }
 
     /// All of them are to have something before pages: the VM's state.
@@ -134,7 +172,9 @@ impl CopyDesk {
     /// Whether as many of those that live are open as are to hold each page: so many have the VM's state.
     #[must_use]
     pub fn are_open(&self, alive: MemberSet) -> bool {
-        self.holders < 2 || self.books.lock().open.and(alive).len() >= self.holders.min(alive.len())
+        let books = self.books.lock();
+        let counted = alive.but(books.joining);
+        self.holders < 2 || books.open.and(counted).len() >= self.holders.min(counted.len())
     }
 
     /// Who gets the copies of a batch that `first` gets: those that hold it in all, none where there is to be one
@@ -144,13 +184,13 @@ impl CopyDesk {
             return Some(MemberSet::NONE);
         }
         let books = self.books.lock();
-        let members = books.under_way.len();
-        let all: Vec<Candidate> = (0..members)
+        let counted = alive.but(books.joining);
+        let all: Vec<Candidate> = (0..books.under_way.len())
             .map(|at| Candidate {
-                alive: alive.contains(MemberIndex(at as u16)),
+                alive: counted.contains(MemberIndex(at as u16)),
                 open: books.open.contains(MemberIndex(at as u16)),
                 under_way: books.under_way[at],
-                standing: books.standings[first.as_usize() * members + at],
+                standing: books.standings[first.as_usize()][at],
             })
             .collect();
         match choose(first, self.holders, &all, now) {
@@ -204,7 +244,7 @@ impl CopyDesk {
         let Books { under_way, standings, .. } = &mut *books;
         let members = under_way.len();
         for at in of.without(first).iter().map(MemberIndex::as_usize).filter(|at| *at < members) {
-            change(&mut under_way[at], &mut standings[first.as_usize() * members + at]);
+            change(&mut under_way[at], &mut standings[first.as_usize()][at]);
         }
     }
 }
@@ -223,7 +263,7 @@ mod test {
 
     fn desk(holders: usize, members: u16) -> CopyDesk {
         let desk = CopyDesk::new(holders, members.into());
-        (0..members).for_each(|member| desk.open(MemberIndex(member)));
+        (0..members).for_each(|member| assert!(!desk.open(MemberIndex(member), Instant::now())));
         desk
     }
 
@@ -246,12 +286,35 @@ mod test {
         assert!(desk.are_open(MemberSet(0b111)));
         desk.close_all();
         assert_eq!(all(&desk, 3, now), None);
-        desk.open(MemberIndex(2));
+        desk.open(MemberIndex(2), now);
         assert!(!desk.are_open(MemberSet(0b111)) && desk.are_open(MemberSet(0b100)));
         assert_eq!(all(&desk, 3, now), Some(MemberSet(0b101)));
-        desk.open(A);
+        desk.open(A, now);
         assert!(desk.are_open(MemberSet(0b111)) && !desk.are_open(MemberSet(0b110)));
         assert!(CopyDesk::new(1, 3).are_open(MemberSet(0b111)));
+    }
+
+    #[test]
+    fn one_that_came_later_counts_once_it_is_open() {
+        let (desk, now) = (desk(2, 2), Instant::now());
+        let sent = Instant::now();
+        desk.add();
+        let (new, left) = (MemberIndex(2), MemberSet(0b101));
+        assert_eq!(desk.choose(A, left, now), Some(MemberSet(0b001)), "it is not waited for");
+        assert!(desk.are_open(left) && desk.is_news());
+        assert_eq!(desk.counted(left), MemberSet(0b001));
+        assert!(!desk.is_outdated(MemberSet(0b001), sent));
+        let opened = sent + REST_FIRST;
+        assert!(desk.open(new, opened) && !desk.open(new, opened));
+        assert!(desk.is_outdated(MemberSet(0b001), sent) && !desk.is_outdated(left, sent));
+        assert!(!desk.is_outdated(MemberSet(0b001), opened + REST_FIRST), "it could have been taken");
+        assert_eq!((desk.choose(A, left, now), desk.counted(left)), (Some(left), left));
+        assert!(desk.is_news(), "what is told once is told once more");
+        desk.sent(A, left, 100);
+        assert_eq!(desk.choose(A, MemberSet(0b111), now), Some(MemberSet(0b011)));
+        desk.close_all();
+        assert!(!desk.are_open(left), "it has a state to take, like all others");
+        assert_eq!(desk.choose(new, left, now), None);
     }
 
     #[test]

@@ -196,6 +196,12 @@ impl IndexRouter {
         self.fewer.load(Ordering::Relaxed)
     }
 
+    /// The same, and from now on it is not so: they are told to more.
+    #[must_use]
+    pub fn take_fewer(&self) -> bool {
+        self.fewer.swap(false, Ordering::Relaxed)
+    }
+
     /// Members that are not dead.
     #[must_use]
     pub fn living(&self) -> MemberSet {

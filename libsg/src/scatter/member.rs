@@ -142,11 +142,7 @@ impl MemberSink {
     pub fn run(&mut self, ended: impl Fn() -> bool) -> Result<()> {
         let _ = crate::pace::precise_timers();
         let pacer_link = self.scatter.pacer.add_link(Class::Bulk);
-        self.scatter.copies.open(self.member);
-        if self.scatter.copies.holders() > 1 {
-            self.scatter.wake_all();
-            self.scatter.check_progress();
-        }
+        self.scatter.open(self.member);
         let mut ran = Ok(());
         while ran.is_ok() && !ended() {
             ran = self.step(pacer_link);
@@ -282,7 +278,8 @@ impl MemberSink {
                     let mut planner = self.scatter.planner.lock();
                     // Whoever died since is known to be dead here, or is told to the planner behind this.
                     let has_died = holders.and(MemberSet(!self.scatter.index.living().0));
-                    if missing.is_none() && has_died.is_empty() {
+                    let is_outdated = self.scatter.copies.is_outdated(holders, asked.at);
+                    if missing.is_none() && has_died.is_empty() && !is_outdated {
                         planner.stored((batch, copies), placed, &mut self.entries, &mut self.losers);
                         let copied = bytes * copies.len() as u64;
                         self.scatter.counters.replicated.fetch_add(copied, Ordering::Relaxed);
@@ -321,7 +318,8 @@ impl MemberSink {
                         Ok(Reply::Stored { placements, missing }) => Some((*placements, *missing)),
                         _ => None,
                     };
-                    let spread = beside::Spread { member: self.member, batch, pages: &pages, holders };
+                    let at = asked.at;
+                    let spread = beside::Spread { member: self.member, batch, pages: &pages, holders, at };
                     spread.answered(&self.scatter, stored, now, (&mut self.entries, &mut self.losers));
                     answered.map(|_| ()).or_else(only_full)?;
                 }
@@ -363,6 +361,13 @@ impl MemberSink {
         self.asked.iter().any(|asked| now.saturating_duration_since(asked.at) > self.silence())
     }
 
+    /// Who is to hold the next batch; `None` while nobody can. Those that came later are named to it before.
+    fn holders(&self, now: Instant) -> Option<MemberSet> {
+        let living = self.scatter.index.living();
+        let is_told = self.scatter.copies.counted(living).but(MemberSet::first(self.told_members)).is_empty();
+        if is_told { self.scatter.copies.choose(self.member, living, now) } else { None }
+    }
+
     /// Takes batches while there is room for them.
     fn pull(&mut self, now: Instant) -> Result<()> {
         let full = self.full_until.is_some_and(|until| now < until);
@@ -371,10 +376,7 @@ impl MemberSink {
         }
         let batch_bytes = BATCH_PAGES * PAGE_BYTES;
         while self.link.queued_bytes() < batch_bytes / 2 && self.has_window() {
-            let Some(holders) = self.scatter.copies.choose(self.member, self.scatter.index.living(), now)
-            else {
-                break;
-            };
+            let Some(holders) = self.holders(now) else { break };
             let late = self.ack_time.late();
             let (work, round) = {
                 let mut planner = self.scatter.planner.lock();

@@ -107,10 +107,16 @@ impl Membership {
         self.destination_knows.load(Ordering::Acquire)
     }
 
-    /// Whether what lies at a member can be found without the source: the destination knows of it, or every other member
-    /// that lives does, of whom the destination knows one at least, and each of them is asked then.
+    /// Whether what lies at a member can be found without the source, though all but one of so many more die: the
+    /// destination knows of it, or every other member that lives does, of whom the destination knows so many at least, and
+    /// each of them is asked then.
     #[must_use]
-    pub fn is_known(&self, member: MemberIndex, is_dead: impl Fn(MemberIndex) -> bool) -> bool {
+    pub fn is_known(
+        &self,
+        member: MemberIndex,
+        asked_least: usize,
+        is_dead: impl Fn(MemberIndex) -> bool,
+    ) -> bool {
         let needed = member.as_usize() + 1;
         let asked = self.first.max(self.destination_knows.load(Ordering::Acquire));
         let is_parked = self.is_parked.load(Ordering::Acquire);
@@ -119,15 +125,21 @@ impl Membership {
         }
         let others = self.books.iter().enumerate().map(|(at, books)| (MemberIndex(at as u16), books));
         let living: Vec<_> = others.filter(|(at, _)| *at != member && !is_dead(*at)).collect();
-        (is_parked || living.iter().any(|(at, _)| at.as_usize() < asked))
+        let are_asked = living.iter().filter(|(at, _)| at.as_usize() < asked).count();
+        (is_parked || are_asked >= asked_least)
             && living.iter().all(|(_, books)| books.knows.load(Ordering::Acquire) >= needed)
     }
 
-    /// Whether that is so of every member that lives: whoever knew of one may have died since it came.
+    /// Whether that is so of every member that lives, each asked for by as many as `asked_least` says: whoever knew of one
+    /// may have died since it came.
     #[must_use]
-    pub fn are_known(&self, is_dead: impl Fn(MemberIndex) -> bool) -> bool {
+    pub fn are_known(
+        &self,
+        asked_least: impl Fn(MemberIndex) -> usize,
+        is_dead: impl Fn(MemberIndex) -> bool,
+    ) -> bool {
         let added = (self.first..self.books.len()).map(|at| MemberIndex(at as u16));
-        added.filter(|at| !is_dead(*at)).all(|at| self.is_known(at, &is_dead))
+        added.filter(|at| !is_dead(*at)).all(|at| self.is_known(at, asked_least(at), &is_dead))
     }
 }
 
@@ -159,26 +171,40 @@ mod test {
         let new = members.add(member(3)).expect("event descriptor").expect("room");
         assert_eq!((new, members.list().len(), members.first()), (MemberIndex(3), 4, 3));
         let dead = |dead: &'static [u16]| move |at: MemberIndex| dead.contains(&at.0);
-        assert!(members.is_known(MemberIndex(2), dead(&[])), "it was there from the beginning");
-        assert!(!members.is_known(new, dead(&[0])));
+        assert!(members.is_known(MemberIndex(2), 1, dead(&[])), "it was there from the beginning");
+        assert!(!members.is_known(new, 1, dead(&[0])));
         members.member_knows(MemberIndex(1), 4);
-        assert!(!members.is_known(new, dead(&[0])), "one of two");
-        assert!(members.is_known(new, dead(&[0, 2])));
+        assert!(!members.is_known(new, 1, dead(&[0])), "one of two");
+        assert!(members.is_known(new, 1, dead(&[0, 2])));
         members.member_knows(MemberIndex(2), 4);
-        assert!(members.is_known(new, dead(&[0])));
-        assert!(!members.is_known(new, dead(&[0, 1, 2])), "nobody else is left");
+        assert!(members.is_known(new, 1, dead(&[0])));
+        assert!(!members.is_known(new, 1, dead(&[0, 1, 2])), "nobody else is left");
         // The next one is not known by that.
         let next = members.add(member(4)).expect("event descriptor").expect("room");
-        assert!(!members.is_known(next, dead(&[0])));
-        assert!(members.are_known(dead(&[0, 4])) && !members.are_known(dead(&[0])));
-        assert!(!members.are_known(dead(&[0, 1, 2, 4])), "those who knew died since");
+        assert!(!members.is_known(next, 1, dead(&[0])));
+        assert!(members.are_known(|_| 1, dead(&[0, 4])) && !members.are_known(|_| 1, dead(&[0])));
+        assert!(!members.are_known(|_| 1, dead(&[0, 1, 2, 4])), "those who knew died since");
         members.member_knows(MemberIndex(3), 5);
         assert!(
-            !members.are_known(dead(&[0, 1, 2])),
+            !members.are_known(|_| 1, dead(&[0, 1, 2])),
             "they know of each other, and the destination of neither"
         );
         members.destination_knows(5);
-        assert!(members.is_known(new, dead(&[0, 1, 2])) && members.is_known(next, dead(&[0, 1, 2])));
+        assert!(members.is_known(new, 1, dead(&[0, 1, 2])) && members.is_known(next, 1, dead(&[0, 1, 2])));
+    }
+
+    #[test]
+    fn so_many_that_the_destination_knows_are_to_know_as_may_die_and_one() {
+        let members = Membership::new(vec![member(0), member(1), member(2)]).expect("event descriptors");
+        let new = members.add(member(3)).expect("event descriptor").expect("room");
+        let dead = |dead: &'static [u16]| move |at: MemberIndex| dead.contains(&at.0);
+        members.member_knows(MemberIndex(1), 4);
+        members.member_knows(MemberIndex(2), 4);
+        assert!(members.is_known(new, 2, dead(&[0])) && !members.is_known(new, 3, dead(&[0])));
+        assert!(!members.is_known(new, 2, dead(&[0, 1])) && members.is_known(new, 1, dead(&[0, 1])));
+        assert!(members.are_known(|_| 2, dead(&[0])) && !members.are_known(|_| 2, dead(&[0, 1])));
+        members.destination_knows(4);
+        assert!(members.is_known(new, 3, dead(&[0, 1, 2])));
     }
 
     #[test]
@@ -187,9 +213,9 @@ mod test {
         members.park();
         let new = members.add(member(1)).expect("event descriptor").expect("room");
         let next = members.add(member(2)).expect("event descriptor").expect("room");
-        assert!(!members.is_known(new, |_| false) && !members.is_known(next, |at| at.0 == 0));
+        assert!(!members.is_known(new, 1, |_| false) && !members.is_known(next, 1, |at| at.0 == 0));
         members.member_knows(new, 3);
-        assert!(members.is_known(next, |at| at.0 == 0) && members.are_known(|at| at.0 == 0));
-        assert!(members.is_known(next, |at| at.0 < 2), "it is the only one");
+        assert!(members.is_known(next, 1, |at| at.0 == 0) && members.are_known(|_| 1, |at| at.0 == 0));
+        assert!(members.is_known(next, 1, |at| at.0 < 2), "it is the only one");
     }
 }

@@ -10,6 +10,7 @@
 //! just under full. [`session`] keeps the destination's connections; [`shared`] is what all have in common.
 
 pub mod batch;
+mod changes;
 pub mod copies;
 mod direct;
 mod entries;

@@ -168,6 +168,43 @@ fn a_copy_that_is_lost_is_made_again_while_others_can_have_it() {
     }
 }
 
+/// One of two died, and what it held lies at the other alone, until another takes pages: then that is sent again, and nothing
+/// that lies at two.
+#[test]
+fn one_that_comes_later_gets_copies_of_what_lies_at_too_few() {
+    let now = Instant::now();
+    let mut planner = Planner::new(&manifest(192, 0), true);
+    planner.available(PageRange::new(PageIndex(0), 128));
+    planner.absent(PageRange::new(PageIndex(128), 64));
+    let send = |planner: &mut Planner, copies: MemberSet, round: u32| {
+        let Some(Work::Pages(id, batch)) = planner.next(member(0), now, HEDGE_AFTER) else { panic!("work") };
+        let (mut entries, mut losers) = (Vec::new(), Vec::new());
+        let at = |page: PageIndex| (page, Checksum(page.0), Some(place(0, 1000 * round + page.0)));
+        planner.stored((id, copies), batch.iter().map(at).collect::<Vec<_>>(), &mut entries, &mut losers);
+        planner.indexed(&entries);
+        (batch, losers)
+    };
+    let (alone, _) = send(&mut planner, MemberSet::of(MemberIndex(1)), 0);
+    send(&mut planner, MemberSet::of(MemberIndex(2)), 0);
+    let Some(Work::Zeros(id, zeros)) = planner.next(member(0), now, HEDGE_AFTER) else { panic!("zeros") };
+    assert!(planner.zeros_told(id));
+    planner.indexed(&zero_entries(zeros, Round(0)).collect::<Vec<_>>());
+    planner.member_lost(MemberIndex(1), (MemberSet(0b001), 2), |_| false, |_| panic!("nobody asked"));
+    assert!(planner.is_done(), "nobody else can have it");
+    let living = MemberSet(0b1101);
+    for (has_fewer, told_again) in [(false, 0), (true, 64)] {
+        let mut again = Vec::new();
+        planner.member_opened((living, 2), has_fewer, |entry| again.push(entry));
+        assert_eq!((again.len(), planner.progress().0), (told_again, 128 - told_again as u32));
+        planner.indexed(&again);
+    }
+    let (batch, losers) = send(&mut planner, MemberSet::of(MemberIndex(3)), 1);
+    assert_eq!((batch, losers.len()), (alone, 64), "what was made before is given back");
+    assert!(planner.is_done());
+    planner.member_opened((living, 2), false, |_| panic!("they know"));
+    assert!(planner.is_done(), "it lies at two");
+}
+
 #[test]
 fn zero_pages_need_an_index_entry_only() {
     let now = Instant::now();
@@ -244,6 +281,9 @@ proptest! {
                     open.retain(|(of, _)| *of != member(n));
                     unindexed.retain(|entry| entry.placement.is_none_or(|p| p.member != MemberIndex(n)));
                     planner.member_lost(MemberIndex(n), ALONE, |page| page.0 % 3 == u32::from(n), |e| unindexed.push(e));
+                }
+                8 if pick % 4 == 0 => {
+                    planner.member_opened((MemberSet::ALL, 2), pick % 8 == 0, |entry| unindexed.push(entry));
                 }
                 _ if open.is_empty() => {}
                 _ => {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::copies::CopyDesk;
-use super::index_router::{IndexRouter, Pending};
+use super::index_router::IndexRouter;
 use super::membership::Membership;
 use super::offers::OfferDesk;
 use super::planner::{Planner, Sink};
@@ -216,35 +216,6 @@ impl Scatter {
         self.members.books().iter().for_each(|books| books.waker.wake());
     }
 
-    /// One more member, in the place of one that died: the volume was created there. No index entry goes there before it
-    /// runs. `None` where there is no room for it.
-    ///
-    /// # Errors
-    /// [`ErrorKind::System`] when the kernel gives no event descriptor.
-    pub fn add_member(&self, member: Member) -> Result<Option<MemberIndex>> {
-        let Some(added) = self.members.add(member)? else { return Ok(None) };
-        self.index.add(self.members.books()[added].waker.clone());
-        // Everybody who knows the members is told of it.
-        self.wake_all();
-        Ok(Some(added))
-    }
-
-    /// Whether what lies at a member can be found again without the source.
-    #[must_use]
-    pub fn is_known(&self, member: MemberIndex) -> bool {
-        self.members.is_known(member, |other| self.index.is_dead(other))
-    }
-
-    /// The same of all members that live.
-    #[must_use]
-    pub fn are_known(&self) -> bool {
-        #[cfg(feature = "simulation")]
-        if host::has_bug(host::Bug::MemberUnknown) {
-            return true;
-        }
-        self.members.are_known(|member| self.index.is_dead(member))
-    }
-
     /// What the source of pages said. Where it failed, everything here ends: no peer is to blame, and nobody
     /// else has the pages.
     ///
@@ -350,43 +321,6 @@ impl Scatter {
         self.wake_all();
     }
 
-    /// A member is lost: what lay there is sent again, its index is put elsewhere.
-    pub fn member_lost(&self, member: MemberIndex, error: &Error) {
-        let node = &self.members.books()[member].member.node;
-        (self.observer)(&Event::NodeLost { message: format!("intermediary {node}: {}", error.chain()) });
-        self.offers_lost(member);
-        let mut moved = Vec::new();
-        let pending = {
-            // In one step: nobody is to count it as dead, and what lay there as safe.
-            let mut planner = self.planner.lock();
-            let pending = self.index.dead(member);
-            #[cfg(feature = "simulation")]
-            if host::has_bug(host::Bug::DeathForgotten) {
-                return;
-            }
-            let others = (self.index.living(), self.copies.holders());
-            planner.member_lost(
-                member,
-                others,
-                |page| self.index.may_be_with(page, member),
-                |e| moved.push(e),
-            );
-            pending
-        };
-        if self.index.alive() == 0 && !self.stopping() {
-            let message = "no intermediary is left: pages go to the destination only".into();
-            (self.observer)(&Event::Warning { message });
-            self.planner.lock().members_gone();
-        } else {
-            // What lay at the dead member is sent again and indexed anew.
-            let of_others = |e: &Pending| e.entry.placement.is_none_or(|at| at.member != member);
-            self.route(&pending.into_iter().filter(of_others).collect::<Vec<_>>());
-            self.route(&moved);
-        }
-        self.wake_all();
-        self.check_progress();
-    }
-
     /// A connection of the destination is lost: what was in flight there is sent again.
     pub fn destination_lost(&self) {
         #[cfg(feature = "simulation")]
@@ -407,6 +341,11 @@ impl Scatter {
         planner.held(PageRange::new(PageIndex(0), total));
         drop(planner);
         self.check_progress();
+    }
+
+    /// Whether it was told that nothing is left here.
+    pub(super) fn has_told_done(&self) -> bool {
+        self.done.lock().is_told
     }
 
     /// Looks whether everything is safe, and tells of progress. Called after acknowledgements.

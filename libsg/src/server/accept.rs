@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::Config;
 use super::limit::Limit;
 use super::session::Session;
 use super::store::Store;
+use super::{Config, Others};
 use crate::error::{ErrorKind, Result};
 use crate::host::{self, Condvar, Listener};
 use crate::ids::NodeId;
@@ -75,6 +75,10 @@ impl Shared {
 
     pub(super) fn store(&self) -> &Store {
         &self.store
+    }
+
+    pub(super) fn others(&self) -> Option<&dyn Others> {
+        self.config.others.as_deref()
     }
 
     pub(super) fn limit_out(&self) -> &Limit {

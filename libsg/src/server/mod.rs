@@ -35,6 +35,7 @@ mod stream;
 mod transit;
 pub mod volumes;
 
+use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,6 +56,19 @@ pub use store::Holding;
 
 /// Connections that wait in the kernel to be accepted.
 const BACKLOG: i32 = 1024;
+
+/// Knows of other intermediaries, of which one may become a member of a volume that has copies too few. Asked on the
+/// thread that makes copies again, which waits for the answer.
+pub trait Others: Send + Sync + fmt::Debug {
+    /// Where they listen, in the order in which they are to be tried.
+    fn others(&self) -> Vec<SocketAddr>;
+}
+
+impl Others for Vec<SocketAddr> {
+    fn others(&self) -> Vec<SocketAddr> {
+        self.clone()
+    }
+}
 
 /// How a server is set up.
 #[derive(Clone, Debug)]
@@ -84,6 +98,9 @@ pub struct Config {
     pub volumes_max: usize,
     /// Lets clients reach memory here by themselves. Without one, all pages go over their connections.
     pub backend: Option<Arc<dyn backend::Backend>>,
+    /// Where a volume's copies are made again, if its own intermediaries have no room for them or are too few; `None` is
+    /// nowhere.
+    pub others: Option<Arc<dyn Others>>,
     /// For tests only: flips a byte of the n-th page that is stored, to see that it is found out.
     pub canary_flip_slot: Option<u64>,
 }
@@ -105,6 +122,7 @@ impl Config {
             handshake_timeout: Duration::from_secs(5),
             volumes_max: 4096,
             backend: None,
+            others: None,
             canary_flip_slot: None,
         }
     }
@@ -163,7 +181,7 @@ impl Server {
         let threads = vec![
             named("sg-serve-memory", move || tend.store().tend_memory())?,
             named("sg-serve-accept", move || accept::run(&accept, &listener))?,
-            named("sg-serve-mend", move || mend::run(mend.store(), mend.limit_out()))?,
+            named("sg-serve-mend", move || mend::run(mend.store(), mend.limit_out(), mend.others()))?,
         ];
         Ok(ServerHandle { shared: self.shared, threads })
     }

@@ -46,6 +46,7 @@ canaries! {
     what_was_written_last_is_sent: WriteMissed, "each page is right", "evicted means evicted";
     what_was_torn_is_sent_again: TornKept, "each page is right", "evicted means evicted";
     a_unit_is_stored_whole: UnitHalfStored, "evicted means evicted";
+    who_comes_later_gets_copies: JoinedInVain, "evicted means evicted", "a death is an event";
     who_is_added_is_known: MemberUnknown, "evicted means evicted";
     volumes_are_told_apart: VolumesMixed, "each page is right", "evicted means evicted", "a death is an event";
     a_copy_is_awaited: CopyNotAwaited, "evicted means evicted", "a death is an event";

@@ -47,6 +47,9 @@ pub struct Contracts {
     done: bool,
     /// What had happened to intermediaries when that was looked at last.
     mishaps: usize,
+    /// So many of them died before it had evicted, and each page lay at as many as it should all the same: as many may die
+    /// once more.
+    made_good: usize,
     poisoned: Vec<bool>,
     direct: Direct,
 }
@@ -80,6 +83,7 @@ impl Contracts {
             evicted: false,
             done: false,
             mishaps: 0,
+            made_good: 0,
             poisoned: vec![false; pages],
             direct: Direct::default(),
         }
@@ -114,6 +118,9 @@ impl Contracts {
         let just_done = !self.done && scatter.done_at().is_some();
         let is_struck = std::mem::replace(&mut self.mishaps, run.mishaps()) != run.mishaps();
         self.done |= just_done;
+        if just_evicted && self.holders_due(run, scatter) > run.scenario.spare() {
+            self.made_good = run.mishaps();
+        }
         let count = scatter.planner.lock().progress().0;
         let full = just_evicted || just_done || self.steps.is_multiple_of(FULL_EVERY);
         // While it runs, what is safe is written again; and a VM that died with its source is no more.
@@ -135,7 +142,7 @@ impl Contracts {
             self.safe[at] = safe;
             if !safe && just_evicted {
                 // A holder may have died between the last page's being safe and the word of it: others have copies then.
-                let can_be_had = run.copies_are_enough()
+                let can_be_had = self.copies_are_enough(run)
                     && !matches!(find(run, of, scatter, &servers, page, contents[at], None), Found::Nowhere);
                 if !can_be_had {
                     self.broken(format!("evicted means evicted: {page} is not safe"));
@@ -144,7 +151,8 @@ impl Contracts {
             if !(fresh || (full && safe)) {
                 continue;
             }
-            if fresh && !self.lies_at_all(run, of, scatter, page, contents[at]) {
+            let is_looked_at = (fresh && !self.evicted) || just_done || just_evicted;
+            if is_looked_at && !self.lies_at_all(run, of, scatter, page, contents[at]) {
                 self.broken(format!(
                     "evicted means evicted: {page} is safe, and not all copies of it are made"
                 ));
@@ -173,7 +181,23 @@ impl Contracts {
         }
     }
 
-    /// Whether a page lies at as many intermediaries as it is to, where nothing has happened to any of them.
+    /// At how many intermediaries each page is to lie that is safe: as many as are wanted, or live and take pages. `None`
+    /// where something else has happened to any of them than that its death is known, or not all are told of by the source.
+    fn holders_due(&self, run: &Run, scatter: &Scatter) -> Option<usize> {
+        let wanted = run.scenario.spare()? + 1;
+        let living = scatter.index.living();
+        let is_there = |member: &Member| run.server_of(&member.node).is_some();
+        let mut members = (0..).map(libsg::ids::MemberIndex).zip(scatter.members.list());
+        let are_known = members.all(|(at, member)| is_there(&member) == living.contains(at));
+        (run.has_only_killed() && are_known).then(|| wanted.min(scatter.copies.counted(living).len()))
+    }
+
+    /// Whether what has happened to intermediaries loses nothing that has copies.
+    fn copies_are_enough(&self, run: &Run) -> bool {
+        run.scenario.spare().is_some_and(|spare| run.mishaps() - self.made_good <= spare)
+    }
+
+    /// Whether a page lies at as many intermediaries as it is to, where that is known.
     fn lies_at_all(
         &self,
         run: &Run,
@@ -182,15 +206,15 @@ impl Contracts {
         page: PageIndex,
         content: Content,
     ) -> bool {
-        let Some(spare) = run.scenario.spare() else { return true };
-        if run.mishaps() > 0 || content.is_zero() || of.destination.memory.has(page) {
+        let Some(due) = self.holders_due(run, scatter) else { return true };
+        if content.is_zero() || of.destination.memory.has(page) {
             return true;
         }
         let has = |(role, server): &(Role, Arc<ServerHandle>)| {
             let alone = [(*role, Arc::clone(server))];
             matches!(find(run, of, scatter, &alone, page, content, Some(*role)), Found::At(..))
         };
-        run.servers().iter().filter(|server| has(server)).count() > spare
+        run.servers().iter().filter(|server| has(server)).count() >= due
     }
 
     /// A unit is had from one intermediary, or not at all.
@@ -210,7 +234,7 @@ impl Contracts {
         if over || run.damaged.contains(&(of.nth, page)) || is_flipped(run, of, scatter, page) {
             return true;
         }
-        if run.copies_are_enough() {
+        if self.copies_are_enough(run) {
             return false;
         }
         let dies_unnoticed = scatter.members.list().iter().enumerate().any(|(at, member)| {
@@ -265,7 +289,7 @@ impl Contracts {
         let contents = of.vm.contents();
         let whole = |page: &&PageIndex| !run.damaged.contains(&(of.nth, **page));
         // What was flipped before it was sent on is so everywhere.
-        let spared = run.copies_are_enough() && !run.has_flipped();
+        let spared = self.copies_are_enough(run) && !run.has_flipped();
         if self.evicted && spared && fresh.iter().any(|page| whole(&page)) {
             self.broken(format!("a death is an event: {fresh:?} are lost though there are copies"));
         }
@@ -537,9 +561,13 @@ impl Run {
         self.done.iter().filter(hits).count()
     }
 
-    /// Whether pages lie at so many intermediaries that what has happened to some loses none of them.
-    fn copies_are_enough(&self) -> bool {
-        self.scenario.spare().is_some_and(|spare| self.mishaps() <= spare)
+    /// Whether nothing worse has happened to intermediaries than that some were killed.
+    fn has_only_killed(&self) -> bool {
+        let is_other = |event: &&Event| {
+            let to_member = event.what.hosts().iter().any(|host| matches!(host, Role::Intermediary(_)));
+            to_member && !matches!(event.what, What::Kill(..) | What::Fill(_))
+        };
+        !self.done.iter().any(|event| is_other(&event))
     }
 
     /// Whether an intermediary was killed so far.

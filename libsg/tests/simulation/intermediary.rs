@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use libsg::host::simulation::{Bug, has_bug};
-use libsg::server::{Config, DrainOptions, Server, ServerHandle};
+use libsg::server::{Config, DrainOptions, Others, Server, ServerHandle};
 use parking_lot::Mutex;
 
 use crate::clock::Node;
@@ -15,13 +15,14 @@ use crate::scenario::{Role, address, secret};
 /// The server there; gone when its host was killed.
 pub type Handle = Arc<Mutex<Weak<ServerHandle>>>;
 
-/// Starts it, with so much memory.
-pub fn start(node: &Arc<Node>, role: Role, memory_bytes: u64) -> Handle {
+/// Starts it, with so much memory. Others may become members of volumes that have copies too few.
+pub fn start(node: &Arc<Node>, role: Role, memory_bytes: u64, others: Vec<SocketAddr>) -> Handle {
     let handle = Handle::default();
     let given = Arc::clone(&handle);
     node.spawn("intermediary", move || {
         let memory_bytes = if has_bug(Bug::LimitIgnored) { 4 * memory_bytes } else { memory_bytes };
-        let config = Config::new(address(role), format!("{role:?}"), memory_bytes, secret());
+        let mut config = Config::new(address(role), format!("{role:?}"), memory_bytes, secret());
+        config.others = (!others.is_empty()).then(|| Arc::new(others) as Arc<dyn Others>);
         let server = Arc::new(Server::bind(config).expect("listens").spawn().expect("serves"));
         *given.lock() = Arc::downgrade(&server);
         loop {

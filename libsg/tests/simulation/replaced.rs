@@ -119,10 +119,67 @@ fn one_that_is_slow_to_come_holds_up_nobody() {
     }
 }
 
-/// Where pages have copies nobody is asked for: those that are left take what it had.
+/// By scatter-gather, with two copies of each page: one of so many dies, another comes in its place, and when all is evicted
+/// the source dies, and with it one more of those that were there from the beginning: there are two copies again.
+fn there_are_copies_again(intermediaries: (usize, usize), events: &[Event]) {
+    let (members, evicted) = (intermediaries.0 - intermediaries.1, After::Evicted);
+    for one_more in 1..members {
+        let dies = [kill(evicted, 0, SOURCE), kill(evicted, 0, intermediary(one_more))];
+        let outcome = run_in_copies(2, Mode::ScatterGather, intermediaries, &[events, &dies].concat());
+        assert_eq!((outcome.lost_pages, replaced(&outcome)), (0, 1), "{one_more}: {:#?}", outcome.lines);
+    }
+}
+
 #[test]
-fn where_pages_have_copies_nobody_is_replaced() {
-    let events = [kill(After::Commit, 200, intermediary(0)), kill(After::Evicted, 0, SOURCE)];
-    let outcome = run_in_copies(2, Mode::ScatterGather, (4, 1), &events);
-    assert_eq!((outcome.lost_pages, replaced(&outcome)), (0, 0), "{:#?}", outcome.lines);
+fn where_pages_have_copies_they_have_as_many_again() {
+    for delay in [1, 100, 300] {
+        there_are_copies_again((4, 1), &[kill(After::Commit, delay, intermediary(0))]);
+    }
+}
+
+/// One is left, which alone knows of the new one until the destination does: that is waited for.
+#[test]
+fn of_two_one_is_replaced() {
+    for delay in [1, 100, 200] {
+        there_are_copies_again((3, 1), &[kill(After::Commit, delay, intermediary(0))]);
+    }
+}
+
+/// The destination is stopped, and cannot hear of the new one: it is not waited for, and the new one takes no pages.
+#[test]
+fn a_destination_that_is_stopped_holds_nobody_up_where_one_of_two_dies() {
+    let events = [freeze(After::Running, 50, DESTINATION, 20), kill(After::Running, 100, intermediary(0))];
+    let outcome = run_in_copies(2, Mode::ScatterGather, (3, 1), &events);
+    let at = |what: &str| outcome.lines.iter().position(|line| line.contains(what)).expect(what);
+    assert!(at("NodeReplaced") < at("Source: Evicted") && outcome.lost_pages == 0, "{:#?}", outcome.lines);
+    assert!(at("Source: Evicted") < at("Destination: Gathered"), "{:#?}", outcome.lines);
+}
+
+/// In the rounds, while the VM runs: what was sent before has copies again, and COMMIT is where the state is.
+#[test]
+fn copies_are_made_again_in_the_rounds() {
+    for delay in [50, 400] {
+        let events = [
+            kill(After::Start, delay, intermediary(0)),
+            kill(After::Evicted, 0, intermediary(1)),
+            kill(After::Evicted, 0, SOURCE),
+        ];
+        let outcome = run_in_copies(2, Mode::Hybrid, (4, 1), &events);
+        assert_eq!((outcome.lost_pages, replaced(&outcome)), (0, 1), "{:#?}", outcome.lines);
+    }
+}
+
+/// Who takes the place dies as well, before it has any copies or when it has some.
+#[test]
+fn one_that_came_for_copies_dies_too() {
+    for delay in [210, 300, 500] {
+        let events = [
+            kill(After::Commit, 200, intermediary(0)),
+            kill(After::Commit, delay, intermediary(4)),
+            kill(After::Evicted, 0, intermediary(1)),
+        ];
+        let outcome = run_in_copies(2, Mode::ScatterGather, (5, 2), &events);
+        assert_eq!(outcome.lost_pages, 0, "{:#?}", outcome.lines);
+        assert!(replaced(&outcome) > 0, "{:#?}", outcome.lines);
+    }
 }

@@ -126,7 +126,8 @@ impl Run {
         }
         let mut intermediaries = BTreeMap::new();
         for (role, memory) in scenario.lenders().zip(&scenario.intermediaries) {
-            intermediaries.insert(role, intermediary::start(&nodes[&role], role, *memory));
+            let others = scenario.strangers();
+            intermediaries.insert(role, intermediary::start(&nodes[&role], role, *memory, others));
         }
         let hosts = (&nodes[&SOURCE], &nodes[&DESTINATION]);
         let start = |(nth, plan): (usize, &Plan)| Move::start(nth, plan, scenario, hosts);
@@ -382,7 +383,8 @@ impl Run {
         match role {
             Role::Intermediary(nth) => {
                 let memory = self.scenario.intermediaries[nth];
-                self.intermediaries.insert(role, intermediary::start(&node, role, memory));
+                let others = self.scenario.strangers();
+                self.intermediaries.insert(role, intermediary::start(&node, role, memory, others));
                 self.nodes.insert(role, node);
             }
             // What is looked at of the ends are those of the migration.

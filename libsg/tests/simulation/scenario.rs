@@ -238,15 +238,15 @@ impl Scenario {
         }
         scenario.replicas = random.pick(&[1, 1, 1, 2, 2, 3]);
         if intermediaries > 0 && random.one_in(SPARES_IN) {
-            // Nobody is replaced where pages have copies.
-            scenario.replicas = 1;
             scenario.spares = random.pick(&[1, 1, 2]);
             scenario.intermediaries.extend((0..scenario.spares).map(|_| random.pick(&[2, 4, 8]) << 20));
             // Somebody dies in whose place another comes, and perhaps that one as well, or something befalls it.
             let (one, spare) = (random.below(intermediaries), intermediaries);
             let dies = What::Kill(Role::Intermediary(one as usize), None);
+            let other = Role::Intermediary((one as usize + 1) % intermediaries as usize);
             let more = random.pick(&[
                 dies,
+                What::Kill(other, None),
                 What::Kill(Role::Intermediary(spare as usize), None),
                 What::Freeze(Role::Intermediary(spare as usize), Duration::from_millis(600)),
                 What::Cut(SOURCE, Role::Intermediary(spare as usize), Duration::from_millis(600)),
@@ -255,6 +255,9 @@ impl Scenario {
             for what in [dies, more] {
                 let event = Event { what, ..scenario.event(&mut random) };
                 scenario.events.push(event);
+            }
+            if scenario.replicas > 1 {
+                scenario.die_one_after_the_other(&mut random);
             }
         }
         let mut pieces = Random::new(seed).fork(60);
@@ -276,6 +279,37 @@ impl Scenario {
         scenario.add_flips(Random::new(seed).fork(62));
         scenario.restart_ends(Random::new(seed).fork(63));
         scenario
+    }
+
+    /// Often nothing else happens where pages have copies: one dies while it goes on, and as many as copies may once it has
+    /// evicted.
+    fn die_one_after_the_other(&mut self, random: &mut Random) {
+        if random.one_in(3) {
+            return;
+        }
+        let mut order: Vec<_> = self.lenders().collect();
+        for at in (1..order.len()).rev() {
+            order.swap(at, random.below(at as u64 + 1) as usize);
+        }
+        let first = order.iter().position(|role| self.members().any(|member| member == *role));
+        let first = order.remove(first.unwrap_or(0));
+        let before = Event {
+            after: random.pick(&[After::Start, After::Commit, After::Commit]),
+            delay: Duration::from_micros(random.within(0, 60_000)),
+            what: What::Kill(first, None),
+        };
+        // Slowly, so that another comes in time.
+        (self.gather_limit, self.scatter_limit) = (1_000_000, 4_000_000);
+        let evicted = order.into_iter().take(usize::from(self.replicas) - 1).map(|role| Event {
+            after: After::Evicted,
+            delay: Duration::from_micros(random.pick(&[0, 0, 500, 20_000])),
+            what: What::Kill(role, None),
+        });
+        self.events = std::iter::once(before).chain(evicted).collect();
+        if random.one_in(2) {
+            let what = What::Kill(SOURCE, None);
+            self.events.push(Event { after: After::Evicted, delay: Duration::ZERO, what });
+        }
     }
 
     /// Bits that are flipped on the way.
@@ -303,7 +337,7 @@ impl Scenario {
 
     /// Whether pages lie at several intermediaries, and how many of these may die.
     pub fn spare(&self) -> Option<usize> {
-        let holders = usize::from(self.replicas).min(self.intermediaries.len());
+        let holders = usize::from(self.replicas).min(self.intermediaries.len() - self.spares);
         holders.checked_sub(1).filter(|spare| *spare > 0)
     }
 
@@ -355,6 +389,13 @@ impl Scenario {
     /// All intermediaries.
     pub fn lenders(&self) -> impl Iterator<Item = Role> + use<> {
         (0..self.intermediaries.len()).map(Role::Intermediary)
+    }
+
+    /// Others than its own, that may become members of a volume.
+    pub fn strangers(&self) -> Vec<SocketAddr> {
+        (self.intermediaries.len() - self.spares..self.intermediaries.len())
+            .map(|nth| address(Role::Intermediary(nth)))
+            .collect()
     }
 
     pub fn roles(&self) -> Vec<Role> {

@@ -29,6 +29,8 @@ pub(super) struct Spread<'a> {
     pub batch: BatchId,
     pub pages: &'a [IndexEntry],
     pub holders: MemberSet,
+    /// When it was asked.
+    pub at: Instant,
 }
 
 impl Spread<'_> {
@@ -40,7 +42,7 @@ impl Spread<'_> {
         now: Instant,
         (entries, losers): (&mut Vec<IndexEntry>, &mut Vec<Loser>),
     ) {
-        let Self { member, batch, pages, holders } = *self;
+        let Self { member, batch, pages, holders, at } = *self;
         let bytes = (pages.len() * PAGE_BYTES) as u64;
         scatter.copies.landed(member, holders, bytes);
         let first = pages.iter().filter_map(|entry| Some((entry.page, entry.placement?)));
@@ -61,7 +63,7 @@ impl Spread<'_> {
                 .iter()
                 .zip(placements)
                 .map(|(entry, at)| (entry.page, entry.checksum, at.map(|at| Placement { member, ..at })));
-            if missing.is_none() && has_died.is_empty() {
+            if missing.is_none() && has_died.is_empty() && !scatter.copies.is_outdated(holders, at) {
                 planner.referenced((batch, copies), placed, entries, losers);
                 let copied = bytes * copies.len() as u64;
                 scatter.counters.replicated.fetch_add(copied, Ordering::Relaxed);
@@ -126,8 +128,7 @@ impl MemberSink {
         let pages_of =
             |asked: &Asked| if let What::Spread(_, pages, _) = &asked.what { pages.len() } else { 0 };
         while self.asked.iter().map(pages_of).sum::<usize>() < SPREAD_PAGES_MAX {
-            let living = self.scatter.index.living();
-            let Some(holders) = self.scatter.copies.choose(self.member, living, now) else { return Ok(()) };
+            let Some(holders) = self.holders(now) else { return Ok(()) };
             let mut had = Vec::new();
             desk.take_had(self.member, BATCH_PAGES, &mut had);
             if had.is_empty() {

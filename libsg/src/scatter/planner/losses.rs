@@ -83,6 +83,35 @@ impl Planner {
         }
     }
 
+    /// Another intermediary takes pages, in the place of one that died. Those that lie at fewer of the `alive` ones than can
+    /// be, `holders` being wanted, are sent again: one copy more is made of them. What fewer index servers than that know
+    /// of zero pages is handed to `reindex`, if there is any.
+    pub fn member_opened(
+        &mut self,
+        (alive, holders): (MemberSet, usize),
+        has_fewer: bool,
+        mut reindex: impl FnMut(IndexEntry),
+    ) {
+        for page in (0..self.table.pages()).map(PageIndex) {
+            match self.table.state(page) {
+                PageState::Stored | PageState::Staged => {
+                    let lacks_one = |(place, _): &(Place, Checksum)| {
+                        place.holders().and(alive).len() < holders.min(alive.len())
+                    };
+                    if self.table.placed(page).as_ref().is_some_and(lacks_one) {
+                        self.resent += 1;
+                        self.unsend(page);
+                    }
+                }
+                PageState::Zero | PageState::ZeroTold if has_fewer => {
+                    self.table.set(page, PageState::ZeroTold);
+                    reindex(IndexEntry::zero(page, 1, self.table.round(page)));
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// An intermediary died. Pages that lay there are sent again, and those of which it had a copy where others can
     /// have one: those are `alive`, and `holders` are wanted for each page. Entries of other pages, which its index
     /// held, are to be put elsewhere: they are handed to `reindex`, run by run.

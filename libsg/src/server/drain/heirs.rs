@@ -161,8 +161,8 @@ impl<'s> Heirs<'s> {
         }
     }
 
-    /// Another intermediary becomes a member, the first that can. Of those that are members the first hears of it before
-    /// the others: two who add members at once do not end with two lists.
+    /// Another intermediary becomes a member, the first that can. Of those that are members, this one included, the first
+    /// that does not leave hears of it before the others: two who add members at once do not end with two lists.
     pub(in crate::server) fn add(&mut self, around: &Around<'s>, portrait: &mut Portrait) -> Result<()> {
         if portrait.is_written {
             let message = "its source is at work, and adds members itself: it is waited for";
@@ -203,7 +203,10 @@ impl<'s> Heirs<'s> {
         // First, since a member that takes nothing would be one for ever.
         inherit(&mut line, portrait, said.clone())?;
         let told = VmdRequest::Inherit(Box::new(said.clone()));
-        let first = self.list.first_mut().map_or(Ok(()), |first| first.line.control(&told).map(|_| ()));
+        let is_first =
+            !around.store.is_leaving() && self.list.first().is_none_or(|heir| portrait.me < heir.index);
+        let before = self.list.first_mut().filter(|_| !is_first);
+        let first = before.map_or(Ok(()), |first| first.line.control(&told).map(|_| ()));
         let added = first.and_then(|()| {
             around.store.add_members(self.volume, said.members.clone()).map_err(crate::transport::refusal)
         });
@@ -214,7 +217,7 @@ impl<'s> Heirs<'s> {
             }
             return Err(error);
         }
-        for heir in self.list.iter_mut().skip(1) {
+        for heir in self.list.iter_mut().skip((!is_first).into()) {
             if let Err(error) = heir.line.control(&told) {
                 tracing::warn!(member = %heir.member.node, error = error.chain(), "cannot be told of a new member");
             }

@@ -3,7 +3,8 @@
 //! ```text
 //!  sg-serve-mend   each second   watch    who of the members of volumes is there: a pure core
 //!                  other members than before
-//!                                volume   asks them all what they have, and gives what is missing to who has it not
+//!                                volume   asks them all what they have, and gives what is missing to who has it not;
+//!                                         where too few are left, or have room, another becomes a member
 //! ```
 //!
 //! Nobody leads: each does so for what lies there. What two give to one for the same placement is one copy, and who has a
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 use self::volume::Left;
 use self::watch::{Care, Watch};
+use super::Others;
 use super::drain::Around;
 use super::limit::Limit;
 use super::store::{Mended, Store, Tended};
@@ -32,9 +34,9 @@ const LOOKS_AT_ONCE: usize = 16;
 /// How long one has to answer.
 const LOOK_TIME: Duration = Duration::from_millis(500);
 
-/// The thread `sg-serve-mend`, until the server closes.
-pub(super) fn run(store: &Store, limit_out: &Limit) {
-    let mut mender = Mender { store, limit_out, watch: Watch::default(), cares: BTreeMap::new() };
+/// The thread `sg-serve-mend`, until the server closes. With nobody named, no others are asked.
+pub(super) fn run(store: &Store, limit_out: &Limit, others: Option<&dyn Others>) {
+    let mut mender = Mender { store, limit_out, others, watch: Watch::default(), cares: BTreeMap::new() };
     while !store.is_closing() {
         let tended = store.tended();
         mender.look(&tended);
@@ -47,6 +49,7 @@ pub(super) fn run(store: &Store, limit_out: &Limit) {
 struct Mender<'s> {
     store: &'s Store,
     limit_out: &'s Limit,
+    others: Option<&'s dyn Others>,
     watch: Watch,
     cares: BTreeMap<VolumeId, Care>,
 }
@@ -72,9 +75,10 @@ impl Mender<'_> {
     fn mend_one(&mut self, tended: &[Tended]) -> bool {
         self.cares.retain(|volume, _| tended.iter().any(|of| of.volume == *volume));
         let now = host::now();
-        for Tended { volume, members, me } in tended {
+        for Tended { volume, members, copies, me } in tended {
             let living = self.watch.living(members, now).with(*me);
-            let care = self.cares.entry(*volume).or_insert_with(|| Care::begin(members.len()));
+            let begin = || Care::begin(members.len(), *copies, now);
+            let care = self.cares.entry(*volume).or_insert_with(begin);
             if care.is_due(living, now) {
                 let tries = care.tries;
                 let away: Vec<NodeId> = members
@@ -98,12 +102,12 @@ impl Mender<'_> {
         let away_members = away.len() as u16;
         let now = |missing_copies| self.store.set_mended(volume, Mended { away_members, missing_copies });
         now(None);
-        let others = || Vec::new();
+        let others = || self.others.map(Others::others).unwrap_or_default();
         let around = Around::new(self.store, self.limit_out, &others);
         match volume::mend(&around, volume, away, tries) {
-            Ok(Left { missing, to_do, missed }) => {
+            Ok(Left { missing, to_do, lacks_members, missed, .. }) => {
                 now((!missed).then_some(missing));
-                to_do > 0 || missed
+                to_do > 0 || missed || (lacks_members && self.others.is_some())
             }
             Err(error) => {
                 tracing::info!(%volume, error = error.chain(), "copies are not made again yet");

@@ -30,6 +30,9 @@ const REST_MAX: Duration = Duration::from_millis(500);
 /// A page that lies at several is left to the first of them for so many tries, then to the next.
 const TRIES_EACH: u32 = 3;
 
+/// Others are asked from this try on: whoever was only silent for a moment is back by then.
+const ASKS_FROM: u32 = 1;
+
 /// What is left when it was tried.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Left {
@@ -37,18 +40,23 @@ pub(super) struct Left {
     pub missing: u64,
     /// Those of them that somebody who was met could have.
     pub to_do: u64,
+    /// Of those to be seen to here, copies for which nobody who was met has room.
+    homeless: u64,
+    /// With the members that are there, so many copies cannot be.
+    pub lacks_members: bool,
     /// Somebody was not met who was there a moment ago.
     pub missed: bool,
 }
 
 /// Makes what copies it can of what lies here, and of what the index here knows of zero pages, but at those that are `away`.
+/// Where those that are there have no room for them, or are too few, others become members.
 ///
 /// # Errors
 /// Why it was not looked at as a whole.
 pub(super) fn mend(around: &Around<'_>, volume: VolumeId, mut away: Vec<NodeId>, tries: u32) -> Result<Left> {
     let store = around.store;
-    let Some(portrait) = store.portrait(volume) else { return Ok(Left::default()) };
-    let heirs = Heirs::meet_again(around, (volume, &portrait), &mut away)?;
+    let Some(mut portrait) = store.portrait(volume) else { return Ok(Left::default()) };
+    let mut heirs = Heirs::meet_again(around, (volume, &portrait), &mut away)?;
     if store.portrait(volume).is_none_or(|now| now.said.members != portrait.said.members) {
         return Err(Error::new(ErrorKind::Volume, "it has more members than were known"));
     }
@@ -56,21 +64,25 @@ pub(super) fn mend(around: &Around<'_>, volume: VolumeId, mut away: Vec<NodeId>,
     // Of a page that lies here twice the newest, once.
     held.sort_unstable_by_key(|held| (held.page, std::cmp::Reverse(held.round)));
     held.dedup_by_key(|held| held.page);
-    let mut mending = Mending {
-        around,
-        volume,
-        portrait: &portrait,
-        units: Units::new(&portrait.said.manifest),
-        heirs,
-        tries,
-        left: Left::default(),
-        made: 0,
+    let mut made = 0;
+    let left = loop {
+        let there = heirs.set();
+        tracing::debug!(%volume, me = ?portrait.me, ?there, ?away, held = held.len(), "copies are looked at");
+        let units = Units::new(&portrait.said.manifest);
+        let left = Left::default();
+        let mut mending =
+            Mending { around, volume, portrait: &portrait, units, heirs: &mut heirs, tries, left, made };
+        mending.all(&held)?;
+        made = mending.made;
+        let left = mending.left_over();
+        if !left.lacks_members || left.missed || tries < ASKS_FROM {
+            break left;
+        }
+        if let Err(error) = heirs.add(around, &mut portrait) {
+            tracing::info!(%volume, error = error.chain(), "nobody else takes copies");
+            break left;
+        }
     };
-    let there = mending.heirs.set();
-    tracing::debug!(%volume, me = ?portrait.me, ?there, ?away, held = held.len(), "copies are looked at");
-    mending.all(&held)?;
-    let Mending { left, made, heirs, .. } = mending;
-    let left = Left { missed: heirs.missed(), ..left };
     if made > 0 || left.missing > 0 {
         let made_bytes = made * PAGE_BYTES_U64;
         tracing::info!(%volume, made, made_bytes, missing = left.missing, "copies of pages were made again");
@@ -83,7 +95,7 @@ struct Mending<'a, 's> {
     volume: VolumeId,
     portrait: &'a Portrait,
     units: Units,
-    heirs: Heirs<'s>,
+    heirs: &'a mut Heirs<'s>,
     tries: u32,
     left: Left,
     made: u64,
@@ -111,12 +123,22 @@ impl Mending<'_, '_> {
         Ok(())
     }
 
+    /// What is left. Of members that are too few the first that is there sees to it that there are more: what others hold is
+    /// seen to by these.
+    fn left_over(&self) -> Left {
+        let (me, there) = (self.portrait.me, self.heirs.set());
+        let is_first = before(there, me) == 0;
+        let are_few = there.with(me).len() < self.copies();
+        let lacks_members = self.left.homeless > 0 || (are_few && is_first);
+        Left { missed: self.heirs.missed(), lacks_members, ..self.left }
+    }
+
     /// Gives what is missing of a range. What somebody was given who is lost goes to others.
     fn give_all(&mut self, range: PageRange, held: &[Held], zeros: &[IndexEntry]) {
         let before = self.left;
         loop {
             self.left = before;
-            let has = match Holdings::ask(&mut self.heirs, range) {
+            let has = match Holdings::ask(self.heirs, range) {
                 Ok(has) => has,
                 Err((member, error)) => {
                     self.heirs.lose(member, &error);
@@ -152,6 +174,7 @@ impl Mending<'_, '_> {
             if self.tries < TRIES_EACH * before(holders, self.portrait.me) {
                 continue;
             }
+            self.left.homeless += (missing * pages.len()) as u64;
             let mut wanted = group;
             for _ in 0..able {
                 let Some(to) = self.heirs.choose(&wanted, None) else { break };
@@ -200,6 +223,7 @@ impl Mending<'_, '_> {
                     self.made += placed.len() as u64;
                     self.left.missing -= pages;
                     self.left.to_do -= pages;
+                    self.left.homeless -= pages;
                 }
                 None => heir.full = true,
             }

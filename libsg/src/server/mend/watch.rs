@@ -92,9 +92,11 @@ const TRY_AGAIN: Duration = Duration::from_secs(2);
 const TRY_AGAIN_MAX: Duration = Duration::from_secs(60);
 
 impl Care {
-    /// Nothing is missing as long as all members are there: whoever wrote the volume saw to that.
-    pub fn begin(members: usize) -> Self {
-        Self { living: MemberSet::first(members), tries: 0, next: None }
+    /// Nothing is missing as long as all members are there, if they are enough for so many copies: whoever wrote the volume
+    /// saw to that.
+    pub fn begin(members: usize, copies: u8, now: Instant) -> Self {
+        let are_few = members < usize::from(copies);
+        Self { living: MemberSet::first(members), tries: 0, next: are_few.then_some(now) }
     }
 
     /// Whether it is time.
@@ -154,7 +156,8 @@ mod test {
     #[test]
     fn it_is_tried_when_others_are_there_and_again_ever_later_while_something_is_left() {
         let now = Instant::now();
-        let mut care = Care::begin(3);
+        assert!(Care::begin(1, 2, now).is_due(MemberSet(1), now), "they are too few");
+        let mut care = Care::begin(3, 2, now);
         assert!(!care.is_due(MemberSet(7), now));
         assert!(care.is_due(MemberSet(5), now));
         care.tried(true, now);

@@ -18,6 +18,8 @@ const IDLE: Duration = Duration::from_secs(3600);
 pub(in crate::server) struct Tended {
     pub volume: VolumeId,
     pub members: Vec<Member>,
+    /// At so many members each page is to lie.
+    pub copies: u8,
     pub me: MemberIndex,
 }
 
@@ -84,7 +86,8 @@ impl Store {
         let tended = with_copies()
             .filter(|(_, known)| known.committed && is_left(&known.payload) && !self.is_leaving())
             .filter_map(|(volume, known)| {
-                Some(Tended { volume, members: known.members.clone(), me: self.me(&known.members)? })
+                let me = self.me(&known.members)?;
+                Some(Tended { volume, members: known.members.clone(), copies: known.copies, me })
             });
         let tended = tended.collect();
         drop(volumes);

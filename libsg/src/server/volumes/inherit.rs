@@ -14,7 +14,8 @@ use crate::wire::parking::Parking;
 
 impl<P> Volumes<P> {
     /// Somebody who leaves says what it knows of a volume, which is created if it is not known here; whether it is new.
-    /// What is known here and newer stays. A claim's time begins anew. Done again it changes nothing.
+    /// What is known here and newer stays. A claim's time begins anew. Done again it changes nothing. One that the source
+    /// asked whether it would become a member, and then to forget it, may become one when COMMIT was given elsewhere.
     ///
     /// # Errors
     /// [`Status::Malformed`] for an id or epoch of zero, [`Status::State`] when it was dissolved, is another volume or has
@@ -27,6 +28,7 @@ impl<P> Volumes<P> {
         payload: P,
         now: Instant,
     ) -> Result<bool, Status> {
+        self.dissolved.retain(|(other, gone)| *other != id || gone.committed || !said.committed);
         let is_new = !self.live.contains_key(&id);
         if is_new {
             self.create(id, epoch, (said.manifest.clone(), said.members.clone()), payload, now)?;
@@ -192,6 +194,25 @@ mod test {
         assert_eq!(known.parking, Some(parking(1, 1)));
         assert_eq!(known.claim.as_ref().map(|claim| claim.by.clone()), Some(node("a")));
         assert!(known.blob.is_some());
+    }
+
+    #[test]
+    fn who_was_asked_in_vain_before_commit_may_take_it_behind_it() {
+        let now = Instant::now();
+        for (was_committed, is_committed, taken) in
+            [(false, true, Ok(true)), (false, false, Err(Status::State)), (true, true, Err(Status::State))]
+        {
+            let mut volumes: Volumes<()> = Volumes::new(2);
+            create(&mut volumes, 1, 1).unwrap();
+            let (epoch, mut said) = said(&volumes, parking(0, 0));
+            said.committed = is_committed;
+            if was_committed {
+                volumes.set_blob(ID, epoch, blob()).unwrap();
+                volumes.park(ID, epoch, parking(0, 0)).unwrap();
+            }
+            volumes.dissolve(ID, epoch).unwrap();
+            assert_eq!(volumes.inherit(ID, epoch, (&said, None), (), now), taken);
+        }
     }
 
     proptest! {

@@ -1,5 +1,6 @@
 //! A VM that is parked with several copies of each page, whose intermediaries die one after the other: what went with one lies
-//! at the others again before the next one dies.
+//! at the others again before the next one dies, or, where too few are left, at some that were no members. One may die while
+//! the VM is being parked, in whose place another comes.
 
 use std::time::Duration;
 
@@ -35,23 +36,36 @@ fn parking(seed: u64, intermediaries: usize, replicas: u8, events: Vec<At<What>>
     parking
 }
 
-/// The one of a seed: all holders of a page but one die, and sometimes something else happens meanwhile.
+/// The one of a seed: all intermediaries but one die, or all of those that it began with, and sometimes something else
+/// happens meanwhile.
 fn of(seed: u64) -> Parking {
     let mut random = Random::new(seed).fork(70);
     let replicas = random.pick(&[2, 2, 3]);
     let intermediaries = usize::from(replicas) + random.pick(&[1, 1, 2]);
+    let mut others = Random::new(seed).fork(71);
+    let spares = if others.one_in(2) { others.within(1, intermediaries as u64 - 1) as usize } else { 0 };
+    let dies_before = spares > 0 && intermediaries - spares > 1 && others.one_in(2);
     // As many as leave one.
     let mut order: Vec<usize> = (0..intermediaries).collect();
     for at in (1..order.len()).rev() {
         order.swap(at, random.below(at as u64 + 1) as usize);
     }
     let deaths = random.within(2, intermediaries as u64 - 1) as usize;
-    let first = random.pick(&[0.0, 0.5, 3.0]);
+    let mut first = random.pick(&[0.0, 0.5, 3.0]);
+    if dies_before || intermediaries - spares < usize::from(replicas) {
+        // It may be parked with fewer copies: then these are made first.
+        first = APART.as_secs_f64();
+    }
     let mut events: Vec<_> = order[..deaths]
         .iter()
         .zip(0..)
         .map(|(nth, before)| dies(*nth, first + f64::from(before) * APART.as_secs_f64()))
         .collect();
+    if dies_before {
+        let dies = What::Kill(Who::Intermediary(order[0]), None);
+        let times = (others.pick(&[After::Start, After::Commit]), others.pick(&[0.0, 0.001, 0.01, 0.1, 1.0]));
+        events[0] = after(times.0, times.1, dies);
+    }
     let survivor = order[deaths];
     if random.one_in(2) {
         let at = first + random.pick(&[0.1, 2.0, 5.0, 6.0, 7.0]);
@@ -65,6 +79,7 @@ fn of(seed: u64) -> Parking {
         events.push(after(After::Evicted, at, what));
     }
     let mut parking = parking(seed, intermediaries, replicas, events);
+    parking.base.spares = spares;
     if random.one_in(4) {
         let huge = InstallUnit::Huge2M;
         let plan = &mut parking.base.vms[0];
@@ -113,6 +128,37 @@ fn all_but_one_die_one_after_the_other() {
     ));
 }
 
+/// Those that it began with die, or it began with too few: others take copies that were no members.
+#[test]
+fn where_too_few_are_left_others_become_members() {
+    let apart = APART.as_secs_f64();
+    for (members, others, deaths) in [
+        (2, 1, vec![0, 1]),
+        (2, 1, vec![1, 0]),
+        (2, 2, vec![0, 1, 3]),
+        (3, 2, vec![2, 0, 1]),
+        (1, 1, vec![0]),
+    ] {
+        let events = deaths.iter().zip(1..).map(|(nth, at)| dies(*nth, f64::from(at) * apart)).collect();
+        let mut parking = parking(0, members + others, 2, events);
+        parking.base.spares = others;
+        nothing_is_lost(&parking);
+    }
+}
+
+/// Those that are left have no room for one copy more of each page.
+#[test]
+fn where_nobody_has_room_others_become_members() {
+    let events = vec![dies(0, 0.0), dies(1, APART.as_secs_f64()), dies(2, 2.0 * APART.as_secs_f64())];
+    let mut parking = parking(0, 5, 2, events);
+    parking.base.vms[0].memory = vec![Content::Version(1); 1400];
+    parking.base.vms[0].regions = vec![(1400, InstallUnit::Page)];
+    // Together they hold the VM twice, and hardly more.
+    parking.base.intermediaries = vec![4 << 20, 4 << 20, 4 << 20, 16 << 20, 16 << 20];
+    parking.base.spares = 2;
+    nothing_is_lost(&parking);
+}
+
 /// Who is only silent for a moment is not dead, and who comes back has what it had.
 #[test]
 fn one_that_is_stopped_meanwhile_comes_back() {
@@ -140,9 +186,13 @@ fn copies_are_made_again() {
 /// Who dies while a VM is being parked is replaced by one that stands by, be it the only one, in the rounds or behind them.
 #[test]
 fn another_takes_the_place_of_one_that_dies_while_the_vm_is_parked() {
-    for (members, replicas, mode) in
-        [(2, 1, Mode::ScatterGather), (1, 1, Mode::ScatterGather), (2, 1, Mode::Hybrid)]
-    {
+    for (members, replicas, mode) in [
+        (2, 1, Mode::ScatterGather),
+        (1, 1, Mode::ScatterGather),
+        (2, 1, Mode::Hybrid),
+        (2, 2, Mode::ScatterGather),
+        (3, 2, Mode::Hybrid),
+    ] {
         for ms in [50, 300, 1000] {
             let delay = Duration::from_millis(ms);
             let dies =

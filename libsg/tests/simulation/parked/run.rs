@@ -126,7 +126,7 @@ impl Run {
         let source_node = node(address(SOURCE));
         let start = |(nth, memory): (usize, &u64)| {
             let node = node(address(Role::Intermediary(nth)));
-            let handle = intermediary::start(&node, Role::Intermediary(nth), *memory);
+            let handle = intermediary::start(&node, Role::Intermediary(nth), *memory, base.strangers());
             (node, handle)
         };
         let intermediaries: Vec<_> = base.intermediaries.iter().enumerate().map(start).collect();
@@ -337,8 +337,8 @@ impl Run {
         let node = self.host.node(self.next_node);
         self.next_node += 1;
         self.host.with_net(|net, _| net.add(node.number(), address(Role::Intermediary(nth))));
-        let memory = self.parking.base.intermediaries[nth];
-        let handle = intermediary::start(&node, Role::Intermediary(nth), memory);
+        let (memory, others) = (self.parking.base.intermediaries[nth], self.parking.base.strangers());
+        let handle = intermediary::start(&node, Role::Intermediary(nth), memory, others);
         self.intermediaries[nth] = (node, handle);
     }
 
