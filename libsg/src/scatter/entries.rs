@@ -60,6 +60,13 @@ impl Scatter {
         }
     }
 
+    /// An index server did not take entries: these, and those that wait for it, go to another.
+    pub(super) fn not_indexed(&self, member: MemberIndex, entries: &[Pending]) {
+        let mut waiting = self.index.suspect(member);
+        waiting.extend_from_slice(entries);
+        self.reroute(&waiting);
+    }
+
     /// Entries that an index server did not take go to another; where nobody answers, their pages go
     /// another way. They are never passed around: that would have no end, and no bound.
     pub fn reroute(&self, entries: &[Pending]) {

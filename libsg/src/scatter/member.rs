@@ -1,6 +1,7 @@
 //! The sink of one intermediary: pulls batches, stores them there, and puts the index entries that are
 //! this member's to keep. One thread, one link, never waiting inside the link.
 
+mod answers;
 mod beside;
 
 use std::collections::VecDeque;
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use self::answers::Sent;
 use super::batch::Batch;
 use super::index_router::Pending;
 use super::load::Loaded;
@@ -265,36 +267,10 @@ impl MemberSink {
                     if placements.iter().any(Option::is_none) {
                         self.full_until = Some(now + FULL_PAUSE);
                     }
-                    let placed = pages.iter().zip(placements).map(|((page, sum), at)| {
-                        // A server knows its slots, not which member of this volume it is.
-                        let at = at.map(|at| crate::ids::Placement { member: self.member, ..at });
-                        (*page, *sum, at)
-                    });
-                    self.entries.clear();
-                    let copies = holders.without(self.member);
-                    let bytes = (pages.len() * PAGE_BYTES) as u64;
-                    self.scatter.copies.landed(self.member, holders, bytes);
-                    self.scatter.copies.answered(self.member, holders, missing, now);
-                    let mut planner = self.scatter.planner.lock();
-                    // Whoever died since is known to be dead here, or is told to the planner behind this.
-                    let has_died = holders.and(MemberSet(!self.scatter.index.living().0));
-                    let is_outdated = self.scatter.copies.is_outdated(holders, asked.at);
-                    if missing.is_none() && has_died.is_empty() && !is_outdated {
-                        planner.stored((batch, copies), placed, &mut self.entries, &mut self.losers);
-                        let copied = bytes * copies.len() as u64;
-                        self.scatter.counters.replicated.fetch_add(copied, Ordering::Relaxed);
-                    } else {
-                        // It lies at fewer than it is to: others get it, and what there is of it is given back.
-                        planner.not_stored((batch, copies), placed, &mut self.losers);
-                    }
-                    #[cfg(feature = "simulation")]
-                    if host::has_bug(host::Bug::IndexNotAwaited) {
-                        planner.indexed(&self.entries);
-                    }
-                    drop(planner);
-                    self.scatter.note_stored(self.entries.iter().map(|entry| entry.page), self.member);
-                    self.scatter.route(&self.entries);
-                    self.scatter.announce(&self.entries);
+                    let sent =
+                        Sent { scatter: &self.scatter, member: self.member, batch, holders, at: asked.at };
+                    let outcome = (&mut self.entries, &mut self.losers);
+                    sent.stored(&pages, (placements, missing), now, outcome);
                     self.spare_pages.push(pages);
                 }
                 (What::Put(batch, pages, holders), refused) => {
@@ -318,9 +294,9 @@ impl MemberSink {
                         Ok(Reply::Stored { placements, missing }) => Some((*placements, *missing)),
                         _ => None,
                     };
-                    let at = asked.at;
-                    let spread = beside::Spread { member: self.member, batch, pages: &pages, holders, at };
-                    spread.answered(&self.scatter, stored, now, (&mut self.entries, &mut self.losers));
+                    let sent =
+                        Sent { scatter: &self.scatter, member: self.member, batch, holders, at: asked.at };
+                    sent.spread(&pages, stored, now, (&mut self.entries, &mut self.losers));
                     answered.map(|_| ()).or_else(only_full)?;
                 }
                 (What::Hint, _) => {}
@@ -336,11 +312,7 @@ impl MemberSink {
                 }
                 (What::Index(entries, rerouted), Err(error)) => {
                     self.full_until = Some(now + FULL_PAUSE);
-                    let mut waiting = self.scatter.index.suspect(self.member);
-                    if !rerouted {
-                        waiting.extend_from_slice(&entries);
-                    }
-                    self.scatter.reroute(&waiting);
+                    self.scatter.not_indexed(self.member, if rerouted { &[] } else { &entries });
                     only_full(error)?;
                 }
             }

@@ -1,20 +1,14 @@
 //! What an intermediary is told beside the pages: index entries that are its to keep, slots to give back, offers, and who
 //! the members are.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Asked, MemberSink, What};
 use crate::error::Result;
-use crate::ids::{MemberIndex, MemberSet, Placement};
 use crate::limits::{BATCH_PAGES, BATCH_PAGES_MAX, INDEX_ENTRIES_MAX};
 use crate::page::PAGE_BYTES;
-use crate::scatter::planner::BatchId;
-use crate::scatter::shared::Scatter;
-use crate::scatter::table::{Loser, Place};
 use crate::vmd::Request;
 use crate::wire::message::VmdRequest;
-use crate::wire::{IndexEntry, Missing};
 
 /// Index entries are held back this long while pages flow, so that they travel many to a frame.
 const INDEX_EVERY: Duration = Duration::from_millis(5);
@@ -22,61 +16,6 @@ const INDEX_EVERY: Duration = Duration::from_millis(5);
 /// Pages that are to lie at others, too, and are not answered for, at most: 2 MiB, half of what a session sends on at
 /// once.
 const SPREAD_PAGES_MAX: usize = 512;
-
-/// A batch of pages that lay at a member, and that others were to hold, too.
-pub(super) struct Spread<'a> {
-    pub member: MemberIndex,
-    pub batch: BatchId,
-    pub pages: &'a [IndexEntry],
-    pub holders: MemberSet,
-    /// When it was asked.
-    pub at: Instant,
-}
-
-impl Spread<'_> {
-    /// It was answered: where its pages lie, and who has none; `None` where it was refused.
-    pub(super) fn answered(
-        &self,
-        scatter: &Scatter,
-        stored: Option<(&[Option<Placement>], Missing)>,
-        now: Instant,
-        (entries, losers): (&mut Vec<IndexEntry>, &mut Vec<Loser>),
-    ) {
-        let Self { member, batch, pages, holders, at } = *self;
-        let bytes = (pages.len() * PAGE_BYTES) as u64;
-        scatter.copies.landed(member, holders, bytes);
-        let first = pages.iter().filter_map(|entry| Some((entry.page, entry.placement?)));
-        let Some((placements, missing)) = stored else {
-            let copies = MemberSet::NONE;
-            losers.extend(first.map(|(page, first)| Loser { page, place: Place { first, copies } }));
-            return scatter.planner.lock().not_referenced(batch);
-        };
-        scatter.copies.answered(member, holders, missing, now);
-        let copies = holders.without(member);
-        entries.clear();
-        {
-            let mut planner = scatter.planner.lock();
-            // As with a batch that is put: whoever died since is known to be dead here, or is told to the planner behind
-            // this.
-            let has_died = holders.and(MemberSet(!scatter.index.living().0));
-            let placed = pages
-                .iter()
-                .zip(placements)
-                .map(|(entry, at)| (entry.page, entry.checksum, at.map(|at| Placement { member, ..at })));
-            if missing.is_none() && has_died.is_empty() && !scatter.copies.is_outdated(holders, at) {
-                planner.referenced((batch, copies), placed, entries, losers);
-                let copied = bytes * copies.len() as u64;
-                scatter.counters.replicated.fetch_add(copied, Ordering::Relaxed);
-            } else {
-                let there = placed.filter_map(|(page, _, at)| Some((page, at?)));
-                losers.extend(there.map(|(page, first)| Loser { page, place: Place { first, copies } }));
-                planner.not_referenced(batch);
-            }
-        }
-        scatter.route(entries);
-        scatter.announce(entries);
-    }
-}
 
 impl MemberSink {
     /// Slots that are of no use any more are given back; whether that succeeds matters to nobody.
@@ -185,8 +124,7 @@ impl MemberSink {
             }
         }
         if !waiting.is_empty() {
-            waiting.extend(self.scatter.index.suspect(self.member));
-            self.scatter.reroute(&waiting);
+            self.scatter.not_indexed(self.member, &waiting);
         }
     }
 }
