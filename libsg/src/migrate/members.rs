@@ -16,7 +16,7 @@ use crate::transport::wait;
 use crate::vmd::link::ask;
 use crate::vmd::{Class, Connector, Link, Reply, Request, Ticket};
 use crate::wire::final_set::Blobs;
-use crate::wire::message::{Member, VmdRequest};
+use crate::wire::message::{Member, VmdReply, VmdRequest};
 
 /// How long an intermediary has to be reached, to create the volume, and to answer anything else.
 pub(super) const MEMBER_TIME: Duration = Duration::from_secs(2);
@@ -38,6 +38,8 @@ pub(super) struct Seat {
     held: Held,
     /// When it last owed nothing.
     since: Instant,
+    /// Its zone, where it is known.
+    zone: Option<String>,
 }
 
 enum Held {
@@ -48,9 +50,14 @@ enum Held {
 }
 
 impl Seat {
-    /// A link to one who has the volume.
-    pub fn new(link: Box<dyn Link>) -> Self {
-        Self { held: Held::Link(link, Vec::new()), since: host::now() }
+    /// A link to one who has the volume, or is to, in this zone.
+    pub fn new(link: Box<dyn Link>, zone: Option<String>) -> Self {
+        Self { held: Held::Link(link, Vec::new()), since: host::now(), zone }
+    }
+
+    /// Copies of what lies there are to be in other zones.
+    pub fn tell_zone(&self, scatter: &Scatter, member: MemberIndex) {
+        self.zone.iter().for_each(|zone| scatter.copies.set_zone(member, zone));
     }
 
     fn link(&self) -> &dyn Link {
@@ -212,10 +219,14 @@ pub(super) fn connect(
     manifest: &Manifest,
 ) -> Members {
     let warn = |message: String| (options.observer)(&Event::Warning { message });
-    let reached: Vec<Result<Box<dyn Link>>> = std::thread::scope(|scope| {
+    let reached: Vec<Result<Seat>> = std::thread::scope(|scope| {
         let connect = |address| {
             let connector = &options.connector;
-            let connect = move || connector.connect(address, volume, epoch, Class::Bulk, MEMBER_TIME);
+            let connect = move || {
+                let mut link = connector.connect(address, volume, epoch, Class::Bulk, MEMBER_TIME)?;
+                let zone = zone(&mut *link, options.replicas)?;
+                Ok(Seat::new(link, zone))
+            };
             host::thread::Builder::new().spawn_scoped(scope, connect)
         };
         let threads: Vec<_> = options.intermediaries.iter().map(|address| connect(*address)).collect();
@@ -225,7 +236,7 @@ pub(super) fn connect(
     let mut members = Members::new();
     for link in reached {
         match link {
-            Ok(link) => members.push(Some(Seat::new(link))),
+            Ok(seat) => members.push(Some(seat)),
             Err(error) => warn(format!("an intermediary is left out: {}", error.chain())),
         }
     }
@@ -254,6 +265,20 @@ pub(super) fn connect(
         ));
     }
     members
+}
+
+/// In which zone an intermediary is, as it says; it is asked only where pages lie at several.
+///
+/// # Errors
+/// The link's, or that it does not answer.
+pub(super) fn zone(link: &mut dyn Link, replicas: u8) -> Result<Option<String>> {
+    if replicas < 2 {
+        return Ok(None);
+    }
+    ask(link, Request::Control(&VmdRequest::Statistics), MEMBER_TIME, |reply| match reply {
+        Reply::Control(VmdReply::Statistics(said)) => Ok(said.zone),
+        _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+    })
 }
 
 /// The request that says how many copies there are to be, where there are to be several.

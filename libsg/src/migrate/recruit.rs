@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::members::{MEMBER_TIME, Seat, copies, dissolve_anew, put_state};
+use super::members::{MEMBER_TIME, Seat, copies, dissolve_anew, put_state, zone};
 use super::source::SourceOptions;
 use super::{Event, Observer};
 use crate::error::{Error, ErrorKind, Result};
@@ -193,6 +193,7 @@ impl Recruiter {
             self.job.iter().for_each(|job| job.undo(&new));
             return None;
         };
+        seat.tell_zone(scatter, member);
         let message = format!("intermediary {} takes the place of {}", new.node, dead.node);
         (scatter.observer)(&Event::NodeReplaced { message });
         if let Some(state) = &self.state {
@@ -259,13 +260,14 @@ impl Job {
         if members.contains(&member) {
             return Err(Error::new(ErrorKind::Input, "it is, or was, a member already").at(&member.node));
         }
+        let zone = zone(&mut *link, self.replicas)?;
         let list = members.iter().cloned().chain([member.clone()]).collect();
         let create = VmdRequest::Create { manifest: self.manifest.clone(), members: list };
         let copies = copies(self.replicas);
         let mut all = std::iter::once(&create).chain(copies.as_ref());
         match all.try_for_each(|request| ask(&mut *link, Request::Control(request), MEMBER_TIME, |_| Ok(())))
         {
-            Ok(()) => Ok(Seat::new(link)),
+            Ok(()) => Ok(Seat::new(link, zone)),
             Err(error) => {
                 drop(link);
                 // Its answer may be what was lost.

@@ -1,5 +1,5 @@
-//! Where the copies of a batch go: to members that live, have room and have the least under way, and so take them at
-//! their own pace. A pure core, [`choose`], and the books that it reads.
+//! Where the copies of a batch go: to members that live and have room, in zones of which none has it yet where there are
+//! such, and of these to those that have the least under way, and so take them at their own pace. A pure core, [`choose`], and the books that it reads.
 //!
 //! A copy that a member did not take is a matter between the two: the batch goes elsewhere, and the first holder tries
 //! that member again after a while. When that has failed a few times, it counts as one that is not there.
@@ -41,6 +41,8 @@ pub struct Candidate {
     pub alive: bool,
     /// Whether it has the VM's state, and may have pages.
     pub open: bool,
+    /// The number of its zone; one that names none is a zone of its own.
+    pub zone: Option<u16>,
     /// Bytes of copies under way to it, from everybody.
     pub under_way: u64,
     /// How it stands to the first holder.
@@ -83,7 +85,14 @@ pub fn choose(first: MemberIndex, holders: usize, all: &[Candidate], now: Instan
     }
     // Of those that have as much under way, the next in turn.
     able.sort_by_key(|at| (all[*at].under_way, (*at + all.len() - first.as_usize()) % all.len()));
-    Choice::Take(able[..wanted].iter().map(|at| MemberIndex(*at as u16)).collect())
+    let mut holders = vec![first.as_usize()];
+    for _ in 0..wanted {
+        let zones: Vec<_> = holders.iter().filter_map(|at| all[*at].zone).collect();
+        let is_apart = |at: &usize| all[*at].zone.is_none_or(|zone| !zones.contains(&zone));
+        let next = able.iter().position(is_apart).unwrap_or(0);
+        holders.push(able.remove(next));
+    }
+    Choice::Take(holders[1..].iter().map(|at| MemberIndex(*at as u16)).collect())
 }
 
 /// The books of all members.
@@ -102,6 +111,9 @@ struct Books {
     /// When the last one that came later was opened.
     opened: Option<Instant>,
     under_way: Vec<u64>,
+    /// By member: a position in `zone_names`.
+    zones: Vec<Option<u16>>,
+    zone_names: Vec<String>,
     /// By first holder, then by member.
     standings: Vec<Vec<Standing>>,
 }
@@ -109,6 +121,7 @@ struct Books {
 impl Books {
     fn add(&mut self) {
         self.under_way.push(0);
+        self.zones.push(None);
         let members = self.under_way.len();
         self.standings.push(Vec::new());
         self.standings.iter_mut().for_each(|row| row.resize(members, Standing::default()));
@@ -130,6 +143,19 @@ impl CopyDesk {
         let member = MemberIndex(books.under_way.len() as u16);
         books.joining = books.joining.with(member);
         books.add();
+    }
+
+    /// A member is in this zone.
+    pub fn set_zone(&self, member: MemberIndex, name: &str) {
+        let mut books = self.books.lock();
+        let known = books.zone_names.iter().position(|known| known == name);
+        let zone = known.unwrap_or(books.zone_names.len());
+        if known.is_none() {
+            books.zone_names.push(name.into());
+        }
+        if let Some(of) = books.zones.get_mut(member.as_usize()) {
+            *of = Some(zone as u16);
+        }
     }
 
     /// How many members shall hold each page.
@@ -189,6 +215,7 @@ impl CopyDesk {
             .map(|at| Candidate {
                 alive: counted.contains(MemberIndex(at as u16)),
                 open: books.open.contains(MemberIndex(at as u16)),
+                zone: books.zones[at],
                 under_way: books.under_way[at],
                 standing: books.standings[first.as_usize()][at],
             })
@@ -281,6 +308,24 @@ mod test {
     }
 
     #[test]
+    fn copies_lie_in_different_zones_where_they_can() {
+        let (desk, now) = (desk(2, 4), Instant::now());
+        for (member, zone) in [(0, "one"), (1, "one"), (2, "other")] {
+            desk.set_zone(MemberIndex(member), zone);
+        }
+        desk.sent(A, MemberSet(0b0101), 100);
+        assert_eq!(all(&desk, 4, now), Some(MemberSet(0b1001)), "who names none is in none of the others'");
+        desk.sent(A, MemberSet(0b1001), 200);
+        assert_eq!(all(&desk, 4, now), Some(MemberSet(0b0101)), "though there is one with nothing under way");
+        let alone = desk.choose(A, MemberSet(0b0011), now);
+        assert_eq!(alone, Some(MemberSet(0b0011)), "a copy in the same zone is better than none");
+        // Of three, two may be in one.
+        let three = CopyDesk { holders: 3, ..desk };
+        assert_eq!(three.choose(A, MemberSet(0b0111), now), Some(MemberSet(0b0111)));
+        assert_eq!(three.choose(MemberIndex(1), MemberSet(0b1111), now), Some(MemberSet(0b1110)));
+    }
+
+    #[test]
     fn the_state_is_to_be_at_as_many_as_each_page() {
         let (desk, now) = (desk(2, 3), Instant::now());
         assert!(desk.are_open(MemberSet(0b111)));
@@ -357,14 +402,15 @@ mod test {
         fn as_many_as_are_wanted_or_live(
             holders in 1..6_usize, first in 0..8_u16,
             members in prop::collection::vec((any::<bool>(), any::<bool>(), any::<bool>(), 0..5_u64), 8),
+            zones in prop::collection::vec(prop::option::of(0..4_u16), 8),
         ) {
             let now = Instant::now();
             let rested = Standing { rests_until: Some(now + REST_MAX), ..Standing::default() };
-            let of = |(alive, open, rests, under_way): &(bool, bool, bool, u64)| Candidate {
-                alive: *alive, open: *open, under_way: *under_way,
+            let of = |((alive, open, rests, under_way), zone): (&(bool, bool, bool, u64), &Option<u16>)| Candidate {
+                alive: *alive, open: *open, zone: *zone, under_way: *under_way,
                 standing: if *rests { rested } else { Standing::default() },
             };
-            let candidates: Vec<Candidate> = members.iter().map(of).collect();
+            let candidates: Vec<Candidate> = members.iter().zip(&zones).map(of).collect();
             let others: Vec<usize> = (0..8).filter(|at| *at != usize::from(first)).collect();
             let living = others.iter().filter(|at| candidates[**at].alive).count();
             let able = |at: usize| candidates[at].alive && candidates[at].open && !members[at].2;
@@ -376,9 +422,20 @@ mod test {
                     prop_assert_eq!(taken.len(), wanted);
                     prop_assert!(!taken.contains(MemberIndex(first)));
                     prop_assert!(taken.iter().all(|member| able(member.as_usize())));
-                    let most = taken.iter().map(|member| members[member.as_usize()].3).max();
                     let left = others.iter().filter(|at| able(**at) && !taken.contains(MemberIndex(**at as u16)));
-                    prop_assert!(left.clone().all(|at| Some(members[*at].3) >= most));
+                    // None that is left has less under way than one that was taken and its zone, or is in a zone without a
+                    // holder while two of those are in one.
+                    let holders = || taken.iter().map(MemberIndex::as_usize).chain([usize::from(first)]);
+                    let is_in = |zone: Option<u16>| holders().filter(|at| zone.is_some() && zones[*at] == zone).count();
+                    for at in left {
+                        for member in taken.iter().map(MemberIndex::as_usize).filter(|at| is_in(zones[*at]) > 1) {
+                            prop_assert!(is_in(zones[*at]) > 0, "{at} is in a zone of its own, {member} is not");
+                        }
+                        let same = taken.iter().map(MemberIndex::as_usize).filter(|member| zones[*member] == zones[*at]);
+                        for member in same {
+                            prop_assert!(members[member].3 <= members[*at].3);
+                        }
+                    }
                 }
             }
         }

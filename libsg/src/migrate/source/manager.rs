@@ -56,6 +56,8 @@ impl Manager {
             (self.options.replicas.into(), self.options.scatter_limit_bytes_per_s),
             self.options.observer.clone(),
         )?);
+        let numbered = (0..).map(MemberIndex).zip(members.iter().flatten());
+        numbered.for_each(|(member, seat)| seat.tell_zone(&scatter, member));
         if let Some(sharing) = self.manifest.sharing.as_ref().filter(|_| !members.is_empty()) {
             let desk = OfferDesk::new(self.options.connector.hasher(sharing), &scatter.members.list())?;
             let _ = scatter.offers.set(desk);
