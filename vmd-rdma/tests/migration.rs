@@ -6,7 +6,7 @@ mod common;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use common::{connector, content, secret, serve};
+use common::{connector, content, eventually, secret, serve};
 use libsg::manifest::{Manifest, Region};
 use libsg::memory::{Backing, GuestMemory};
 use libsg::migrate::destination::{Destination, DestinationOptions};
@@ -104,8 +104,12 @@ fn migrate(seed: u64) {
     };
     let outgoing = start(Box::new(Vm), Arc::new(MemorySource::new(memory)), manifest, options).unwrap();
     let source = outgoing.wait_evicted(LONG).unwrap();
-    assert!(servers.iter().all(|server| server.statistics().leased_slots == 0), "leased, and not used");
+    // What went twice, since it was late, may be on its way still: no more than a chunk on a link.
+    let leased = || servers.each_ref().map(|server| server.statistics().leased_slots);
+    let unused = leased();
+    assert!(unused.iter().all(|slots| *slots <= 512), "leased, and not used: {unused:?}");
     drop(outgoing);
+    eventually("nothing is leased any more", || leased() == [0, 0]);
     incoming.wait_running(LONG).unwrap();
     let memory = berth.0.lock().clone().unwrap();
     let right = |page: u32| {
