@@ -8,7 +8,7 @@
 //! Where pages are to lie at several members, the one who has the bytes is then asked to see to that, by its sink, which
 //! counts a batch of such pages as it counts one that it sent: when the others hold them, they are stored.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -74,9 +74,9 @@ struct Seat {
 
 #[derive(Debug, Default)]
 struct Books {
-    out: HashMap<PageIndex, Offer>,
+    out: BTreeMap<PageIndex, Offer>,
     pending: usize,
-    granted: HashMap<PageIndex, ContentHash>,
+    granted: BTreeMap<PageIndex, ContentHash>,
 }
 
 #[derive(Clone, Copy, Debug)]

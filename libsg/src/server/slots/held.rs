@@ -34,9 +34,10 @@ impl Slots {
         }));
     }
 
-    /// Appends the pages of the volume that lie in slots that were written for others.
+    /// Appends the pages of the volume that lie in slots that were written for others, in their order.
     pub fn held_by_reference(&self, volume: VolumeId, out: &mut Vec<Held>) {
         let Some(lease) = self.leases.get(&volume) else { return };
+        let before = out.len();
         out.extend(lease.refs.iter().filter_map(|((page, slot), reference)| {
             let at = *slot as usize;
             let Entry::Leased(chunk) = self.entries.get(at / CHUNK_SLOTS)? else { return None };
@@ -44,5 +45,6 @@ impl Slots {
             let round = Round(reference.round);
             Some(Held { page: PageIndex(*page), slot: SlotIndex(*slot), generation, round })
         }));
+        out[before..].sort_unstable_by_key(|held| (held.page, held.slot));
     }
 }
