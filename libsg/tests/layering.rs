@@ -55,7 +55,7 @@ const BACKEND_UNSAFE_FILES: &[&str] = &[
     "verbs/kernel/pair.rs",
     "verbs/kernel/queue.rs",
     "verbs/mod.rs",
-    "verbs/simulated/fabric.rs",
+    "verbs/simulated/memory.rs",
     "verbs/simulated.rs",
 ];
 

@@ -2,23 +2,30 @@
 //! rights, domains), and completes, delays and fails what it is asked by seed.
 //!
 //! Nothing here happens by itself: works go on when somebody reaps, some more or less of them as the seed has it, in the
-//! order of their queue pair. So a seed is the same run again, whatever the clock does.
+//! order of their queue pair. So a seed is the same run again, whatever the clock does. Or else they go on when somebody
+//! says how late it is ([`Network::on_a_clock`]), for a world that has a clock of its own.
 #![allow(unsafe_code)]
 
+mod clock;
 mod fabric;
+mod memory;
 
 use std::net::Ipv6Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::event::EventfdFlags;
 
-use self::fabric::{Fabric, Memory, Posted};
+use self::clock::Clock;
+use self::fabric::{Fabric, host_of};
+use self::memory::{Memory, Posted};
 use super::{Access, Device, Domain, Done, Endpoint, Limits, Patience, QueuePair, Region, Work};
 use libsg::{Error, ErrorKind};
 
+pub use self::clock::Pace;
 pub use self::fabric::Counts;
 
 /// What every simulated device can do: little, so that tests meet the limits.
@@ -33,7 +40,24 @@ impl Network {
     /// A network on which things happen as this seed has it.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self(Arc::new(Mutex::new(Fabric::new(seed))))
+        Self(Arc::new(Mutex::new(Fabric::new(seed, None))))
+    }
+
+    /// A network on which things happen when [`Self::advance`] says that it is time.
+    #[must_use]
+    pub fn on_a_clock(seed: u64, pace: Pace) -> Self {
+        Self(Arc::new(Mutex::new(Fabric::new(seed, Some(Clock::new(pace))))))
+    }
+
+    /// It is that late on its clock. Appends the hosts where somebody who waits is woken by what has happened.
+    pub fn advance(&self, now: Duration, woken: &mut Vec<u16>) {
+        self.0.lock().advance(now, woken);
+    }
+
+    /// When something happens next on its clock.
+    #[must_use]
+    pub fn next(&self) -> Option<Duration> {
+        self.0.lock().next()
     }
 
     /// A host's device. Its number is in its GID.
@@ -53,10 +77,30 @@ impl Network {
         self.0.lock().restore(host);
     }
 
+    /// The host's process was killed: its memory and queue pairs are gone, which nobody tells its peers.
+    pub fn remove(&self, host: u16) {
+        self.0.lock().remove_host(host);
+    }
+
+    /// Carries nothing between two hosts from now on, or again.
+    pub fn cut(&self, one: u16, other: u16, cut: bool) {
+        self.0.lock().cut(one, other, cut);
+    }
+
+    /// The first host's queue pairs to the second are in the error state from now on.
+    pub fn fail_between(&self, one: u16, other: u16) {
+        self.0.lock().fail_between(one, other);
+    }
+
+    /// The host's device registers so much at once, and no more.
+    pub fn limit_regions(&self, host: u16, most: usize) {
+        self.0.lock().limit_regions(host, most);
+    }
+
     /// What was done so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        self.0.lock().counts()
+        self.0.lock().counts
     }
 }
 
@@ -102,7 +146,7 @@ impl Domain for SimulatedDomain {
         }
         // SAFETY: the caller says that it stays mapped until the region is dropped, which takes it from the fabric.
         let memory = unsafe { Memory::new(start, bytes) };
-        let key = self.network.0.lock().register(self.number, memory, access);
+        let key = self.network.0.lock().register((host_of(self.gid), self.number), memory, access)?;
         Ok(Box::new(SimulatedRegion { key, domain: self }))
     }
 
@@ -111,8 +155,8 @@ impl Domain for SimulatedDomain {
             let what = format!("a queue pair has 1 to {} work requests", LIMITS.works_max);
             return Err(Error::new(ErrorKind::Input, what));
         }
-        let event = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        let endpoint = self.network.0.lock().add_pair(self.number, self.gid);
+        let event = Arc::new(rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        let endpoint = self.network.0.lock().add_pair(self.number, self.gid, Arc::clone(&event));
         Ok(Box::new(SimulatedPair { endpoint, works, event, domain: self }))
     }
 }
@@ -143,8 +187,9 @@ impl Drop for SimulatedRegion {
 struct SimulatedPair {
     endpoint: Endpoint,
     works: usize,
-    /// Readable when armed with anything outstanding: whoever reaps then makes it happen.
-    event: OwnedFd,
+    /// Readable when armed with anything outstanding: whoever reaps then makes it happen. On a clock, when something
+    /// has ended since it was armed.
+    event: Arc<OwnedFd>,
     domain: Arc<SimulatedDomain>,
 }
 
@@ -159,7 +204,7 @@ impl QueuePair for SimulatedPair {
         self.endpoint
     }
 
-    fn connect(&mut self, peer: &Endpoint, _: Patience) -> Result<(), Error> {
+    fn connect(&mut self, peer: &Endpoint, patience: Patience) -> Result<(), Error> {
         if peer.mtu_bytes != self.endpoint.mtu_bytes {
             let what = format!(
                 "the peer's port has an MTU of {} bytes, ours one of {}: give both the same",
@@ -167,7 +212,7 @@ impl QueuePair for SimulatedPair {
             );
             return Err(Error::new(ErrorKind::Input, what));
         }
-        self.fabric().connect(self.endpoint.number, peer)
+        self.fabric().connect(self.endpoint.number, peer, patience)
     }
 
     fn post(&mut self, works: &[Work<'_>]) -> Result<usize, Error> {
@@ -183,19 +228,12 @@ impl QueuePair for SimulatedPair {
     }
 
     fn reap(&mut self, most: usize, into: &mut Vec<Done>) -> Result<(), Error> {
-        let before = into.len();
         self.fabric().reap(self.endpoint.number, most, into);
-        if into.len() > before {
-            // What it was armed for has come. As long as nothing has, it stays readable: nothing would ever happen else.
-            let _ = rustix::io::read(&self.event, &mut [0; 8]);
-        }
         Ok(())
     }
 
     fn arm(&mut self) -> Result<(), Error> {
-        if self.fabric().outstanding(self.endpoint.number) > 0 {
-            rustix::io::write(&self.event, &1u64.to_ne_bytes())?;
-        }
+        self.fabric().arm(self.endpoint.number);
         Ok(())
     }
 

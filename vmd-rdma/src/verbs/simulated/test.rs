@@ -273,3 +273,127 @@ fn whoever_waits_is_woken() {
     bench.pairs[0].arm().expect("armed");
     assert!(!readable(&*bench.pairs[0]));
 }
+
+const PACE: Pace = Pace { delay: MS, jitter: Duration::ZERO, bytes_per_s: 0 };
+const MS: Duration = Duration::from_millis(1);
+
+impl Bench {
+    /// Two hosts on a clock.
+    fn on_a_clock() -> Self {
+        let mut bench = bench(1, BOTH);
+        bench.network = Network::on_a_clock(1, PACE);
+        bench.domains = [domain(&bench.network, 1), domain(&bench.network, 2)];
+        let register = |host: usize| Some(register(&bench.domains[host], &bench.blocks[host], BOTH));
+        bench.regions = [register(0), register(1)];
+        bench.pairs = connected(&bench.domains[0], &bench.domains[1]);
+        bench
+    }
+
+    /// So many milliseconds since the beginning; the hosts that are woken.
+    fn at(&self, ms: u32) -> Vec<u16> {
+        let mut woken = Vec::new();
+        self.network.advance(MS * ms, &mut woken);
+        woken
+    }
+
+    fn ended(&mut self) -> Vec<Done> {
+        let mut done = Vec::new();
+        self.pairs[0].reap(100, &mut done).expect("reaped");
+        done
+    }
+
+    fn write(&mut self, id: u64) {
+        let piece = [self.piece(0, 64)];
+        self.post(id, Operation::Write, &piece, self.remote(id as usize * 64));
+    }
+
+    fn has_landed(&self, id: u64) -> bool {
+        self.blocks[1].byte(id as usize * 64) == 1
+    }
+}
+
+#[test]
+fn on_a_clock_a_write_lands_first_and_is_acknowledged_later() {
+    let mut bench = Bench::on_a_clock();
+    assert_eq!(bench.network.next(), None);
+    bench.pairs[0].arm().expect("armed");
+    bench.write(0);
+    bench.write(1);
+    assert_eq!((bench.at(0), bench.network.next()), (vec![], Some(MS)));
+    assert!(bench.ended().is_empty() && !bench.has_landed(0));
+    assert_eq!(bench.at(1), [0; 0]);
+    assert!(bench.ended().is_empty() && bench.has_landed(1));
+    bench.pairs[0].arm().expect("armed");
+    assert_eq!(bench.at(2), [1], "once for both");
+    assert_eq!(
+        bench.ended().iter().map(|done| (done.id, done.result)).collect::<Vec<_>>(),
+        [(0, Ok(())), (1, Ok(()))]
+    );
+    assert_eq!(bench.network.next(), None);
+}
+
+#[test]
+fn what_was_sent_lands_behind_the_end_of_who_sent_it() {
+    for killed in [false, true] {
+        let mut bench = Bench::on_a_clock();
+        bench.write(0);
+        bench.at(0);
+        bench.write(1);
+        if killed {
+            bench.network.remove(1);
+        } else {
+            bench.pairs[0].fail();
+            assert!(bench.ended().iter().all(|done| done.result == Err(Fault::Flushed)));
+        }
+        bench.at(5);
+        assert_eq!([0, 1].map(|id| bench.has_landed(id)), [true, false], "the second was never sent");
+        assert!(bench.ended().is_empty());
+    }
+    // But not behind the end of who was to take it.
+    let mut bench = Bench::on_a_clock();
+    bench.write(0);
+    bench.at(0);
+    bench.pairs[1].fail();
+    bench.at(5);
+    assert!(!bench.has_landed(0));
+}
+
+#[test]
+fn on_a_clock_a_silent_peer_is_given_up_in_time() {
+    let patience = Patience::default();
+    let long = patience.acknowledged_within * (u32::from(patience.retries) + 1) + MS * 10;
+    for gone in [false, true] {
+        let mut bench = Bench::on_a_clock();
+        bench.write(0);
+        if gone {
+            bench.network.remove(2);
+        } else {
+            bench.network.cut(1, 2, true);
+        }
+        bench.write(1);
+        bench.at(1000);
+        assert!(bench.ended().is_empty());
+        bench.network.advance(long, &mut Vec::new());
+        let results: Vec<_> = bench.ended().iter().map(|done| done.result).collect();
+        assert_eq!(results, [Err(Fault::RetriesExceeded), Err(Fault::Flushed)]);
+    }
+    // One that answers again before that is not.
+    let mut bench = Bench::on_a_clock();
+    bench.network.cut(1, 2, true);
+    bench.write(0);
+    bench.at(1000);
+    bench.network.cut(1, 2, false);
+    bench.network.advance(long, &mut Vec::new());
+    assert!(bench.has_landed(0) && bench.ended()[0].result.is_ok());
+}
+
+#[test]
+fn a_device_registers_so_much_and_no_more() {
+    let bench = bench(12, BOTH);
+    bench.network.limit_regions(2, 1);
+    // SAFETY: the block is leaked.
+    let more = || unsafe { Arc::clone(&bench.domains[1]).register(bench.blocks[1].0, PAGE, BOTH) };
+    assert_eq!(more().expect_err("refused").kind, ErrorKind::Full);
+    bench.network.limit_regions(2, 2);
+    assert!(more().is_ok());
+}
