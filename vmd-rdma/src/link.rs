@@ -9,23 +9,22 @@
 //! what an intermediary leases to one client. Until the intermediary has let the device in, and where it does not, pages go
 //! over the connection as well.
 
+mod calls;
 mod hear;
 mod job;
 mod standing;
 mod way;
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use libsg::host;
 use libsg::limits::{GRANTS_MAX, LEASED_SLOTS_MAX};
 use libsg::transport::Waker;
-use libsg::vmd::{
-    AccessReply, AccessRequest, Answered, Class, Completion, Link, PathSample, Reply, Request, TcpLink,
-    Ticket,
-};
+use libsg::vmd::{AccessRequest, Answered, Class, Link as _, Request, TcpLink, Ticket};
 use libsg::wire::Missing;
-use libsg::wire::message::Member;
 use libsg::{Error, ErrorKind, Result, ids::Placement, wire::PageEntry};
 use rustix::event::epoll::{self, EventData, EventFlags};
 
@@ -37,6 +36,9 @@ use crate::verbs::Device;
 
 /// Pages that were read are released so many gets at a time, or with the next look.
 const RELEASED_MAX: usize = GRANTS_MAX / 2;
+
+/// A peer that nothing was heard of for so long, over the device, is knocked at.
+const SILENT_MAX: Duration = Duration::from_secs(1);
 
 /// One client's path to one intermediary.
 #[derive(Debug)]
@@ -73,10 +75,14 @@ pub struct RdmaLink {
     stored: Vec<Option<Placement>>,
     entries: Vec<PageEntry>,
     job_bytes: usize,
+    /// When the device last ended something.
+    heard_at: Instant,
     written_bytes: u64,
     read_bytes: u64,
     poll: OwnedFd,
     poll_writes: bool,
+    /// The caller may write nothing for now, and comes again by itself: room on the connection is no news to it.
+    held: bool,
     /// Since the last time that anything could be posted there is more to post, or room for it: whoever waits is told once,
     /// as of room in a socket.
     news: bool,
@@ -146,10 +152,12 @@ impl RdmaLink {
             stored: Vec::new(),
             entries: Vec::new(),
             job_bytes: 0,
+            heard_at: host::now(),
             written_bytes: 0,
             read_bytes: 0,
             poll,
             poll_writes: false,
+            held: false,
             news: false,
             waker,
             failed: None,
@@ -290,6 +298,9 @@ impl RdmaLink {
         if let Way::Open(open) = &mut self.way {
             // Nobody keeps a pace of what is read: it was asked for at one.
             open.stream.post(0)?;
+            if !open.stream.is_busy() && host::elapsed(self.heard_at) >= SILENT_MAX {
+                open.stream.knock()?;
+            }
         }
         Ok(())
     }
@@ -315,6 +326,9 @@ impl RdmaLink {
             self.said.over_the_device(self.device.name());
         }
         self.news |= any;
+        if any {
+            self.heard_at = host::now();
+        }
         for number in self.ended.drain(..) {
             match self.jobs.get_mut(&number) {
                 Some(Job::Put(put)) => {
@@ -437,13 +451,14 @@ impl RdmaLink {
             self.news = written > 0;
         }
         written += self.control.progress(write_bytes_max - written)?;
+        self.held = write_bytes_max == 0 && self.control.queued_bytes() > 0;
         self.watch()?;
         Ok(written)
     }
 
-    /// Who waits is woken by room on the connection where something is to be written there.
+    /// Who waits is woken by room on the connection where something is to be written there, and may be.
     fn watch(&mut self) -> Result<()> {
-        let writes = self.control.queued_bytes() > 0;
+        let writes = self.control.queued_bytes() > 0 && !self.held;
         if writes != self.poll_writes
             && let Some(fd) = self.control.poll_fd()
         {
@@ -452,110 +467,5 @@ impl RdmaLink {
             self.poll_writes = writes;
         }
         Ok(())
-    }
-}
-
-impl Link for RdmaLink {
-    fn member(&self) -> &Member {
-        self.control.member()
-    }
-
-    fn submit(&mut self, request: Request<'_>) -> Result<Ticket> {
-        self.check_alive()?;
-        if matches!(request, Request::Put { .. } | Request::Get(_)) {
-            if !self.is_open()
-                && matches!(self.way, Way::Asked(_) | Way::Open(_))
-                && let Err(error) = self.advance()
-            {
-                self.way = Way::Closed;
-                self.dead = true;
-                return Err(error);
-            }
-            let ticket = match self.take(request)? {
-                Some(ticket) => ticket,
-                None => plain(self.control.submit(request)?),
-            };
-            self.try_way().inspect_err(|_| self.dead = true)?;
-            return Ok(ticket);
-        }
-        Ok(plain(self.control.submit(request)?))
-    }
-
-    fn progress(&mut self, write_bytes_max: usize) -> Result<usize> {
-        self.check_alive()?;
-        self.move_bytes(write_bytes_max).inspect_err(|_| {
-            self.way = Way::Closed;
-            self.dead = true;
-        })
-    }
-
-    fn completion(&mut self) -> Option<Completion<'_>> {
-        if self.dead || self.failed.is_some() {
-            return None;
-        }
-        let end = match self.next_end() {
-            Ok(end) => end?,
-            Err(error) => {
-                self.lose(error);
-                return None;
-            }
-        };
-        let (ticket, result) = match end {
-            End::Plain(ticket, answer) => (
-                ticket,
-                answer.map(|answered| match self.control.show(answered) {
-                    AccessReply::Plain(reply) => reply,
-                    // Whatever else was asked is not the caller's.
-                    _ => Reply::Done,
-                }),
-            ),
-            End::Put(number, result) => {
-                self.forget(number);
-                let stored = |missing| Reply::Stored { placements: &self.stored, missing };
-                (own(number), result.map(stored))
-            }
-            End::Got(number, result) => {
-                let (area, bytes) = match self.jobs.get(&number) {
-                    Some(Job::Get(get)) => (get.area, get.bytes),
-                    _ => (0, 0),
-                };
-                self.forget(number);
-                if result.is_ok() {
-                    self.shown = Some(area);
-                }
-                let bytes = match &self.way {
-                    Way::Open(open) => open.landed(area, bytes),
-                    _ => &[],
-                };
-                (own(number), result.map(|()| Reply::Pages { entries: &self.entries, bytes }))
-            }
-        };
-        Some(Completion { ticket, result })
-    }
-
-    fn queued_bytes(&self) -> usize {
-        let data = match &self.way {
-            Way::Open(open) => open.stream.queued_bytes(),
-            _ => 0,
-        };
-        self.control.queued_bytes() + data
-    }
-
-    fn outstanding_bytes(&self) -> usize {
-        self.control.outstanding_bytes() + self.job_bytes
-    }
-
-    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
-        // A failed link is always ready, and so is one whose connection failed.
-        self.control.poll_fd().filter(|_| self.failed.is_none()).map(|_| self.poll.as_fd())
-    }
-
-    fn path(&self) -> PathSample {
-        let path = self.control.path();
-        PathSample {
-            delivered_bytes: path.delivered_bytes + self.written_bytes,
-            received_bytes: path.received_bytes + self.read_bytes,
-            ..path
-        }
     }
 }

@@ -21,7 +21,7 @@ const REAPED: usize = 32;
 /// queue pair has room again.
 const HALFWAY: u64 = u64::MAX;
 
-/// The number of the first work request of all, which writes nothing: when it has ended, the peer is there.
+/// The number of work requests that write nothing, the first of all among them: when one has ended, the peer is there.
 const KNOCK: u64 = u64::MAX - 1;
 
 /// Memory here, and as much there.
@@ -74,6 +74,8 @@ pub(crate) struct Stream {
     open: usize,
     /// Packets get to the peer and back.
     is_proven: bool,
+    /// It has knocked, and was not answered yet.
+    knocks: bool,
     /// Lists of spans to use again.
     spare: Vec<VecDeque<Span>>,
     done: Vec<Done>,
@@ -168,10 +170,8 @@ impl Stream {
     ///
     /// # Errors
     /// The device refuses it.
-    pub(crate) fn new(mut pair: Box<dyn QueuePair>, limits: Limits, works_max: usize) -> Result<Self> {
-        let (operation, remote) = (Operation::Write, Remote { address: 0, key: 0 });
-        pair.post(&[Work { id: KNOCK, operation, pieces: &[], remote, signalled: true }])?;
-        Ok(Self {
+    pub(crate) fn new(pair: Box<dyn QueuePair>, limits: Limits, works_max: usize) -> Result<Self> {
+        let mut stream = Self {
             pair,
             limits,
             works_max,
@@ -180,9 +180,23 @@ impl Stream {
             unsignalled: 0,
             open: 0,
             is_proven: false,
+            knocks: false,
             spare: Vec::new(),
             done: Vec::new(),
-        })
+        };
+        stream.knock()?;
+        Ok(stream)
+    }
+
+    /// Finds out whether the peer is there, when nothing else does.
+    ///
+    /// # Errors
+    /// The device refuses it.
+    pub(crate) fn knock(&mut self) -> Result<()> {
+        let (operation, remote) = (Operation::Write, Remote { address: 0, key: 0 });
+        self.knocks =
+            self.pair.post(&[Work { id: KNOCK, operation, pieces: &[], remote, signalled: true }])? > 0;
+        Ok(())
     }
 
     /// An empty list.
@@ -255,7 +269,7 @@ impl Stream {
                 done.result.map_err(Lost::Work)?;
                 match done.id {
                     HALFWAY => {}
-                    KNOCK => self.is_proven = true,
+                    KNOCK => (self.is_proven, self.knocks) = (true, false),
                     number => {
                         ended.push(number);
                         self.open -= 1;
@@ -270,7 +284,7 @@ impl Stream {
 
     /// Whether anything is on its way.
     pub(crate) fn is_busy(&self) -> bool {
-        self.open > 0 || !self.is_proven
+        self.open > 0 || self.knocks
     }
 
     /// Whether the peer has acknowledged anything yet. Until then nothing else is to be pushed.

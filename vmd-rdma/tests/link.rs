@@ -199,6 +199,54 @@ fn a_host_that_is_cut_off_fails_its_link_and_what_it_had_is_free() {
 }
 
 #[test]
+fn a_peer_is_knocked_at_while_nothing_is_asked_of_it() {
+    let network = Network::new(16);
+    let server = serve(&network, 2);
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    let before = network.counts();
+    eventually("it is knocked at", || {
+        assert_eq!(client.link.progress(0).unwrap(), 0);
+        network.counts().works > before.works
+    });
+    client.put(1..65).unwrap();
+    assert!(client.link.is_open());
+    network.cut_off(2);
+    let mut error = None;
+    eventually("it is missed", || {
+        error = client.link.progress(0).err();
+        error.is_some()
+    });
+    assert_eq!(error.unwrap().kind, ErrorKind::Unreachable);
+    assert_eq!(kind(client.put(1..65)), ErrorKind::Unreachable);
+}
+
+#[test]
+fn whoever_may_write_nothing_is_not_woken_by_room_to_write() {
+    let network = Network::new(17);
+    let server = serve(&network, 2);
+    let mut client = Client::create(&network, &[&server]);
+    client.warm_up();
+    let (entries, slices) = batch(1..9);
+    let put = Request::Put { entries: &entries, slices: &slices, copies: MemberSet::NONE };
+    let link = &mut *client.link;
+    link.submit(put).unwrap();
+    assert_eq!(link.progress(0).unwrap(), 0);
+    assert!(link.queued_bytes() > 0);
+    let wakes =
+        |link: &vmd_rdma::RdmaLink| wait(&[(link.poll_fd(), true)], std::time::Duration::ZERO).unwrap();
+    assert_eq!(wakes(link), 0);
+    // With leave to write it goes on.
+    loop {
+        link.progress(usize::MAX).unwrap();
+        if link.completion().is_some() {
+            break;
+        }
+        wait(&[(link.poll_fd(), link.queued_bytes() > 0)], PATIENCE).unwrap();
+    }
+}
+
+#[test]
 fn a_killed_intermediary_fails_its_link() {
     let network = Network::new(8);
     let server = serve(&network, 2);
