@@ -137,6 +137,12 @@ pub enum Bug {
     GenerationKept,
     /// Copies that went with an intermediary that died are said to be made again, and are not.
     MendsNothing,
+    /// A client that moves pages itself keeps its way in when its slots are given to others.
+    WayLeftOpen,
+    /// What such a client writes counts before it is there.
+    SettledEarly,
+    /// What it gave up, with its way, counts as if it had got there.
+    GivenUpCounts,
 }
 
 thread_local! {

@@ -16,11 +16,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use libsg::host::simulation::{Bug, KEY_OF_THREADS, World, enter, outside};
+use libsg::server::backend::Backend;
+use libsg::vmd::{Connector, TcpConnector};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::net::{Net, NodeNumber};
 use crate::random::Random;
+use crate::scenario::secret;
 
 /// Time that one turn of a thread takes.
 const TURN: Duration = Duration::from_micros(2);
@@ -394,6 +397,17 @@ impl Node {
 
     pub fn host(&self) -> &Arc<Host> {
         &self.host
+    }
+
+    /// What makes this node's links to intermediaries.
+    pub fn connector(&self) -> Arc<dyn Connector> {
+        let beside = self.host.with_net(|net, _| net.side()?.connector(self.number));
+        beside.unwrap_or_else(|| Arc::new(TcpConnector::new(secret())))
+    }
+
+    /// What an intermediary here lets clients in by that move pages themselves.
+    pub fn backend(&self) -> Option<Arc<dyn Backend>> {
+        self.host.with_net(|net, _| net.side()?.backend(self.number))
     }
 
     /// Starts a thread of this node.

@@ -10,13 +10,14 @@ use libsg::migrate::Mode;
 use libsg::page::{PageIndex, PageRange};
 use libsg::scatter::Scatter;
 use libsg::server::ServerHandle;
-use libsg::wire::message::Member;
+use libsg::wire::message::{Member, VolumeSummary};
 
 use crate::content::Content;
 use crate::moving::{Move, all};
 use crate::net::NodeNumber;
 use crate::run::Run;
 use crate::scenario::{After, DESTINATION, Event, Role, SOURCE, What};
+use crate::{late, writers};
 
 /// No fault waits longer, whatever happens: longer than everything that can happen lasts, and every grace.
 const WAIT_MAX: Duration = Duration::from_secs(25);
@@ -421,7 +422,11 @@ impl Contracts {
             self.broken(format!("leaving loses nothing: {gathered:?}, lost {lost:?}"));
         }
         let all_dissolved = run.moves.iter().all(|vm| vm.destination.ended.lock().dissolved.is_some());
-        let holds_pages = run.servers().iter().any(|(_, server)| server.statistics().used_bytes > 0);
+        // Others, who write volumes of their own, may be at it still.
+        let others = [writers::VOLUME, late::VOLUME];
+        let is_held = |of: &VolumeSummary| of.stored_pages > 0 && !others.contains(&of.volume);
+        let holds_pages =
+            run.servers().iter().any(|(_, server)| server.statistics().volumes.iter().any(is_held));
         if quiet && all_dissolved && holds_pages {
             self.broken("nothing happened: an intermediary still holds pages".into());
         }

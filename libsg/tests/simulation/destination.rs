@@ -9,7 +9,6 @@ use libsg::migrate::destination::{Destination, DestinationOptions, Incoming};
 use libsg::migrate::{IncomingVm, Mode};
 use libsg::page::PageRange;
 use libsg::sink::PageSink;
-use libsg::vmd::TcpConnector;
 use libsg::{Error, ErrorKind};
 use parking_lot::Mutex;
 
@@ -113,7 +112,7 @@ pub fn start(
         source_grace: scenario.grace,
         member_grace: scenario.grace,
         observer,
-        ..DestinationOptions::new(door(nth), secret(), Arc::new(TcpConnector::new(secret())))
+        ..DestinationOptions::new(door(nth), secret(), node.connector())
     };
     let host = Host { memory, ended: Arc::default(), incoming: Arc::default() };
     let (ended, handle) = (Arc::clone(&host.ended), Arc::clone(&host.incoming));

@@ -18,11 +18,12 @@ pub type Handle = Arc<Mutex<Weak<ServerHandle>>>;
 /// Starts it, with so much memory. Others may become members of volumes that have copies too few.
 pub fn start(node: &Arc<Node>, role: Role, memory_bytes: u64, others: Vec<SocketAddr>) -> Handle {
     let handle = Handle::default();
-    let given = Arc::clone(&handle);
+    let (given, backend) = (Arc::clone(&handle), node.backend());
     node.spawn("intermediary", move || {
         let memory_bytes = if has_bug(Bug::LimitIgnored) { 4 * memory_bytes } else { memory_bytes };
         let mut config = Config::new(address(role), format!("{role:?}"), memory_bytes, secret());
         config.others = (!others.is_empty()).then(|| Arc::new(others) as Arc<dyn Others>);
+        config.backend = backend;
         let server = Arc::new(Server::bind(config).expect("listens").spawn().expect("serves"));
         *given.lock() = Arc::downgrade(&server);
         loop {

@@ -16,6 +16,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
 use crate::frames::Frames;
 use crate::random::Random;
+use crate::side::SideNetwork;
 
 /// A node, of which one that restarts is another one.
 pub type NodeNumber = usize;
@@ -59,6 +60,7 @@ pub struct Net {
     /// Nodes of whose descriptors some may have become ready, or be so no more, since they were looked at.
     pub stirred: Vec<NodeNumber>,
     flips: Flips,
+    side: Option<Box<dyn SideNetwork>>,
 }
 
 /// Bits that are flipped on the way.
@@ -127,7 +129,13 @@ impl Net {
             scratch: vec![0; PIECE_BYTES],
             stirred: Vec::new(),
             flips: Flips::default(),
+            side: crate::side_network(seed, &weather),
         }
+    }
+
+    /// The network beside the connections.
+    pub fn side(&self) -> Option<&dyn SideNetwork> {
+        self.side.as_deref()
     }
 
     /// Bytes that were carried.
@@ -145,10 +153,16 @@ impl Net {
         self.hosts.remove(&node);
         self.listeners.retain(|_, listener| listener.node != node);
         self.links.retain(|link| !link.nodes.contains(&node));
+        if let Some(side) = &mut self.side {
+            side.remove(node);
+        }
     }
 
     /// Breaks every connection between two nodes.
     pub fn break_links(&mut self, one: NodeNumber, other: NodeNumber) {
+        if self.side.as_mut().is_some_and(|side| !side.break_links(one, other)) {
+            return;
+        }
         self.links.retain(|link| !(link.nodes.contains(&one) && link.nodes.contains(&other)));
     }
 
@@ -172,6 +186,9 @@ impl Net {
         self.cut.retain(|pair| *pair != (one, other) && *pair != (other, one));
         if cut {
             self.cut.push((one, other));
+        }
+        if let Some(side) = &mut self.side {
+            side.cut(one, other, cut);
         }
     }
 
@@ -240,7 +257,8 @@ impl Net {
 
     /// Gives what is due.
     pub fn deliver(&mut self, now: Duration) {
-        let Self { weather, random, hosts, links, carried_bytes, cut, scratch, stirred, flips, .. } = self;
+        let Self { weather, random, hosts, links, carried_bytes, cut, scratch, stirred, flips, side, .. } =
+            self;
         let mut ports = Ports { weather, random, hosts, carried_bytes, scratch, flips };
         for link in links.iter_mut().filter(|link| !Self::is_cut(cut, link.nodes)) {
             for side in 0..2 {
@@ -255,6 +273,9 @@ impl Net {
             let [there, back] = &link.ways;
             link.broken |= there.shut && back.shut;
         }
+        if let Some(side) = side {
+            side.deliver(now, stirred);
+        }
         self.let_go();
     }
 
@@ -263,7 +284,9 @@ impl Net {
         let open = self.links.iter().filter(|link| !Self::is_cut(&self.cut, link.nodes));
         let ways = open.flat_map(|link| &link.ways);
         // What is blocked goes on when its receiver has read.
-        ways.filter(|way| !way.blocked).filter_map(|way| way.pieces.front()).map(|piece| piece.due).min()
+        let pieces = ways.filter(|way| !way.blocked).filter_map(|way| way.pieces.front());
+        let beside = self.side.as_ref().and_then(|side| side.next_delivery());
+        pieces.map(|piece| piece.due).chain(beside).min()
     }
 }
 

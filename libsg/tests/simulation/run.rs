@@ -15,7 +15,7 @@ use crate::contracts::Contracts;
 use crate::moving::{Move, all};
 use crate::net::{Net, NodeNumber};
 use crate::scenario::{After, DESTINATION, Event, Plan, Role, SOURCE, Scenario, What, address};
-use crate::{intermediary, stranger, successors, writers};
+use crate::{intermediary, late, stranger, successors, writers};
 
 /// No run is longer.
 const TIME_MAX: Duration = Duration::from_secs(120);
@@ -37,6 +37,8 @@ pub struct Outcome {
     pub evicted: bool,
     pub lost_pages: u32,
     pub carried_bytes: u64,
+    /// Of pages that clients moved themselves.
+    pub moved_bytes: u64,
     pub flipped_bits: usize,
     /// The events that had happened.
     pub happened: Vec<Event>,
@@ -138,6 +140,7 @@ impl Run {
         }
         if scenario.writers {
             writers::start(&stranger, &moves[0].vm, scenario);
+            late::start(&stranger, &moves[0].vm, scenario);
         }
         if scenario.events.iter().any(|event| matches!(event.what, What::Flip(..))) {
             host.with_net(|net, _| net.expect_flips());
@@ -202,6 +205,7 @@ impl Run {
             lost_pages: logs.iter().map(|log| log.lost_pages).sum(),
             happened: self.done.clone(),
             carried_bytes: self.host.with_net(|net, _| net.carried_bytes()),
+            moved_bytes: self.host.with_net(|net, _| net.side().map_or(0, |side| side.moved_bytes())),
             flipped_bits: self.host.with_net(|net, _| net.flipped()),
             lines: lines.into_iter().map(|(at, line)| format!("{at:?} {line}")).collect(),
         }

@@ -144,7 +144,7 @@ pub struct Scenario {
     pub sharing: bool,
     /// How many intermediaries hold each page.
     pub replicas: u8,
-    /// Two others write a volume, one after the other.
+    /// Others write two volumes, two each, one after the other.
     pub writers: bool,
 }
 
@@ -418,7 +418,7 @@ impl Scenario {
     /// Memory in which an intermediary has room for all pages of all VMs, and for copies that are late.
     pub fn room_for_all(&self) -> u64 {
         let chunks: u64 = self.vms.iter().map(|vm| vm.memory.len() as u64 / CHUNK_PAGES + 2).sum();
-        ((chunks + u64::from(self.writers)) * CHUNK_PAGES * PAGE_BYTES_U64).max(8 << 20)
+        ((chunks + 2 * u64::from(self.writers)) * CHUNK_PAGES * PAGE_BYTES_U64).max(8 << 20)
     }
 
     /// How long eviction may take, from COMMIT on, where one way out is not disturbed.

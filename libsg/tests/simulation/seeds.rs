@@ -20,6 +20,8 @@ pub struct Sum {
     evicted: u64,
     with_losses: u64,
     carried_bytes: u64,
+    /// By clients themselves.
+    pub moved_bytes: u64,
     flipped_bits: usize,
     time: Duration,
     /// Seeds in which a contract was broken, and how.
@@ -33,6 +35,7 @@ impl Sum {
         self.evicted += u64::from(outcome.evicted);
         self.with_losses += u64::from(outcome.lost_pages > 0);
         self.carried_bytes += outcome.carried_bytes;
+        self.moved_bytes += outcome.moved_bytes;
         self.flipped_bits += outcome.flipped_bits;
         self.broken.extend(outcome.breach.map(|breach| (seed, breach)));
     }
@@ -40,8 +43,8 @@ impl Sum {
 
 impl fmt::Display for Sum {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { runs, turns, evicted, with_losses, carried_bytes, flipped_bits, time, broken } = self;
-        let (seconds, mebibytes) = (time.as_secs_f64(), carried_bytes >> 20);
+        let Self { runs, turns, evicted, with_losses, carried_bytes, flipped_bits, time, broken, .. } = self;
+        let (seconds, mebibytes, moved) = (time.as_secs_f64(), carried_bytes >> 20, self.moved_bytes >> 20);
         let rate = *runs as f64 / seconds;
         write!(
             f,
@@ -49,7 +52,7 @@ impl fmt::Display for Sum {
         )?;
         write!(
             f,
-            " carried, {flipped_bits} bits flipped; evicted in {evicted}, pages lost in {with_losses}, broken in {}",
+            " carried, {moved} MiB moved beside connections, {flipped_bits} bits flipped; evicted in {evicted}, pages lost in {with_losses}, broken in {}",
             broken.len()
         )
     }

@@ -62,7 +62,8 @@ pub fn again(test: &str, seed: u64, events: &[usize], bug: Option<Bug>) -> Strin
     let numbers: Vec<_> = events.iter().map(ToString::to_string).collect();
     let bug = bug.map_or_else(String::new, |bug| format!(" SG_SIM_BUG={bug:?}"));
     let what = format!("SG_SIM_SEED={seed} SG_SIM_EVENTS={}{bug}", numbers.join(","));
-    format!("    {what} cargo test -p libsg --test simulation {test} -- --exact --nocapture\n")
+    let package = env!("CARGO_PKG_NAME");
+    format!("    {what} cargo test -p {package} --test simulation {test} -- --exact --nocapture\n")
 }
 
 /// What that command says: a seed, which of its events (all of them, unless it says so), the bug.

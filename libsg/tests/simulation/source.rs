@@ -12,7 +12,6 @@ use libsg::migrate::source::{self, Outgoing, SourceOptions, To};
 use libsg::migrate::{OutgoingVm, Replacements, Vacancy};
 use libsg::page::{PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
-use libsg::vmd::TcpConnector;
 use libsg::wire::message::Member;
 use parking_lot::Mutex;
 
@@ -141,7 +140,7 @@ pub fn start(
         mode: plan.mode,
         rounds: plan.rounds,
         secret: secret(),
-        connector: Arc::new(TcpConnector::new(secret())),
+        connector: node.connector(),
         scatter_limit_bytes_per_s: scenario.scatter_limit,
         ready_timeout: Duration::from_secs(5),
         observer,

@@ -8,12 +8,12 @@ use libsg::ids::{Checksum, Epoch, Round, VolumeId};
 use libsg::memory::PageSlice;
 use libsg::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex};
 use libsg::transport::{PoolSecret, dial};
-use libsg::vmd::{PagePut, TcpConnector, Vmd, VmdClient};
+use libsg::vmd::{PagePut, Vmd, VmdClient};
 use libsg::wire::handshake::Purpose;
 
 use crate::clock::Node;
 use crate::guest::{Vm, manifest};
-use crate::scenario::{DESTINATION, Role, Scenario, address, secret};
+use crate::scenario::{DESTINATION, Role, Scenario, address};
 
 /// One seed in so many has a stranger.
 pub const ONE_IN: u64 = 8;
@@ -39,10 +39,11 @@ pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario) {
 
 /// Another VM's volume takes the memory of an intermediary that is left.
 pub fn fill(node: &Arc<Node>, role: Role, memory_bytes: u64) {
+    let connector = node.connector();
     node.spawn("neighbour", move || {
         let pages = memory_bytes / PAGE_BYTES_U64;
         let neighbour = manifest("neighbour".into(), &[(pages, InstallUnit::Page)]);
-        let vmd = VmdClient::new(Arc::new(TcpConnector::new(secret())), PATIENCE);
+        let vmd = VmdClient::new(connector, PATIENCE);
         let volume = VolumeId(1 + u128::from(pages));
         // Whoever is not there, or full, cannot be filled.
         let Ok(volume) = vmd.create(volume, Epoch::FIRST, &neighbour, &[address(role)]) else { return };

@@ -9,13 +9,14 @@ use std::time::Duration;
 use libsg::ids::{Checksum, Epoch, Round, VolumeId};
 use libsg::memory::PageSlice;
 use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
-use libsg::vmd::{PagePut, Role, TcpConnector, Vmd, VmdClient, Volume};
+use libsg::vmd::{PagePut, Role, Vmd, VmdClient, Volume};
 
 use crate::clock::Node;
 use crate::guest::{Vm, manifest};
-use crate::scenario::{Scenario, address, secret};
+use crate::scenario::{Scenario, address};
 
-const VOLUME: VolumeId = VolumeId(7 << 64);
+/// What they write.
+pub const VOLUME: VolumeId = VolumeId(7 << 64);
 const OLDER: Epoch = Epoch(1);
 const NEWER: Epoch = Epoch(2);
 
@@ -28,9 +29,9 @@ const ROUNDS: u16 = 8;
 /// Starts them, at the first intermediary; what is wrong is said of `vm`.
 pub fn start(node: &Arc<Node>, vm: &Arc<Vm>, scenario: &Scenario) {
     let Some(at) = scenario.members().next().map(address) else { return };
-    let vm = Arc::clone(vm);
+    let (connector, vm) = (node.connector(), Arc::clone(vm));
     node.spawn("writers", move || {
-        let vmd = VmdClient::new(Arc::new(TcpConnector::new(secret())), PATIENCE);
+        let vmd = VmdClient::new(connector, PATIENCE);
         let manifest = manifest("writers".into(), &[(1, InstallUnit::Page)]);
         let Ok(older) = vmd.create(VOLUME, OLDER, &manifest, &[at]) else { return };
         // Whoever is not there any more, or full, proves nothing.

@@ -1,5 +1,7 @@
 //! What the intermediary's answers do to puts and gets that go over the device.
 
+#[cfg(feature = "simulation")]
+use libsg::host::simulation::{Bug, has_bug};
 use libsg::vmd::{AccessReply, Answered, Class, Link as _, Reply, Ticket};
 use libsg::wire::Missing;
 use libsg::{Error, ErrorKind, Result, ids::Placement};
@@ -8,6 +10,17 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use super::job::Job;
 use super::way::Way;
 use super::{Asked, End, RdmaLink, own, plain};
+
+/// The number of no job.
+const NOBODY: u64 = 0;
+
+/// A fault on purpose.
+fn settles_early() -> bool {
+    #[cfg(feature = "simulation")]
+    return has_bug(Bug::SettledEarly);
+    #[cfg(not(feature = "simulation"))]
+    false
+}
 
 impl RdmaLink {
     /// An answer on the connection.
@@ -56,8 +69,10 @@ impl RdmaLink {
             self.heard = Some(End::Put(number, Ok(Missing::NONE)));
             return Ok(());
         }
-        match open.write(number, put, keys) {
+        let ends = if settles_early() { NOBODY } else { number };
+        match open.write(ends, put, keys) {
             Ok(()) => {
+                self.ended.extend((ends == NOBODY).then_some(number));
                 self.news = true;
                 Ok(())
             }

@@ -10,6 +10,8 @@ use parking_lot::Mutex;
 use super::{Store, check_inside};
 use crate::content::Sharing;
 use crate::error::{Error, ErrorKind};
+#[cfg(feature = "simulation")]
+use crate::host;
 use crate::ids::{Epoch, Placement, VolumeId};
 use crate::server::backend::{Backend, ChunkMemory, Domain, Opened, Rights};
 use crate::server::seats::{Held, Seat, Withdrawn, chunks_of};
@@ -284,6 +286,13 @@ impl Store {
     /// The order is what nothing late gets through.
     fn finish_withdrawal(&self, withdrawn: Withdrawn) {
         let Withdrawn { ways, closed, unpin, free } = withdrawn;
+        #[cfg(feature = "simulation")]
+        let (ways, closed) = if host::has_bug(host::Bug::WayLeftOpen) {
+            std::mem::forget((ways, closed));
+            Default::default()
+        } else {
+            (ways, closed)
+        };
         drop(ways);
         drop(closed);
         if !free.is_empty() {

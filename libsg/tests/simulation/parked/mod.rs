@@ -13,11 +13,11 @@ use libsg::page::InstallUnit;
 
 use crate::content::Content;
 use crate::net::Weather;
-use crate::number;
 use crate::random::Random;
 use crate::run::Outcome;
 use crate::scenario::{PIECES, Plan, Scenario};
 use crate::seeds::run_each;
+use crate::seeds_asked;
 use crate::shrink::{again, asked, without_one};
 
 /// Who something happens to.
@@ -249,9 +249,8 @@ impl Kind {
     }
 
     fn whatever_happens(&self) {
-        let (first, count) = (number("SG_SIM_FIRST", 0), number("SG_SIM_SEEDS", 300));
         log_if_asked();
-        let sum = run_each(first..first + count, true, 5, |seed| self.run(seed, None));
+        let sum = run_each(seeds_asked(), true, 5, |seed| self.run(seed, None));
         println!("{sum}");
         let broken = sum.broken.first().and_then(|(seed, _)| self.report(*seed, None)).unwrap_or_default();
         assert!(sum.broken.is_empty(), "{sum}\n{:?}\n{broken}", sum.broken);

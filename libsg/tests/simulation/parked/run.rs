@@ -12,7 +12,6 @@ use libsg::migrate::destination::{ClaimOptions, DestinationOptions, Incoming, cl
 use libsg::migrate::source::To;
 use libsg::page::{PageIndex, PageRange};
 use libsg::server::ServerHandle;
-use libsg::vmd::TcpConnector;
 use parking_lot::Mutex;
 
 use super::{After, At, Parking, What, Who};
@@ -186,6 +185,7 @@ impl Run {
             lost_pages: 0,
             happened: Vec::new(),
             carried_bytes: self.host.with_net(|net, _| net.carried_bytes()),
+            moved_bytes: self.host.with_net(|net, _| net.side().map_or(0, |side| side.moved_bytes())),
             flipped_bits: 0,
             lines: log.lines.iter().map(|(at, line)| format!("{at:?} {line}")).collect(),
         }
@@ -363,7 +363,7 @@ impl Run {
             source_grace: base.grace,
             member_grace: base.grace,
             observer: observer(Some(nth), &node, &self.log),
-            ..DestinationOptions::new(at, secret(), Arc::new(TcpConnector::new(secret())))
+            ..DestinationOptions::new(at, secret(), node.connector())
         };
         let claiming = Claiming { node, memory, incoming: Arc::default(), ended: Arc::default() };
         let (handle, ended) = (Arc::clone(&claiming.incoming), Arc::clone(&claiming.ended));
