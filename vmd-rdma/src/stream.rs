@@ -4,8 +4,6 @@
 use std::collections::VecDeque;
 
 use libsg::Result;
-#[cfg(feature = "simulation")]
-use libsg::host::simulation::{Bug, has_bug};
 use libsg::ids::NodeId;
 
 use crate::verbs::{Done, Fault, Limits, Operation, Piece, QueuePair, Remote, Work};
@@ -268,9 +266,7 @@ impl Stream {
             self.pair.reap(REAPED, &mut self.done).map_err(Lost::Device)?;
             any |= !self.done.is_empty();
             for done in &self.done {
-                if !counts_what_was_given_up() {
-                    done.result.map_err(Lost::Work)?;
-                }
+                done.result.map_err(Lost::Work)?;
                 match done.id {
                     HALFWAY => {}
                     KNOCK => (self.is_proven, self.knocks) = (true, false),
@@ -299,14 +295,6 @@ impl Stream {
     pub(crate) fn pair(&mut self) -> &mut dyn QueuePair {
         &mut *self.pair
     }
-}
-
-/// A fault on purpose.
-fn counts_what_was_given_up() -> bool {
-    #[cfg(feature = "simulation")]
-    return has_bug(Bug::GivenUpCounts);
-    #[cfg(not(feature = "simulation"))]
-    false
 }
 
 /// Why a queue pair is of no use any more.

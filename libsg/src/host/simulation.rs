@@ -141,8 +141,6 @@ pub enum Bug {
     WayLeftOpen,
     /// What such a client writes counts before it is there.
     SettledEarly,
-    /// What it gave up, with its way, counts as if it had got there.
-    GivenUpCounts,
 }
 
 thread_local! {

@@ -24,8 +24,3 @@ fn nobody_writes_behind_the_end_of_its_epoch() {
 fn a_page_is_there_before_it_counts() {
     is_found(Bug::SettledEarly, &["evicted means evicted", "a death is an event"]);
 }
-
-#[test]
-fn what_was_given_up_does_not_count() {
-    is_found(Bug::GivenUpCounts, &["evicted means evicted", "a death is an event"]);
-}
