@@ -11,6 +11,42 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::run::{Outcome, Run};
 use crate::scenario::Scenario;
+use crate::shrink;
+
+/// Seeds within which each bug that was put in on purpose is found.
+const CANARY_SEEDS: u64 = 1000;
+
+/// A number from the environment.
+pub fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: a number")))
+}
+
+/// A seed is the same run each time.
+pub fn repeat_themselves(seeds: Range<u64>) {
+    for seed in seeds {
+        let run = || Run::new(&Scenario::of(seed), None).run().trace;
+        assert_eq!(run(), run(), "seed {seed}");
+    }
+}
+
+/// No seed breaks a contract; what they were.
+pub fn hold(seeds: Range<u64>) -> Sum {
+    let sum = run_all(seeds, None, 20);
+    println!("{sum}");
+    let broken = sum.broken.first().and_then(|(seed, _)| shrink::shrink(*seed, None));
+    let report = broken.map_or_else(String::new, |failure| failure.report());
+    assert!(sum.broken.is_empty(), "{sum}\n{:?}\n{report}", sum.broken);
+    sum
+}
+
+/// Runs seeds with a bug until one breaks a contract, which must be one of those that `says` names.
+pub fn find(bug: Bug, says: &[&str]) {
+    let sum = run_all(0..CANARY_SEEDS, Some(bug), 1);
+    let (seed, breach) = sum.broken.first().unwrap_or_else(|| panic!("{bug:?} was not found: {sum}"));
+    println!("{bug:?}: seed {seed}: {breach}");
+    assert!(says.iter().any(|words| breach.contains(words)), "{bug:?} was found as something else: {breach}");
+}
 
 /// What many runs were.
 #[derive(Debug, Default)]

@@ -4,10 +4,9 @@ use std::fmt::Write;
 
 use libsg::host::simulation::Bug;
 
-use crate::number;
 use crate::run::{Outcome, Run};
 use crate::scenario::{Plan, Scenario};
-use crate::seeds::run_each;
+use crate::seeds::{number, run_each};
 
 /// A failure, as small as it was made.
 pub struct Failure {
@@ -74,6 +73,21 @@ pub fn asked(events: impl Fn(u64) -> usize) -> (u64, Vec<usize>, Option<Bug>) {
         Err(_) => (0..events(seed)).collect(),
     };
     (seed, events, std::env::var("SG_SIM_BUG").ok().map(|name| bug_named(&name)))
+}
+
+/// The seed `SG_SIM_SEED`, with all that is told; with those of its events only that `SG_SIM_EVENTS` names; with the bug
+/// `SG_SIM_BUG`; and what libsg logs by `SG_SIM_LOG=libsg=debug` (its times are the real ones).
+pub fn one_seed() {
+    let (seed, events, bug) = asked(|seed| Scenario::of(seed).events.len());
+    if let Ok(filter) = std::env::var("SG_SIM_LOG") {
+        tracing_subscriber::fmt().with_env_filter(filter).init();
+    }
+    let (scenario, outcome) = run_with(seed, &events, bug);
+    for line in &outcome.lines {
+        println!("{line}");
+    }
+    let failure = Failure { scenario, events, bug, outcome };
+    assert!(failure.outcome.breach.is_none(), "{}", failure.report());
 }
 
 /// The bug of this name.

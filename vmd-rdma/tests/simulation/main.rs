@@ -54,17 +54,11 @@ mod devices;
 use std::ops::Range;
 
 use net::Weather;
-use scenario::Scenario;
+use seeds::number;
 use side::SideNetwork;
 
 fn side_network(seed: u64, weather: &Weather) -> Option<Box<dyn SideNetwork>> {
     Some(Box::new(devices::Devices::of(seed, weather)))
-}
-
-/// A number from the environment.
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name)
-        .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: a number")))
 }
 
 /// A quarter as many as over connections.
@@ -75,33 +69,17 @@ fn seeds_asked() -> Range<u64> {
 
 #[test]
 fn a_seed_is_the_same_run_each_time() {
-    for seed in 0..10 {
-        let run = || run::Run::new(&Scenario::of(seed), None).run().trace;
-        assert_eq!(run(), run(), "seed {seed}");
-    }
+    seeds::repeat_themselves(0..10);
 }
 
 #[test]
 fn whatever_happens_the_contracts_hold() {
-    let sum = seeds::run_all(seeds_asked(), None, 20);
-    println!("{sum}");
-    let broken = sum.broken.first().and_then(|(seed, _)| shrink::shrink(*seed, None));
-    let report = broken.map_or_else(String::new, |failure| failure.report());
-    assert!(sum.broken.is_empty(), "{sum}\n{:?}\n{report}", sum.broken);
+    let sum = seeds::hold(seeds_asked());
     assert!(sum.moved_bytes > 0, "devices move pages: {sum}");
 }
 
 /// As the test of that name in libsg.
 #[test]
 fn one_seed() {
-    let (seed, events, bug) = shrink::asked(|seed| Scenario::of(seed).events.len());
-    if let Ok(filter) = std::env::var("SG_SIM_LOG") {
-        tracing_subscriber::fmt().with_env_filter(filter).init();
-    }
-    let (scenario, outcome) = shrink::run_with(seed, &events, bug);
-    for line in &outcome.lines {
-        println!("{line}");
-    }
-    let failure = shrink::Failure { scenario, events, bug, outcome };
-    assert!(failure.outcome.breach.is_none(), "{}", failure.report());
+    shrink::one_seed();
 }
