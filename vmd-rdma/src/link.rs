@@ -60,8 +60,8 @@ pub struct RdmaLink {
     ended: Vec<u64>,
     /// Gets whose reads have ended.
     read: VecDeque<u64>,
-    /// Gets that have ended.
-    got: VecDeque<u64>,
+    /// Gets that have ended, and how.
+    got: VecDeque<(u64, Result<()>)>,
     standing: Standing,
     /// The end of a request that came over the connection, and was not taken yet.
     heard: Option<End>,
@@ -387,12 +387,8 @@ impl RdmaLink {
         }
         loop {
             self.advance()?;
-            if let Some(number) = self.got.pop_front() {
-                let refused = match self.jobs.get_mut(&number) {
-                    Some(Job::Get(get)) => get.refused.take(),
-                    _ => None,
-                };
-                return Ok(Some(End::Got(number, refused.map_or(Ok(()), Err))));
+            if let Some((number, result)) = self.got.pop_front() {
+                return Ok(Some(End::Got(number, result)));
             }
             if let Some(end) = self.heard.take() {
                 return Ok(Some(end));

@@ -142,7 +142,7 @@ impl RdmaLink {
             self.read_bytes += get.bytes as u64;
             let kept = get.key.take().map(|key| self.standing.keep(key, get.reach));
             self.releases.extend(kept.unwrap_or(Some(get.reach)));
-            self.got.push_back(number);
+            self.got.push_back((number, Ok(())));
             return Ok(());
         };
         self.grants -= 1;
@@ -150,8 +150,7 @@ impl RdmaLink {
         if error.kind == ErrorKind::Unreachable {
             return self.shut(number, error);
         }
-        get.refused = Some(error);
-        self.got.push_back(number);
+        self.got.push_back((number, Err(error)));
         Ok(())
     }
 
