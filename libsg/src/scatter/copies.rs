@@ -71,28 +71,33 @@ pub enum Choice {
     Wait,
 }
 
-/// Who gets the copies of a batch that `first` gets. `holders` are wanted in all, `first` among them, or as many as
-/// live.
+/// Who gets the copies of a batch that `first` gets, of so many members, which `of` tells. `holders` are wanted in all,
+/// `first` among them, or as many as live.
 #[must_use]
-pub fn choose(first: MemberIndex, holders: usize, all: &[Candidate], now: Instant) -> Choice {
-    let others = || (0..all.len()).filter(|at| *at != first.as_usize() && all[*at].alive);
-    let living = others().filter(|at| !all[*at].is_out(now)).count();
-    let wanted = holders.saturating_sub(1).min(living);
-    let mut able: Vec<usize> =
-        others().filter(|at| all[*at].open && !all[*at].rests(now) && !all[*at].is_out(now)).collect();
-    if able.len() < wanted {
-        return Choice::Wait;
+pub fn choose(
+    first: MemberIndex,
+    holders: usize,
+    members: usize,
+    of: impl Fn(MemberIndex) -> Candidate,
+    now: Instant,
+) -> Choice {
+    let others = MemberSet::first(members).without(first);
+    let living: MemberSet = others.iter().filter(|at| of(*at).alive && !of(*at).is_out(now)).collect();
+    let mut able: MemberSet = living.iter().filter(|at| of(*at).open && !of(*at).rests(now)).collect();
+    let wanted = holders.saturating_sub(1).min(living.len());
+    let mut taken = MemberSet::of(first);
+    while taken.len() <= wanted {
+        let shares_a_zone = |at: MemberIndex| {
+            of(at).zone.is_some_and(|zone| taken.iter().any(|holder| of(holder).zone == Some(zone)))
+        };
+        // Of those that have as much under way, the next in turn.
+        let turn = |at: MemberIndex| (at.as_usize() + members - first.as_usize()) % members;
+        let next = able.iter().min_by_key(|at| (shares_a_zone(*at), of(*at).under_way, turn(*at)));
+        let Some(next) = next else { return Choice::Wait };
+        able = able.without(next);
+        taken = taken.with(next);
     }
-    // Of those that have as much under way, the next in turn.
-    able.sort_by_key(|at| (all[*at].under_way, (*at + all.len() - first.as_usize()) % all.len()));
-    let mut holders = vec![first.as_usize()];
-    for _ in 0..wanted {
-        let zones: Vec<_> = holders.iter().filter_map(|at| all[*at].zone).collect();
-        let is_apart = |at: &usize| all[*at].zone.is_none_or(|zone| !zones.contains(&zone));
-        let next = able.iter().position(is_apart).unwrap_or(0);
-        holders.push(able.remove(next));
-    }
-    Choice::Take(holders[1..].iter().map(|at| MemberIndex(*at as u16)).collect())
+    Choice::Take(taken.without(first))
 }
 
 /// The books of all members.
@@ -211,16 +216,14 @@ impl CopyDesk {
         }
         let books = self.books.lock();
         let counted = alive.but(books.joining);
-        let all: Vec<Candidate> = (0..books.under_way.len())
-            .map(|at| Candidate {
-                alive: counted.contains(MemberIndex(at as u16)),
-                open: books.open.contains(MemberIndex(at as u16)),
-                zone: books.zones[at],
-                under_way: books.under_way[at],
-                standing: books.standings[first.as_usize()][at],
-            })
-            .collect();
-        match choose(first, self.holders, &all, now) {
+        let of = |member: MemberIndex| Candidate {
+            alive: counted.contains(member),
+            open: books.open.contains(member),
+            zone: books.zones[member.as_usize()],
+            under_way: books.under_way[member.as_usize()],
+            standing: books.standings[first.as_usize()][member.as_usize()],
+        };
+        match choose(first, self.holders, books.under_way.len(), of, now) {
             Choice::Take(copies) => Some(copies.with(first)),
             Choice::Wait => None,
         }
@@ -416,7 +419,7 @@ mod test {
             let able = |at: usize| candidates[at].alive && candidates[at].open && !members[at].2;
             let count = others.iter().filter(|at| able(**at)).count();
             let wanted = (holders - 1).min(living);
-            match choose(MemberIndex(first), holders, &candidates, now) {
+            match choose(MemberIndex(first), holders, 8, |at| candidates[at.as_usize()], now) {
                 Choice::Wait => prop_assert!(count < wanted),
                 Choice::Take(taken) => {
                     prop_assert_eq!(taken.len(), wanted);
