@@ -3,6 +3,7 @@
 mod experiments;
 mod figures;
 mod rows;
+mod rounds;
 pub mod runs;
 mod stock;
 

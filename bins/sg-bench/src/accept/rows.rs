@@ -1,10 +1,8 @@
 //! The rows: which experiments they need, what is computed from them, what is wanted.
 
-use std::cell::OnceCell;
 use std::fmt;
-use std::rc::Rc;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use libsg::discovery::select::CHOICES;
 use sg_benches::content::{self, Content};
 
@@ -15,6 +13,7 @@ use super::figures::{
     intermediary_cpu_over_stream, link_used, longest_pause, over_fresh_stream, over_sum_of_rates, ratios,
     rss_slope, sent_over_unique, server_rss_slope, source_cpu_over_stream, total, total_over_qemu,
 };
+use super::rounds::Rounds;
 use super::runs::{Results, Run};
 use crate::{disk, select};
 
@@ -376,29 +375,16 @@ fn select_row() -> Row {
     )
 }
 
-/// Rounds of a comparison, or why there are none.
-type Compared = std::result::Result<Vec<disk::Round>, String>;
-
-/// A volume as a block device: no hosts are built for it either.
+/// A volume as a block device: no hosts are built for it either. Both parts are of the same rounds.
 fn nbd_row() -> Row {
-    // Both parts are of the same rounds.
-    let rounds: Rc<OnceCell<Compared>> = Rc::default();
-    let part = |name: &str, of: fn(&disk::Round) -> f64| {
-        let rounds = Rc::clone(&rounds);
-        let compared = || disk::compare(1 << 30, 3).map_err(|error| format!("{error:#}"));
-        let values = move |_: &Results| match rounds.get_or_init(compared) {
-            Ok(rounds) => Ok(rounds.iter().map(of).collect()),
-            Err(error) => bail!("{error}"),
-        };
-        Part { name: name.to_owned(), experiments: Vec::new(), want: AtLeast(0.8), values: Box::new(values) }
-    };
+    let rounds = Rounds::of(|| disk::compare(1 << 30, 3));
     row(
         "nbd",
         "1 GiB by nbdcopy through sg nbd / through nbdkit nbd in front of nbdkit memory, fresh memory: throughput",
         &[],
         vec![
-            part("in", |round| round.theirs.in_s / round.ours.in_s),
-            part("out", |round| round.theirs.out_s / round.ours.out_s),
+            rounds.part("in", AtLeast(0.8), |round| Some(round.theirs.in_s / round.ours.in_s)),
+            rounds.part("out", AtLeast(0.8), |round| Some(round.theirs.out_s / round.ours.out_s)),
         ],
     )
 }

@@ -1,12 +1,9 @@
 //! The rows about stock QEMUs: all of the same runs, which are made when the first figure is asked for.
 
-use std::cell::OnceCell;
-use std::rc::Rc;
-
-use anyhow::{Context as _, Result, bail};
 use libsg::report::Report;
 
-use super::rows::{Part, Row, Want};
+use super::rounds::Rounds;
+use super::rows::{Row, Want};
 use crate::stock::{self, Round};
 use Want::{AtLeast, AtMost};
 
@@ -15,7 +12,7 @@ const ROUNDS: u32 = 3;
 
 /// The rows of issue 6.
 pub fn rows() -> Vec<Row> {
-    let rounds = Rounds::default();
+    let rounds = Rounds::of(|| stock::compare(ROUNDS));
     let row = |name, what, parts| Row { issue: 6, name, what, families: Vec::new(), parts };
     let part = |name: &str, want, of: fn(&Round) -> Option<f64>| rounds.part(name, want, of);
     vec![
@@ -63,22 +60,4 @@ fn total(report: &Report) -> Option<f64> {
 
 fn gap(report: &Report) -> Option<f64> {
     report.guest.longest_pause_ms
-}
-
-/// The runs, or why there are none.
-#[derive(Clone, Default)]
-struct Rounds(Rc<OnceCell<std::result::Result<Vec<Round>, String>>>);
-
-impl Rounds {
-    fn part(&self, name: &str, want: Want, of: fn(&Round) -> Option<f64>) -> Part {
-        let rounds = Rc::clone(&self.0);
-        let values = move |_: &super::Results| -> Result<Vec<f64>> {
-            let compared = || stock::compare(ROUNDS).map_err(|error| format!("{error:#}"));
-            match rounds.get_or_init(compared) {
-                Ok(rounds) => rounds.iter().map(|round| of(round).context("a run did not tell")).collect(),
-                Err(error) => bail!("{error}"),
-            }
-        };
-        Part { name: name.to_owned(), experiments: Vec::new(), want, values: Box::new(values) }
-    }
 }
