@@ -23,7 +23,7 @@ use libsg::vmd::{TcpConnector, Vmd as _, VmdClient};
 use libsg::wire::message::NodeStatistics;
 use vmms::{Control, ControlSocket, Divider};
 
-const DESTINATION_PORT: u16 = 7700;
+pub const DESTINATION_PORT: u16 = 7700;
 pub const INTERMEDIARY_PORT: u16 = 7701;
 /// Ports between the destinations of two VMs.
 const PORT_STEP: u16 = 10;

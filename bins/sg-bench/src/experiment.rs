@@ -1,10 +1,9 @@
 //! One run: hosts, links measured, processes, migration followed to its end, verified, reported.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::CommandFactory as _;
 use libsg::report::{Guest, Host, Report, Status};
 
@@ -12,11 +11,12 @@ use crate::beside::Beside;
 use crate::cli::{Cli, MigrateArgs, Mode, Transport, Until};
 use crate::cluster::Cluster;
 use crate::cost::{self, Meter};
+use crate::error::chained;
 use crate::events::Events;
 use crate::follow::{Following, Watched};
 use crate::lab::{Lab, Node, Reserve};
 use crate::stream::Cost;
-use crate::ui::Ui;
+use crate::ui::{Table, Ui};
 use crate::{interrupt, micro, stream};
 use libsg::units::Rate;
 use vmd_rdma::verbs::kernel::{self, Choice};
@@ -63,7 +63,7 @@ fn run_if(args: &MigrateArgs, ui: &mut Ui, links_do: impl FnOnce(&Links) -> Resu
         bail!(why);
     }
     if args.transport == Transport::Rdma {
-        kernel::open(&Choice::default()).map_err(|error| anyhow!("{}", error.chain()))?;
+        kernel::open(&Choice::default()).map_err(chained)?;
     }
     let lab = Lab::create(&args.lab_spec())?;
     // Before anything is measured: packets are memory, too, and links of a machine without any measure slower.
@@ -92,12 +92,13 @@ fn run_if(args: &MigrateArgs, ui: &mut Ui, links_do: impl FnOnce(&Links) -> Resu
     let cotenants = beside.cotenants(start, host.eviction_s.map(Duration::from_secs_f64), end);
     let pressure = beside.pressure(&lab, start, end);
     let mut reports = following.reports(&mut cluster, args.until)?;
+    let statistics = cluster.statistics(&lab);
     for report in &mut reports {
         report.set_link(links.mbps);
         report.sinks_mbps.clone_from(&links.sinks_mbps);
         report.idle_fault_us = Some(links.idle_fault_us);
         add_usage(report, &cluster);
-        meter.add_intermediaries(report, &cluster.statistics(&lab));
+        meter.add_intermediaries(report, &statistics);
     }
     let cost = meter.per_gib(&reports, links.cost);
     let failed = reports.iter().any(|report| report.status != Status::Ok);
@@ -116,20 +117,9 @@ fn run_if(args: &MigrateArgs, ui: &mut Ui, links_do: impl FnOnce(&Links) -> Resu
 
 fn measure(lab: &Lab, args: &MigrateArgs) -> Result<Links> {
     let spec = args.lab_spec();
-    // Unlimited is the fastest, though its number is zero.
-    let speed = |node| match spec.rate_of(node) {
-        Rate::UNLIMITED => u64::MAX,
-        Rate(bits) => bits,
-    };
-    let sinks = || {
-        lab.nodes()
-            .iter()
-            .copied()
-            .filter(|node| !matches!(node, Node::Source | Node::FurtherSource(_) | Node::Client))
-    };
-    let best = sinks().rev().max_by_key(|node| speed(*node)).context("a lab has a destination")?;
+    let best = spec.best_sink();
     let mut sinks_mbps = BTreeMap::new();
-    for node in sinks().filter(|node| spec.shape && speed(*node) < speed(Node::Source)) {
+    for node in spec.sinks().filter(|node| spec.shape && spec.speed(*node) < spec.speed(Node::Source)) {
         interrupt::check()?;
         let best = stream::in_band_mbps(lab, node, spec.rate_of(node).as_mbps())?;
         sinks_mbps.insert(node.to_string(), best);
@@ -171,27 +161,12 @@ impl std::fmt::Display for Links {
 
 fn fit(args: &MigrateArgs, mbps: f64, sinks_mbps: &BTreeMap<String, f64>) -> bool {
     let spec = args.lab_spec();
-    let fastest_sink = if spec.intermediaries > 0 {
-        fastest(spec.destination_rate, spec.intermediary_rate)
-    } else {
-        spec.destination_rate
-    };
-    let nominal = match (spec.link_rate.is_unlimited(), fastest_sink.is_unlimited()) {
-        _ if !spec.shape => return true,
-        (true, true) => return true,
-        (false, true) => spec.link_rate,
-        (true, false) => fastest_sink,
-        (false, false) => spec.link_rate.min(fastest_sink),
-    };
+    let Some(nominal) = spec.nominal() else { return true };
     let fits = |mbps: f64, rate: Rate| stream::BAND.contains(&(mbps / rate.as_mbps()));
     let fits_its_own = |(name, mbps): (&String, &f64)| {
         name.parse::<Node>().is_ok_and(|node| fits(*mbps, spec.rate_of(node)))
     };
     sinks_mbps.iter().all(fits_its_own) && fits(mbps, nominal)
-}
-
-fn fastest(a: Rate, b: Rate) -> Rate {
-    if a.is_unlimited() || b.is_unlimited() { Rate::UNLIMITED } else { a.max(b) }
 }
 
 /// What the processes used, where they did not tell themselves.
@@ -313,15 +288,9 @@ pub fn command(args: &MigrateArgs) -> Result<u8> {
             "max": crate::stats::fold(all, &|v| crate::stats::spread(v).map(|s| s.1)),
         }),
     };
-    match args.json.as_deref() {
-        Some(path) if path == Path::new("-") => println!("{json}"),
-        Some(path) => std::fs::write(path, json.to_string())
-            .with_context(|| format!("cannot write {}", path.display()))?,
-        None => {
-            for report in &reports {
-                print!("{}", crate::table::of(&[("", report)]));
-            }
-        }
+    Table::beside(args.json.as_deref()).write(&json)?;
+    if args.json.is_none() {
+        reports.iter().for_each(|report| print!("{}", crate::table::of(&[("", report)])));
     }
     if let Some(Status::Failed(failure)) = reports.iter().map(|r| &r.status).find(|s| **s != Status::Ok) {
         eprintln!("sg-bench: the migration failed: {}", failure.message);

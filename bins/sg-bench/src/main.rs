@@ -11,6 +11,7 @@ mod cluster;
 mod cost;
 mod demo;
 mod disk;
+mod error;
 mod events;
 mod experiment;
 mod follow;

@@ -46,24 +46,11 @@ impl Process {
         on_line: impl Fn(&str) + Send + 'static,
     ) -> Result<Self> {
         let path = beside_this_executable(program)?;
-        Self::start(lab, node, name, &path, args, on_line)
-            .with_context(|| format!("cannot run {} (cargo build --workspace builds it)", path.display()))
+        Self::spawn_at(lab, node, name, &path, args, on_line).context("cargo build --workspace builds it")
     }
 
-    /// The same with a program that is installed: it is looked for in `PATH`.
-    pub fn spawn_installed(
-        lab: &Lab,
-        node: Node,
-        name: &str,
-        program: &str,
-        args: &[String],
-        on_line: impl Fn(&str) + Send + 'static,
-    ) -> Result<Self> {
-        Self::start(lab, node, name, Path::new(program), args, on_line)
-            .with_context(|| format!("cannot run {program}"))
-    }
-
-    fn start(
+    /// The same with a program at this path; a mere name is looked for in `PATH`.
+    pub fn spawn_at(
         lab: &Lab,
         node: Node,
         name: &str,
@@ -78,7 +65,8 @@ impl Process {
         command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         tracing::debug!("{node}: {} {}", path.display(), args.join(" "));
-        let mut child = lab.on(node, || command.spawn())??;
+        let child = lab.on(node, || command.spawn())?;
+        let mut child = child.with_context(|| format!("cannot run {}", path.display()))?;
         lab.remember(child.id())?;
         let pid = Pid::from_child(&child);
         let reader = child.stdout.take().map(|stdout| read_lines(name, stdout, on_line)).transpose()?;

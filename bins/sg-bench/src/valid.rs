@@ -10,7 +10,7 @@ use crate::ui::Ui;
 /// How often one run is repeated that did not count.
 pub const REPEATS_MAX: u32 = 3;
 /// How often links are built and measured again that were not what they were set to. It takes seconds.
-const LINKS_MAX: u32 = 8;
+pub const LINKS_MAX: u32 = 8;
 
 /// Why a run does not count.
 #[derive(Debug)]

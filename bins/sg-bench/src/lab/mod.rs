@@ -10,9 +10,9 @@ pub mod net;
 pub mod node;
 pub mod reserve;
 
-use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::{fs, iter};
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
@@ -73,10 +73,10 @@ impl Lab {
     fn create_as(prefix: Prefix, spec: &LabSpec) -> Result<Self> {
         let directory = prefix.directory();
         fs::create_dir(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-        let nodes: Vec<Node> = [Node::Source, Node::Destination]
+        let nodes: Vec<Node> = [Node::Source]
             .into_iter()
             .chain((2..=spec.sources).map(Node::FurtherSource))
-            .chain((1..=spec.intermediaries).map(Node::Intermediary))
+            .chain(spec.sinks())
             .chain(spec.client.then_some(Node::Client))
             .collect();
         let links: Vec<Link> =
@@ -154,6 +154,31 @@ impl LabSpec {
             Node::Intermediary(_) => self.intermediary_rate,
             Node::Client => Rate::UNLIMITED,
         }
+    }
+
+    /// Bits a second of a host's link; of one without a limit, the most.
+    pub fn speed(&self, node: Node) -> u64 {
+        match self.rate_of(node) {
+            Rate::UNLIMITED => u64::MAX,
+            Rate(bits_per_s) => bits_per_s,
+        }
+    }
+
+    /// Hosts that pages go to.
+    pub fn sinks(&self) -> impl Iterator<Item = Node> {
+        iter::once(Node::Destination).chain((1..=self.intermediaries).map(Node::Intermediary))
+    }
+
+    /// Of these, one that has the fastest link.
+    pub fn best_sink(&self) -> Node {
+        let faster = |best, node| if self.speed(node) > self.speed(best) { node } else { best };
+        self.sinks().fold(Node::Destination, faster)
+    }
+
+    /// What the way from the source to the best sink is set to; `None` where nothing limits it.
+    pub fn nominal(&self) -> Option<Rate> {
+        let speed = self.speed(Node::Source).min(self.speed(self.best_sink()));
+        (self.shape && speed < u64::MAX).then_some(Rate(speed))
     }
 }
 

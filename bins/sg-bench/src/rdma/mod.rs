@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use libsg::page::PAGE_BYTES_U64;
 use libsg::server::{Config, Server, ServerHandle};
@@ -24,11 +24,10 @@ use vmd_rdma::{RdmaBackend, RdmaConnector};
 
 use self::ours::{Messages, Trial};
 use self::perftest::Perftest;
+use crate::cluster::INTERMEDIARY_PORT;
+use crate::error::chained;
 use crate::stats;
 use crate::ui::Table;
-
-/// Where intermediaries listen.
-const PORT: u16 = 7701;
 
 /// Messages of one measurement, at least and at most.
 const MESSAGES_MIN: usize = 32;
@@ -167,10 +166,6 @@ struct Line {
     over_perftest: Option<f64>,
 }
 
-fn chained(error: libsg::Error) -> anyhow::Error {
-    anyhow!("{}", error.chain())
-}
-
 /// Measures, and tells.
 pub fn run(args: &RdmaArgs) -> Result<u8> {
     let table = Table::beside(args.json.as_deref());
@@ -179,11 +174,13 @@ pub fn run(args: &RdmaArgs) -> Result<u8> {
         Some(file) => PoolSecret::from_file(file).map_err(chained)?,
         None => PoolSecret::open(),
     };
-    let own = if args.to.is_none() { Some(serve(args, &device, &secret)?) } else { None };
-    let address = match (&own, &args.to) {
-        (Some(server), _) => server.address(),
-        (None, Some(host)) => resolve(host)?,
-        (None, None) => bail!("no intermediary"),
+    let (own, address) = match &args.to {
+        Some(host) => (None, resolve(host)?),
+        None => {
+            let server = serve(args, &device, &secret)?;
+            let address = server.address();
+            (Some(server), address)
+        }
     };
     let perftest = perftest(args, address.ip(), own.is_some())?;
     let (perftest, why) = match perftest {
@@ -223,7 +220,7 @@ fn serve(args: &RdmaArgs, device: &Arc<dyn Device>, secret: &PoolSecret) -> Resu
 }
 
 fn resolve(host: &str) -> Result<SocketAddr> {
-    let found = host.to_socket_addrs().or_else(|_| (host, PORT).to_socket_addrs());
+    let found = host.to_socket_addrs().or_else(|_| (host, INTERMEDIARY_PORT).to_socket_addrs());
     let mut found = found.with_context(|| format!("{host:?} is no HOST[:PORT]"))?;
     found.next().with_context(|| format!("{host} has no address"))
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use libsg::ids::{Checksum, Epoch, MemberSet, Placement, Round, VolumeId};
 use libsg::manifest::{Manifest, Region};
 use libsg::memory::{Mapping, PageSlice};
@@ -17,7 +17,8 @@ use libsg::wire::message::{Member, VmdReply, VmdRequest};
 use libsg::wire::{GetEntry, PageEntry};
 use vmd_rdma::{RdmaConnector, RdmaLink};
 
-use super::{Wait, chained};
+use super::Wait;
+use crate::error::chained;
 use crate::interrupt;
 
 /// How long an answer may take.
@@ -228,7 +229,7 @@ fn control(link: &mut RdmaLink, request: &VmdRequest) -> Result<VmdReply> {
         Reply::Control(reply) => Ok(reply),
         _ => Err(libsg::Error::new(libsg::ErrorKind::Protocol, "an answer to something else")),
     })
-    .map_err(|error| anyhow!("{}", error.chain()))
+    .map_err(chained)
 }
 
 /// What page `number` is filled with.

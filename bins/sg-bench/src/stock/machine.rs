@@ -1,6 +1,6 @@
 //! A guest of Debian's kernel under a stock QEMU on a host of the lab, and when its heart was heard.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use libsg::units::Size;
 use parking_lot::Mutex;
 use qemu::Qmp;
 
+use crate::error::chained;
 use crate::interrupt;
 use crate::lab::{Lab, Node};
 use crate::process::Process;
@@ -81,14 +82,17 @@ impl Host {
         arguments.extend(more.iter().map(|word| (*word).to_owned()));
         let heard = Arc::<Mutex<Heard>>::default();
         let hears = Arc::clone(&heard);
-        let process = Process::spawn_installed(lab, node, &node.to_string(), QEMU, &arguments, move |line| {
-            let now = Instant::now();
-            let said = Said::parse(format!("{line}\n").as_bytes());
-            let mut heard = hears.lock();
-            heard.beats.extend(said.beats.into_iter().map(|beat| (beat, now)));
-            heard.complaints.extend(said.complaints);
-        })
-        .context("a stock QEMU is needed: apt install qemu-system-x86, or put another in front of PATH")?;
+        let process =
+            Process::spawn_at(lab, node, &node.to_string(), Path::new(QEMU), &arguments, move |line| {
+                let now = Instant::now();
+                let said = Said::parse(format!("{line}\n").as_bytes());
+                let mut heard = hears.lock();
+                heard.beats.extend(said.beats.into_iter().map(|beat| (beat, now)));
+                heard.complaints.extend(said.complaints);
+            })
+            .context(
+                "a stock QEMU is needed: apt install qemu-system-x86, or put another in front of PATH",
+            )?;
         let host = Self { process, qmp, heard };
         host.wait(START_LIMIT, "does not answer", || host.qmp.exists() && Qmp::connect(&host.qmp).is_ok())?;
         Ok(host)
@@ -96,7 +100,7 @@ impl Host {
 
     /// A connection of its own; there may be one at a time.
     pub fn connect(&self) -> Result<Qmp> {
-        Qmp::connect(&self.qmp).map_err(|error| anyhow::anyhow!("{}", error.chain()))
+        Qmp::connect(&self.qmp).map_err(chained)
     }
 
     /// Until the guest has filled its memory, and looked at all of it.

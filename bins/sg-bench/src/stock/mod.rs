@@ -4,7 +4,6 @@
 mod machine;
 mod moves;
 
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
@@ -14,14 +13,13 @@ use libsg::units::{Rate, Size};
 
 use crate::cli::{StockArgs, StockMode};
 use crate::lab::{Lab, Node, Reserve};
-use crate::ui::Ui;
+use crate::ui::{Table, Ui};
+use crate::valid::LINKS_MAX;
 use crate::{interrupt, stream, table};
 use machine::{Host, Machine};
 
 /// Of a slow destination.
 const SLOW: Rate = Rate::mbit(256);
-/// How often links are built again that are not what they were set to.
-const LINKS_MAX: u32 = 8;
 
 /// One run: the VM moves, and has checked all of its memory at the destination.
 ///
@@ -68,13 +66,12 @@ fn fit_lab(args: &StockArgs, ui: &Ui) -> Result<(Lab, f64)> {
     loop {
         interrupt::check()?;
         let lab = Lab::create(&spec)?;
-        let fastest = *lab.nodes().last().context("a lab has a destination")?;
-        let mbps = stream::link_mbps(&lab, Node::Source, fastest)?;
-        let nominal = spec.link_rate.min(spec.rate_of(fastest));
-        tries += 1;
-        if nominal.is_unlimited() || !spec.shape || stream::BAND.contains(&(mbps / nominal.as_mbps())) {
+        let mbps = stream::link_mbps(&lab, Node::Source, spec.best_sink())?;
+        let Some(nominal) = spec.nominal() else { return Ok((lab, mbps)) };
+        if stream::BAND.contains(&(mbps / nominal.as_mbps())) {
             return Ok((lab, mbps));
         }
+        tries += 1;
         ensure!(
             tries < LINKS_MAX,
             "the source's link carries {mbps:.0} Mb/s of {:.0}: the machine is too busy",
@@ -96,11 +93,9 @@ pub fn command(args: &StockArgs) -> Result<u8> {
     ui.begin(&format!("{} of a stock QEMU's {}", args.mode.name(), args.memory));
     let report = run(args, &mut ui)?;
     ui.end();
-    match args.json.as_deref() {
-        Some(path) if path == Path::new("-") => println!("{}", serde_json::to_value(&report)?),
-        Some(path) => std::fs::write(path, serde_json::to_string(&report)?)
-            .with_context(|| format!("cannot write {}", path.display()))?,
-        None => print!("{}", table::of(&[("", &report)])),
+    Table::beside(args.json.as_deref()).write(&serde_json::to_value(&report)?)?;
+    if args.json.is_none() {
+        print!("{}", table::of(&[("", &report)]));
     }
     Ok(0)
 }

@@ -13,12 +13,12 @@ use serde_json::{Value, json};
 
 use super::machine::Host;
 use crate::cli::{StockArgs, StockMode};
-use crate::cluster::{INTERMEDIARY_PORT, secret, words};
+use crate::cluster::{DESTINATION_PORT, INTERMEDIARY_PORT, secret, words};
+use crate::error::chained;
 use crate::interrupt;
 use crate::lab::{Lab, Node};
 use crate::process::Process;
 
-const PORT: u16 = 7700;
 /// Where `socat` listens on the source's host.
 const RELAY_PORT: u16 = 7799;
 /// How long anything may take until it is ready.
@@ -34,7 +34,7 @@ const UNLIMITED_BYTES_PER_S: u64 = 10 << 30;
 
 /// By QEMU itself: pre-copy, or post-copy from the start on.
 pub fn by_itself(lab: &Lab, args: &StockArgs, from: &Host, there: &Host) -> Result<Report> {
-    let to = SocketAddr::new(lab.address(Node::Destination), PORT);
+    let to = SocketAddr::new(lab.address(Node::Destination), DESTINATION_PORT);
     let (mut source, mut destination) = (from.connect()?, there.connect()?);
     let post_copy = args.mode == StockMode::PostCopy;
     ensure!(
@@ -85,7 +85,7 @@ pub fn by_itself(lab: &Lab, args: &StockArgs, from: &Host, there: &Host) -> Resu
 fn relay(lab: &Lab, to: SocketAddr) -> Result<Process> {
     let arguments = words(&format!("-b 262144 TCP-LISTEN:{RELAY_PORT},bind=127.0.0.1,reuseaddr TCP:{to}"))
         .collect::<Vec<_>>();
-    let socat = Process::spawn_installed(lab, Node::Source, "socat", "socat", &arguments, |_| {})
+    let socat = Process::spawn_at(lab, Node::Source, "socat", Path::new("socat"), &arguments, |_| {})
         .context("socat is needed: apt install socat")?;
     // It takes one connection, so that nobody may try.
     interrupt::sleep(Duration::from_millis(300))?;
@@ -99,7 +99,7 @@ pub fn by_us(lab: &Lab, args: &StockArgs, from: &Host, there: &Host) -> Result<R
     let nodes = lab.nodes().iter().copied().filter(|node| matches!(node, Node::Intermediary(_)));
     let servers: Vec<Server> =
         nodes.map(|node| Server::start(lab, node, args.memory.0 / 4 * 5, &secret)).collect::<Result<_>>()?;
-    let to = SocketAddr::new(lab.address(Node::Destination), PORT);
+    let to = SocketAddr::new(lab.address(Node::Destination), DESTINATION_PORT);
     let file = |name: &str| lab.directory().join(name);
     let gathered = file("gathered.json");
     let words_of = |line: &str, json: &Path| {
@@ -109,7 +109,7 @@ pub fn by_us(lab: &Lab, args: &StockArgs, from: &Host, there: &Host) -> Result<R
     let gather =
         format!("gather --qmp {} --listen {to} --gather-limit {}", there.qmp.display(), args.gather_limit);
     let gather = Started::start(lab, Node::Destination, "gather", words_of(&gather, &gathered))?;
-    gather.await_said("\"listening\"")?;
+    gather.await_listening()?;
 
     let evicted = file("evicted.json");
     let peers: String = servers.iter().map(|server| format!(" --intermediary {}", server.address)).collect();
@@ -144,7 +144,7 @@ impl Server {
         let address = SocketAddr::new(lab.address(node), INTERMEDIARY_PORT);
         let line = format!("serve --memory {bytes} --listen {address} --name {node} --secret {secret}");
         let process = Started::start(lab, node, &node.to_string(), words(&line).collect())?;
-        process.await_said("\"listening\"")?;
+        process.await_listening()?;
         Ok(Self { address, _process: process })
     }
 }
@@ -152,7 +152,7 @@ impl Server {
 /// An `sg` that runs.
 struct Started {
     process: Process,
-    /// What it is waited for to say, and whether it has.
+    /// Whether it has said so.
     listens: Arc<AtomicBool>,
 }
 
@@ -168,13 +168,13 @@ impl Started {
         Ok(Self { process, listens })
     }
 
-    fn await_said(&self, what: &str) -> Result<()> {
+    fn await_listening(&self) -> Result<()> {
         let until = Instant::now() + START_LIMIT;
         while !self.listens.load(Ordering::Relaxed) {
             self.process.check()?;
             ensure!(
                 Instant::now() < until,
-                "{} says nothing of {what}:\n{}",
+                "{} does not listen:\n{}",
                 self.process.name,
                 self.process.log_tail()
             );
@@ -197,5 +197,5 @@ impl Started {
 }
 
 fn ask(qmp: &mut Qmp, command: &str, arguments: &Value) -> Result<Value> {
-    qmp.execute(command, arguments).map_err(|error| anyhow::anyhow!("{}", error.chain()))
+    qmp.execute(command, arguments).map_err(chained)
 }
