@@ -163,6 +163,7 @@ impl RateFinder {
         } else if self.delivered_rate(now, self.paced_time(PROBE_STEP_TIME)) == 0.0 {
             self.queue = None;
         }
+        self.forget_silent(now);
         self.limited += (f64::from(u8::from(reading.app_limited)) - self.limited) * LIMITED.0;
         match self.phase {
             Phase::Startup => self.startup(),
@@ -317,8 +318,7 @@ impl RateFinder {
         }
         let calm = self.calm_delay();
         // What stood before it was last heard of need not be what stands now, nor was it there in between.
-        let silence = self.paced_time(MEASURE_TIME_MIN);
-        self.queue = self.queue.filter(|queue| present.0.saturating_duration_since(queue.last.0) <= silence);
+        self.queue = self.queue.filter(|queue| !self.is_silent(queue, present.0));
         match &mut self.queue {
             Some(queue) if delay > calm => queue.stands(present, delay),
             Some(queue) => {
@@ -330,6 +330,18 @@ impl RateFinder {
                 self.queue = Some(Queue::new(present, delay, self.rate, cruising));
             }
             None => {}
+        }
+    }
+
+    fn is_silent(&self, queue: &Queue, now: Instant) -> bool {
+        now.saturating_duration_since(queue.last.0) > self.paced_time(MEASURE_TIME_MIN)
+    }
+
+    /// Whoever told of a queue sends no more, and what is urgent goes on without a word of delays: what stood need not
+    /// stand, and is not waited for. A drain looks after its own.
+    fn forget_silent(&mut self, now: Instant) {
+        if !matches!(self.phase, Phase::Drain { .. }) {
+            self.queue = self.queue.filter(|queue| !self.is_silent(queue, now));
         }
     }
 

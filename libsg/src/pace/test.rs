@@ -375,6 +375,30 @@ fn what_was_carried_without_a_queue_is_believed() {
 }
 
 #[test]
+fn a_queue_of_which_nobody_tells_any_more_is_not_waited_for() {
+    // Pages that a guest waits for tell nothing of delays, and are not held to the rate: they fill a link. The few others
+    // see its queue, and then are told nothing more. It becomes twice as fast, and is filled again.
+    const CAPACITY: f64 = 12e6;
+    for (last, told) in (200..400).flat_map(|last| [1, 2, 3, 5].map(|told| (last, told))) {
+        let (mut finder, mut now) = (RateFinder::new(), Instant::now());
+        let mut delivered = 0.0f64;
+        for tick in 0..1_200 {
+            now += TICK;
+            delivered += if tick < 600 { CAPACITY } else { 2.0 * CAPACITY } * TICK.as_secs_f64();
+            let delay_ms = match tick {
+                0..20 => Some(3),
+                _ if tick + told < last => Some(0),
+                _ => (tick < last).then_some(2),
+            };
+            let queue_delay = delay_ms.map(Duration::from_millis);
+            finder.tick(now, Reading { delivered: delivered as u64, queue_delay, ..Reading::default() });
+        }
+        let rate = finder.rate().expect("a rate") as f64;
+        assert!(rate > 1.9 * CAPACITY, "{last} {told}: {rate}");
+    }
+}
+
+#[test]
 fn a_limit_bounds_at_once_and_lifts() {
     let mut sim = Sim::new(Path::new(1_000), 11);
     sim.finder.set_limit(32_000_000);
