@@ -3,8 +3,11 @@
 
 mod gather_common;
 
+use std::io::Read as _;
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use gather_common::*;
 use libsg::Result;
@@ -216,6 +219,29 @@ fn huge_units() {
         ..Plan::default()
     };
     migrate(plan, Mode::ScatterGather);
+}
+
+#[test]
+fn a_port_full_of_strangers_is_tried_again() {
+    let scene = Scene::new(Plan { pages: 3000, nodes: 1, ..Plan::default() });
+    // As many as the destination greets at once, and one that is told so.
+    let full = |strangers: &[TcpStream]| {
+        let mut last = strangers.last().unwrap();
+        last.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        last.read(&mut [0; 64]).is_ok_and(|bytes| bytes > 0)
+    };
+    let mut strangers: Vec<TcpStream> = Vec::new();
+    while strangers.is_empty() || !full(&strangers) {
+        strangers.push(TcpStream::connect(scene.address).unwrap());
+    }
+    let (outgoing, ..) = leave(&scene, Backing::Anon, Mode::ScatterGather);
+    // It has been refused by now, or is late: it comes in all the same.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!scene.seen.running.load(Ordering::SeqCst));
+    drop(strangers);
+    outgoing.wait_evicted(LONG).unwrap();
+    scene.incoming.wait_gathered(LONG).unwrap();
+    scene.check(is_zero, |_| false);
 }
 
 #[test]

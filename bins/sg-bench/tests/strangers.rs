@@ -37,12 +37,12 @@ fn a_vm_arrives_at_a_port_full_of_strangers() {
     let refused = || source.process.told().iter().filter(|line| line["event"] == "failed").count();
     let committed = || source.process.told().iter().any(|line| line["event"] == "commit");
     while !committed() {
-        assert!(began.elapsed() < PATIENCE, "honest sources are locked out: {}", destination.process.log());
+        assert!(began.elapsed() < PATIENCE, "an honest source is locked out: {}", destination.process.log());
         assert!(grown(&destination, before) < COST_BYTES_MAX, "{}", grown(&destination, before));
         let times = refused();
         source.leave(to, &world.members());
         while refused() == times && !committed() {
-            assert!(began.elapsed() < PATIENCE, "{}", source.process.log());
+            assert!(began.elapsed() < PATIENCE, "{}{}", source.process.log(), destination.process.log());
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
     }

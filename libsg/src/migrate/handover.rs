@@ -19,7 +19,7 @@ use crate::manifest::Manifest;
 use crate::page::PageRange;
 use crate::scatter::session::{Destination, Session, serve_while};
 use crate::scatter::{DirectSink, Scatter, UrgentSink};
-use crate::transport::Conversation;
+use crate::transport::{Channel, Conversation, wait};
 use crate::vmd::Request;
 use crate::wire::final_set::{self, Blobs};
 use crate::wire::handshake::Purpose;
@@ -27,6 +27,11 @@ use crate::wire::message::{Talk, VmdRequest};
 
 /// How often a wait looks whether the migration was cancelled.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// A port at which others hold all places is tried again for so long, and so often. Who has not proven to know the secret
+/// holds one for half of that.
+const BUSY_MAX: Duration = Duration::from_secs(10);
+const BUSY_PAUSE: Duration = Duration::from_millis(100);
 
 /// A destination has so long to take out what was written since it came, before the VM is paused all the same.
 const CLEARS: Duration = Duration::from_millis(300);
@@ -157,7 +162,7 @@ impl Handover<'_> {
         open: &mut Option<Conversation>,
     ) -> Result<(Session, Instant)> {
         *rounds = Rounds::prepare(&self.lead, vm, members)?;
-        let control = open.insert(Conversation::new(self.destination.dial(Purpose::MigrationControl)?));
+        let control = open.insert(Conversation::new(self.dial(Purpose::MigrationControl)?));
         let offer = Talk::Offer {
             manifest: self.manifest.clone(),
             members: self.lead.scatter.members.list(),
@@ -171,9 +176,9 @@ impl Handover<'_> {
             self.lead.scatter.take_stock()?;
         }
         self.lead.expect(control, &Talk::Accepted, deadline)?;
-        let direct = self.destination.dial(Purpose::MigrationDirect)?;
+        let direct = self.dial(Purpose::MigrationDirect)?;
         let mut direct = DirectSink::new(self.lead.scatter.clone(), direct);
-        let urgent = self.destination.dial(Purpose::MigrationUrgent)?;
+        let urgent = self.dial(Purpose::MigrationUrgent)?;
         let mut urgent = UrgentSink::new(self.lead.scatter.clone(), urgent);
         self.lead.control.check_cancelled()?;
         let mut lines = Lines { control, direct: &mut direct, urgent: &mut urgent };
@@ -185,6 +190,20 @@ impl Handover<'_> {
         (self.lead.options.observer)(&Event::Ready);
         let control = open.take().ok_or_else(|| Error::new(ErrorKind::Unreachable, "no connection"))?;
         Ok((Session { control, direct, urgent }, paused_at))
+    }
+
+    /// A connection to the destination, which may have strangers at its port.
+    fn dial(&self, purpose: Purpose) -> Result<Channel> {
+        let began = host::now();
+        loop {
+            match self.destination.dial(purpose) {
+                Err(error) if error.kind == ErrorKind::Full && host::elapsed(began) < BUSY_MAX => {
+                    self.lead.look()?;
+                    wait(&[], BUSY_PAUSE)?;
+                }
+                made => return made,
+            }
+        }
     }
 
     /// Pauses the VM, gives its state, with the final set in front of it, to the destination and the volume, and waits
