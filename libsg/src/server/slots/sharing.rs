@@ -357,8 +357,12 @@ impl Slots {
 
     /// The volume that had these references is gone.
     pub(super) fn drop_references(&mut self, refs: Refs) {
-        for ((_, slot), held) in refs {
-            self.unreference(SlotIndex(slot), held.times);
+        // Slot by slot: chunks are gone through once, and what comes free does so in an order that no hash decides.
+        let mut held: Vec<(u32, u16)> =
+            refs.into_iter().map(|((_, slot), held)| (slot, held.times)).collect();
+        held.sort_unstable();
+        for (slot, times) in held {
+            self.unreference(SlotIndex(slot), times);
         }
     }
 
