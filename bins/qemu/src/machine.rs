@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use libsg::{ErrorKind, Result};
 use qemu_stream::{Block, Blocks};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::qmp::Qmp;
 
@@ -19,7 +19,13 @@ const STATELESS: [&str; 5] = ["guest-loader", "irq", "isa-debug-exit", "loader",
 /// Places on a PCI bus; other devices have addresses of other kinds.
 const PLACES: u64 = 0x100;
 
-/// Devices of a machine, vCPUs among them: how many of each kind, where it has one with its place on its PCI bus.
+/// How words of features of the first vCPU are called, with the leaf of CPUID and the register behind it. Those of the
+/// hypervisor (KVM's, Hyper-V's) are none of them: a guest does without what it finds no more.
+const FEATURES: &str = "features of the vCPU ";
+const HYPERVISOR: std::ops::Range<u64> = 0x4000_0000..0x5000_0000;
+
+/// Devices of a machine, vCPUs among them: how many of each kind, where it has one with its place on its PCI bus. And what
+/// the vCPU has, bit by bit.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Devices(BTreeMap<String, u32>);
 
@@ -42,6 +48,7 @@ impl Devices {
                 *all.0.entry(key).or_default() += 1;
             }
         }
+        all.0.extend(features(qmp)?);
         Ok(all)
     }
 
@@ -51,11 +58,40 @@ impl Devices {
         let of = |devices: &Self, name: &String| devices.0.get(name).copied().unwrap_or(0);
         let told = |name: &&String| {
             let (has, should) = (of(other, name), of(self, name));
+            if let Some(word) = name.strip_prefix(FEATURES) {
+                return lacks_features(word, should & !has);
+            }
             let option = if name.ends_with("-cpu") { "-cpu and -smp" } else { "-device and its like" };
             (has != should).then(|| format!("it has {has} {name} and not {should} ({option})"))
         };
         names.iter().filter_map(told).collect()
     }
+}
+
+/// The words of features of a QEMU's first vCPU that are not empty; none where its vCPUs have none.
+fn features(qmp: &mut Qmp) -> Result<BTreeMap<String, u32>> {
+    let vcpus = qmp.execute("query-cpus-fast", &json!({}))?;
+    let Some(path) = vcpus[0]["qom-path"].as_str() else { return Ok(BTreeMap::new()) };
+    let words = match qmp.execute("qom-get", &json!({ "path": path, "property": "feature-words" })) {
+        Ok(words) => words,
+        Err(error) if error.kind == ErrorKind::Vm => return Ok(BTreeMap::new()),
+        Err(error) => return Err(error),
+    };
+    let word = |word: &Value| {
+        let leaf = word["cpuid-input-eax"].as_u64().filter(|leaf| !HYPERVISOR.contains(leaf))?;
+        let bits =
+            word["features"].as_u64().and_then(|bits| u32::try_from(bits).ok()).filter(|bits| *bits > 0)?;
+        let part = word["cpuid-input-ecx"].as_u64().map_or_else(String::new, |part| format!(".{part}"));
+        Some((format!("{FEATURES}{leaf:X}h{part} {}", word["cpuid-register"].as_str()?), bits))
+    };
+    Ok(words.as_array().into_iter().flatten().filter_map(word).collect())
+}
+
+/// A guest that found these bits uses them.
+fn lacks_features(word: &str, lacking: u32) -> Option<String> {
+    let bits: Vec<_> =
+        (0..u32::BITS).filter(|bit| lacking >> bit & 1 == 1).map(|bit| bit.to_string()).collect();
+    (lacking != 0).then(|| format!("its vCPU lacks features: bit {} of CPUID {word} (-cpu)", bits.join(", ")))
 }
 
 /// Where a device is on its PCI bus, if it is on one.
@@ -183,5 +219,30 @@ mod test {
         assert_eq!(told[0], "it has 1 qemu64-x86_64-cpu and not 2 (-cpu and -smp)");
         assert!(told[1].contains("0 virtio-net-pci at 02.0 and not 1"), "{told:?}");
         assert_eq!(source.differences(&source), [""; 0]);
+    }
+
+    #[test]
+    fn a_vcpu_has_the_features_that_the_guest_found() {
+        let (_directory, socket) = crate::qmp::test::answering(|command, arguments| match command {
+            "query-cpus-fast" => json!([{ "qom-path": "/machine/unattached/device[0]" }]),
+            "qom-get" if arguments["property"] == "feature-words" => json!([
+                { "cpuid-register": "EBX", "cpuid-input-eax": 7, "cpuid-input-ecx": 0, "features": 0b1010_0000 },
+                { "cpuid-register": "EDX", "cpuid-input-eax": 0x8000_0001_u32, "features": 0 },
+                { "cpuid-register": "EAX", "cpuid-input-eax": 0x4000_0001, "features": 255 },
+            ]),
+            _ => json!([]),
+        });
+        let source = Devices::of(&mut Qmp::connect(&socket).expect("greets")).expect("told");
+        let word = "features of the vCPU 7h.0 EBX";
+        assert_eq!(source, Devices(BTreeMap::from([(word.into(), 0b1010_0000)])));
+        let there = |bits| source.differences(&Devices(BTreeMap::from([(word.into(), bits)])));
+        assert_eq!(there(0b1110_0000), [""; 0], "more is as good");
+        assert_eq!(there(0), ["its vCPU lacks features: bit 5, 7 of CPUID 7h.0 EBX (-cpu)"]);
+        assert_eq!(source.differences(&Devices::default()).len(), 1);
+        assert_eq!(
+            Devices::default().differences(&source),
+            [""; 0],
+            "of one that told nothing, nothing is known"
+        );
     }
 }

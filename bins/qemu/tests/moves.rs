@@ -178,6 +178,25 @@ fn what_a_destination_lacks_is_said() {
     assert_eq!(status(&mut from.connect()), "running");
 }
 
+/// A guest uses what it found its vCPU to have.
+#[test]
+fn a_vcpu_that_can_do_less_is_said() {
+    let directory = tempfile::tempdir().expect("creates");
+    let machine = |name, more: &[&str]| {
+        Qemu::start(directory.path(), name, &[&["-machine", "q35", "-m", "64M"], more].concat())
+    };
+    let from = machine("source", &[]);
+    let there = machine("destination", &["-cpu", "qemu64,-pni", "-incoming", "defer"]);
+    let world = World::new(1);
+    let (_incoming, to) = world.arrive(there.connect(), 0);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    let outgoing = world.leave(&departure, to, Arc::new(|_| {}));
+    let refused = outgoing.wait_evicted(PATIENCE).expect_err("it is another vCPU").chain();
+    assert!(refused.contains("bit 0 of CPUID 1h ECX (-cpu)"), "{refused}");
+    departure.give_up().expect("put back");
+    assert_eq!(status(&mut from.connect()), "running");
+}
+
 /// The source QEMU dies behind COMMIT: both ends say so, and the VM is paused for good rather than run with wrong pages.
 #[test]
 fn a_source_that_dies_loses_what_it_had_and_nobody_waits() {
