@@ -6,7 +6,8 @@
 //!
 //! What scatter does: it asks [`PageSource::presence`] once, sends absent pages as zeros, learns from
 //! [`PageSource::available`] which others can be had, borrows their bytes by [`PageSource::slice`] in
-//! whatever order it likes, as often as it likes, and at last says [`PageSource::outcome`] of each.
+//! whatever order it likes, as often as it likes, and at last says [`PageSource::outcome`] of each, many at a time: that it
+//! is safe, and may be forgotten; and that it is lost again, where whoever had it dies before all are safe.
 
 use parking_lot::Mutex;
 
@@ -31,8 +32,9 @@ pub enum Repeat {
 pub enum Outcome {
     /// They are safe elsewhere; the source may forget them.
     Safe,
-    /// They were given up for now and must be kept.
-    Failed,
+    /// They were safe, and are so no more: whoever had them died. A source that forgot them gets them again, and names
+    /// them as available once more.
+    Lost,
 }
 
 /// Whether more pages will become available.
@@ -46,7 +48,7 @@ pub enum Supply {
 
 /// Gives the pages of a VM that leaves. All methods are called from several threads.
 pub trait PageSource: Send + Sync {
-    /// Whether pages can be had again after [`Outcome::Safe`].
+    /// Whether pages can be had again after [`Outcome::Safe`]: what is not [`Repeat::Any`] is told outcomes.
     fn repeat(&self) -> Repeat;
 
     /// Which pages have content, or will have had some when the source is through. All others are
@@ -77,8 +79,10 @@ pub trait PageSource: Send + Sync {
     /// [`crate::ErrorKind::Input`] for a page that is not available.
     fn slice(&self, range: PageRange) -> Result<PageSlice>;
 
-    /// Tells what became of pages, once for each page that was available: after [`Outcome::Safe`] a
-    /// source that holds copies drops them.
+    /// Tells what became of pages: each that was available is safe some time, after which a source that holds copies drops
+    /// them. It is asked for it no more, unless it is lost, and available again. Pages of 2 MiB are told of as a whole.
+    ///
+    /// A source of which pages can be had at any time is told nothing.
     fn outcome(&self, range: PageRange, outcome: Outcome);
 }
 

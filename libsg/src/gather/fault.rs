@@ -173,7 +173,10 @@ impl Worker<'_> {
             let pace_link = self.shared.pacer.add_link(Class::Urgent);
             let (sequence, counted, write_at) = (0, 0, None);
             self.source = Some(Line { channel, inbox, outbox, write_at, sequence, counted, pace_link });
-            self.pending.iter_mut().for_each(|pending| pending.try_at = host::now());
+            // What it had not before it may have now; where not, it says so again, to books that were told to ask again.
+            for pending in &mut self.pending {
+                (pending.try_at, pending.source_refused) = (host::now(), false);
+            }
         }
         let members = self.shared.members();
         for desk in members.into_iter().skip(self.seats.len()) {

@@ -24,7 +24,7 @@ pub struct PageSlice {
 
 #[derive(Clone)]
 enum Owner {
-    Guest { memory: GuestMemory, region: usize },
+    Guest { memory: GuestMemory, region: usize, _pin: Option<Arc<dyn Any + Send + Sync>> },
     Mapping { mapping: Arc<Mapping>, _pin: Option<Arc<dyn Any + Send + Sync>> },
     Bytes(Arc<[u8]>),
 }
@@ -40,7 +40,24 @@ impl PageSlice {
         let region = region.checked_sub(1).ok_or_else(|| outside(range.pages as usize * PAGE_BYTES))?;
         let first = memory.regions()[region].pages().first;
         let offset = (range.first.0 - first.0) as usize * PAGE_BYTES;
-        Ok(Self { owner: Owner::Guest { memory: memory.clone(), region }, offset, bytes })
+        Ok(Self { owner: Owner::Guest { memory: memory.clone(), region, _pin: None }, offset, bytes })
+    }
+
+    /// Pages of a VM's memory, as [`Self::guest`] gives them, with a `pin` that lives as long as the last clone of the slice:
+    /// whoever holds the other end gives the memory back only when it has gone.
+    ///
+    /// # Errors
+    /// As [`Self::guest`].
+    pub fn guest_pinned(
+        memory: &GuestMemory,
+        range: PageRange,
+        pin: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Self> {
+        let mut slice = Self::guest(memory, range)?;
+        if let Owner::Guest { _pin, .. } = &mut slice.owner {
+            *_pin = Some(pin);
+        }
+        Ok(slice)
     }
 
     /// Part of a mapping. `pin` lives as long as the last clone of the slice: an intermediary's
@@ -77,11 +94,12 @@ impl PageSlice {
     }
 
     /// What of the same memory lies around it, from one multiple of `unit_bytes` in it to another: what is registered with a
-    /// device at once. Of an owned buffer it is all.
+    /// device at once. Of an owned buffer it is all. Guest memory that is pinned is so no more by this: what lies around is not
+    /// the slice's.
     #[must_use]
     pub fn widened(&self, unit_bytes: usize) -> Self {
         let all = match &self.owner {
-            Owner::Guest { memory, region } => memory.regions()[*region].mapping().len(),
+            Owner::Guest { memory, region, .. } => memory.regions()[*region].mapping().len(),
             Owner::Mapping { mapping, .. } => mapping.len(),
             Owner::Bytes(bytes) => {
                 return Self { owner: self.owner.clone(), offset: 0, bytes: bytes.len() };
@@ -89,7 +107,11 @@ impl PageSlice {
         };
         let offset = self.offset - self.offset % unit_bytes.max(1);
         let end = (self.offset + self.bytes).next_multiple_of(unit_bytes.max(1)).min(all);
-        Self { owner: self.owner.clone(), offset, bytes: end - offset }
+        let mut owner = self.owner.clone();
+        if let Owner::Guest { _pin, .. } = &mut owner {
+            *_pin = None;
+        }
+        Self { owner, offset, bytes: end - offset }
     }
 
     /// Length in bytes.
@@ -111,7 +133,7 @@ impl PageSlice {
     #[must_use]
     pub fn io(&self) -> IoPart<'_> {
         let slice = match &self.owner {
-            Owner::Guest { memory, region } => {
+            Owner::Guest { memory, region, .. } => {
                 memory.regions()[*region].mapping().slice(self.offset, self.bytes)
             }
             Owner::Mapping { mapping, .. } => mapping.slice(self.offset, self.bytes),
@@ -240,5 +262,17 @@ mod test {
         assert_eq!(Arc::strong_count(&pin), 2);
         drop(part);
         assert_eq!(Arc::strong_count(&pin), 1);
+
+        let region =
+            Region { name: "a".into(), guest_address: None, length_bytes: 4096, unit: InstallUnit::Page };
+        let manifest = Manifest { vm: "vm".into(), regions: vec![region], vm_config: vec![], sharing: None };
+        let memory = GuestMemory::allocate(&manifest, Backing::Anon).expect("memory");
+        let range = PageRange::new(PageIndex(0), 1);
+        let slice = PageSlice::guest_pinned(&memory, range, pin.clone()).expect("inside");
+        let (part, around) = (slice.part(8, 8).expect("inside"), slice.widened(PAGE_BYTES));
+        drop(slice);
+        assert_eq!(Arc::strong_count(&pin), 2);
+        drop(part);
+        assert_eq!(Arc::strong_count(&pin), 1, "{around:?} is registered, and pins nothing");
     }
 }

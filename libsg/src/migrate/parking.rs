@@ -19,6 +19,7 @@ use crate::page::PAGE_BYTES_U64;
 use crate::report::Ended;
 use crate::scatter::Scatter;
 use crate::scatter::offers::OfferDesk;
+use crate::scatter::telling::News;
 use crate::source::Supply;
 use crate::transport::wait;
 use crate::vmd::{Request, visit};
@@ -46,6 +47,7 @@ struct Watch {
     since: Instant,
     supply: Supply,
     is_told: bool,
+    news: News,
 }
 
 impl<'a> Parking<'a> {
@@ -100,13 +102,22 @@ impl<'a> Parking<'a> {
     /// intermediary is left.
     fn scatter(&self, members: &mut Members, may_fail: bool) -> Result<()> {
         let scatter = self.lead.scatter;
-        let mut watch = Watch { safe: 0, since: host::now(), supply: Supply::More, is_told: false };
+        let mut watch = Watch {
+            safe: 0,
+            since: host::now(),
+            supply: Supply::More,
+            is_told: false,
+            news: News::default(),
+        };
         let what = With { members: true, ready: false, offers: may_fail };
         with_sinks(&self.lead, None, members, what, &mut || {
             if may_fail {
                 self.lead.look()?;
             } else if scatter.is_poisoned() {
                 return Err(scatter.failure());
+            }
+            if scatter.tell_outcomes(&mut watch.news)? {
+                watch.supply = Supply::More;
             }
             if watch.supply == Supply::More {
                 watch.supply = scatter.take_supply(&mut Vec::new())?;

@@ -207,7 +207,7 @@ impl DirectSink {
                 }
                 Some(Work::Pages(id, batch)) => {
                     self.scatter.given(self.loaded.load(&*self.scatter.source, &batch, round))?;
-                    if !self.loaded.zeros.is_empty() {
+                    if !self.loaded.zeros.is_empty() || self.scatter.forgets {
                         self.scatter.planner.lock().sent_as_zero(id, self.loaded.zeros.iter().copied());
                     }
                     Counters::add(&self.scatter.counters.direct, self.loaded.entries.len() * PAGE_BYTES);

@@ -19,12 +19,14 @@ mod load;
 mod member;
 pub mod membership;
 pub mod offers;
+mod outcomes;
 pub mod planner;
 pub mod roster;
 pub mod session;
 pub mod shared;
 mod spans;
 pub mod table;
+pub mod telling;
 mod urgent;
 pub mod window;
 

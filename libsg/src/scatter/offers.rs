@@ -402,6 +402,7 @@ fn offer(scatter: &Scatter, desk: &OfferDesk, loaded: &mut Loaded, now: Instant)
     let mut zeros = Vec::new();
     {
         let mut planner = scatter.planner.lock();
+        planner.offers_loaded();
         for zero in loaded.zero_entries(round) {
             for page in zero.range().iter().filter(|page| planner.offered_zero(*page)) {
                 zeros.extend(zero_entries(crate::page::PageRange::new(page, 1), round));

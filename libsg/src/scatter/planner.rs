@@ -11,6 +11,7 @@
 mod losses;
 mod offers;
 mod rounds;
+mod told;
 
 use std::time::{Duration, Instant};
 
@@ -57,9 +58,11 @@ pub enum FaultAnswer {
     Send(BatchId, PageRange),
     /// The pages are zero: say so; nothing is to be read. Acknowledge the batch.
     Zero(BatchId, PageRange),
+    /// They are safe, and the source may have forgotten them: [`Planner::entries`] says where they lie.
+    Elsewhere(PageRange),
     /// The source has not got it yet.
     NotYet,
-    /// There is no such page.
+    /// There is no such page, or none any more.
     Unknown,
 }
 
@@ -88,6 +91,8 @@ struct InFlight {
     batch: Cargo,
     since: Instant,
     hedges: u8,
+    /// The source is asked no more for it.
+    loaded: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -121,6 +126,10 @@ pub struct Planner {
     round: Round,
     /// While pages are offered before they are sent.
     offers: Option<Offers>,
+    /// Pages that are being read to be offered.
+    offers_read: Option<Batch>,
+    /// All is safe, and was said to be.
+    closed: bool,
 }
 
 impl Planner {
@@ -143,6 +152,8 @@ impl Planner {
             absent_pages: 0,
             round: Round(0),
             offers: None,
+            offers_read: None,
+            closed: false,
         }
     }
 
@@ -240,7 +251,7 @@ impl Planner {
     fn launch(&mut self, sink: Sink, batch: Cargo, since: Instant) -> BatchId {
         let id = BatchId(self.next_id);
         self.next_id += 1;
-        self.in_flight.push(InFlight { id, sink, batch, since, hedges: 0 });
+        self.in_flight.push(InFlight { id, sink, batch, since, hedges: 0, loaded: false });
         id
     }
 
@@ -250,6 +261,9 @@ impl Planner {
         let Some(span) = self.span(page) else { return FaultAnswer::Unknown };
         let unit = unit_of(span, page);
         self.near_fault = Some(group(span, page).first);
+        if let Some(answer) = self.fault_elsewhere(unit) {
+            return answer;
+        }
         match self.table.state(page) {
             PageState::Waiting => return FaultAnswer::NotYet,
             PageState::Absent | PageState::ZeroTold | PageState::Zero => {
@@ -300,6 +314,7 @@ impl Planner {
     /// batch goes on. `false` for a batch that nobody waits for any more: nothing is told.
     pub fn found_zero(&mut self, id: BatchId, pages: impl IntoIterator<Item = PageIndex>) -> bool {
         let Some(at) = self.in_flight.iter().position(|flight| flight.id == id) else { return false };
+        self.in_flight[at].loaded = true;
         for page in pages {
             if let Cargo::Pages(batch) = &mut self.in_flight[at].batch {
                 batch.remove(page);
@@ -317,7 +332,8 @@ impl Planner {
 
     /// These pages of a batch for the destination turned out to be zero, and travel as that.
     pub fn sent_as_zero(&mut self, id: BatchId, pages: impl IntoIterator<Item = PageIndex>) {
-        if self.in_flight.iter().any(|flight| flight.id == id) {
+        if let Some(flight) = self.in_flight.iter_mut().find(|flight| flight.id == id) {
+            flight.loaded = true;
             for page in pages {
                 if self.table.way(page) == Way::None {
                     self.table.set_way(page, Way::Zero);

@@ -269,7 +269,7 @@ proptest! {
                             open.push((Sink::Urgent, Work::Pages(id, batch)));
                         }
                         FaultAnswer::Zero(id, range) => open.push((Sink::Urgent, Work::Zeros(id, range))),
-                        FaultAnswer::NotYet | FaultAnswer::Unknown => {}
+                        FaultAnswer::Elsewhere(_) | FaultAnswer::NotYet | FaultAnswer::Unknown => {}
                     }
                 }
                 5 => planner.indexed(&std::mem::take(&mut unindexed)),

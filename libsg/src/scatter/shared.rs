@@ -18,7 +18,7 @@ use crate::host::{self, Condvar};
 use crate::ids::{Epoch, MemberIndex, VolumeId};
 use crate::pace::SharedPacer;
 use crate::page::{PageIndex, PageRange};
-use crate::source::{PageSource, Supply};
+use crate::source::{PageSource, Repeat, Supply};
 use crate::transport::Waker;
 use crate::wire::message::Member;
 use crate::wire::{GetEntry, IndexEntry};
@@ -84,6 +84,8 @@ pub struct Scatter {
     pub planner: Mutex<Planner>,
     /// The source's link: the sum over all sinks.
     pub pacer: SharedPacer,
+    /// The source forgets what is safe, and is told.
+    pub(super) forgets: bool,
     /// Who gets which index entries.
     pub index: IndexRouter,
     /// Who gets copies of what another gets.
@@ -122,10 +124,13 @@ impl Scatter {
         observer: Observer,
     ) -> Result<Self> {
         let members = Membership::new(members)?;
+        let forgets = source.repeat() != Repeat::Any;
+        let planner = if forgets { planner.with_outcomes() } else { planner };
         Ok(Self {
             volume,
             epoch,
             source,
+            forgets,
             planner: Mutex::new(planner),
             pacer: SharedPacer::new(host::now(), limit_bytes_per_s),
             index: IndexRouter::new(members.books().iter().map(|books| books.waker.clone()), holders),
@@ -398,12 +403,15 @@ impl Scatter {
     pub fn tell_done(&self) -> Option<Instant> {
         self.done_at()?;
         // With the planner held, a member's death comes before all of this or behind it.
-        let planner = self.planner.lock();
+        let mut planner = self.planner.lock();
         let mut done = self.done.lock();
         if !done.is_told && !self.is_done(&planner) {
             done.at = None;
         }
         done.is_told = done.at.is_some();
+        if done.is_told {
+            planner.close();
+        }
         done.at
     }
 

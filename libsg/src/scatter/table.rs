@@ -1,5 +1,7 @@
-//! The source's books: what became of each page, in 13 bytes a page, 15 where the VM runs while rounds are sent.
+//! The source's books: what became of each page, in 13 bytes a page, 15 where the VM runs while rounds are sent; half a
+//! byte more where the source forgets what is safe.
 
+use super::outcomes::Outcomes;
 use crate::ids::{Checksum, MemberSet, Placement, Round};
 use crate::page::{PageIndex, PageRange};
 use crate::wire::GetEntry;
@@ -135,6 +137,8 @@ pub struct PageTable {
     checksum: Vec<u32>,
     /// Empty where there is but one round.
     round: Vec<u16>,
+    /// Where the source forgets what is safe.
+    outcomes: Option<Outcomes>,
     safe: u32,
     torn: u32,
     ways: [u32; 5],
@@ -152,6 +156,7 @@ impl PageTable {
             last_set: 0,
             checksum: vec![0; placed],
             round: Vec::new(),
+            outcomes: None,
             safe: 0,
             torn: 0,
             ways: [pages, 0, 0, 0, 0],
@@ -161,6 +166,27 @@ impl PageTable {
     /// Keeps the round of each page from now on.
     pub fn keep_rounds(&mut self) {
         self.round.resize(self.state.len(), 0);
+    }
+
+    /// Keeps what the source is told of pages from now on.
+    pub fn keep_outcomes(&mut self) {
+        self.outcomes = Some(Outcomes::new(self.pages()));
+    }
+
+    /// Takes these books out for a moment; none where they are not kept.
+    pub(super) const fn take_outcomes(&mut self) -> Option<Outcomes> {
+        self.outcomes.take()
+    }
+
+    /// Puts them back.
+    pub(super) fn put_outcomes(&mut self, outcomes: Outcomes) {
+        self.outcomes = Some(outcomes);
+    }
+
+    /// Whether the source was told that a page is safe, and may have forgotten it.
+    #[must_use]
+    pub fn is_told(&self, page: PageIndex) -> bool {
+        self.outcomes.as_ref().is_some_and(|outcomes| outcomes.is_told(page))
     }
 
     /// The round that a page was last sent in, or is to be.
@@ -214,6 +240,7 @@ impl PageTable {
             + self.sets.capacity() * size_of::<MemberSet>()
             + self.checksum.capacity() * 4
             + self.round.capacity() * 2
+            + self.outcomes.as_ref().map_or(0, Outcomes::bytes)
     }
 
     /// Where a page stands; `Waiting` for one that there is not.
@@ -222,10 +249,12 @@ impl PageTable {
         self.state.get(page.as_usize()).map_or(PageState::Waiting, |byte| PageState::from_byte(*byte))
     }
 
-    /// Moves a page. Nothing happens for one that there is not.
+    /// Moves a page; one that is to be sent again and that the source may have forgotten, to `Waiting`. Nothing happens for
+    /// one that there is not.
     pub fn set(&mut self, page: PageIndex, to: PageState) {
         if let Some(byte) = self.state.get_mut(page.as_usize()) {
             let before = PageState::from_byte(*byte);
+            let to = self.outcomes.as_mut().map_or(to, |outcomes| outcomes.moves(page, before, to));
             self.safe = self.safe + u32::from(to.is_safe()) - u32::from(before.is_safe());
             self.torn = self.torn + u32::from(to == PageState::Torn) - u32::from(before == PageState::Torn);
             *byte = *byte & !STATE | to as u8;

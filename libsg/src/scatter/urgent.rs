@@ -19,7 +19,7 @@ use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::transport::{Channel, Inbox, Outbox, wait};
 use crate::wire::entry::decode_table;
 use crate::wire::run::encode_runs;
-use crate::wire::{Kind, PageEntry};
+use crate::wire::{Header, Kind, PageEntry};
 
 /// How often a page that the source has not got yet is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
@@ -38,6 +38,7 @@ pub struct UrgentSink {
     /// Faults on pages that the source has not got yet.
     waiting: VecDeque<(Sequence, PageIndex)>,
     asked: Vec<PageIndex>,
+    supply: Vec<PageRange>,
     loaded: Loaded,
     table: Vec<u8>,
 }
@@ -54,6 +55,7 @@ impl UrgentSink {
             sent: VecDeque::new(),
             waiting: VecDeque::new(),
             asked: Vec::new(),
+            supply: Vec::new(),
             loaded: Loaded::default(),
             table: Vec::new(),
         }
@@ -122,6 +124,10 @@ impl UrgentSink {
     }
 
     fn answer_waiting(&mut self, now: Instant) -> Result<()> {
+        if !self.waiting.is_empty() {
+            // Whoever leads the migration may wait for the destination, which waits for this page.
+            self.scatter.take_supply(&mut self.supply)?;
+        }
         // What is not there yet is queued again, behind those that are looked at now.
         for _ in 0..self.waiting.len() {
             let Some((sequence, page)) = self.waiting.pop_front() else { break };
@@ -139,6 +145,7 @@ impl UrgentSink {
         self.loaded.slices.clear();
         let runs = match answer {
             FaultAnswer::Unknown => encode_runs([PageEntry::gone(page)], &mut self.table),
+            FaultAnswer::Elsewhere(range) => return self.push_places(sequence, range),
             FaultAnswer::NotYet => {
                 self.scatter.given(self.scatter.source.want(page))?;
                 if self.waiting.len() < BATCH_PAGES_MAX {
@@ -152,6 +159,9 @@ impl UrgentSink {
             }
             FaultAnswer::Send(id, range) => {
                 let runs = self.load(range, round)?;
+                if self.scatter.forgets {
+                    self.scatter.planner.lock().loaded(id);
+                }
                 self.sent.push_back((sequence, id));
                 runs
             }
@@ -167,8 +177,18 @@ impl UrgentSink {
         Ok(self.loaded.encode(round, &mut self.table))
     }
 
+    /// Says where pages lie that are not here any more.
+    fn push_places(&mut self, sequence: Sequence, range: PageRange) -> Result<()> {
+        let runs = encode_runs(self.scatter.planner.lock().entries(range), &mut self.table);
+        let header = Header { sequence, count: runs as u16, ..self.channel.header(Kind::Announce) };
+        self.push_frame(header)
+    }
+
     fn push(&mut self, sequence: Sequence, runs: usize) -> Result<()> {
-        let header = pages_header(&self.channel, sequence, runs, None);
+        self.push_frame(pages_header(&self.channel, sequence, runs, None))
+    }
+
+    fn push_frame(&mut self, header: Header) -> Result<()> {
         self.outbox.push_frame(header, &self.table, self.loaded.slices.drain(..))?;
         self.outbox.flush(&self.channel, usize::MAX).map(|written| {
             self.scatter.pacer.charge(Class::Urgent, written as u64, host::now());

@@ -173,6 +173,9 @@ const FLIPS_IN: u64 = 5;
 /// One seed in so many has two who write one volume.
 const WRITERS_IN: u64 = 8;
 
+/// In one seed in so many VMs that go without rounds have memory that is forgotten when it is safe.
+const FORGETS_IN: u64 = 3;
+
 /// One VM in so many has memory of 2 MiB units.
 const HUGE_IN: u64 = 8;
 
@@ -374,6 +377,11 @@ impl Scenario {
             replicas: 1,
             writers: false,
         }
+    }
+
+    /// Whether a VM's memory is forgotten when it is safe.
+    pub fn forgets(&self, plan: &Plan) -> bool {
+        self.seed.is_multiple_of(FORGETS_IN) && plan.rounds.most(plan.mode) == 0
     }
 
     /// With whom VMs share pages.

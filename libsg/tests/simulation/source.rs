@@ -74,6 +74,36 @@ struct Pages {
     named: Mutex<bool>,
 }
 
+/// Pages that it holds at once, and of the last ones so many are held back until all others are safe.
+const WINDOW: u32 = 100;
+const LAST: u32 = 12;
+
+/// How long it takes until pages that were lost are there again.
+const AGAIN: Duration = Duration::from_millis(300);
+
+/// The memory of a VM whose VMM gives each page once, and again only when it is made to: what is safe is forgotten, and read
+/// by nobody any more.
+struct Forgetful {
+    pages: Pages,
+    begun: std::time::Instant,
+    books: Mutex<Books>,
+}
+
+struct Books {
+    /// Pages that were not named yet, or are to be named again.
+    left: PresenceMap,
+    /// Pages that can be had.
+    here: PresenceMap,
+    /// Pages that are safe: those that come again all the same are not named.
+    safe: PresenceMap,
+    /// Those that were named, and of which it was not said that they are safe.
+    unsafe_pages: u32,
+    /// Pages that somebody waits for: they are named next, whatever room there is.
+    wanted: Vec<PageIndex>,
+    /// Pages that are lost are there again at that time.
+    coming: Vec<(Duration, PageRange)>,
+}
+
 impl PageSource for Pages {
     fn repeat(&self) -> Repeat {
         Repeat::Any
@@ -105,6 +135,138 @@ impl PageSource for Pages {
     fn outcome(&self, _: PageRange, _: Outcome) {}
 }
 
+impl Forgetful {
+    fn new(pages: Pages) -> Self {
+        // Until it is paused, pages get memory.
+        let none = PresenceMap::new(pages.vm.pages());
+        let books = Books {
+            left: none.clone(),
+            here: none.clone(),
+            safe: none,
+            unsafe_pages: 0,
+            wanted: Vec::new(),
+            coming: Vec::new(),
+        };
+        Self { pages, begun: libsg::host::now(), books: Mutex::new(books) }
+    }
+}
+
+impl Books {
+    /// Names whole units, as long as there is room for them.
+    fn name(&mut self, vm: &Vm, out: &mut Vec<PageRange>) {
+        for page in std::mem::take(&mut self.wanted) {
+            let unit = vm.unit(page);
+            if self
+                .left
+                .next_run(unit.first, 1)
+                .is_some_and(|next| unit.positions().contains(&next.first.as_usize()))
+            {
+                self.give(unit, out);
+            }
+        }
+        while let Some(next) = self.left.next_run(PageIndex(0), 1) {
+            let unit = vm.unit(next.first);
+            let held_back = self.left.count() <= LAST && self.unsafe_pages > 0;
+            if held_back || self.unsafe_pages > WINDOW {
+                break;
+            }
+            let mut named = unit;
+            if unit.pages == 1 {
+                named = self.left.next_run(unit.first, WINDOW).expect("there is one");
+                let before_last = self.left.count().saturating_sub(LAST);
+                if before_last > 0 {
+                    named.pages = named.pages.min(before_last);
+                }
+                while !vm.in_one_region(named) {
+                    named.pages -= 1;
+                }
+            }
+            self.give(named, out);
+        }
+    }
+
+    fn give(&mut self, named: PageRange, out: &mut Vec<PageRange>) {
+        // What of a unit is zero belongs to it.
+        self.left.remove(named);
+        for page in named.iter().filter(|page| !self.safe.contains(*page)) {
+            let one = PageRange::new(page, 1);
+            self.here.insert(one);
+            self.unsafe_pages += 1;
+            out.push(one);
+        }
+    }
+}
+
+impl PageSource for Forgetful {
+    fn repeat(&self) -> Repeat {
+        Repeat::ByRecovery
+    }
+
+    fn presence(&self) -> libsg::Result<PresenceMap> {
+        let mut presence = self.pages.presence()?;
+        for run in presence.clone().runs() {
+            run.iter().for_each(|page| presence.insert(self.pages.vm.unit(page)));
+        }
+        self.books.lock().left = presence.clone();
+        Ok(presence)
+    }
+
+    fn available(&self, out: &mut Vec<PageRange>) -> libsg::Result<Supply> {
+        let mut books = self.books.lock();
+        let now = libsg::host::elapsed(self.begun);
+        let books = &mut *books;
+        books.coming.retain(|(at, range)| {
+            if *at <= now {
+                books.left.insert(*range);
+            }
+            *at > now
+        });
+        books.name(&self.pages.vm, out);
+        let all = books.coming.is_empty() && books.left.count() == 0;
+        Ok(if all { Supply::Complete } else { Supply::More })
+    }
+
+    fn want(&self, page: PageIndex) -> libsg::Result<()> {
+        self.books.lock().wanted.push(page);
+        Ok(())
+    }
+
+    fn slice(&self, range: PageRange) -> libsg::Result<PageSlice> {
+        let here = self.books.lock().here.next_run(range.first, range.pages);
+        let Some(run) = here.filter(|run| run.first == range.first) else {
+            let what = format!(
+                "each page is right: {} is read though it was let go, or never was there",
+                range.first
+            );
+            self.pages.vm.breach(what.clone());
+            return Err(libsg::Error::new(libsg::ErrorKind::Input, what));
+        };
+        self.pages.slice(run)
+    }
+
+    fn outcome(&self, range: PageRange, outcome: Outcome) {
+        let mut books = self.books.lock();
+        match outcome {
+            Outcome::Safe => {
+                let here = range.iter().filter(|page| books.here.contains(*page)).count() as u32;
+                books.unsafe_pages -= here;
+                books.here.remove(range);
+                books.safe.insert(range);
+            }
+            Outcome::Lost => {
+                let here = range.iter().filter(|page| books.here.contains(*page)).count();
+                if here > 0 {
+                    self.pages
+                        .vm
+                        .breach(format!("each page is right: {range} is lost that was not said to be safe"));
+                }
+                books.safe.remove(range);
+                books.coming.push((libsg::host::elapsed(self.begun) + AGAIN, range));
+            }
+        }
+    }
+}
+
 /// Names who lends memory and is no member, those who stood by first, then those who died and may have restarted.
 struct StandBy(Vec<SocketAddr>);
 
@@ -130,7 +292,7 @@ pub fn start(
 ) -> Handle {
     let handle = Handle::default();
     let (given, node_of_vm, vm_there) = (Arc::clone(&handle), Arc::clone(node), Arc::clone(vm));
-    let sharing = scenario.shares();
+    let (sharing, forgets) = (scenario.shares(), scenario.forgets(plan));
     let options = SourceOptions {
         to,
         intermediaries: scenario.members().map(address).collect(),
@@ -146,7 +308,9 @@ pub fn start(
         observer,
     };
     node.spawn("vmm-source", move || {
-        let pages = Arc::new(Pages { vm: Arc::clone(&vm_there), named: Mutex::new(false) });
+        let pages = Pages { vm: Arc::clone(&vm_there), named: Mutex::new(false) };
+        let pages: Arc<dyn PageSource> =
+            if forgets { Arc::new(Forgetful::new(pages)) } else { Arc::new(pages) };
         let leaving = Leaving { vm: Arc::clone(&vm_there), node: node_of_vm };
         let manifest = Manifest { sharing, ..vm_there.manifest.clone() };
         let outgoing = source::start(Box::new(leaving), pages, manifest, options).expect("started");

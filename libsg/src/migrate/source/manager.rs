@@ -22,6 +22,7 @@ use crate::report::{Intermediary, SourceReport};
 use crate::scatter::offers::{self, OfferDesk};
 use crate::scatter::session::{self, Destination, Session};
 use crate::scatter::shared::{PoisonsOnPanic, Stage, panicked};
+use crate::scatter::telling::News;
 use crate::scatter::{Planner, Scatter};
 use crate::source::{PageSource, Supply};
 use crate::usage::{self, Cpu};
@@ -146,8 +147,11 @@ impl Manager {
             let keeper = host::thread::Builder::new()
                 .name(name.into())
                 .spawn_scoped(scope, move || session::keep(scatter, destination, session, control))?;
-            let mut supply = self.supply(scatter)?;
+            let (mut supply, mut news) = (self.supply(scatter)?, News::default());
             let done_at = loop {
+                if scatter.tell_outcomes(&mut news)? {
+                    supply = Supply::More;
+                }
                 if let Some(at) = scatter.tell_done() {
                     break Some(at);
                 }

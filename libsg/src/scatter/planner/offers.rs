@@ -79,6 +79,7 @@ impl Planner {
             }
             self.send(batch.iter(), PageState::Offered);
             batch.iter().for_each(|page| self.table.set_offered(page));
+            self.offers_read = Some(batch);
             again.iter().for_each(|page| self.ready(page));
             let offers = self.offers.as_mut()?;
             offers.cursor = if cursor + passed >= pages { 0 } else { cursor + passed };
@@ -144,8 +145,13 @@ impl Planner {
             }
         }
         self.send(batch.iter(), PageState::Sending);
-        let is_some = !batch.is_empty();
-        (is_some.then(|| self.launch(Sink::Member(member), Cargo::Pages(batch), now)), of)
+        if batch.is_empty() {
+            return (None, of);
+        }
+        let id = self.launch(Sink::Member(member), Cargo::Pages(batch), now);
+        // Their bytes are there.
+        self.loaded(id);
+        (Some(id), of)
     }
 
     /// As [`Self::stored`], of a batch of [`Self::spread`].
