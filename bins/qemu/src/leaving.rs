@@ -1,6 +1,6 @@
 //! A QEMU whose VM leaves.
 
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::machine::Devices;
 use crate::qmp::Qmp;
-use crate::relay::Relay;
+use crate::relay::{Limits, Relay, Steering};
 use crate::scratch::Scratch;
 use crate::settings::Settings;
 
@@ -27,6 +27,9 @@ const STANDSTILL: u64 = 4096;
 /// The rate of a stream that nothing holds up.
 const UNLIMITED: u64 = 10_000_000_000;
 
+/// Bytes of pages that are not safe yet, beyond which no more is read of the stream.
+pub const WINDOW_BYTES: u64 = 256 << 20;
+
 /// A QEMU that has begun to send its VM, which runs on meanwhile.
 pub struct Departure {
     qmp: Arc<Mutex<Qmp>>,
@@ -40,13 +43,27 @@ impl Departure {
     ///
     /// # Errors
     /// [`ErrorKind::Vm`] when QEMU refuses; everything is as it was.
-    pub fn begin(mut qmp: Qmp, name: &str) -> Result<Self> {
+    pub fn begin(qmp: Qmp, name: &str) -> Result<Self> {
+        Self::begin_within(qmp, name, WINDOW_BYTES)
+    }
+
+    /// The same, and no more than so many bytes of pages that are not safe yet are held, but for those that the guest waits for.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn begin_within(mut qmp: Qmp, name: &str, window_bytes: u64) -> Result<Self> {
         let said = qmp.execute("query-name", &json!({}))?;
         let name = said["name"].as_str().unwrap_or(name).to_owned();
         let devices = Devices::of(&mut qmp)?;
-        let rates = [("max-bandwidth", STANDSTILL), ("max-postcopy-bandwidth", STANDSTILL)];
-        let mut settings = Settings::change(&mut qmp, &[("postcopy-ram", true)], &rates)?;
-        match connect(&mut qmp).and_then(|relay| Ok((relay.manifest(&name, &devices, STEP)?, relay))) {
+        // With a downtime to aim for, a source that has little left sends that at once, and cannot be held or resumed.
+        let parameters =
+            [("max-bandwidth", STANDSTILL), ("max-postcopy-bandwidth", STANDSTILL), ("downtime-limit", 0)];
+        let mut settings = Settings::change(&mut qmp, &[("postcopy-ram", true)], &parameters)?;
+        let limits = Limits::of_window(window_bytes);
+        match connect(&mut qmp, false)
+            .and_then(|connection| Relay::start(connection, limits))
+            .and_then(|relay| Ok((relay.manifest(&name, &devices, STEP)?, relay)))
+        {
             Ok((manifest, relay)) => Ok(Self { qmp: Arc::new(Mutex::new(qmp)), settings, relay, manifest }),
             Err(error) => {
                 let _ = call_off(&mut qmp).and_then(|()| settings.restore(&mut qmp)).inspect_err(|error| {
@@ -61,6 +78,12 @@ impl Departure {
     #[must_use]
     pub const fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// How often its stream was resumed, to have pages again that were lost.
+    #[must_use]
+    pub fn resumed(&self) -> u32 {
+        self.relay.resumed()
     }
 
     /// Its pages.
@@ -104,19 +127,21 @@ impl Departure {
     }
 }
 
-/// Has QEMU connect to a socket of ours.
-fn connect(qmp: &mut Qmp) -> Result<Relay> {
+/// Has QEMU connect to a socket of ours, to begin with its migration or to go on with it.
+fn connect(qmp: &mut Qmp, resume: bool) -> Result<UnixStream> {
     let directory = Scratch::new()?;
     let path = directory.file("stream");
     let listener = UnixListener::bind(&path)?;
-    qmp.execute("migrate", &json!({ "uri": format!("unix:{}", path.display()) }))?;
+    let uri = format!("unix:{}", path.display());
+    let begin = if resume { json!({ "uri": uri, "resume": true }) } else { json!({ "uri": uri }) };
+    qmp.execute("migrate", &begin)?;
     listener.set_nonblocking(true)?;
     let deadline = Instant::now() + STEP;
     loop {
         match listener.accept() {
             Ok((connection, _)) => {
                 connection.set_nonblocking(false)?;
-                return Relay::start(connection);
+                return Ok(connection);
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(5));
@@ -148,6 +173,23 @@ fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     }
 }
 
+/// A source QEMU, driven over QMP.
+struct ByQmp(Arc<Mutex<Qmp>>);
+
+impl Steering for ByQmp {
+    fn rate(&mut self, bytes_per_s: u64) -> Result<()> {
+        let rate = json!({ "max-postcopy-bandwidth": bytes_per_s });
+        self.0.lock().execute("migrate-set-parameters", &rate).map(drop)
+    }
+
+    fn resume(&mut self) -> Result<UnixStream> {
+        let mut qmp = self.0.lock();
+        // It notices that its stream broke when it writes the next time.
+        await_status(&mut qmp, |status| status == "postcopy-paused")?;
+        connect(&mut qmp, true)
+    }
+}
+
 /// The VM of a source QEMU under libsg's seam.
 pub struct LeavingQemu {
     qmp: Arc<Mutex<Qmp>>,
@@ -163,8 +205,7 @@ impl LeavingQemu {
     fn flow(&mut self) -> Result<()> {
         self.flows = true;
         self.relay.taken();
-        let unlimited = json!({ "max-postcopy-bandwidth": 0 });
-        self.qmp.lock().execute("migrate-set-parameters", &unlimited).map(drop)
+        self.relay.flow(Box::new(ByQmp(Arc::clone(&self.qmp))))
     }
 
     /// Ends the migration as one that has failed, in which QEMU's VM stays its own.

@@ -5,9 +5,16 @@
 //!             <-- PONG, REQ_PAGES, SHUT --
 //! ```
 //!
-//! It keeps every page that it has read until it ends: so any page can be had again, whichever intermediary dies. What it costs
-//! is as much memory as the VM has used.
+//! It keeps what is not safe yet, in a window: while that is full, it reads only what the guest waits for. What is safe is let
+//! go. Where an intermediary dies with such pages, the relay breaks the stream off, and has the source resume it: a QEMU then
+//! asks what has come, and sends all else again. That it can do until it has said everything. So the last pages are left where
+//! they are until all others are safe.
+//!
+//! How far a source is cannot be seen: what it says waits in its socket, where 16,000 pages of zeros have room. So when so few
+//! pages are to come that it might be through, it is made to send next to nothing by itself (`max-postcopy-bandwidth`), and
+//! asked for all but the last ones.
 
+mod pages;
 mod reader;
 
 use std::os::unix::net::UnixStream;
@@ -15,25 +22,43 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libsg::manifest::Manifest;
-use libsg::memory::{GuestMemory, PageSlice, PresenceMap};
+use libsg::memory::{PageSlice, PresenceMap};
 use libsg::page::{PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::{Condvar, Mutex};
-use qemu_stream::{Answer, Blocks, Configuration, Package, Span};
+use qemu_stream::{Answer, Blocks, Configuration, Package};
 
+pub(crate) use self::pages::Limits;
+use self::pages::{Lost, Pages};
 use crate::layout::Layout;
 use crate::machine::Devices;
+
+/// The rate of a source that is asked for what it is to send, in bytes a second: 10 pages come by themselves.
+const NEXT_TO_NOTHING: u64 = 10;
+
+/// That of one that sends as fast as it is read.
+const UNLIMITED: u64 = 0;
 
 /// A VM's stream, and what has come of it. Clones are the same.
 #[derive(Clone)]
 pub struct Relay(Arc<Shared>);
+
+/// How a source is driven beside its stream.
+pub(crate) trait Steering: Send {
+    /// So many bytes a second it sends by itself; 0 is any number.
+    fn rate(&mut self, bytes_per_s: u64) -> Result<()>;
+
+    /// Its stream was broken off: has it go on over another connection.
+    fn resume(&mut self) -> Result<UnixStream>;
+}
 
 struct Shared {
     books: Mutex<Books>,
     changed: Condvar,
     /// The way back. Who holds it writes a few bytes.
     answers: Mutex<UnixStream>,
+    steering: Mutex<Option<Box<dyn Steering>>>,
 }
 
 /// What is known once the memory's transfer has begun.
@@ -42,7 +67,31 @@ struct Begun {
     layout: Arc<Layout>,
     configuration: Configuration,
     section: u32,
-    memory: GuestMemory,
+}
+
+/// How the memory comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Flow {
+    /// As slowly as it was begun, behind the package: what comes is read.
+    #[default]
+    Still,
+    /// As fast as it is read.
+    Free,
+    /// As it is asked for.
+    Asked,
+}
+
+/// How a stream that was broken off stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Line {
+    #[default]
+    Up,
+    /// It is down, by our doing.
+    Broken,
+    /// The source has asked for what has come. Whether something was lost since.
+    Resuming { again: bool },
+    /// Nobody wants it any more.
+    HungUp,
 }
 
 #[derive(Default)]
@@ -51,12 +100,13 @@ struct Books {
     /// The switch, as it was said: what a destination is to be told before the package.
     switchover: bool,
     package: Option<Arc<[u8]>>,
-    /// Pages that have come and count.
-    came: Option<PresenceMap>,
-    /// Of them, those that nobody was told of.
-    untold: Vec<PageRange>,
-    /// Units that were asked for before they came.
-    asked: std::collections::HashSet<u32>,
+    pages: Option<Pages>,
+    flow: Flow,
+    line: Line,
+    /// How often it was resumed.
+    resumed: u32,
+    /// The last pages may come.
+    all: bool,
     over: bool,
     failure: Option<(ErrorKind, String)>,
 }
@@ -68,6 +118,18 @@ impl Books {
             None => Ok(()),
         }
     }
+
+    /// Whether the stream is to rest: the source may be through with the next page, and others are not safe.
+    fn is_to_rest(&self) -> bool {
+        let nearly = |pages: &Pages| pages.to_come() <= pages.limits().least_pages && !pages.is_idle();
+        self.flow == Flow::Asked && !self.all && !self.over && self.pages.as_ref().is_some_and(nearly)
+    }
+
+    /// As it flows by itself, or as it is asked for: whether it may be through before it can be held.
+    fn next_flow(&self) -> Flow {
+        let nearly = self.pages.as_ref().is_some_and(Pages::is_nearly_through);
+        if nearly || self.all { Flow::Asked } else { Flow::Free }
+    }
 }
 
 impl Relay {
@@ -75,19 +137,33 @@ impl Relay {
     ///
     /// # Errors
     /// [`ErrorKind::System`] when a thread cannot be started.
-    pub fn start(connection: UnixStream) -> Result<Self> {
+    pub(crate) fn start(connection: UnixStream, limits: Limits) -> Result<Self> {
         let answers = connection.try_clone()?;
         answers.set_write_timeout(Some(Duration::from_secs(5)))?;
         let shared = Arc::new(Shared {
             books: Mutex::default(),
             changed: Condvar::new(),
             answers: Mutex::new(answers),
+            steering: Mutex::default(),
         });
         let reads = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("sg-qemu-reader".into())
-            .spawn(move || reader::run(&reads, connection))?;
+            .spawn(move || reader::run(&reads, connection, limits))?;
         Ok(Self(shared))
+    }
+
+    /// Lets the memory come, of a source that is steered by this from now on.
+    ///
+    /// # Errors
+    /// The source's: it stays slow.
+    pub(crate) fn flow(&self, steering: Box<dyn Steering>) -> Result<()> {
+        *self.0.steering.lock() = Some(steering);
+        let flow = self.0.books.lock().next_flow();
+        self.0.rate(if flow == Flow::Free { UNLIMITED } else { NEXT_TO_NOTHING })?;
+        self.0.books.lock().flow = flow;
+        self.0.changed.notify_all();
+        self.0.ask()
     }
 
     /// The VM's memory, once the source has begun with it: a manifest for a VM called `vm` that has these devices.
@@ -126,6 +202,8 @@ impl Relay {
     /// [`ErrorKind::Timeout`] while pages are still to come: they would be gone. [`ErrorKind::Unreachable`] when it hung up.
     pub fn release(&self, patience: Duration) -> Result<()> {
         self.0.wait(patience, "does not end", |books| books.over.then_some(()))?;
+        // Whoever drove it has its QMP socket again.
+        self.0.steering.lock().take();
         if self.0.answer(&Blocks::default(), &Answer::Shut(0)) {
             return Ok(());
         }
@@ -138,10 +216,11 @@ impl Relay {
     /// # Errors
     /// [`ErrorKind::Timeout`] when nothing came for so long, [`ErrorKind::Unreachable`] when it hung up.
     pub fn refuse(&self, patience: Duration) -> Result<()> {
-        let mut came = 0;
+        self.0.release()?;
+        let mut left = u32::MAX;
         while let Err(error) = self.0.wait(patience, "does not end", |books| books.over.then_some(())) {
-            let now = self.0.books.lock().came.as_ref().map_or(0, PresenceMap::count);
-            if error.kind != ErrorKind::Timeout || now == std::mem::replace(&mut came, now) {
+            let now = self.0.books.lock().pages.as_ref().map_or(0, Pages::to_come);
+            if error.kind != ErrorKind::Timeout || now == std::mem::replace(&mut left, now) {
                 return Err(error);
             }
         }
@@ -154,8 +233,16 @@ impl Relay {
         ))
     }
 
+    /// How often the stream was resumed.
+    pub(crate) fn resumed(&self) -> u32 {
+        self.0.books.lock().resumed
+    }
+
     /// Hangs up.
     pub fn hang_up(&self) {
+        self.0.books.lock().line = Line::HungUp;
+        self.0.steering.lock().take();
+        self.0.changed.notify_all();
         // It fails only where the other side has done so already.
         let _ = self.0.answers.lock().shutdown(std::net::Shutdown::Both);
     }
@@ -181,7 +268,63 @@ impl Shared {
     fn answer(&self, blocks: &Blocks, answer: &Answer) -> bool {
         let mut bytes = Vec::with_capacity(288);
         answer.encode(blocks, &mut bytes);
-        std::io::Write::write_all(&mut *self.answers.lock(), &bytes).is_ok()
+        self.say(&bytes)
+    }
+
+    fn say(&self, bytes: &[u8]) -> bool {
+        std::io::Write::write_all(&mut *self.answers.lock(), bytes).is_ok()
+    }
+
+    fn rate(&self, bytes_per_s: u64) -> Result<()> {
+        self.steering.lock().as_mut().map_or(Ok(()), |steering| steering.rate(bytes_per_s))
+    }
+
+    /// Asks the source for what is to come next, if it sends nothing by itself.
+    fn ask(&self) -> Result<()> {
+        let mut books = self.books.lock();
+        let Books {
+            pages: Some(pages),
+            begun: Some(begun),
+            flow: Flow::Asked,
+            line: Line::Up,
+            all,
+            over: false,
+            ..
+        } = &mut *books
+        else {
+            return Ok(());
+        };
+        let (layout, mut asks) = (Arc::clone(&begun.layout), Vec::new());
+        pages.next_asks(*all, &mut asks);
+        let are_others_safe = asks.is_empty() && pages.is_idle();
+        let releases = are_others_safe && !*all;
+        drop(books);
+        self.request(&layout, &asks);
+        if releases { self.release() } else { Ok(()) }
+    }
+
+    /// The last pages may come.
+    fn release(&self) -> Result<()> {
+        let mut books = self.books.lock();
+        (books.all, books.flow) = (true, Flow::Asked);
+        drop(books);
+        self.changed.notify_all();
+        self.rate(UNLIMITED)?;
+        self.ask()
+    }
+
+    fn request(&self, layout: &Layout, asks: &[(qemu_stream::BlockIndex, qemu_stream::Span)]) {
+        for (block, span) in asks {
+            // One that cannot be asked has hung up: the reader tells it.
+            self.answer(layout.blocks(), &Answer::RequestPages { block: *block, span: *span });
+        }
+    }
+
+    /// Breaks the stream off, to have the source go on with what is missing.
+    fn break_off(&self) {
+        tracing::info!("the source QEMU's stream is broken off, to be resumed");
+        let _ = self.answers.lock().shutdown(std::net::Shutdown::Both);
+        self.changed.notify_all();
     }
 
     fn fail(&self, error: &Error) {
@@ -192,7 +335,7 @@ impl Shared {
 
 impl PageSource for Relay {
     fn repeat(&self) -> Repeat {
-        Repeat::Any
+        Repeat::ByRecovery
     }
 
     /// Which pages are zero is known when they come.
@@ -208,41 +351,82 @@ impl PageSource for Relay {
     fn available(&self, out: &mut Vec<PageRange>) -> Result<Supply> {
         let mut books = self.0.books.lock();
         books.check()?;
-        out.append(&mut books.untold);
+        books.pages.iter_mut().for_each(|pages| pages.take_untold(out));
         Ok(if books.over { Supply::Complete } else { Supply::More })
     }
 
     fn want(&self, page: PageIndex) -> Result<()> {
         let mut books = self.0.books.lock();
         books.check()?;
-        let Some(begun) = books.begun.clone() else { return Ok(()) };
-        let came = books.came.as_ref().is_some_and(|came| came.contains(page));
-        let Some((index, offset)) = begun.layout.place(page) else { return Ok(()) };
-        let Some(block) = begun.layout.blocks().get(index) else { return Ok(()) };
-        let start_bytes = offset - offset % block.page_bytes;
-        let unit = begun.layout.page(index, start_bytes);
-        if came || books.over || !books.asked.insert(unit.0) {
+        let Books { pages: Some(pages), begun: Some(begun), over: false, .. } = &mut *books else {
             return Ok(());
-        }
+        };
+        let (layout, wanted) = (Arc::clone(&begun.layout), pages.want(page));
         drop(books);
-        let span = Span { start_bytes, length_bytes: block.page_bytes };
-        // One that cannot be asked has hung up: the reader tells it.
-        self.0.answer(begun.layout.blocks(), &Answer::RequestPages { block: index, span });
+        if let Some(wanted) = wanted {
+            self.0.request(&layout, &[wanted]);
+        }
+        // It is read for that though there be no room.
+        self.0.changed.notify_all();
         Ok(())
     }
 
     fn slice(&self, range: PageRange) -> Result<PageSlice> {
         let books = self.0.books.lock();
-        let run = books.came.as_ref().and_then(|came| came.next_run(range.first, range.pages));
-        let (Some(begun), Some(run)) = (&books.begun, run.filter(|run| run.first == range.first)) else {
-            return Err(Error::new(ErrorKind::Input, "a page that has not come yet").about([range]));
-        };
-        let run = begun.memory.run(run.first, run.pages).unwrap_or(run);
-        PageSlice::guest(&begun.memory, run)
+        let slice = books.pages.as_ref().and_then(|pages| pages.slice(range));
+        slice.unwrap_or_else(|| Err(Error::new(ErrorKind::Input, "a page that is not here").about([range])))
     }
 
-    fn outcome(&self, _range: PageRange, _outcome: Outcome) {}
+    fn outcome(&self, range: PageRange, outcome: Outcome) {
+        let told = match outcome {
+            Outcome::Safe => self.0.safe(range),
+            Outcome::Lost => self.0.lost(range),
+        };
+        if let Err(error) = told.and_then(|()| self.0.ask()) {
+            tracing::error!(error = error.chain(), "the source QEMU's pages cannot be had");
+            self.0.fail(&error);
+        }
+    }
 }
 
+impl Shared {
+    fn safe(&self, range: PageRange) -> Result<()> {
+        let mut books = self.books.lock();
+        if let Some(pages) = &mut books.pages {
+            pages.safe(range)?;
+            pages.tidy()?;
+        }
+        drop(books);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn lost(&self, range: PageRange) -> Result<()> {
+        let mut books = self.books.lock();
+        let lost = books.pages.as_mut().map(|pages| pages.lost(range));
+        if lost != Some(Lost::Again) {
+            return Ok(());
+        }
+        if books.over {
+            let message = "an intermediary died with pages that the source QEMU cannot send again: it has said everything";
+            return Err(Error::new(ErrorKind::Lost, message).about([range]));
+        }
+        match &mut books.line {
+            Line::Up => books.line = Line::Broken,
+            Line::Resuming { again } => {
+                *again = true;
+                return Ok(());
+            }
+            // It is not resumed yet, and will be asked for these, too.
+            Line::Broken | Line::HungUp => return Ok(()),
+        }
+        drop(books);
+        self.break_off();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod recovery_test;
 #[cfg(test)]
 mod test;

@@ -130,7 +130,7 @@ fn a_vm_that_its_destination_does_not_take_runs_on() {
     assert_eq!((status(&mut qmp).as_str(), settings(&mut qmp)), ("postmigrate", before));
 }
 
-/// An intermediary dies with pages that have no other copy there: the relay has them still.
+/// An intermediary dies with pages of which there is no other copy, and which the relay has let go: QEMU sends them again.
 #[test]
 fn pages_of_an_intermediary_that_dies_are_sent_again() {
     let directory = tempfile::tempdir().expect("creates");
@@ -149,6 +149,7 @@ fn pages_of_an_intermediary_that_dies_are_sent_again() {
     let outgoing = world.leave(&departure, to, observer);
     let left = outgoing.wait_evicted(PATIENCE).expect("is out");
     assert!(left.pages.resent > Some(0), "{left:?}");
+    assert!(departure.resumed() > 0, "nothing was let go");
     departure.complete(true).expect("the source QEMU completes");
     incoming.set_gather_limit(0);
     assert_eq!(incoming.wait_gathered(PATIENCE).expect("is there").status, Status::Ok);

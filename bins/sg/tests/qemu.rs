@@ -90,6 +90,61 @@ fn the_vm_of_a_qemu_moves_to_another() {
     assert_eq!(qmp.execute("query-migrate", &json!({})).expect("answers")["status"], "completed");
 }
 
+/// The guest's memory where it was filled.
+fn filled(qemu: &Qemu, directory: &Path, bytes: usize) -> Vec<u8> {
+    let file = directory.join("dump");
+    let arguments = json!({ "val": 16 << 20, "size": bytes, "filename": file });
+    qemu.connect().execute("pmemsave", &arguments).expect("saved");
+    std::fs::read(&file).expect("a dump")
+}
+
+/// kill -9 of an intermediary that has pages which nobody else has, the relay included: QEMU sends them again.
+#[test]
+fn an_intermediary_that_is_killed_loses_nothing_while_the_source_lives() {
+    let directory = tempfile::tempdir().expect("creates");
+    let (file, mut word) = (directory.path().join("filling"), 1_u64);
+    let bytes: Vec<u8> = std::iter::repeat_with(|| {
+        word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        word.to_le_bytes()
+    })
+    .take(2 << 20)
+    .flatten()
+    .collect();
+    std::fs::write(&file, &bytes).expect("written");
+    let loader = format!("loader,file={},addr={:#x},force-raw=on", file.display(), 16 << 20);
+    let machine = ["-machine", "q35", "-m", "64M"];
+    let filled_one = [&machine[..], &["-device", &loader]].concat();
+    let from = Qemu::start(directory.path(), "from", &filled_one);
+    let there = Qemu::start(directory.path(), "there", &[&machine[..], &["-incoming", "defer"]].concat());
+    let serve = ["serve", "--memory", "128M", "--listen", "127.0.0.1:0"];
+    let ((mut first, one), (_second, other)) = (Sg::listening(&serve), Sg::listening(&serve));
+    let gather = ["gather", "--qmp", path(&there.qmp), "--listen", "127.0.0.1:0", "--gather-limit", "40mbit"];
+    let (mut gathering, to) = Sg::listening(&gather);
+    let report = directory.path().join("report");
+    let (qmp, report_at) = (path(&from.qmp).to_owned(), path(&report).to_owned());
+    let evict = ["evict", "--qmp", &qmp, "--to", &to, "--intermediary", &one, "--intermediary", &other];
+    let more = ["--scatter", "80mbit", "--window", "8M", "--json", &report_at];
+    let mut evicting = Command::new(env!("CARGO_BIN_EXE_sg"))
+        .args(evict.iter().chain(&more))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("starts");
+    let events = BufReader::new(evicting.stdout.take().expect("piped"));
+    for line in events.lines() {
+        let event: Value = serde_json::from_str(&line.expect("a line")).expect("JSON");
+        if event["event"] == "scattered" && event["percent"].as_u64() >= Some(60) {
+            let _ = first.0.kill();
+        }
+    }
+    assert!(evicting.wait().expect("ends").success());
+    let told: Value = serde_json::from_slice(&std::fs::read(&report).expect("written")).expect("JSON");
+    assert_eq!(told["status"], "ok", "{told}");
+    assert!(told["resumed"].as_u64() > Some(0) && told["pages"]["resent"].as_u64() > Some(0), "{told}");
+    assert!(gathering.0.wait().expect("ends").success());
+    assert!(filled(&there, directory.path(), bytes.len()) == bytes, "the memory is not what it was");
+}
+
 #[test]
 fn the_vm_of_a_qemu_is_parked_and_claimed() {
     let directory = tempfile::tempdir().expect("creates");

@@ -130,6 +130,8 @@ pub struct Planner {
     offers_read: Option<Batch>,
     /// All is safe, and was said to be.
     closed: bool,
+    /// Pages of which it was said where they lie, and when.
+    doubts: Vec<(PageIndex, Instant)>,
 }
 
 impl Planner {
@@ -154,6 +156,7 @@ impl Planner {
             offers: None,
             offers_read: None,
             closed: false,
+            doubts: Vec::new(),
         }
     }
 
@@ -261,7 +264,7 @@ impl Planner {
         let Some(span) = self.span(page) else { return FaultAnswer::Unknown };
         let unit = unit_of(span, page);
         self.near_fault = Some(group(span, page).first);
-        if let Some(answer) = self.fault_elsewhere(unit) {
+        if let Some(answer) = self.fault_elsewhere(unit, now) {
             return answer;
         }
         match self.table.state(page) {

@@ -9,7 +9,8 @@ use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use libsg::{Error, ErrorKind, Result};
 use qemu_stream::{Answer, Command, Configuration, Item, Package, StreamDecoder, limits};
 
-use super::{Begun, Shared};
+use super::pages::{Limits, Pages};
+use super::{Begun, Flow, Line, NEXT_TO_NOTHING, Shared, UNLIMITED};
 use crate::layout::Layout;
 use crate::machine::Devices;
 
@@ -20,9 +21,16 @@ const _: () = assert!(READ_BYTES > limits::ITEM_BYTES_MAX);
 
 const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
-pub(super) fn run(shared: &Shared, mut connection: UnixStream) {
+/// Bytes of the shortest record of a page.
+const RECORD_BYTES: usize = 9;
+
+/// The least that is read at once.
+const LEAST_BYTES: usize = 4096;
+
+pub(super) fn run(shared: &Shared, connection: UnixStream, limits: Limits) {
     let mut reader = Reader {
         shared,
+        limits,
         decoder: StreamDecoder::new(),
         configuration: None,
         package: Vec::new(),
@@ -30,7 +38,7 @@ pub(super) fn run(shared: &Shared, mut connection: UnixStream) {
         news: Vec::new(),
         switched: false,
     };
-    if let Err(error) = reader.read(&mut connection) {
+    if let Err(error) = reader.read_all(connection) {
         tracing::warn!(error = error.chain(), "the source QEMU's stream ended");
         shared.fail(&error);
     }
@@ -41,16 +49,45 @@ struct Reader<'a> {
     decoder: StreamDecoder,
     configuration: Option<Configuration>,
     package: Vec<u8>,
-    /// Where there are bytes in the memory that a page of zeros must overwrite.
-    written: Option<(Begun, PresenceMap)>,
+    limits: Limits,
+    written: Option<Written>,
     /// Pages that have come since the books were last written.
     news: Vec<PageRange>,
     /// The package has come.
     switched: bool,
 }
 
+/// The memory that is written, and where.
+struct Written {
+    begun: Begun,
+    memory: GuestMemory,
+    /// Where there are bytes, or were: a page of zeros must overwrite them.
+    filled: PresenceMap,
+    /// Pages that have come since the switch, and do not come again: their bytes may be under way.
+    seen: PresenceMap,
+}
+
+/// How a connection ended.
+enum Ended {
+    /// All of the stream has come.
+    Whole,
+    /// It was broken off.
+    Broken,
+}
+
 impl Reader<'_> {
-    fn read(&mut self, connection: &mut UnixStream) -> Result<()> {
+    fn read_all(&mut self, mut connection: UnixStream) -> Result<()> {
+        while let Ended::Broken = self.read(&mut connection)? {
+            connection = self.resume().map_err(|cause| {
+                let message = "pages were lost with an intermediary, and the source QEMU does not send them again. What of its \
+                               memory is not safe is there only, paused (query-migrate): do not end it";
+                Error::new(cause.kind, message).because(cause)
+            })?;
+        }
+        self.end()
+    }
+
+    fn read(&mut self, connection: &mut UnixStream) -> Result<Ended> {
         let mut buffer = vec![0; READ_BYTES + limits::ITEM_BYTES_MAX];
         let (mut from, mut to) = (0, 0);
         while !self.decoder.is_over() {
@@ -62,15 +99,124 @@ impl Reader<'_> {
             }
             buffer.copy_within(from..to, 0);
             (to, from) = (to - from, 0);
-            match connection.read(&mut buffer[to..]) {
-                Ok(0) => return Err(hung_up()),
-                Ok(bytes) => to += bytes,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(hung_up().because(error)),
+            let most = self.room()?;
+            let end = buffer.len().min(to + most);
+            let ended = match connection.read(&mut buffer[to..end]) {
+                Ok(0) => hung_up(),
+                Ok(bytes) => {
+                    to += bytes;
+                    continue;
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => hung_up().because(error),
+            };
+            return if self.shared.books.lock().line == Line::Broken {
+                Ok(Ended::Broken)
+            } else {
+                Err(ended)
+            };
+        }
+        Ok(Ended::Whole)
+    }
+
+    /// Waits until there is room for more, and says how much may be read at once: so little that the source cannot be through
+    /// behind it before it is made to go slowly.
+    fn room(&self) -> Result<usize> {
+        let mut books = self.shared.books.lock();
+        loop {
+            // What is read while it comes slowly may go on when it flows.
+            let slowly = if books.flow == Flow::Still { LEAST_BYTES } else { READ_BYTES };
+            let Some(pages) =
+                books.pages.as_ref().filter(|_| books.line == Line::Up && books.flow == Flow::Free)
+            else {
+                return Ok(slowly);
+            };
+            if pages.is_nearly_through() {
+                books.flow = Flow::Asked;
+                drop(books);
+                self.shared.rate(NEXT_TO_NOTHING)?;
+                self.shared.ask()?;
+                return Ok(READ_BYTES);
+            }
+            if pages.has_room() {
+                let beyond = (pages.to_come() - pages.limits().unread_pages) as usize;
+                return Ok((beyond.saturating_mul(RECORD_BYTES)).clamp(LEAST_BYTES, READ_BYTES));
+            }
+            self.shared.changed.wait(&mut books);
+        }
+    }
+
+    /// Has the source go on over another connection.
+    fn resume(&mut self) -> Result<UnixStream> {
+        // Half of what was said says nothing.
+        self.news.clear();
+        let flow = {
+            let mut books = self.shared.books.lock();
+            while books.is_to_rest() && books.line == Line::Broken {
+                self.shared.changed.wait(&mut books);
+            }
+            books.pages.iter_mut().for_each(Pages::broken);
+            books.flow = books.next_flow();
+            (books.flow, books.all)
+        };
+        self.shared.rate(if flow == (Flow::Asked, false) { NEXT_TO_NOTHING } else { UNLIMITED })?;
+        let mut steering = self.shared.steering.lock();
+        let steering = steering.as_mut().ok_or_else(hung_up)?;
+        let connection = steering.resume()?;
+        let answers = connection.try_clone()?;
+        answers.set_write_timeout(Some(std::time::Duration::from_secs(5)))?;
+        *self.shared.answers.lock() = answers;
+        self.decoder = StreamDecoder::recovering(self.decoder.blocks().clone(), self.decoder.section());
+        Ok(connection)
+    }
+
+    /// The source asks what of a block has come.
+    fn tell_received(&self, block: qemu_stream::BlockIndex) {
+        let blocks = self.decoder.blocks();
+        let bytes = blocks.get(block).map_or(0, Answer::bitmap_bytes) as usize;
+        let mut said = Vec::with_capacity(bytes + 300);
+        Answer::ReceivedBitmap(block).encode(blocks, &mut said);
+        {
+            let mut books = self.shared.books.lock();
+            // What is lost from now on is not in what was said of blocks.
+            if books.line == Line::Broken {
+                books.line = Line::Resuming { again: false };
+            }
+            books.pages.iter().for_each(|pages| pages.received(block, bytes, &mut said));
+        }
+        Answer::encode_bitmap_end(&mut said);
+        self.shared.say(&said);
+    }
+
+    /// The source goes on.
+    fn resumed(&mut self) -> Result<()> {
+        let blocks = self.decoder.blocks();
+        let mut asks = Vec::new();
+        let mut books = self.shared.books.lock();
+        let again = books.line == Line::Resuming { again: true };
+        books.resumed += 1;
+        if let (Some(pages), Some(written)) = (&mut books.pages, &mut self.written) {
+            pages.wanted(&mut asks);
+            for run in written.seen.runs().collect::<Vec<_>>() {
+                run.iter().filter(|page| pages.is_to_come(*page)).for_each(|page| {
+                    written.seen.remove(PageRange::new(page, 1));
+                });
             }
         }
-        self.end();
-        Ok(())
+        if books.line != Line::HungUp {
+            books.line = if again { Line::Broken } else { Line::Up };
+        }
+        drop(books);
+        self.shared.answer(blocks, &Answer::ResumeAck);
+        if again {
+            self.shared.break_off();
+            return Ok(());
+        }
+        tracing::info!("the source QEMU has resumed its stream");
+        if let Some(written) = &self.written {
+            self.shared.request(&written.begun.layout, &asks);
+        }
+        self.shared.ask()
     }
 
     /// Takes every item that is whole; how many bytes they were.
@@ -116,15 +262,17 @@ impl Reader<'_> {
             Command::RamDiscard(discard) => {
                 // What came before it is what it is about.
                 self.tell()?;
-                let Some((begun, _)) = &self.written else { return Ok(()) };
+                let Some(Written { begun, .. }) = &self.written else { return Ok(()) };
                 let layout = &begun.layout;
                 let mut books = self.shared.books.lock();
                 for span in discard.spans {
                     let pages = (span.length_bytes / PAGE_BYTES as u64) as u32;
                     let range = PageRange::new(layout.page(discard.block, span.start_bytes), pages);
-                    books.came.iter_mut().for_each(|came| came.remove(range));
+                    books.pages.iter_mut().for_each(|pages| pages.discard(range));
                 }
             }
+            Command::ReceivedBitmap(block) => self.tell_received(block),
+            Command::PostcopyResume => self.resumed()?,
             _ => {}
         }
         Ok(())
@@ -136,26 +284,34 @@ impl Reader<'_> {
         let section = self.decoder.section();
         let manifest = layout.manifest("", (&configuration, section), &Devices::default())?;
         let memory = GuestMemory::allocate(&manifest, Backing::Anon)?;
-        let none = PresenceMap::new(layout.pages());
-        let begun = Begun { layout: Arc::new(layout), configuration, section, memory };
-        self.written = Some((begun.clone(), none.clone()));
+        let (filled, layout) = (PresenceMap::new(layout.pages()), Arc::new(layout));
+        let pages = Pages::new(Arc::clone(&layout), memory.clone(), self.limits);
+        let begun = Begun { layout, configuration, section };
+        self.written = Some(Written { begun: begun.clone(), memory, seen: filled.clone(), filled });
         let mut books = self.shared.books.lock();
-        (books.begun, books.came) = (Some(begun), Some(none));
+        (books.begun, books.pages) = (Some(begun), Some(pages));
         drop(books);
         self.shared.changed.notify_all();
         Ok(())
     }
 
     fn page(&mut self, block: qemu_stream::BlockIndex, offset: u64, bytes: Option<&[u8]>) -> Result<()> {
-        let Some((begun, written)) = &mut self.written else { return Ok(()) };
+        let Some(Written { begun, memory, filled, seen }) = &mut self.written else { return Ok(()) };
         let page = begun.layout.page(block, offset);
         let range = PageRange::new(page, 1);
+        if self.switched {
+            if seen.contains(page) {
+                let message = "the source QEMU sends a page a second time after it has switched";
+                return Err(Error::new(ErrorKind::Protocol, message).about([range]));
+            }
+            seen.insert(range);
+        }
         match bytes {
             Some(bytes) => {
-                begun.memory.copy_in(range, bytes)?;
-                written.insert(range);
+                memory.copy_in(range, bytes)?;
+                filled.insert(range);
             }
-            None if written.contains(page) => begun.memory.copy_in(range, &ZEROS)?,
+            None if filled.contains(page) => memory.copy_in(range, &ZEROS)?,
             None => {}
         }
         match self.news.last_mut() {
@@ -176,26 +332,30 @@ impl Reader<'_> {
             return Ok(());
         }
         let mut books = self.shared.books.lock();
+        let Some(pages) = &mut books.pages else { return Ok(()) };
         for run in self.news.drain(..) {
-            let came = books.came.as_ref();
-            if self.switched && run.iter().any(|page| came.is_some_and(|came| came.contains(page))) {
-                // Its bytes may be under way already.
-                let message = "the source QEMU sends a page a second time after it has switched";
-                return Err(Error::new(ErrorKind::Protocol, message).about([run]));
-            }
-            books.came.iter_mut().for_each(|came| came.insert(run));
             if self.switched {
-                books.untold.push(run);
+                pages.came(run)?;
+            } else {
+                pages.came_early(run);
             }
+        }
+        let rests = books.is_to_rest() && books.line == Line::Up;
+        if rests {
+            books.line = Line::Broken;
         }
         drop(books);
         self.news.extend(kept);
-        Ok(())
+        if rests {
+            self.shared.break_off();
+            return Ok(());
+        }
+        self.shared.ask()
     }
 
     /// Takes the last pages out of the news if the rest of their unit is still to come.
     fn part_of_unit(&mut self) -> Option<PageRange> {
-        let (begun, _) = self.written.as_ref()?;
+        let Written { begun, .. } = self.written.as_ref()?;
         let run = self.news.last_mut()?;
         let end = PageIndex(run.first.0 + run.pages - 1);
         let (index, offset) = begun.layout.place(end)?;
@@ -223,8 +383,10 @@ impl Reader<'_> {
         self.tell()?;
         self.switched = true;
         let mut books = self.shared.books.lock();
-        let before: Vec<PageRange> = books.came.iter().flat_map(PresenceMap::runs).collect();
-        books.untold = before;
+        if let (Some(pages), Some(written)) = (&mut books.pages, &mut self.written) {
+            pages.switched();
+            written.seen = pages.here().clone();
+        }
         books.package = Some(package.into());
         drop(books);
         self.shared.changed.notify_all();
@@ -232,16 +394,20 @@ impl Reader<'_> {
     }
 
     /// No more will come: what has not come is zero.
-    fn end(&mut self) {
+    fn end(&mut self) -> Result<()> {
         let mut books = self.shared.books.lock();
-        let absent: Vec<PageRange> = books.came.iter().flat_map(PresenceMap::absent_runs).collect();
-        for run in absent {
-            books.came.iter_mut().for_each(|came| came.insert(run));
-            books.untold.push(run);
-        }
-        books.over = true;
+        let missing = match (&mut books.pages, &self.written) {
+            (Some(pages), Some(written)) => pages.ended(|page| written.filled.contains(page)),
+            _ => Vec::new(),
+        };
+        books.over = missing.is_empty();
         drop(books);
+        if !missing.is_empty() {
+            let message = "the source QEMU ends without pages that it was to send again";
+            return Err(Error::new(ErrorKind::Protocol, message).about(missing));
+        }
         self.shared.changed.notify_all();
+        Ok(())
     }
 }
 

@@ -3,13 +3,15 @@
 use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
-use qemu_stream::{AnswerDecoder, AnswerItem, Block, BlockIndex, Command, Discard, END_OF_STREAM, Records};
+use qemu_stream::{
+    AnswerDecoder, AnswerItem, Block, BlockIndex, Command, Discard, END_OF_STREAM, Records, Span,
+};
 
 use super::*;
 
-const PATIENCE: Duration = Duration::from_secs(30);
-const RAM: BlockIndex = BlockIndex(0);
-const HUGE: BlockIndex = BlockIndex(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const RAM: BlockIndex = BlockIndex(0);
+pub(super) const HUGE: BlockIndex = BlockIndex(1);
 
 fn blocks() -> Blocks {
     let huge = Block { page_bytes: 2 << 20, ..Block::new("huge", 4 << 20) };
@@ -17,15 +19,20 @@ fn blocks() -> Blocks {
 }
 
 /// A source that is played, at the other end of a relay.
-struct Source {
-    connection: UnixStream,
-    records: Records,
-    blocks: Blocks,
+pub(super) struct Source {
+    pub(super) connection: UnixStream,
+    pub(super) records: Records,
+    pub(super) blocks: Blocks,
 }
 
 impl Source {
     /// One that has begun.
     fn begin() -> (Self, Relay) {
+        Self::begin_with(Limits::of_window(256 << 20))
+    }
+
+    /// One whose relay has these limits.
+    pub(super) fn begin_with(limits: Limits) -> (Self, Relay) {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         let mut source = Self { connection: ours, records: Records::new(2), blocks: blocks() };
         let mut head = Vec::new();
@@ -35,15 +42,20 @@ impl Source {
         Command::PostcopyAdvise { page_sizes: source.blocks.page_sizes() }.encode(&source.blocks, &mut head);
         source.blocks.encode(2, &mut head);
         source.say(&head);
-        (source, Relay::start(theirs).expect("reads"))
+        (source, Relay::start(theirs, limits).expect("reads"))
     }
 
-    fn say(&mut self, bytes: &[u8]) {
+    pub(super) fn say(&mut self, bytes: &[u8]) {
         self.connection.write_all(bytes).expect("written");
     }
 
     /// A section of pages: each full of the byte beside it, or of zeros.
-    fn pages(&mut self, block: BlockIndex, pages: impl IntoIterator<Item = (u64, Option<u8>)>, last: bool) {
+    pub(super) fn pages(
+        &mut self,
+        block: BlockIndex,
+        pages: impl IntoIterator<Item = (u64, Option<u8>)>,
+        last: bool,
+    ) {
         let mut out = Vec::new();
         self.records.begin(last, &mut out);
         for (page, fill) in pages {
@@ -60,6 +72,11 @@ impl Source {
     }
 
     fn switch(&mut self, forget: Span) {
+        self.switch_with(&[(RAM, forget)]);
+    }
+
+    /// The switch: these parts of blocks are to come.
+    pub(super) fn switch_with(&mut self, forget: &[(BlockIndex, Span)]) {
         let none = Blocks::default();
         let mut package = Vec::new();
         Command::PostcopyListen.encode(&none, &mut package);
@@ -69,14 +86,16 @@ impl Source {
             .for_each(|it| it.encode(&none, &mut package));
         let mut out = Vec::new();
         Command::SwitchoverStart.encode(&self.blocks, &mut out);
-        Command::RamDiscard(Discard { block: RAM, spans: vec![forget] }).encode(&self.blocks, &mut out);
+        for (block, span) in forget {
+            Command::RamDiscard(Discard { block: *block, spans: vec![*span] }).encode(&self.blocks, &mut out);
+        }
         Command::Packaged { length_bytes: package.len() as u32 }.encode(&self.blocks, &mut out);
         out.extend(package);
         self.say(&out);
     }
 
     /// So many answers of the relay.
-    fn answers(&mut self, count: usize) -> Vec<AnswerItem> {
+    pub(super) fn answers(&mut self, count: usize) -> Vec<AnswerItem> {
         let (mut decoder, mut bytes, mut answers) = (AnswerDecoder::new(), Vec::new(), Vec::new());
         while answers.len() < count {
             let mut byte = [0];
@@ -92,7 +111,7 @@ impl Source {
 }
 
 /// Everything that can be had, once there is nothing more to come.
-fn all(relay: &Relay) -> Vec<PageRange> {
+pub(super) fn all(relay: &Relay) -> Vec<PageRange> {
     let (mut runs, begun) = (Vec::new(), Instant::now());
     while relay.available(&mut runs).expect("no failure") == Supply::More {
         assert!(begun.elapsed() < PATIENCE, "{runs:?}");
@@ -102,7 +121,7 @@ fn all(relay: &Relay) -> Vec<PageRange> {
 }
 
 /// The error that a relay ends with.
-fn failure(relay: &Relay) -> Error {
+pub(super) fn failure(relay: &Relay) -> Error {
     let begun = Instant::now();
     loop {
         if let Err(error) = relay.available(&mut Vec::new()) {
@@ -113,7 +132,7 @@ fn failure(relay: &Relay) -> Error {
     }
 }
 
-fn byte_of(relay: &Relay, page: u32) -> u8 {
+pub(super) fn byte_of(relay: &Relay, page: u32) -> u8 {
     let slice = relay.slice(PageRange::new(PageIndex(page), 1)).expect("it came");
     let mut bytes = [0; 4096];
     slice.copy_to(&mut bytes);
@@ -171,7 +190,8 @@ fn half_of_a_huge_page_is_nothing_yet() {
 #[test]
 fn the_source_is_asked_once_and_let_go_when_all_is_safe() {
     let (mut source, relay) = Source::begin();
-    source.switch(Span { start_bytes: 0, length_bytes: 16 << 12 });
+    let all_of = |length_bytes| Span { start_bytes: 0, length_bytes };
+    source.switch_with(&[(RAM, all_of(16 << 12)), (HUGE, all_of(4 << 20))]);
     relay.state(PATIENCE).expect("switches");
     relay.taken();
     relay.want(PageIndex(5)).expect("asked");
@@ -209,7 +229,10 @@ fn a_source_is_refused_when_it_has_said_everything() {
     source.pages(RAM, [], true);
     source.say(&[END_OF_STREAM]);
     relay.refuse(PATIENCE).expect("told");
-    assert_eq!(source.answers(2), [Answer::Pong(1), Answer::Shut(1)].map(AnswerItem::Answer));
+    // It is asked for the rest before.
+    let answers = std::iter::from_fn(|| source.answers(1).pop());
+    let before = answers.take_while(|answer| *answer != AnswerItem::Answer(Answer::Shut(1)));
+    assert!(before.count() >= 2);
     // One that is gone keeps nothing.
     let (source, relay) = Source::begin();
     drop(source);
@@ -220,8 +243,11 @@ fn a_source_is_refused_when_it_has_said_everything() {
 fn a_source_that_dies_lies_or_is_slow() {
     // It says nothing.
     let (_ours, theirs) = UnixStream::pair().expect("a pair");
-    let slow =
-        Relay::start(theirs).expect("reads").manifest("vm", &Devices::default(), Duration::from_millis(20));
+    let slow = Relay::start(theirs, Limits::of_window(0)).expect("reads").manifest(
+        "vm",
+        &Devices::default(),
+        Duration::from_millis(20),
+    );
     assert_eq!(slow.expect_err("nothing comes").kind, ErrorKind::Timeout);
     // It is gone before the switch, and before its end.
     let (source, relay) = Source::begin();

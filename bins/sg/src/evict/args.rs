@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use libsg::limits::NAME_BYTES_MAX;
-use libsg::units::Rate;
+use libsg::units::{Rate, Size};
 use pools::Meeting;
 use transports::TransportArgs;
 
@@ -190,6 +190,10 @@ pub struct EvictArgs {
     /// With --qmp: writable disks are where the destination finds them too, whatever file system they are on
     #[arg(long, requires = "qmp")]
     pub shared_disks: bool,
+    /// With --qmp: memory that the VM takes here a second time, at most, while it leaves: pages that are not safe yet
+    /// [default: 256M]
+    #[arg(long, value_name = "SIZE", requires = "qmp")]
+    pub window: Option<Size>,
     /// With --qmp: how pages leave for intermediaries (VMMs have been told at their start).
     #[command(flatten)]
     pub transport: TransportArgs,

@@ -57,7 +57,10 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
         return Ok(0);
     }
     let name = socket.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    let departure = Departure::begin(qmp, &name)?;
+    let departure = match args.window {
+        Some(window) => Departure::begin_within(qmp, &name, window.0),
+        None => Departure::begin(qmp, &name),
+    }?;
     let to = to.map_or_else(
         || To::Parked { name: parking_name(args, &departure), arbiter: args.arbiter() },
         To::from,
@@ -70,7 +73,7 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
         }
     };
     let left = follow_out(&outgoing, departure.manifest().vm.as_str(), interrupted);
-    let report = outgoing.report();
+    let (report, resumed) = (outgoing.report(), departure.resumed());
     let ended = match &left {
         Ok(()) => departure.complete(args.quit),
         Err(_) if outgoing.progress().committed => Ok(()),
@@ -78,6 +81,7 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
     };
     let mut told = json!(Report::merged(Some(&report), None));
     told["socket"] = json!(socket);
+    told["resumed"] = json!(resumed);
     let whither = match &to {
         To::Destination(to) => ("to", json!(to), String::new()),
         To::Parked { name, .. } => ("parked_as", json!(name), format!("parked as {name}, ")),

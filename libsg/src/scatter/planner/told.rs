@@ -5,12 +5,20 @@
 //! are answered by where it lies, and when that is lost it waits for the source, as one that never was there. Units of
 //! several pages are told of as a whole.
 
+use std::time::{Duration, Instant};
+
 use super::{Cargo, FaultAnswer, Planner, unit_of};
 use crate::page::{PageIndex, PageRange};
 use crate::scatter::batch::Batch;
 use crate::scatter::outcomes::Outcomes;
 use crate::scatter::table::PageState;
 use crate::wire::IndexEntry;
+
+/// Where a page lies was said so long ago that who asks again has not found it there.
+const DOUBT: Duration = Duration::from_millis(500);
+
+/// Pages of which it is known that it was said where they lie.
+const DOUBTS_MAX: usize = 64;
 
 impl Planner {
     /// The source forgets what is safe, and is told.
@@ -110,17 +118,42 @@ impl Planner {
     }
 
     /// A fault on a unit of pages that the source may have forgotten: where they lie. `None` where it has them.
-    pub(super) fn fault_elsewhere(&self, unit: PageRange) -> Option<FaultAnswer> {
+    ///
+    /// Who asks again for the same unit has found nothing there, or nothing that is right: it is had from the source again.
+    pub(super) fn fault_elsewhere(&mut self, unit: PageRange, now: Instant) -> Option<FaultAnswer> {
         if !self.table.is_told(unit.first) {
             let is_over = self.closed && self.table.state(unit.first) == PageState::Waiting;
             return is_over.then_some(FaultAnswer::Unknown);
         }
         match self.table.state(unit.first) {
+            // There is nothing that could be had again, and whoever asks finds where it lies.
+            PageState::Staged | PageState::Stored if self.closed => Some(FaultAnswer::Unknown),
+            PageState::Staged | PageState::Stored if self.is_in_doubt(unit.first, now) => {
+                unit.iter().for_each(|page| self.unsend(page));
+                Some(FaultAnswer::NotYet)
+            }
             PageState::Staged | PageState::Stored => Some(FaultAnswer::Elsewhere(unit)),
             // It has it: what it asked for crossed with that.
             PageState::Installed => Some(FaultAnswer::Unknown),
             _ => None,
         }
+    }
+
+    /// Whether a fault on a page is one too many: it was said before where it lies, and a while ago at that. Of a few pages
+    /// it is known, and one of them is given up at a time: all of the stream waits for it.
+    fn is_in_doubt(&mut self, page: PageIndex, now: Instant) -> bool {
+        if let Some(at) = self.doubts.iter().position(|(of, _)| *of == page) {
+            let is_old = now.saturating_duration_since(self.doubts[at].1) >= DOUBT;
+            if is_old {
+                self.doubts.remove(at);
+            }
+            return is_old;
+        }
+        if self.doubts.len() == DOUBTS_MAX {
+            self.doubts.remove(0);
+        }
+        self.doubts.push((page, now));
+        false
     }
 
     /// Where pages lie, as an index has it.

@@ -102,10 +102,15 @@ fn a_page_that_is_lost_waits_for_its_source() {
     assert_eq!(batch.1.pages(), 20);
     store(&mut planner, OTHER, batch);
     assert_eq!(news(&mut planner), (vec![], vec![range(0, 20)]));
+    // Who asks again and again does not find it there.
+    assert_eq!(planner.fault(PageIndex(3), now + DOUBT), FaultAnswer::NotYet);
+    assert_eq!(news(&mut planner), (vec![range(3, 1)], vec![]));
+    planner.held(range(3, 1));
+    assert_eq!(planner.fault(PageIndex(4), now), FaultAnswer::Elsewhere(range(4, 1)));
     planner.close();
-    assert_eq!(planner.fault(PageIndex(3), now), FaultAnswer::Elsewhere(range(3, 1)));
+    assert_eq!(planner.fault(PageIndex(4), now + DOUBT), FaultAnswer::Unknown);
     lose(&mut planner, OTHER);
-    assert_eq!(planner.fault(PageIndex(3), now), FaultAnswer::Unknown);
+    assert_eq!(planner.fault(PageIndex(4), now), FaultAnswer::Unknown);
 }
 
 #[test]

@@ -1,0 +1,476 @@
+//! The relay's books of a VM's pages: which are still to come, which are here, and which are safe and were let go.
+//!
+//! A page is here, and can be read, from the moment on in which all of it has come until it is said to be safe. Its memory is
+//! given back at once, or when the last slice of the 2 MiB around it is gone: slices are made under the lock under which
+//! memory is given back, and only of pages that are here. So no page is read that was let go.
+
+use std::sync::Arc;
+
+use libsg::Result;
+use libsg::memory::{GuestMemory, PageSlice, PresenceMap};
+use libsg::page::{PageIndex, PageRange};
+use qemu_stream::{BlockIndex, Span};
+
+use crate::layout::Layout;
+
+/// Pages whose memory is pinned together: as many as lie in the largest unit, so that each unit is in one.
+const PINNED_PAGES: u32 = 512;
+
+/// How much of the stream is read ahead of what is safe.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Pages that are here and not safe, beyond which nothing is read but what the guest waits for.
+    pub window_pages: u32,
+    /// Pages that a source may have said and nobody has read: what fits into its socket and its buffer, if all of them are
+    /// zero, and 9 bytes each.
+    pub unread_pages: u32,
+    /// Pages that are asked for at once when the stream is nearly through.
+    pub asked_pages: u32,
+    /// The last pages, which are left where they are until all others are safe.
+    pub last_pages: u32,
+    /// So few of them are left that the source may be through at any moment.
+    pub least_pages: u32,
+}
+
+impl Limits {
+    /// With a window of so many bytes.
+    #[must_use]
+    pub fn of_window(bytes: u64) -> Self {
+        let window_pages = (bytes >> 12).clamp(WINDOW_PAGES_MIN, u64::from(u32::MAX)) as u32;
+        let unread_pages = (unread_bytes() / 9) as u32;
+        Self { window_pages, unread_pages, asked_pages: 8192, last_pages: 1024, least_pages: 64 }
+    }
+}
+
+/// Pages of the smallest window: 8 MiB.
+const WINDOW_PAGES_MIN: u64 = 2048;
+
+/// Bytes that a source may have said and nobody has read: its socket takes what the host allows, and one buffer more, a
+/// QEMUFile 32 KiB, and what was read of one page and half a record waits here.
+fn unread_bytes() -> u64 {
+    let said = std::fs::read_to_string("/proc/sys/net/core/wmem_default");
+    let socket = said.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(SOCKET_BYTES);
+    socket.min(SOCKET_BYTES_MAX) + (64 << 10) + (32 << 10) + (16 << 10)
+}
+
+/// What a unix socket takes by default, and more than which no host lets it take.
+const SOCKET_BYTES: u64 = 208 << 10;
+const SOCKET_BYTES_MAX: u64 = 1 << 30;
+
+/// What was lost, as [`Pages::lost`] finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// It is here still, or comes anyway.
+    Here,
+    /// The source has to send it again.
+    Again,
+}
+
+/// The books.
+#[derive(Debug)]
+pub struct Pages {
+    layout: Arc<Layout>,
+    memory: GuestMemory,
+    limits: Limits,
+    /// Pages that have come and count.
+    here: PresenceMap,
+    here_count: u32,
+    /// Of them, those that nobody was told of.
+    untold: Vec<PageRange>,
+    /// Pages that the source has said that it will send.
+    to_come: PresenceMap,
+    to_come_count: u32,
+    /// Of them, those that it was asked for.
+    asked: PresenceMap,
+    asked_count: u32,
+    /// Of them, those that the guest waits for.
+    wanted: PresenceMap,
+    wanted_count: u32,
+    /// Where it is to be asked on.
+    cursor: PageIndex,
+    /// Safe elsewhere, and not here.
+    safe: PresenceMap,
+    /// Of them, those whose memory is still to be given back, and the parts in which such lie.
+    pinned: PresenceMap,
+    pinned_parts: Vec<u32>,
+    pins: Vec<Arc<()>>,
+    /// The number of each block's first part, and of the part behind the last.
+    parts: Vec<u32>,
+}
+
+impl Pages {
+    /// Nothing has come yet.
+    #[must_use]
+    pub fn new(layout: Arc<Layout>, memory: GuestMemory, limits: Limits) -> Self {
+        let none = PresenceMap::new(layout.pages());
+        let mut parts = vec![0];
+        for region in memory.regions() {
+            let last = parts.last().copied().unwrap_or(0);
+            parts.push(last + region.pages().pages.div_ceil(PINNED_PAGES));
+        }
+        let pins = (0..parts.last().copied().unwrap_or(0)).map(|_| Arc::new(())).collect();
+        Self {
+            layout,
+            memory,
+            limits,
+            here: none.clone(),
+            here_count: 0,
+            untold: Vec::new(),
+            to_come: none.clone(),
+            to_come_count: 0,
+            asked: none.clone(),
+            asked_count: 0,
+            wanted: none.clone(),
+            wanted_count: 0,
+            cursor: PageIndex(0),
+            safe: none.clone(),
+            pinned: none,
+            pinned_parts: Vec::new(),
+            pins,
+            parts,
+        }
+    }
+
+    /// What is here.
+    pub const fn here(&self) -> &PresenceMap {
+        &self.here
+    }
+
+    /// How much may be read.
+    pub const fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// A page came that may come again: the VM runs at its source.
+    pub fn came_early(&mut self, run: PageRange) {
+        self.here.insert(run);
+    }
+
+    /// Pages are still to come: what came of them before does not count.
+    pub fn discard(&mut self, run: PageRange) {
+        self.here.remove(run);
+        self.to_come.insert(run);
+    }
+
+    /// The source has switched: what is here stays what it is.
+    pub fn switched(&mut self) {
+        self.here_count = self.here.count();
+        self.to_come_count = self.to_come.count();
+        self.untold = self.here.runs().collect();
+    }
+
+    /// Pages came. Those that are safe by now are let go again.
+    ///
+    /// # Errors
+    /// The kernel's, when it takes no memory back.
+    pub fn came(&mut self, run: PageRange) -> Result<()> {
+        for page in run.iter() {
+            let one = PageRange::new(page, 1);
+            if self.to_come.contains(page) {
+                self.to_come.remove(one);
+                self.to_come_count -= 1;
+                self.asked_count -= u32::from(self.asked.contains(page));
+                self.asked.remove(one);
+                self.wanted_count -= u32::from(self.wanted.contains(page));
+                self.wanted.remove(one);
+            }
+            if self.safe.contains(page) {
+                self.let_go(one)?;
+            } else if !self.here.contains(page) {
+                self.here.insert(one);
+                self.here_count += 1;
+                add(&mut self.untold, page);
+            }
+        }
+        Ok(())
+    }
+
+    /// No more comes. Pages that never came are zero; those that are safe or here are not among them. The pages of which
+    /// `is_filled` says that they had bytes once and that are not here again: there must be none.
+    pub fn ended(&mut self, is_filled: impl Fn(PageIndex) -> bool) -> Vec<PageRange> {
+        let mut missing = Vec::new();
+        let absent: Vec<PageRange> = self.here.absent_runs().collect();
+        for page in absent.into_iter().flat_map(PageRange::iter).filter(|page| !self.safe.contains(*page)) {
+            if is_filled(page) {
+                add(&mut missing, page);
+            } else {
+                self.here.insert(PageRange::new(page, 1));
+                self.here_count += 1;
+                add(&mut self.untold, page);
+            }
+        }
+        missing
+    }
+
+    /// Takes what nobody was told of.
+    pub fn take_untold(&mut self, out: &mut Vec<PageRange>) {
+        out.append(&mut self.untold);
+    }
+
+    /// The bytes of pages that are here, from the first on. They stay as long as the slice. `None` for what is not here.
+    pub fn slice(&self, range: PageRange) -> Option<Result<PageSlice>> {
+        let run = self.here.next_run(range.first, range.pages).filter(|run| run.first == range.first)?;
+        let (part, left) = self.part(run.first)?;
+        let run = PageRange::new(run.first, run.pages.min(left));
+        let pin = self.pins.get(part as usize)?;
+        Some(PageSlice::guest_pinned(&self.memory, run, Arc::<()>::clone(pin)))
+    }
+
+    /// The part that a page lies in, and how many of its pages there are from that one on.
+    fn part(&self, page: PageIndex) -> Option<(u32, u32)> {
+        let regions = self.memory.regions();
+        let at = regions.partition_point(|region| region.pages().first <= page).checked_sub(1)?;
+        let pages = regions.get(at)?.pages();
+        let offset = page.0 - pages.first.0;
+        let within = offset % PINNED_PAGES;
+        let left = (PINNED_PAGES - within).min(pages.pages.checked_sub(offset)?);
+        Some((self.parts.get(at)? + offset / PINNED_PAGES, left))
+    }
+
+    /// Pages are safe elsewhere: they cannot be had here any more.
+    ///
+    /// # Errors
+    /// The kernel's, when it takes no memory back.
+    pub fn safe(&mut self, range: PageRange) -> Result<()> {
+        for page in range.iter() {
+            self.here_count -= u32::from(self.here.contains(page));
+        }
+        self.here.remove(range);
+        self.safe.insert(range);
+        // What has not come yet has no memory, and is let go when it comes.
+        let mut at = range;
+        while at.pages > 0 {
+            let Some((_, left)) = self.part(at.first) else { break };
+            let run = PageRange::new(at.first, at.pages.min(left));
+            self.let_go(run)?;
+            at = PageRange::new(PageIndex(at.first.0 + run.pages), at.pages - run.pages);
+        }
+        Ok(())
+    }
+
+    /// Gives the memory of pages of one part back, or notes that it is pinned.
+    fn let_go(&mut self, run: PageRange) -> Result<()> {
+        let Some((part, _)) = self.part(run.first) else { return Ok(()) };
+        if self.pins.get_mut(part as usize).is_some_and(|pin| Arc::get_mut(pin).is_some()) {
+            return self.memory.release(run);
+        }
+        self.pinned.insert(run);
+        if !self.pinned_parts.contains(&part) {
+            self.pinned_parts.push(part);
+        }
+        Ok(())
+    }
+
+    /// Gives memory back that was pinned.
+    ///
+    /// # Errors
+    /// The kernel's, when it takes no memory back.
+    pub fn tidy(&mut self) -> Result<()> {
+        let Self { pins, pinned_parts, .. } = self;
+        let is_free =
+            |part: &mut u32| pins.get_mut(*part as usize).is_some_and(|pin| Arc::get_mut(pin).is_some());
+        let free: Vec<u32> = pinned_parts.extract_if(.., is_free).collect();
+        for part in free {
+            let Some(pages) = self.pages_of(part) else { continue };
+            let mut from = pages.first;
+            let end = pages.first.0 + pages.pages;
+            while let Some(run) = self.pinned.next_run(from, end - from.0).filter(|run| run.first.0 < end) {
+                let run = PageRange::new(run.first, run.pages.min(end - run.first.0));
+                self.pinned.remove(run);
+                self.memory.release(run)?;
+                from = PageIndex(run.first.0 + run.pages);
+                if from.0 >= end {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn pages_of(&self, part: u32) -> Option<PageRange> {
+        let at = self.parts.partition_point(|first| *first <= part).checked_sub(1)?;
+        let pages = self.memory.regions().get(at)?.pages();
+        let offset = (part - self.parts.get(at)?) * PINNED_PAGES;
+        let left = pages.pages.checked_sub(offset)?;
+        Some(PageRange::new(PageIndex(pages.first.0 + offset), left.min(PINNED_PAGES)))
+    }
+
+    /// Pages that were safe are so no more.
+    pub fn lost(&mut self, range: PageRange) -> Lost {
+        let mut lost = Lost::Here;
+        for page in range.iter() {
+            let one = PageRange::new(page, 1);
+            if !self.safe.contains(page) {
+                continue;
+            }
+            self.safe.remove(one);
+            if self.pinned.contains(page) {
+                self.pinned.remove(one);
+                self.here.insert(one);
+                self.here_count += 1;
+                add(&mut self.untold, page);
+            } else if !self.to_come.contains(page) {
+                self.to_come.insert(one);
+                self.to_come_count += 1;
+                lost = Lost::Again;
+            }
+        }
+        lost
+    }
+
+    /// The source sends everything anew that is to come: what it was asked for does not count.
+    pub fn broken(&mut self) {
+        let pages = self.asked.pages();
+        self.asked = PresenceMap::new(pages);
+        (self.asked_count, self.cursor) = (0, PageIndex(0));
+    }
+
+    /// The bitmap of a block of pages that need not come.
+    pub fn received(&self, block: BlockIndex, bytes: usize, out: &mut Vec<u8>) {
+        let first = self.layout.page(block, 0);
+        let pages = self.layout.blocks().get(block).map_or(0, |block| (block.length_bytes >> 12) as u32);
+        let begin = out.len();
+        out.resize(begin + bytes, 0);
+        for at in (0..pages).filter(|at| !self.to_come.contains(PageIndex(first.0 + at))) {
+            if let Some(byte) = out.get_mut(begin + at as usize / 8) {
+                *byte |= 1 << (at % 8);
+            }
+        }
+    }
+
+    /// Whether a page is still to come.
+    pub fn is_to_come(&self, page: PageIndex) -> bool {
+        self.to_come.contains(page)
+    }
+
+    /// Whether everything that has come is safe, and nothing was asked for that has not come.
+    pub const fn is_idle(&self) -> bool {
+        self.here_count == 0 && self.asked_count == 0
+    }
+
+    /// Pages that are to come.
+    pub const fn to_come(&self) -> u32 {
+        self.to_come_count
+    }
+
+    /// Whether another piece of the stream is to be read, while it flows by itself.
+    pub const fn has_room(&self) -> bool {
+        self.wanted_count > 0 || self.here_count < self.limits.window_pages
+    }
+
+    /// Whether the source may be through with what it has when so much more is read.
+    pub const fn is_nearly_through(&self) -> bool {
+        self.to_come_count <= self.limits.unread_pages
+    }
+
+    /// The guest waits for a page: the unit to be asked for, unless it is here, or was asked for.
+    pub fn want(&mut self, page: PageIndex) -> Option<(BlockIndex, Span)> {
+        let (block, offset) = self.layout.place(page)?;
+        let unit_bytes = self.layout.blocks().get(block)?.page_bytes;
+        let span = Span { start_bytes: offset - offset % unit_bytes, length_bytes: unit_bytes };
+        let unit = self.range(block, span);
+        if !self.to_come.contains(page) || self.wanted.contains(page) {
+            return None;
+        }
+        self.set_wanted(unit);
+        let was_asked = self.asked.contains(page);
+        self.set_asked(unit);
+        (!was_asked).then_some((block, span))
+    }
+
+    fn set_wanted(&mut self, unit: PageRange) {
+        for page in unit.iter().filter(|page| self.to_come.contains(*page)) {
+            self.wanted_count += u32::from(!self.wanted.contains(page));
+            self.wanted.insert(PageRange::new(page, 1));
+        }
+    }
+
+    fn set_asked(&mut self, range: PageRange) {
+        for page in range.iter().filter(|page| self.to_come.contains(*page)) {
+            self.asked_count += u32::from(!self.asked.contains(page));
+            self.asked.insert(PageRange::new(page, 1));
+        }
+    }
+
+    fn range(&self, block: BlockIndex, span: Span) -> PageRange {
+        PageRange::new(self.layout.page(block, span.start_bytes), (span.length_bytes >> 12) as u32)
+    }
+
+    /// What the source is asked for next, which sends next to nothing by itself: as much as there is room for, and the last
+    /// pages only if `all`.
+    pub fn next_asks(&mut self, all: bool, out: &mut Vec<(BlockIndex, Span)>) {
+        let Limits { window_pages, asked_pages, last_pages, .. } = self.limits;
+        let kept = if all { 0 } else { last_pages };
+        let mut left = self.to_come_count.saturating_sub(self.asked_count).saturating_sub(kept);
+        left = left.min(asked_pages.saturating_sub(self.asked_count));
+        if !all {
+            left = left.min(window_pages.saturating_sub(self.here_count + self.asked_count));
+        }
+        let mut from = self.cursor;
+        while left > 0
+            && let Some(run) = self.next_unasked(from).or_else(|| self.next_unasked(PageIndex(0)))
+            && let Some((block, offset)) = self.layout.place(run.first)
+            && let Some(unit) = self.layout.blocks().get(block)
+        {
+            let unit_pages = (unit.page_bytes >> 12) as u32;
+            let in_block = ((unit.length_bytes - offset) >> 12) as u32;
+            // A unit comes as a whole. Where there is no room for it, nothing behind it is taken instead.
+            let pages = run.pages.min(left - left % unit_pages).min(in_block);
+            if pages == 0 {
+                break;
+            }
+            let start_bytes = offset - offset % unit.page_bytes;
+            let end = (offset + (u64::from(pages) << 12)).next_multiple_of(unit.page_bytes);
+            let span = Span { start_bytes, length_bytes: end - start_bytes };
+            let before = self.asked_count;
+            self.set_asked(self.range(block, span));
+            left = left.saturating_sub(self.asked_count - before);
+            out.push((block, span));
+            from = PageIndex(self.layout.page(block, start_bytes).0 + (span.length_bytes >> 12) as u32);
+            self.cursor = from;
+        }
+    }
+
+    /// The next pages to come that were not asked for.
+    fn next_unasked(&self, from: PageIndex) -> Option<PageRange> {
+        let mut from = from;
+        while let Some(run) = self.to_come.next_run(from, self.limits.asked_pages) {
+            if !self.asked.contains(run.first) {
+                let asked = self.asked.next_run(run.first, 1).map_or(u32::MAX, |asked| asked.first.0);
+                return Some(PageRange::new(run.first, run.pages.min(asked - run.first.0)));
+            }
+            let asked = self.asked.next_run(run.first, u32::MAX)?;
+            from = PageIndex(asked.first.0 + asked.pages);
+        }
+        None
+    }
+
+    /// Appends what the guest waits for, to be asked for anew.
+    pub fn wanted(&mut self, out: &mut Vec<(BlockIndex, Span)>) {
+        let none = PresenceMap::new(self.wanted.pages());
+        let wanted = std::mem::replace(&mut self.wanted, none);
+        self.wanted_count = 0;
+        for page in wanted.runs().flat_map(PageRange::iter) {
+            out.extend(self.want(page));
+        }
+    }
+}
+
+#[cfg(test)]
+impl Pages {
+    /// Pages that take memory.
+    pub fn resident(&self) -> PresenceMap {
+        self.memory.presence().expect("the kernel says")
+    }
+}
+
+fn add(runs: &mut Vec<PageRange>, page: PageIndex) {
+    match runs.last_mut() {
+        Some(run) if run.first.0 + run.pages == page.0 => run.pages += 1,
+        _ => runs.push(PageRange::new(page, 1)),
+    }
+}
+
+#[cfg(test)]
+#[path = "pages_test.rs"]
+mod test;

@@ -1,0 +1,169 @@
+use std::collections::BTreeMap;
+
+use libsg::memory::Backing;
+use libsg::page::PAGE_BYTES;
+use proptest::prelude::*;
+use qemu_stream::{Block, Blocks, Configuration};
+
+use super::*;
+use crate::machine::Devices;
+
+/// 700 pages, of which each fourth is zero, and one of 2 MiB.
+const SMALL: u32 = 700;
+const PAGES: u32 = SMALL + 512;
+
+fn pages(limits: Limits) -> Pages {
+    let huge = Block { page_bytes: 2 << 20, ..Block::new("huge", 2 << 20) };
+    let blocks = Blocks::new(vec![Block::new("ram", u64::from(SMALL) << 12), huge]).expect("blocks");
+    let layout = Layout::new(blocks);
+    let manifest = layout.manifest("vm", (&Configuration::new("pc"), 2), &Devices::default()).expect("fits");
+    let memory = GuestMemory::allocate(&manifest, Backing::Anon).expect("memory");
+    let mut pages = Pages::new(Arc::new(layout), memory, limits);
+    pages.discard(PageRange::new(PageIndex(0), PAGES));
+    pages.switched();
+    pages
+}
+
+/// What fills a page: none is zero that has bytes.
+fn fill(page: u32) -> u8 {
+    if page < SMALL && page.is_multiple_of(4) { 0 } else { (page % 255) as u8 + 1 }
+}
+
+/// A page comes, as a source sends it.
+fn come(pages: &mut Pages, range: PageRange) {
+    for page in range.iter().filter(|page| fill(page.0) > 0) {
+        pages.memory.copy_in(PageRange::new(page, 1), &[fill(page.0); PAGE_BYTES]).expect("inside");
+    }
+    pages.came(range).expect("taken");
+}
+
+fn unit(page: u32) -> PageRange {
+    if page < SMALL { PageRange::new(PageIndex(page), 1) } else { PageRange::new(PageIndex(SMALL), 512) }
+}
+
+/// A slice has the bytes of its pages.
+fn is_right(first: u32, slice: &PageSlice) {
+    let mut bytes = vec![0; slice.len()];
+    slice.copy_to(&mut bytes);
+    for (page, bytes) in (first..).zip(bytes.chunks(PAGE_BYTES)) {
+        assert!(bytes.iter().all(|byte| *byte == fill(page)), "page {page} is not what it was");
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Is {
+    ToCome,
+    Here,
+    Safe,
+}
+
+proptest! {
+    /// Whatever is said of pages in whatever order: what can be read is right, also when its page was let go meanwhile, lost,
+    /// and has come again; and what is safe and read by nobody takes no memory.
+    #[test]
+    fn no_page_is_read_that_was_let_go(steps in prop::collection::vec((0..8_u8, 0..PAGES), 1..400)) {
+        let mut pages = pages(Limits::of_window(0));
+        let mut is = vec![Is::ToCome; PAGES as usize];
+        let mut slices: BTreeMap<u32, PageSlice> = BTreeMap::new();
+        let mut asks = Vec::new();
+        for (what, page) in steps {
+            let unit = unit(page);
+            let was = is[page as usize];
+            let mut set = |to| unit.positions().for_each(|at| is[at] = to);
+            match what {
+                0 | 1 if was == Is::ToCome => {
+                    come(&mut pages, unit);
+                    set(Is::Here);
+                }
+                2 | 3 if was == Is::Here => {
+                    pages.safe(unit).expect("let go");
+                    set(Is::Safe);
+                }
+                4 if was == Is::Safe => {
+                    let again = pages.lost(unit) == Lost::Again;
+                    let to_come = unit.iter().filter(|page| pages.is_to_come(*page)).count();
+                    prop_assert_eq!(to_come > 0, again);
+                    // Of a unit that was let go none of it is left.
+                    prop_assert!(to_come == 0 || to_come == unit.pages as usize);
+                    set(if again { Is::ToCome } else { Is::Here });
+                }
+                5 => match pages.slice(PageRange::new(PageIndex(page), 64)) {
+                    Some(slice) => {
+                        let slice = slice.expect("inside");
+                        prop_assert_eq!(was, Is::Here);
+                        is_right(page, &slice);
+                        slices.insert(page, slice);
+                    }
+                    None => prop_assert_ne!(was, Is::Here),
+                },
+                6 => {
+                    if let Some((first, slice)) = slices.pop_first() {
+                        is_right(first, &slice);
+                    }
+                    pages.tidy().expect("let go");
+                }
+                _ => pages.next_asks(page % 2 == 0, &mut asks),
+            }
+            for (first, slice) in &slices {
+                is_right(*first, slice);
+            }
+            let count = |wanted| is.iter().filter(|is| **is == wanted).count() as u32;
+            prop_assert_eq!((pages.here_count, pages.to_come_count), (count(Is::Here), count(Is::ToCome)));
+            prop_assert_eq!(pages.asked_count, pages.asked.count());
+            prop_assert!(pages.asked.runs().flat_map(PageRange::iter).all(|page| pages.to_come.contains(page)));
+        }
+        slices.clear();
+        pages.tidy().expect("let go");
+        let resident = pages.resident();
+        for page in (0..PAGES).filter(|page| is[*page as usize] == Is::Safe) {
+            prop_assert!(!resident.contains(PageIndex(page)), "page {} is safe, and takes memory", page);
+        }
+    }
+}
+
+#[test]
+fn what_is_asked_for_has_room_and_the_last_pages_are_left() {
+    let limits = Limits { window_pages: 300, asked_pages: 200, last_pages: 40, ..Limits::of_window(0) };
+    let mut pages = pages(limits);
+    let mut asks = Vec::new();
+    let mut next = |pages: &mut Pages, all| {
+        asks.clear();
+        pages.next_asks(all, &mut asks);
+        asks.iter().map(|(block, span)| pages.range(*block, *span)).collect::<Vec<_>>()
+    };
+    assert_eq!(next(&mut pages, false), [PageRange::new(PageIndex(0), 200)]);
+    assert_eq!(next(&mut pages, false), []);
+    come(&mut pages, PageRange::new(PageIndex(0), 150));
+    assert_eq!(next(&mut pages, false), [PageRange::new(PageIndex(200), 100)], "300 are here, or asked for");
+    // What the guest waits for is asked for whatever room there is, and its whole unit.
+    let (block, span) = pages.want(PageIndex(SMALL + 9)).expect("to be asked");
+    assert_eq!(pages.range(block, span), unit(SMALL));
+    assert!(pages.has_room() && pages.want(PageIndex(SMALL + 10)).is_none());
+    come(&mut pages, unit(SMALL));
+    assert!(!pages.has_room());
+    // All is safe but the last ones, which then may come.
+    for range in [PageRange::new(PageIndex(150), 150), PageRange::new(PageIndex(300), SMALL - 300 - 40)] {
+        come(&mut pages, range);
+        assert!(!pages.is_idle());
+    }
+    pages.safe(PageRange::new(PageIndex(0), SMALL - 40)).expect("let go");
+    pages.safe(unit(SMALL)).expect("let go");
+    assert!(pages.is_idle());
+    assert_eq!(next(&mut pages, false), []);
+    assert_eq!(next(&mut pages, true), [PageRange::new(PageIndex(SMALL - 40), 40)]);
+    // Broken off, what was asked for is asked for again.
+    pages.broken();
+    assert_eq!(next(&mut pages, true), [PageRange::new(PageIndex(SMALL - 40), 40)]);
+}
+
+#[test]
+fn what_comes_though_it_is_safe_is_let_go() {
+    let mut pages = pages(Limits::of_window(0));
+    pages.safe(PageRange::new(PageIndex(1), 1)).expect("nothing is here");
+    come(&mut pages, PageRange::new(PageIndex(0), 3));
+    let mut told = Vec::new();
+    pages.take_untold(&mut told);
+    assert_eq!(told, [PageRange::new(PageIndex(0), 1), PageRange::new(PageIndex(2), 1)]);
+    assert!(pages.slice(PageRange::new(PageIndex(1), 1)).is_none());
+    assert!(!pages.resident().contains(PageIndex(1)));
+}
