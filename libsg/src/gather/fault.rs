@@ -274,8 +274,13 @@ impl Worker<'_> {
         let now = host::now();
         for page in &self.wishes {
             let Some(unit) = self.shared.tracker.lock().unit(*page) else { continue };
-            if self.pending.iter().all(|pending| pending.unit != unit) {
-                self.pending.push(Pending::new(unit, false, now));
+            match self.pending.iter_mut().find(|pending| pending.unit == unit) {
+                None => self.pending.push(Pending::new(unit, false, now)),
+                // The source said once that it has it not, and something has come of the page since.
+                Some(pending) if pending.source_refused => {
+                    (pending.source_refused, pending.try_at) = (false, now);
+                }
+                Some(_) => {}
             }
         }
     }

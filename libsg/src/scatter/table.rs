@@ -183,6 +183,12 @@ impl PageTable {
         self.outcomes = Some(outcomes);
     }
 
+    /// Whether these books are kept.
+    #[must_use]
+    pub const fn keeps_outcomes(&self) -> bool {
+        self.outcomes.is_some()
+    }
+
     /// Whether the source was told that a page is safe, and may have forgotten it.
     #[must_use]
     pub fn is_told(&self, page: PageIndex) -> bool {

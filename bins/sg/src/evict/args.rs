@@ -113,7 +113,7 @@ followed; a second ^C leaves them alone.
 
 With --json: schema, status, host (eviction_s from the first start to the last evicted, bytes), plan (mode, why, eviction_s, deadline_s,
 fits, link_bytes_per_s), and vms[]: each VM's report, with vm (its name), socket, to, parked_as, fits, intermediary_addresses,
-spare_addresses, domain (of --dedup).
+spare_addresses, domain (of --dedup). With --qmp also resumed: how often its stream was resumed, to have pages again that were lost.
 
 Exit codes: 0 all are out; 1 some are not, and are where they were, or recoverable; 2 wrong arguments; 3 something was lost; 4 cancelled
 by somebody else; 130 interrupted.")]

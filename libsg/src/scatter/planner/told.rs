@@ -121,11 +121,16 @@ impl Planner {
     ///
     /// Who asks again for the same unit has found nothing there, or nothing that is right: it is had from the source again.
     pub(super) fn fault_elsewhere(&mut self, unit: PageRange, now: Instant) -> Option<FaultAnswer> {
+        let state = self.table.state(unit.first);
+        if state == PageState::Installed && self.table.keeps_outcomes() {
+            // It has it: what it asked for crossed with that. Of a page of zeros there never was anything here.
+            return Some(FaultAnswer::Unknown);
+        }
         if !self.table.is_told(unit.first) {
-            let is_over = self.closed && self.table.state(unit.first) == PageState::Waiting;
+            let is_over = self.closed && state == PageState::Waiting;
             return is_over.then_some(FaultAnswer::Unknown);
         }
-        match self.table.state(unit.first) {
+        match state {
             // There is nothing that could be had again, and whoever asks finds where it lies.
             PageState::Staged | PageState::Stored if self.closed => Some(FaultAnswer::Unknown),
             PageState::Staged | PageState::Stored if self.is_in_doubt(unit.first, now) => {
@@ -133,8 +138,6 @@ impl Planner {
                 Some(FaultAnswer::NotYet)
             }
             PageState::Staged | PageState::Stored => Some(FaultAnswer::Elsewhere(unit)),
-            // It has it: what it asked for crossed with that.
-            PageState::Installed => Some(FaultAnswer::Unknown),
             _ => None,
         }
     }
