@@ -266,25 +266,6 @@ impl Worker<'_> {
         self.advance(self.pending.len() - 1, now)
     }
 
-    fn take_wishes(&mut self) {
-        if self.source.is_none() || self.pending.len() >= WISHES_AT_ONCE {
-            return;
-        }
-        self.shared.take_wishes(&mut self.wishes);
-        let now = host::now();
-        for page in &self.wishes {
-            let Some(unit) = self.shared.tracker.lock().unit(*page) else { continue };
-            match self.pending.iter_mut().find(|pending| pending.unit == unit) {
-                None => self.pending.push(Pending::new(unit, false, now)),
-                // The source said once that it has it not, and something has come of the page since.
-                Some(pending) if pending.source_refused => {
-                    (pending.source_refused, pending.try_at) = (false, now);
-                }
-                Some(_) => {}
-            }
-        }
-    }
-
     fn hear_source(&mut self) -> Result<()> {
         let Some(mut line) = self.source.take() else { return Ok(()) };
         match self.hear(&mut line) {

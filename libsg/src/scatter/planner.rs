@@ -333,18 +333,6 @@ impl Planner {
         true
     }
 
-    /// These pages of a batch for the destination turned out to be zero, and travel as that.
-    pub fn sent_as_zero(&mut self, id: BatchId, pages: impl IntoIterator<Item = PageIndex>) {
-        if let Some(flight) = self.in_flight.iter_mut().find(|flight| flight.id == id) {
-            flight.loaded = true;
-            for page in pages {
-                if self.table.way(page) == Way::None {
-                    self.table.set_way(page, Way::Zero);
-                }
-            }
-        }
-    }
-
     /// A run of absent pages was handed to the index; its entries answer for it from now on. `false` where nobody
     /// waits for them any more.
     pub fn zeros_told(&mut self, id: BatchId) -> bool {

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::pending::Asked;
-use super::{SILENCE, Worker, read_removals};
+use super::pending::{Asked, Pending};
+use super::{SILENCE, WISHES_AT_ONCE, Worker, read_removals};
 use crate::error::Result;
 use crate::gather::tracker::{Claim, Path, Wanted};
 use crate::host;
@@ -18,6 +18,26 @@ use crate::wire::{GetEntry, Header, Kind};
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 impl Worker<'_> {
+    /// Takes up what only the source can have.
+    pub(super) fn take_wishes(&mut self) {
+        if self.source.is_none() || self.pending.len() >= WISHES_AT_ONCE {
+            return;
+        }
+        self.shared.take_wishes(&mut self.wishes);
+        let now = host::now();
+        for page in &self.wishes {
+            let Some(unit) = self.shared.tracker.lock().unit(*page) else { continue };
+            match self.pending.iter_mut().find(|pending| pending.unit == unit) {
+                None => self.pending.push(Pending::new(unit, false, now)),
+                // The source said once that it has it not, and something has come of the page since.
+                Some(pending) if pending.source_refused => {
+                    (pending.source_refused, pending.try_at) = (false, now);
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
     /// Takes every way for a unit that is worth taking now.
     pub(super) fn advance(&mut self, at: usize, now: Instant) -> Result<()> {
         let unit = self.pending[at].unit;

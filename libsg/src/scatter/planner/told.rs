@@ -11,7 +11,7 @@ use super::{Cargo, FaultAnswer, Planner, unit_of};
 use crate::page::{PageIndex, PageRange};
 use crate::scatter::batch::Batch;
 use crate::scatter::outcomes::Outcomes;
-use crate::scatter::table::PageState;
+use crate::scatter::table::{PageState, Way};
 use crate::wire::IndexEntry;
 
 /// Where a page lies was said so long ago that who asks again has not found it there.
@@ -37,6 +37,19 @@ impl Planner {
     pub fn loaded(&mut self, id: super::BatchId) {
         if let Some(flight) = self.in_flight.iter_mut().find(|flight| flight.id == id) {
             flight.loaded = true;
+        }
+    }
+
+    /// The bytes of a batch for the destination were taken from the source. These of its pages turned out to be zero, and
+    /// travel as that.
+    pub fn sent_as_zero(&mut self, id: super::BatchId, pages: impl IntoIterator<Item = PageIndex>) {
+        if let Some(flight) = self.in_flight.iter_mut().find(|flight| flight.id == id) {
+            flight.loaded = true;
+            for page in pages {
+                if self.table.way(page) == Way::None {
+                    self.table.set_way(page, Way::Zero);
+                }
+            }
         }
     }
 
