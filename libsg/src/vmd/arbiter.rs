@@ -25,7 +25,8 @@ pub type Engines = Arc<dyn Fn(&str) -> Result<Arc<dyn Arbiter>> + Send + Sync>;
 ///
 /// # Contract
 /// - Of all claims of a volume, the one that was granted last counts. Its epoch is above those before.
-/// - Once [`Self::run`] was done under an epoch, no claim of the volume is granted any more, to anybody.
+/// - Once [`Self::run`] was done under an epoch, no claim of the volume is granted any more, to anybody but its owner, who may
+///   have it again under a newer epoch.
 /// - `run` fails for whoever was replaced.
 pub trait Arbiter: Send + Sync {
     /// Asks for a volume. The same claim may be made again, whether its answer was lost or to say that the claimant is

@@ -7,6 +7,8 @@
 //!                                    +--------------+  another claim, under a newer epoch: when the
 //!                                                      claimant's time is over, or by force
 //! ```
+//!
+//! Running, its owner may claim it again under a newer epoch: another process of the same host goes on with it.
 
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +55,7 @@ pub enum Verdict {
         /// Milliseconds until another may have it.
         for_ms: u64,
     },
-    /// The VM runs: nobody else ever gets it.
+    /// The VM runs: nobody but who runs it ever gets it.
     Runs {
         /// Where.
         by: NodeId,

@@ -96,6 +96,13 @@ pub(super) fn has_one_owner(bench: &Bench<'_>) {
     assert_eq!(verdict(&mut *late, claim("c", 9, true)), Verdict::Runs { by: node("b") });
     assert_eq!(stands(&mut *late).state, VolumeState::Running);
     refused(said(&mut *early, &VmdRequest::Dissolve), ErrorKind::Fenced);
-    said(&mut *owner, &VmdRequest::Dissolve).expect("dissolved");
+    // Its owner goes on in another process, and is one still.
+    assert_eq!(verdict(&mut *owner, claim("b", 3, true)), Verdict::Runs { by: node("b") });
+    let mut next = bench.link(&*at, id, 4);
+    assert_eq!(verdict(&mut *next, claim("b", 4, true)), Verdict::Granted);
+    assert_eq!(stands(&mut *next).state, VolumeState::Running);
+    assert_eq!(verdict(&mut *late, claim("c", 9, true)), Verdict::Runs { by: node("b") });
+    refused(said(&mut *owner, &VmdRequest::Dissolve), ErrorKind::Fenced);
+    said(&mut *next, &VmdRequest::Dissolve).expect("dissolved");
     refused(said(&mut *late, &VmdRequest::ClaimParked(claim("c", 9, true))), ErrorKind::Volume);
 }

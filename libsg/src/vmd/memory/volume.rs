@@ -131,6 +131,10 @@ impl Volume {
         match (&self.parking, &self.claim, self.state) {
             (None, ..) => Verdict::NotParked,
             (Some(parking), ..) if parking.arbiter.is_some() && !claim.force => Verdict::Elsewhere,
+            (_, Some((owner, _)), VolumeState::Running) if *owner == by && self.epoch < claim.epoch => {
+                (self.epoch, self.claim) = (claim.epoch, Some((by, now)));
+                Verdict::Granted
+            }
             (_, Some((owner, _)), VolumeState::Running) => Verdict::Runs { by: owner.clone() },
             (_, Some((owner, _)), _) if *owner == by && self.epoch == claim.epoch => {
                 self.claim = Some((by, now));
