@@ -184,6 +184,12 @@ pub trait PageSink: Send + Sync {
     /// [`ErrorKind::System`] when the VM is gone.
     fn events(&self, out: &mut Vec<SinkEvent>) -> Result<usize>;
 
+    /// Says which pages are in place already, before any is installed: of a VM that runs, with which another process began. Whole
+    /// install units.
+    fn in_place(&self, each: &mut dyn FnMut(PageRange)) {
+        let _ = each;
+    }
+
     /// What to `poll` for reading before [`Self::events`]. `None`: there never are any.
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 

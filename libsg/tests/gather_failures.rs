@@ -15,23 +15,13 @@ use libsg::migrate::destination::ArrivalPhase;
 use libsg::page::{PageIndex, PageRange};
 use libsg::report::Status;
 use libsg::transport::Conversation;
-use libsg::wire::entry::decode_table;
+use libsg::wire::IndexEntry;
 use libsg::wire::handshake::Purpose;
 use libsg::wire::message::{Talk, VmdRequest};
-use libsg::wire::{IndexEntry, Kind};
 use libsg::{ErrorKind, Result};
 
 /// A while in which something that must not happen would have happened.
 const A_WHILE: Duration = Duration::from_millis(400);
-
-/// Puts entries into the index where their owner is, as a source does.
-fn index_at_owners(scene: &Scene, entries: &[IndexEntry]) {
-    for owner in 0..scene.nodes.len() {
-        let of = |entry: &&IndexEntry| (entry.page.0 / 1024) as usize % scene.nodes.len() == owner;
-        let some: Vec<_> = entries.iter().filter(of).copied().collect();
-        some.chunks(1000).for_each(|some| scene.index(owner, some));
-    }
-}
 
 fn failed(scene: &Scene) -> libsg::Error {
     scene.incoming.wait_gathered(LONG).expect_err("it failed")
@@ -53,7 +43,7 @@ fn the_index_is_enough_when_the_source_is_gone() {
     for node in 0..3_u32 {
         entries.extend(scene.stage(node as usize, (0..4990).filter(|page| page / 64 % 3 == node)));
     }
-    index_at_owners(&scene, &entries);
+    scene.index_at_owners(&entries);
     // Some of it was announced, some sent, before the source lost power.
     source.announce(&entries[1..500]);
     source.direct.as_mut().unwrap().pages(2000..2100, 64);
@@ -93,7 +83,7 @@ fn a_lost_copy_that_nobody_else_has_is_lost_and_reported() {
     scene.nodes[0].corrupt();
     let good = scene.stage(1, (0..10).chain(20..300));
     let all: Vec<_> = good.into_iter().chain(bad).collect();
-    index_at_owners(&scene, &all);
+    scene.index_at_owners(&all);
     source.announce(&all);
     source.say(&Talk::Evicted);
     // They may be told in parts.
@@ -195,7 +185,7 @@ fn commit_in_the_volume_is_enough() {
     source.connect(&scene, |_| Answer::Page);
     source.send_state();
     let entries = scene.stage(0, 0..300);
-    index_at_owners(&scene, &entries);
+    scene.index_at_owners(&entries);
     scene.control(&scene.nodes[1], &VmdRequest::Commit);
     // RUN was not said, and never will be.
     source.die();
@@ -303,31 +293,6 @@ fn cancelling_after_ready_asks_the_source() {
     }
 }
 
-/// The ranges that the destination says it holds, and whether the VM runs.
-fn rejoin(scene: &Scene) -> (Conversation, Vec<PageRange>, bool) {
-    let mut control = Conversation::new(scene.dial(Purpose::MigrationControl));
-    control.send_talk(&Talk::Rejoin, soon()).unwrap();
-    let (mut held, mut ended) = (Vec::new(), false);
-    loop {
-        let frame = control.recv(soon()).unwrap();
-        match frame.header.kind {
-            Kind::Holdings if frame.header.count == 0 => ended = true,
-            Kind::Holdings => {
-                let mut some = Vec::new();
-                decode_table(frame.body, frame.header.count.into(), &mut some).unwrap();
-                held.append(&mut some);
-            }
-            Kind::Talk => {
-                if let Talk::Rejoined { running } = Talk::decode(frame.body).unwrap() {
-                    assert!(ended, "holdings come first");
-                    return (control, held, running);
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
 #[test]
 fn connections_break_and_are_made_again() {
     let scene = Scene::new(Plan { grace: Duration::from_secs(30), ..Plan::default() });
@@ -335,7 +300,7 @@ fn connections_break_and_are_made_again() {
     source.direct.as_mut().unwrap().pages((0..100).chain(200..210), 64);
     source.direct.as_mut().unwrap().settle();
     source.cut_data();
-    let (control, held, running) = rejoin(&scene);
+    let (control, held, running) = scene.rejoin();
     assert!(running);
     assert_eq!(held, ranges((0..100).chain(200..210)));
     source.control = control;
@@ -356,7 +321,7 @@ fn a_silent_source_is_not_waited_for_when_the_index_knows() {
     let scene = Scene::new(Plan { nodes: 2, gather_limit: 4096, ..Plan::default() });
     let mut source = Source::start(&scene, |_| Answer::Silent);
     let entries = scene.stage(1, 0..300);
-    index_at_owners(&scene, &entries);
+    scene.index_at_owners(&entries);
     let memory = scene.seen.memory();
     assert!(read(&memory, 123) == content(123));
     assert!(source.faults.load(Ordering::SeqCst) > 0);
@@ -466,7 +431,7 @@ fn hostile_bytes_from_a_peer_with_the_secret_do_no_harm() {
     source.direct = Some(Direct::new(scene.dial(Purpose::MigrationDirect)));
     source.control.send_talk(&Talk::Accepted, soon()).unwrap();
     until("it is closed", || source.try_hear(|_| false).is_err());
-    let (control, _, running) = rejoin(&scene);
+    let (control, _, running) = scene.rejoin();
     assert!(running);
     source.control = control;
     source.direct.as_mut().unwrap().pages(0..300, 64);

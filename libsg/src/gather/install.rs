@@ -22,6 +22,7 @@ struct Piece {
 pub(crate) struct Installer {
     good: Vec<Piece>,
     runs: Vec<(PageRange, usize)>,
+    zeros: Vec<PageRange>,
     unit: Vec<u8>,
     /// After [`Self::pages`]: pages that were not installed; after [`Self::reads`]: pages whose copy
     /// is lost.
@@ -77,8 +78,46 @@ impl Installer {
             if wanted {
                 shared.look_again();
             }
+            if shared.outlived {
+                self.place_zeros(shared, zeros().map(|zero| zero.range()), between)?;
+            }
         }
         self.place(shared, bytes, Path::Direct, between)
+    }
+
+    /// Installs pages that are known to be zero: what the source is told of is in place.
+    fn place_zeros(
+        &mut self,
+        shared: &Shared,
+        zeros: impl Iterator<Item = PageRange>,
+        between: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.zeros.clear();
+        let mut tracker = shared.tracker.lock();
+        for range in zeros {
+            let mut page = range.first;
+            while page.0 < range.first.0 + range.pages {
+                let Some(unit) = tracker.unit(page) else { break };
+                if tracker.claim_zero(unit.first) == Claim::Held {
+                    self.bad.extend(tracker.is_installing(page).then_some(page));
+                } else if let Some(run) = self.zeros.last_mut().filter(|run| {
+                    run.first.0 + run.pages == unit.first.0
+                        && (run.pages + unit.pages) as usize <= BATCH_PAGES_MAX
+                        && tracker.same_region(run.first, unit.first)
+                }) {
+                    run.pages += unit.pages;
+                } else {
+                    self.zeros.push(unit);
+                }
+                page = PageIndex(unit.first.0 + unit.pages);
+            }
+        }
+        drop(tracker);
+        for run in &self.zeros {
+            shared.install(*run, None, between)?;
+            shared.tracker.lock().installed(*run, Path::Zero, host::now());
+        }
+        Ok(())
     }
 
     /// Installs what an intermediary answered to `reads`.
@@ -175,8 +214,8 @@ impl Installer {
                     }
                     _ => self.runs.push((unit, piece.offset)),
                 }
-            } else if tracker.is_stopped() {
-                // It may not be held by anybody: it has to come again.
+            } else if tracker.is_stopped() || shared.outlived && tracker.is_installing(piece.page) {
+                // It may not be held by anybody, or not yet: it has to come again.
                 self.bad.push(piece.page);
             }
             at += 1;

@@ -57,6 +57,8 @@ pub(crate) struct Setup {
     /// How long pages that only a member could have wait for it to answer again.
     pub member_grace: Duration,
     pub observer: Observer,
+    /// Another process may go on with what is in place.
+    pub outlived: bool,
     /// What happens before the VM is paused.
     pub rounds: Rounds,
     /// Woken when something happened that whoever leads the conversation should look at.
@@ -97,6 +99,8 @@ pub(crate) struct Shared {
     hasher: Option<ContentHasher>,
     pub counters: Counters,
     pub observer: Observer,
+    /// Another process may go on with what is in place: nothing else counts as held by the source.
+    pub outlived: bool,
     pub source_grace: Duration,
     pub member_grace: Duration,
     /// Bytes of the largest frame that the source must be able to send: a whole unit.
@@ -141,6 +145,9 @@ impl Shared {
         if gathers_early {
             tracker.install_early();
         }
+        if setup.outlived {
+            tracker.outlive();
+        }
         let huge = setup.manifest.regions.iter().any(|region| region.unit == InstallUnit::Huge2M);
         let unit = if huge { InstallUnit::Huge2M } else { InstallUnit::Page };
         let shared = Self {
@@ -153,6 +160,7 @@ impl Shared {
             connector: setup.connector,
             counters: Counters::default(),
             observer: setup.observer,
+            outlived: setup.outlived,
             source_grace: setup.source_grace,
             member_grace: setup.member_grace,
             unit_pages: unit.pages(),
@@ -181,6 +189,7 @@ impl Shared {
             conductor: setup.conductor,
         };
         shared.add_members(&setup.members)?;
+        shared.sink.in_place(&mut |range| shared.tracker.lock().in_place(range));
         Ok(shared)
     }
 

@@ -140,6 +140,8 @@ pub struct Tracker {
     /// The VM does not run yet, and a newer round replaces what is installed.
     replaces: bool,
     early: Early,
+    /// Another process may go on with what is in place, and knows nothing of these books.
+    outlived: bool,
 }
 
 impl Tracker {
@@ -167,6 +169,7 @@ impl Tracker {
             closed: false,
             replaces: false,
             early: Early::default(),
+            outlived: false,
         }
     }
 

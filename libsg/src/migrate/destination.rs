@@ -10,6 +10,7 @@ mod ending;
 mod line;
 mod listener;
 mod loading;
+mod unfinished;
 mod volume;
 
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ use crate::vmd::Connector;
 pub use claim::ClaimOptions;
 use conductor::Way;
 use listener::Listener;
+pub use unfinished::Unfinished;
 
 /// How long [`Incoming::cancel`] waits for the source to agree.
 const CANCEL_WAIT: Duration = Duration::from_secs(10);
@@ -119,6 +121,29 @@ pub fn claim(vm: Box<dyn IncomingVm>, wanted: ClaimOptions, options: Destination
         return Err(Error::new(ErrorKind::Input, message));
     }
     Incoming::start(options, Way::Claimed(wanted), Waker::new()?, vm)
+}
+
+/// Goes on with a VM that runs here already, whose memory another process of this host was gathering when it ended: from what
+/// that had written down ([`IncomingVm::note`]). [`IncomingVm::prepare`] finds the VM as it is, and its sink says what is in place
+/// ([`PageSink::in_place`](crate::sink::PageSink::in_place)). Returns at once; [`Incoming::wait_running`] says whether it goes on.
+///
+/// Where the source may be at it still, the options' address is listened on: it has to be that of the process before. Whoever
+/// gathered before is shut out at the intermediaries, where the source is gone.
+///
+/// Until the VM is found, whatever fails changes nothing ([`ErrorKind::Fenced`]: it was claimed elsewhere since;
+/// [`ErrorKind::Unreachable`]: no intermediary answers; [`ErrorKind::Lost`]: none has the volume any more). Afterwards it waits as
+/// it did before, for the next who goes on.
+///
+/// # Errors
+/// [`ErrorKind::System`] when the address cannot be listened on, or a thread cannot be started.
+pub fn resume(
+    vm: Box<dyn IncomingVm>,
+    unfinished: Unfinished,
+    options: DestinationOptions,
+) -> Result<Incoming> {
+    let listener = if unfinished.source_gone { None } else { Some(Listener::start(&options)?) };
+    let waker = listener.as_ref().map_or_else(Waker::new, |listener| Ok(listener.waker().clone()))?;
+    Incoming::start(options, Way::Resumed(Box::new(unfinished), listener), waker, vm)
 }
 
 /// Where an arriving VM stands.

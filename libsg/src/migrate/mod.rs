@@ -194,6 +194,17 @@ pub trait IncomingVm: Send {
     /// [`crate::ErrorKind::Vm`]. There is no way back: the VM is lost unless it can be run later.
     fn run(&mut self) -> Result<()>;
 
+    /// What another process would need to go on with this VM, should this one die with its memory not all there
+    /// ([`destination::resume`]). Said behind [`Self::prepare`], and again when it changes; whoever can go on writes it down, so
+    /// that it outlives the process, and says `true`: a failure behind COMMIT is not told to the source as the end then.
+    ///
+    /// # Errors
+    /// Whatever stands against writing it down. The first time, the source is told and keeps the VM.
+    fn note(&mut self, unfinished: &destination::Unfinished) -> Result<bool> {
+        let _ = unfinished;
+        Ok(false)
+    }
+
     /// The migration ended before COMMIT: the VM lives on at the source, this one is thrown away.
     fn abandon(&mut self);
 

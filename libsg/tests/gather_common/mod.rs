@@ -333,8 +333,42 @@ impl Scene {
         self.ask(&self.nodes[node], Request::PutIndex(entries), |_| Ok(()));
     }
 
+    /// Puts entries into the index where their owner is, as a source does.
+    pub fn index_at_owners(&self, entries: &[IndexEntry]) {
+        for owner in 0..self.nodes.len() {
+            let of = |entry: &&IndexEntry| (entry.page.0 / 1024) as usize % self.nodes.len() == owner;
+            let some: Vec<_> = entries.iter().filter(of).copied().collect();
+            some.chunks(1000).for_each(|some| self.index(owner, some));
+        }
+    }
+
     pub fn dial(&self, purpose: Purpose) -> Channel {
         dial(self.address, purpose, self.volume, EPOCH, &secret(), LONG).unwrap()
+    }
+
+    /// As a source whose connections broke. The ranges that the destination says it holds, and whether the VM runs.
+    pub fn rejoin(&self) -> (Conversation, Vec<PageRange>, bool) {
+        let mut control = Conversation::new(self.dial(Purpose::MigrationControl));
+        control.send_talk(&Talk::Rejoin, soon()).unwrap();
+        let (mut held, mut ended) = (Vec::new(), false);
+        loop {
+            let frame = control.recv(soon()).unwrap();
+            match frame.header.kind {
+                Kind::Holdings if frame.header.count == 0 => ended = true,
+                Kind::Holdings => {
+                    let mut some = Vec::new();
+                    decode_table(frame.body, frame.header.count.into(), &mut some).unwrap();
+                    held.append(&mut some);
+                }
+                Kind::Talk => {
+                    if let Talk::Rejoined { running } = Talk::decode(frame.body).unwrap() {
+                        assert!(ended, "holdings come first");
+                        return (control, held, running);
+                    }
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Every page reads as it was written, but the zero ones and those in `lost`.

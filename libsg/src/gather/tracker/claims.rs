@@ -90,6 +90,31 @@ impl Tracker {
         }
     }
 
+    /// Another process may go on with what is in place, and knows nothing of these books: what is only known to be zero is not
+    /// held as far as the source is concerned.
+    pub fn outlive(&mut self) {
+        self.outlived = true;
+    }
+
+    /// Whether somebody is at the page.
+    #[must_use]
+    pub fn is_installing(&self, page: PageIndex) -> bool {
+        self.states.get(page.as_usize()).is_some_and(|state| state.is_installing())
+    }
+
+    /// These were in place before this gather began. Parts of units are left alone.
+    pub fn in_place(&mut self, range: PageRange) {
+        let end = range.positions().end.min(self.states.len());
+        let mut page = range.first;
+        while page.as_usize() < end {
+            let Some(unit) = self.unit(page) else { return };
+            if unit.first == page && unit.positions().end <= end {
+                self.change(unit, |state| state.settle(Kind::Installed));
+            }
+            page = PageIndex(unit.first.0 + unit.pages);
+        }
+    }
+
     /// A claimed unit could not be installed.
     pub fn unclaim(&mut self, range: PageRange) {
         self.change(range, State::uninstall);

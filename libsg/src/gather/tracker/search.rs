@@ -117,8 +117,11 @@ impl Tracker {
     /// Appends the ranges that are held, from `from` on, at most `ranges_max`; returns where to go on, and
     /// the number of pages at the end.
     pub fn holdings(&self, from: PageIndex, ranges_max: usize, out: &mut Vec<PageRange>) -> PageIndex {
-        let held =
-            |page: usize| matches!(self.states[page].kind(), Kind::Installed | Kind::Removed | Kind::Zero);
+        let held = |page: usize| match self.states[page].kind() {
+            Kind::Installed | Kind::Removed => true,
+            Kind::Zero => !self.outlived,
+            _ => false,
+        };
         let mut page = from.as_usize();
         let end = self.states.len().min(page + SEARCH_PAGES_MAX);
         while page < end && out.len() < ranges_max {

@@ -10,6 +10,7 @@
 
 mod checks;
 mod claimed;
+mod resumed;
 
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,11 +18,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use self::resumed::Notes;
 use super::claim::{ClaimOptions, Claimant};
 use super::line::Line;
 use super::listener::Listener;
 use super::loading::{Loading, panicked};
-use super::{ArrivalPhase, Desk, DestinationOptions};
+use super::{ArrivalPhase, Desk, DestinationOptions, Unfinished};
 use crate::error::{Error, ErrorKind, Result};
 use crate::gather::{Gather, Setup, Word};
 use crate::host::{self, thread::JoinHandle};
@@ -91,6 +93,7 @@ pub(super) struct Conductor {
     abort_said: bool,
     told_at: Instant,
     pub told_percent: u8,
+    pub notes: Notes,
 }
 
 /// How a VM comes.
@@ -99,6 +102,8 @@ pub(super) enum Way {
     Offered(Listener),
     /// It is parked.
     Claimed(ClaimOptions),
+    /// It runs; a source may come again.
+    Resumed(Box<Unfinished>, Option<Listener>),
 }
 
 /// Starts the conductor.
@@ -109,9 +114,11 @@ pub(super) fn start(
     desk: Arc<Desk>,
 ) -> Result<JoinHandle<()>> {
     let now = host::now();
-    let (listener, wanted) = match way {
-        Way::Offered(listener) => (Some(listener), None),
-        Way::Claimed(wanted) => (None, Some(wanted)),
+    type Begin = Box<dyn FnOnce(&mut Conductor) -> Result<()> + Send>;
+    let (listener, begin): (_, Begin) = match way {
+        Way::Offered(listener) => (Some(listener), Box::new(|_| Ok(()))),
+        Way::Claimed(wanted) => (None, Box::new(move |conductor| conductor.claim(&wanted))),
+        Way::Resumed(of, listener) => (listener, Box::new(move |conductor| conductor.resume(*of))),
     };
     let mut conductor = Conductor {
         options,
@@ -136,10 +143,11 @@ pub(super) fn start(
         abort_said: false,
         told_at: now,
         told_percent: 0,
+        notes: Notes::default(),
     };
     let run = move || {
         let conduct = || {
-            wanted.map_or(Ok(()), |wanted| conductor.claim(&wanted))?;
+            begin(&mut conductor)?;
             conductor.conduct()
         };
         let ended = catch_unwind(AssertUnwindSafe(conduct))
@@ -279,6 +287,7 @@ impl Conductor {
             let message = "this VM's memory takes each page once: use hybrid, scatter-gather or post-copy";
             return Err(Error::new(ErrorKind::Input, message));
         }
+        self.begin_notes(manifest)?;
         let gather = Gather::start(Setup {
             volume,
             epoch,
@@ -290,6 +299,7 @@ impl Conductor {
             source_grace: self.options.source_grace,
             member_grace: self.options.member_grace,
             observer: Arc::clone(&self.options.observer),
+            outlived: self.notes.are_kept(),
             rounds,
             conductor: self.waker.clone(),
         })?;

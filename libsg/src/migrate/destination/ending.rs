@@ -112,7 +112,8 @@ impl Conductor {
     }
 
     fn report(&self, shared: &Shared, held_at: Instant) -> DestinationReport {
-        let total_migration_s = self.offer.as_ref().map(|offer| {
+        // When one that another process began was started, is not known here.
+        let total_migration_s = self.offer.as_ref().filter(|_| !self.notes.is_resumed).map(|offer| {
             offer.elapsed_us as f64 / 1e6 + held_at.saturating_duration_since(offer.at).as_secs_f64()
         });
         let used = self.offer.as_ref().map(|offer| Cpu::now().since(offer.used));
@@ -179,7 +180,12 @@ impl Conductor {
         } else {
             Talk::Abort { kind: error.kind, reason: reason.clone() }
         };
-        self.say(&last_word);
+        // Where another process can go on, it is not over: the source keeps what it has, and dials again.
+        let goes_on = committed && self.notes.are_kept();
+        match self.control.take_if(|_| goes_on) {
+            Some(line) => line.channel.shut_down(),
+            None => self.say(&last_word),
+        }
         if let Some(gather) = self.gather.take() {
             gather.stop();
             if !committed {
@@ -203,7 +209,7 @@ impl Conductor {
             stage.dissolved.get_or_insert(Err(told));
         });
         self.linger();
-        if committed && self.control.is_none() {
+        if committed && !goes_on && self.control.is_none() {
             self.await_rejoin(&last_word);
             self.linger();
         }

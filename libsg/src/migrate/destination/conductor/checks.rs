@@ -32,6 +32,7 @@ impl Conductor {
             return Err(Told::from(&*failure).into());
         }
         self.take_found_members()?;
+        self.keep_notes();
         self.clear()?;
         self.load()?;
         self.check_loaded()?;
