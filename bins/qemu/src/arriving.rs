@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use libsg::manifest::Manifest;
 use libsg::migrate::IncomingVm;
+use libsg::migrate::destination::Unfinished;
 use libsg::page::PageRange;
 use libsg::sink::PageSink;
 use libsg::{Error, ErrorKind, Result};
@@ -16,6 +17,8 @@ use crate::feeder::Feeder;
 use crate::layout::{self, Layout};
 use crate::machine::{self, Devices};
 use crate::qmp::Qmp;
+use crate::record::StateFile;
+use crate::resuming::{self, Whole};
 use crate::scratch::Scratch;
 use crate::settings::Settings;
 
@@ -29,19 +32,37 @@ pub enum OnLost {
     Kill,
 }
 
-/// A destination QEMU (`-incoming defer`) under libsg's seam.
+/// A destination QEMU under libsg's seam: one that waits for a VM (`-incoming defer`), or has one that lacks pages.
 pub struct ArrivingQemu {
     qmp: Mutex<Qmp>,
     on_lost: OnLost,
     feeder: Option<Arc<Feeder>>,
     state: Vec<u8>,
+    /// Where it is written down what another feeder would need.
+    file: Option<StateFile>,
+    is_written: bool,
+    /// It has the VM.
+    goes_on: bool,
 }
 
 impl ArrivingQemu {
     /// One that waits, as [`destination`](crate::destination) has found.
     #[must_use]
     pub fn new(qmp: Qmp, on_lost: OnLost) -> Self {
-        Self { qmp: Mutex::new(qmp), on_lost, feeder: None, state: Vec::new() }
+        let qmp = Mutex::new(qmp);
+        Self { qmp, on_lost, feeder: None, state: Vec::new(), file: None, is_written: false, goes_on: false }
+    }
+
+    /// Another feeder finds in this file what it needs.
+    #[must_use]
+    pub fn recorded(self, file: StateFile) -> Self {
+        Self { file: Some(file), ..self }
+    }
+
+    /// It has a VM that lacks pages, as [`resumable`](crate::resumable) has found.
+    #[must_use]
+    pub fn going_on(self) -> Self {
+        Self { goes_on: true, ..self }
     }
 
     fn feeder(&self) -> Result<&Feeder> {
@@ -53,6 +74,17 @@ impl IncomingVm for ArrivingQemu {
     fn prepare(&mut self, manifest: &Manifest) -> Result<Arc<dyn PageSink>> {
         let offered = Layout::of(manifest)?;
         let mut qmp = self.qmp.lock();
+        if self.goes_on {
+            if resuming::is_complete(&mut qmp)? {
+                return Ok(Arc::new(Whole(offered.0.pages())));
+            }
+            let feeder = Arc::new(resuming::recover(&mut qmp, offered)?);
+            self.feeder = Some(Arc::clone(&feeder));
+            return Ok(feeder);
+        }
+        if let Some(file) = &self.file {
+            file.check(&qmp)?;
+        }
         is_the_machine(&mut qmp, &offered, &layout::devices(manifest)?)?;
         // A QEMU takes one VM in its life: there is nothing to be put back.
         Settings::change(&mut qmp, &[("postcopy-ram", true)], &[]).map_err(|cause| {
@@ -79,9 +111,21 @@ impl IncomingVm for ArrivingQemu {
         self.feeder()?.run(&state)
     }
 
+    fn note(&mut self, unfinished: &Unfinished) -> Result<bool> {
+        let Some(file) = &self.file else { return Ok(false) };
+        file.write(&self.qmp.lock(), unfinished)?;
+        self.is_written = true;
+        Ok(true)
+    }
+
     fn abandon(&mut self) {
         if let Some(feeder) = self.feeder.take() {
             feeder.hang_up();
+        }
+        // The VM is its source's, or parked: here is nothing to go on with. One that was here before is here still.
+        let file = self.file.as_ref().filter(|_| self.is_written && !self.goes_on);
+        if let Some(Err(error)) = file.map(StateFile::remove) {
+            tracing::warn!(error = error.chain(), "a file is left behind");
         }
     }
 

@@ -8,6 +8,8 @@
 //!
 //! QEMU takes its stream in order, one thing after the other: when it answers the ping behind a page, it has placed the page.
 
+mod recovery;
+
 use std::io::{Read as _, Write as _};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -21,10 +23,11 @@ use libsg::transport::Waker;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::{Condvar, Mutex};
 use qemu_stream::{
-    Answer, AnswerDecoder, AnswerItem, Command, Configuration, Discard, END_OF_STREAM, Package, Records,
-    Span, limits,
+    Answer, AnswerDecoder, AnswerItem, BlockIndex, Command, Configuration, Discard, END_OF_STREAM, Package,
+    Records, Span, limits,
 };
 
+use self::recovery::Received;
 use crate::layout::Layout;
 
 /// How long QEMU may take to place pages, and to say so: a host that swaps is slow, not dead.
@@ -62,6 +65,13 @@ struct Line {
     bytes: Vec<u8>,
 }
 
+impl Line {
+    /// Writes what is in the buffer.
+    fn write(&mut self) -> std::io::Result<()> {
+        self.connection.write_all(&self.bytes)
+    }
+}
+
 #[derive(Default)]
 struct Books {
     /// The last ping that was answered.
@@ -69,6 +79,8 @@ struct Books {
     faults: Vec<PageIndex>,
     /// QEMU has the package: pages may follow.
     running: bool,
+    /// What it had before, where it goes on.
+    received: Received,
     /// Pages that there are no more anywhere.
     lost: bool,
     shut: Option<u32>,
@@ -152,8 +164,7 @@ impl Feeder {
         let length_bytes = package.len() as u32;
         Command::Packaged { length_bytes }.encode(shared.layout.blocks(), &mut line.bytes);
         line.bytes.extend_from_slice(package);
-        let Line { connection, bytes, .. } = &mut *line;
-        connection.write_all(bytes).map_err(|cause| hung_up().because(cause))?;
+        line.write().map_err(|cause| hung_up().because(cause))?;
         drop(line);
         shared.books.lock().running = true;
         shared.changed.notify_all();
@@ -228,7 +239,7 @@ impl Shared {
     fn send(&self, line: &mut Line) -> Result<u32> {
         line.ping = line.ping.wrapping_add(1).max(FIRST_PING);
         Command::Ping(line.ping).encode(self.layout.blocks(), &mut line.bytes);
-        line.connection.write_all(&line.bytes).map_err(|cause| hung_up().because(cause))?;
+        line.write().map_err(|cause| hung_up().because(cause))?;
         Ok(line.ping)
     }
 
@@ -276,10 +287,17 @@ impl Shared {
                         .because(cause)
                 })?;
                 let Some((item, taken)) = next else { break };
-                from += taken;
-                if let AnswerItem::Answer(answer) = item {
-                    self.answered(answer);
+                match item {
+                    AnswerItem::Answer(answer) => self.answered(answer)?,
+                    AnswerItem::BitmapBytes { bytes, .. } => {
+                        self.books.lock().received.take(&buffer[from..to][bytes]);
+                    }
+                    AnswerItem::BitmapEnd => {
+                        self.books.lock().received.end();
+                        self.changed.notify_all();
+                    }
                 }
+                from += taken;
             }
             buffer.copy_within(from..to, 0);
             to -= from;
@@ -293,7 +311,7 @@ impl Shared {
         }
     }
 
-    fn answered(&self, answer: Answer) {
+    fn answered(&self, answer: Answer) -> Result<()> {
         let mut books = self.books.lock();
         match answer {
             Answer::Pong(ping) if ping >= FIRST_PING => books.answered = ping,
@@ -302,10 +320,13 @@ impl Shared {
                 books.faults.push(self.layout.page(block, span.start_bytes));
                 self.waker.wake();
             }
+            Answer::ReceivedBitmap(block) => books.received.begin(&self.layout, block)?,
+            Answer::ResumeAck => books.received.resume(),
             _ => {}
         }
         drop(books);
         self.changed.notify_all();
+        Ok(())
     }
 }
 
@@ -323,6 +344,12 @@ impl PageSink for Feeder {
     fn poison(&self, _range: PageRange) -> Result<()> {
         self.shared.books.lock().lost = true;
         Ok(())
+    }
+
+    fn in_place(&self, each: &mut dyn FnMut(PageRange)) {
+        // It is asked once.
+        let received = std::mem::take(&mut self.shared.books.lock().received);
+        received.runs(&self.shared.layout, each);
     }
 
     fn events(&self, out: &mut Vec<SinkEvent>) -> Result<usize> {
@@ -351,12 +378,12 @@ impl PageSink for Feeder {
             }
         }
         let mut line = self.shared.line.lock();
-        let Line { records, bytes, connection, .. } = &mut *line;
+        let Line { records, bytes, .. } = &mut *line;
         bytes.clear();
         records.begin(true, bytes);
         records.end(bytes);
         bytes.push(END_OF_STREAM);
-        connection.write_all(bytes).map_err(|cause| hung_up().because(cause))?;
+        line.write().map_err(|cause| hung_up().because(cause))?;
         drop(line);
         match self.shared.wait(PLACED, |books| books.shut)? {
             0 => Ok(()),

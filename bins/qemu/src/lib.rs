@@ -16,7 +16,9 @@ mod leaving;
 mod machine;
 mod preflight;
 mod qmp;
+mod record;
 mod relay;
+mod resuming;
 mod scratch;
 mod settings;
 
@@ -24,5 +26,7 @@ pub use arriving::{ArrivingQemu, OnLost};
 pub use leaving::{Departure, LeavingQemu};
 pub use preflight::{Disks, Found, destination, source};
 pub use qmp::{Qmp, Version};
+pub use record::{Record, StateFile};
 pub use relay::Relay;
+pub use resuming::resumable;
 pub use settings::Settings;

@@ -114,7 +114,7 @@ pub fn destination(qmp: &mut Qmp) -> Result<Found> {
     Ok(found)
 }
 
-fn look_at_version(qmp: &Qmp, found: &mut Found) {
+pub(crate) fn look_at_version(qmp: &Qmp, found: &mut Found) {
     if qmp.version() < OLDEST {
         found.refuse(format!("this QEMU is {}: 7.2 is the oldest whose stream is known", qmp.version()));
     }

@@ -129,7 +129,7 @@ impl Qmp {
     }
 
     /// The process that listens at the socket, if it is a QEMU.
-    fn process(&self) -> Option<Pid> {
+    pub(crate) fn process(&self) -> Option<Pid> {
         let process = socket_peercred(self.connection.get_ref()).ok()?.pid;
         let program = std::fs::read_link(format!("/proc/{}/exe", process.as_raw_nonzero())).ok()?;
         program.file_name()?.to_string_lossy().contains("qemu").then_some(process)

@@ -1,95 +1,21 @@
 //! Guests with an operating system move: their memory is what they wrote, and their hearts go on where they stopped.
 
+mod machine;
 mod process;
 mod world;
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use guest::{Beat, Said, Work};
 use libsg::ErrorKind;
 use libsg::migrate::{Event, Observer};
 use libsg::report::{SourceReport, Status};
 use libsg::server::ServerHandle;
+use machine::{FILLED_MIB, Host, Machine, one_heart};
 use parking_lot::Mutex;
 use process::{PATIENCE, Qemu, settings};
 use qemu::Departure;
 use world::World;
-
-/// What the guest fills; the VM has more.
-const FILLED_MIB: u32 = 48;
-
-/// A VM that can be started twice: where it is, and where it goes.
-struct Machine {
-    directory: tempfile::TempDir,
-    arguments: Vec<String>,
-}
-
-/// One of its QEMUs.
-struct Host {
-    qemu: Qemu,
-    console: PathBuf,
-}
-
-impl Machine {
-    fn new(machine: &str, vcpus: u32, devices: &[&str]) -> Self {
-        let directory = tempfile::tempdir().expect("creates");
-        let work = Work { filled_mib: FILLED_MIB, writes_per_s: 3000, checks_per_s: 20_000, threads: vcpus };
-        let mut arguments = work.arguments(directory.path()).unwrap_or_else(|error| panic!("{error:#}"));
-        let (vcpus, own) = (vcpus.to_string(), ["-machine", machine, "-m", "128M", "-smp"]);
-        arguments.extend(own.iter().chain([&vcpus.as_str()]).chain(devices).map(ToString::to_string));
-        Self { directory, arguments }
-    }
-
-    fn start(&self, name: &str, more: &[&str]) -> Host {
-        let console = self.directory.path().join(format!("{name}.console"));
-        let serial = format!("file:{}", console.display());
-        let own: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
-        let qemu =
-            Qemu::start(self.directory.path(), name, &[&own[..], &["-serial", &serial], more].concat());
-        Host { qemu, console }
-    }
-}
-
-impl Host {
-    fn said(&self) -> Said {
-        Said::parse(&std::fs::read(&self.console).unwrap_or_default())
-    }
-
-    /// Waits until the guest's last beat is as wanted.
-    fn await_beat(&mut self, what: &str, is_wanted: impl Fn(&Beat) -> bool) -> Beat {
-        let begun = Instant::now();
-        loop {
-            let said = self.said();
-            assert!(said.complaints.is_empty(), "{:?}", said.complaints);
-            if let Some(beat) = said.beats.last().filter(|beat| is_wanted(beat)) {
-                return *beat;
-            }
-            assert!(self.qemu.is_alive(), "QEMU ended: {}", self.qemu.said());
-            assert!(begun.elapsed() < PATIENCE, "{what}: {:?}", said.beats.last());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    /// Waits until every page was looked at twice from now on.
-    fn await_passes(&mut self) -> Beat {
-        let passes = self.said().beats.last().map_or(0, |beat| beat.passes);
-        self.await_beat("the guest does not look at its memory", |beat| beat.passes >= passes + 2)
-    }
-}
-
-/// Beats of both, as of one console: none is missing, none comes twice.
-fn one_heart(from: &Path, there: &Path) {
-    let mut console = std::fs::read(from).expect("a console");
-    console.extend(std::fs::read(there).expect("a console"));
-    let said = Said::parse(&console);
-    for (at, beat) in said.beats.iter().enumerate() {
-        assert_eq!(beat.number, at as u64, "{beat:?}");
-        assert_eq!(beat.wrong, 0, "{beat:?}");
-    }
-    assert_eq!(said.complaints, [""; 0]);
-}
 
 /// The guest runs at its destination while most of its memory is elsewhere still, with its source gone.
 fn moves(machine: &Machine) {

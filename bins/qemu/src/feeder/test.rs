@@ -25,16 +25,30 @@ fn state() -> Vec<u8> {
 /// ends with the connection, and tells every item.
 fn beside(mut answer: impl FnMut(&Item) -> Vec<Answer> + Send + 'static) -> (Feeder, JoinHandle<Vec<Item>>) {
     let (ours, theirs) = UnixStream::pair().expect("a pair");
-    let feeder = Feeder::start(theirs, (layout(), Configuration::new("pc-q35-7.2"), 2)).expect("starts");
-    let played = std::thread::spawn(move || {
-        let (mut ours, mut decoder, mut bytes, mut items) =
-            (ours, StreamDecoder::new(), Vec::new(), Vec::new());
-        let mut piece = [0; 8192];
+    let feeder = Feeder::start(theirs, of()).expect("starts");
+    let played = play(ours, StreamDecoder::new(), move |item, out| {
+        answer(item).iter().for_each(|answer| answer.encode(layout().blocks(), out));
+    });
+    (feeder, played)
+}
+
+fn of() -> (Layout, Configuration, u32) {
+    (layout(), Configuration::new("pc-q35-7.2"), 2)
+}
+
+/// The other end of a connection: what is answered to each item. It ends with the connection, and tells every item.
+fn play(
+    mut ours: UnixStream,
+    mut decoder: StreamDecoder,
+    mut answer: impl FnMut(&Item, &mut Vec<u8>) + Send + 'static,
+) -> JoinHandle<Vec<Item>> {
+    std::thread::spawn(move || {
+        let (mut bytes, mut items, mut piece) = (Vec::new(), Vec::new(), [0; 8192]);
         loop {
             while let Some((item, taken)) = decoder.next(&bytes).expect("an honest stream") {
                 bytes.drain(..taken);
                 let mut out = Vec::new();
-                answer(&item).iter().for_each(|answer| answer.encode(layout().blocks(), &mut out));
+                answer(&item, &mut out);
                 items.push(item);
                 let _ = ours.write_all(&out);
             }
@@ -46,8 +60,7 @@ fn beside(mut answer: impl FnMut(&Item) -> Vec<Answer> + Send + 'static) -> (Fee
                 Ok(count) => bytes.extend(&piece[..count]),
             }
         }
-    });
-    (feeder, played)
+    })
 }
 
 /// What an honest one answers.
@@ -104,7 +117,7 @@ fn pages_are_in_place_when_their_ping_is_answered() {
 fn a_destination_that_is_gone_or_fails_is_told() {
     // It hangs up at the head: it is another machine.
     let (ours, theirs) = UnixStream::pair().expect("a pair");
-    let feeder = Feeder::start(theirs, (layout(), Configuration::new("pc-q35-7.2"), 2)).expect("starts");
+    let feeder = Feeder::start(theirs, of()).expect("starts");
     drop(ours);
     let refused = feeder.head(&state()).expect_err("nobody is there");
     assert!(refused.kind == ErrorKind::Vm && refused.message.contains("machine type"), "{refused}");
@@ -133,12 +146,91 @@ fn a_destination_that_is_gone_or_fails_is_told() {
 #[test]
 fn answers_that_cannot_be_end_it() {
     let (mut ours, theirs) = UnixStream::pair().expect("a pair");
-    let feeder = Feeder::start(theirs, (layout(), Configuration::new("pc-q35-7.2"), 2)).expect("starts");
+    let feeder = Feeder::start(theirs, of()).expect("starts");
     ours.write_all(&[0, 9, 0, 0]).expect("written");
     let refused = feeder.head(&state()).expect_err("it is no QEMU");
     let cause = std::error::Error::source(&refused).expect("a cause").to_string();
     assert!(cause.contains("answers what cannot be"), "{cause}");
     for wrong in [&[][..], &[2, 1], &[0, 1, 2, 3]] {
         assert_eq!(feeder.head(wrong).expect_err("no state").kind, ErrorKind::Input, "{wrong:?}");
+    }
+}
+
+/// What a destination that goes on says of a block: the pages of the first that are `has`, none of any other.
+fn bitmap(block: BlockIndex, has: &[u32], out: &mut Vec<u8>) {
+    Answer::ReceivedBitmap(block).encode(layout().blocks(), out);
+    let mut bits = [0_u8; 8];
+    has.iter().filter(|_| block.0 == 0).for_each(|page| bits[*page as usize / 8] |= 1 << (page % 8));
+    out.extend(bits);
+    Answer::encode_bitmap_end(out);
+}
+
+/// A feeder that goes on with a destination that is played, and has these pages of the first block.
+fn recovering(
+    has: &'static [u32],
+    mut answer: impl FnMut(&Item, &mut Vec<u8>) + Send + 'static,
+) -> (Result<Feeder>, JoinHandle<Vec<Item>>) {
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    let decoder = StreamDecoder::recovering(layout().blocks().clone(), 2);
+    let played = play(ours, decoder, move |item, out| match item {
+        Item::Command(Command::ReceivedBitmap(block)) => bitmap(*block, has, out),
+        item => answer(item, out),
+    });
+    (Feeder::recover(theirs, of()), played)
+}
+
+#[test]
+fn a_destination_that_lost_its_feeder_says_what_it_has_and_gets_the_rest() {
+    let (feeder, played) = recovering(&[0, 1, 7, 8, 63], |item, out| {
+        let answers = match item {
+            // It asks again for what it waits for.
+            Item::Command(Command::PostcopyResume) => {
+                let span = Span { start_bytes: 9 << 12, length_bytes: 4096 };
+                vec![Answer::ResumeAck, Answer::RequestPages { block: BlockIndex(0), span }]
+            }
+            item => honest(item),
+        };
+        answers.iter().for_each(|answer| answer.encode(layout().blocks(), out));
+    });
+    let feeder = feeder.expect("goes on");
+    let mut there = Vec::new();
+    feeder.in_place(&mut |range| there.push(range));
+    assert_eq!(there, [range(0, 2), range(7, 2), range(63, 1)]);
+    let (mut events, begun) = (Vec::new(), Instant::now());
+    while feeder.events(&mut events).expect("alive") == 0 {
+        assert!(begun.elapsed() < PATIENCE, "nobody waits for a page");
+    }
+    assert_eq!(events, [SinkEvent::Fault { page: PageIndex(9), write: false, thread: 0 }]);
+    assert_eq!(feeder.install(PageIndex(9), &[1; PAGE_BYTES]).expect("placed").installed_pages(), 1);
+    feeder.finish().expect("it has everything");
+    let items = played.join().expect("an honest stream");
+    let begins = [Command::ReceivedBitmap(BlockIndex(0)), Command::ReceivedBitmap(BlockIndex(1))];
+    let begins = begins.into_iter().chain([Command::PostcopyResume]).map(Item::Command);
+    assert_eq!(items[..3], begins.collect::<Vec<_>>()[..], "nothing is asked for twice, or said before");
+    assert_eq!(items.last(), Some(&Item::End));
+}
+
+#[test]
+fn a_destination_that_does_not_go_on_is_told() {
+    // It hangs up instead of going on.
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    drop(ours);
+    let refused = Feeder::recover(theirs, of()).err().expect("nobody is there");
+    assert_eq!(refused.kind, ErrorKind::Vm, "{refused}");
+    for wrong in [
+        // A bitmap that was not asked for, of the block that was told already.
+        &|out: &mut Vec<u8>| bitmap(BlockIndex(0), &[], out),
+        // What is no bitmap's end, and another answer's number.
+        &|out: &mut Vec<u8>| out.extend([0, 6, 0, 4, 0, 0, 0, 2]),
+    ] as [&(dyn Fn(&mut Vec<u8>) + Sync); 2]
+    {
+        let (feeder, _played) = recovering(&[], move |item, out| {
+            if matches!(item, Item::Command(Command::PostcopyResume)) {
+                wrong(out);
+            }
+        });
+        let refused = feeder.err().expect("it does not go on");
+        let cause = std::error::Error::source(&refused).expect("a cause").to_string();
+        assert!(cause.contains("cannot be") || cause.contains("not asked for"), "{cause}");
     }
 }
