@@ -243,9 +243,17 @@ Examples:
   sg gather /run/libsg/there.sock --claim web --intermediary 10.0.0.3 --secret pool.secret
   sg gather --qmp dst.qmp --listen 10.0.0.2:7700 --secret pool.secret --gather-limit 256mbit     a stock QEMU takes a VM
   sg gather --qmp dst.qmp --claim web --intermediary 10.0.0.3 --secret pool.secret
+  sg gather --qmp dst.qmp --resume                             the sg gather before died: goes on where that was
   sg gather /run/libsg/a.sock /run/libsg/b.sock --claim web --claim db --pool static:/etc/sg/pool --secret pool.secret
 
 Ends when the VMs hold all of their memory. ^C leaves them as they are: they go on.
+
+A VM of a stock QEMU comes through this process: when it dies, or loses QEMU, the VM stops at the next page that is not there, and
+waits. What another needs to go on is in a small file, QMP_SOCKET.gather.json or --state-file, from before the VM runs until all of
+it is here. `sg gather --qmp … --resume` reads it, asks QEMU which pages it has, and gathers the others: from the intermediaries,
+and from the source if that has not evicted, which dials the address of before (--listen, where another). It does nothing, and
+says why, when the VM was claimed elsewhere since, when another process feeds it, and when nothing is to be resumed. With QEMU 7.2 do
+not end it before it says that it resumed: a break while QEMU says which pages it has is the VM's end.
 Exit codes: 0 gathered; 1 failed, nothing lost (a claim that was refused, say); 2 wrong arguments; 3 something was lost;
 130 interrupted.")]
 pub struct GatherArgs {
@@ -268,6 +276,13 @@ pub struct GatherArgs {
     /// With --qmp: where the source connects to; port 0 picks a free one, and the line "listening" says which
     #[arg(long, value_name = "ADDR:PORT", requires = "qmp")]
     pub listen: Option<SocketAddr>,
+    /// With --qmp: goes on with the VM whose `sg gather` died; QEMU keeps it, "postcopy-paused". Pool, secret and address are those
+    /// of before, where no others are named
+    #[arg(long, requires = "qmp", conflicts_with = "claim")]
+    pub resume: bool,
+    /// With --qmp: where it is written down what --resume needs [default: QMP_SOCKET.gather.json]
+    #[arg(long, value_name = "PATH", requires = "qmp")]
+    pub state_file: Option<PathBuf>,
     /// With --qmp: what becomes of the VM when pages of it are lost for good
     #[arg(long, value_enum, default_value = "pause", requires = "qmp")]
     pub on_lost: OnLost,
@@ -280,6 +295,17 @@ pub struct GatherArgs {
     /// Which intermediaries.
     #[command(flatten)]
     pub at: Intermediaries,
+}
+
+impl GatherArgs {
+    /// Where it is written down what another process would need.
+    pub fn state_file(&self, socket: &Path) -> PathBuf {
+        self.state_file.clone().unwrap_or_else(|| {
+            let mut path = socket.as_os_str().to_owned();
+            path.push(".gather.json");
+            path.into()
+        })
+    }
 }
 
 /// What becomes of a VM of which pages are lost.

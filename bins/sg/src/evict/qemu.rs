@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use libsg::content::Sharing;
-use libsg::migrate::destination::{ClaimOptions, Destination, DestinationOptions, Incoming, claim};
+use libsg::migrate::destination::{ClaimOptions, Destination, DestinationOptions, Incoming, claim, resume};
 use libsg::migrate::source::{Outgoing, SourceOptions, To, start};
 use libsg::migrate::{Event, Mode, PoolSecret, RoundOptions};
 use libsg::report::{Report, Status};
 use libsg::units::Rate;
 use libsg::vmd::Connector;
 use libsg::{Error, ErrorKind};
-use qemu::{ArrivingQemu, Departure, Disks, Found, Qmp};
+use qemu::{ArrivingQemu, Departure, Disks, Found, Qmp, Record, StateFile};
 use serde_json::json;
 
 use super::args::{EvictArgs, GatherArgs};
@@ -157,42 +157,13 @@ fn follow_out(outgoing: &Outgoing, vm: &str, interrupted: &AtomicBool) -> libsg:
     }
 }
 
-/// A VM arrives, or is claimed; the exit code.
+/// A VM arrives, or is claimed, or is gone on with; the exit code.
 pub fn gather(args: &GatherArgs, socket: &Path, interrupted: &AtomicBool) -> Result<u8> {
-    let wanted = match (args.listen, &args.claim[..]) {
-        (Some(_), []) => None,
-        (None, [name]) if args.at.is_empty() => {
-            let what = format!("{PARKED_WHERE}: those that hold {name:?}");
-            return Err(WrongArguments(what).into());
-        }
-        (None, [name]) => {
-            let (name, intermediaries) = (name.clone(), addresses(&args.at)?);
-            Some(ClaimOptions { name, intermediaries, force: args.force, engines: Some(pools::engines()) })
-        }
-        _ => {
-            let what =
-                "say which VM: --listen ADDR:PORT, where sg evict --qmp sends it, or --claim NAME, of one";
-            return Err(WrongArguments(what.into()).into());
-        }
-    };
-    let secret = secret(args.at.secret.as_deref())?;
-    let mut qmp = Qmp::connect(socket)?;
-    clear(socket, &qemu::destination(&mut qmp)?)?;
-    let nowhere = (Ipv4Addr::LOCALHOST, 0).into();
-    let listen = args.listen.unwrap_or(nowhere);
-    let connector = args.transport.connector(secret.clone(), args.listen.map(|listen| listen.ip()))?;
-    let options = DestinationOptions {
-        gather_limit: args.limit.map_or(0, Rate::bytes_per_s),
-        observer: Arc::new(tell),
-        ..DestinationOptions::new(listen, secret, connector)
-    };
-    let vm = Box::new(ArrivingQemu::new(qmp, args.on_lost.into()));
-    let incoming = if let Some(wanted) = wanted {
-        claim(vm, wanted, options)?
-    } else {
-        let destination = Destination::listen(options)?;
-        println!("{}", json!({ "event": "listening", "address": destination.address() }));
-        destination.accept(vm)?
+    let way = Way::of(args)?;
+    let path = args.state_file(socket);
+    let (incoming, file) = match way {
+        Way::Resumed => go_on(args, socket, &path)?,
+        way => arrive(args, socket, (way, &path))?,
     };
     let arrived = follow_in(&incoming, interrupted);
     let (status, report) = match arrived {
@@ -200,7 +171,7 @@ pub fn gather(args: &GatherArgs, socket: &Path, interrupted: &AtomicBool) -> Res
         Err(error) => (Status::from(&error), None),
     };
     if report.is_some()
-        && let Err(error) = incoming.wait_dissolved(DISSOLVE_TIME)
+        && let Err(error) = incoming.wait_dissolved(DISSOLVE_TIME).and_then(|()| file.remove())
     {
         eprintln!("{}: {}", socket.display(), error.chain());
     }
@@ -210,9 +181,104 @@ pub fn gather(args: &GatherArgs, socket: &Path, interrupted: &AtomicBool) -> Res
     write_json(args.json.as_deref(), &told)?;
     if let Status::Failed(failure) = &status {
         eprintln!("{}: {}", socket.display(), failure.message);
+        if report.is_none() && file.exists() {
+            let of = args.state_file.as_ref().map(|path| format!(" --state-file {}", path.display()));
+            let of = of.unwrap_or_default();
+            eprintln!(
+                "if its QEMU is \"postcopy-paused\": sg gather --qmp {} --resume{of}",
+                socket.display()
+            );
+        }
     }
     let was_interrupted = interrupted.load(Ordering::Acquire) && status != Status::Ok;
     Ok(if was_interrupted { INTERRUPTED } else { told::code(&status) })
+}
+
+/// How a VM comes.
+enum Way {
+    Offered,
+    Claimed(ClaimOptions),
+    Resumed,
+}
+
+impl Way {
+    fn of(args: &GatherArgs) -> Result<Self> {
+        match (args.resume, args.listen, &args.claim[..]) {
+            (true, ..) => Ok(Self::Resumed),
+            (false, Some(_), []) => Ok(Self::Offered),
+            (false, None, [name]) if args.at.is_empty() => {
+                let what = format!("{PARKED_WHERE}: those that hold {name:?}");
+                Err(WrongArguments(what).into())
+            }
+            (false, None, [name]) => {
+                let (name, intermediaries) = (name.clone(), addresses(&args.at)?);
+                let (force, engines) = (args.force, Some(pools::engines()));
+                Ok(Self::Claimed(ClaimOptions { name, intermediaries, force, engines }))
+            }
+            _ => {
+                let what = "say which VM: --listen ADDR:PORT, where sg evict --qmp sends it, --claim NAME, of one, or --resume, \
+                            the one whose sg gather died";
+                Err(WrongArguments(what.into()).into())
+            }
+        }
+    }
+}
+
+fn options(
+    args: &GatherArgs,
+    secret: Option<&Path>,
+    listen: Option<SocketAddr>,
+) -> Result<DestinationOptions> {
+    let secret = crate::cli::secret(secret)?;
+    let nowhere = (Ipv4Addr::LOCALHOST, 0).into();
+    let connector = args.transport.connector(secret.clone(), listen.map(|listen| listen.ip()))?;
+    Ok(DestinationOptions {
+        gather_limit: args.limit.map_or(0, Rate::bytes_per_s),
+        observer: Arc::new(tell),
+        ..DestinationOptions::new(listen.unwrap_or(nowhere), secret, connector)
+    })
+}
+
+/// A QEMU that waits for a VM takes it.
+fn arrive(args: &GatherArgs, socket: &Path, (way, path): (Way, &Path)) -> Result<(Incoming, StateFile)> {
+    let secret = args.at.secret.as_deref();
+    let options = options(args, secret, args.listen)?;
+    let mut qmp = Qmp::connect(socket)?;
+    clear(socket, &qemu::destination(&mut qmp)?)?;
+    let vm = ArrivingQemu::new(qmp, args.on_lost.into());
+    if let Way::Claimed(wanted) = way {
+        let file = StateFile::new(path, None, secret);
+        return Ok((claim(Box::new(vm.recorded(file.clone())), wanted, options)?, file));
+    }
+    let destination = Destination::listen(options)?;
+    println!("{}", json!({ "event": "listening", "address": destination.address() }));
+    let file = StateFile::new(path, Some(destination.address()), secret);
+    Ok((destination.accept(Box::new(vm.recorded(file.clone())))?, file))
+}
+
+/// A QEMU that has a VM, and lost who fed it, is fed on.
+fn go_on(args: &GatherArgs, socket: &Path, path: &Path) -> Result<(Incoming, StateFile)> {
+    let Some(record) = Record::read(path)? else {
+        bail!(
+            "{}: nothing is to be resumed, as far as is known here: there is no {}, which is there from before a VM runs until it \
+             has all of its memory; --state-file names another",
+            socket.display(),
+            path.display()
+        );
+    };
+    let secret = args.at.secret.as_deref().or(record.secret.as_deref());
+    let listen = args.listen.or(record.listen);
+    let options = options(args, secret, listen)?;
+    let mut qmp = Qmp::connect(socket)?;
+    clear(socket, &qemu::resumable(&mut qmp, &record)?)?;
+    let file = StateFile::new(path, listen, secret);
+    let vm = ArrivingQemu::new(qmp, args.on_lost.into()).recorded(file.clone()).going_on();
+    let listens = listen.filter(|_| !record.unfinished.source_gone);
+    let incoming = resume(Box::new(vm), record.unfinished, options)?;
+    if let Some(listen) = listens {
+        println!("{}", json!({ "event": "listening", "address": listen }));
+    }
+    Ok((incoming, file))
 }
 
 /// Until all of it is there, or is not; an interruption gives it up where it can be.

@@ -1,50 +1,12 @@
-//! `sg evict --qmp` and `sg gather --qmp`: the VM of a stock QEMU moves to another, by the commands of the README.
+//! A VM moves, is parked and claimed, or stays.
 
-#[path = "../../qemu/tests/process/mod.rs"]
-mod process;
-
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, Read as _};
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
-use process::Qemu;
 use serde_json::{Value, json};
 
-/// An `sg` that is killed when it is dropped.
-struct Sg(Child, BufReader<ChildStdout>);
-
-impl Drop for Sg {
-    fn drop(&mut self) {
-        // It fails only for one that ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Sg {
-    /// Starts one that says where it listens, and where that is.
-    fn listening(arguments: &[&str]) -> (Self, String) {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sg"));
-        let mut child =
-            command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("starts");
-        let out = BufReader::new(child.stdout.take().expect("piped"));
-        let mut sg = Self(child, out);
-        let mut line = String::new();
-        sg.1.read_line(&mut line).expect("it says where");
-        let said: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("{line}"));
-        assert_eq!(said["event"], "listening", "{line}");
-        let address = said["address"].as_str().expect("an address").to_owned();
-        (sg, address)
-    }
-}
-
-fn path(path: &Path) -> &str {
-    path.to_str().expect("text")
-}
-
-fn sg(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_sg")).args(arguments).stdin(Stdio::null()).output().expect("runs")
-}
+use crate::commands::{Sg, path, sg};
+use crate::process::Qemu;
 
 #[test]
 fn the_vm_of_a_qemu_moves_to_another() {
@@ -124,20 +86,16 @@ fn an_intermediary_that_is_killed_loses_nothing_while_the_source_lives() {
     let (qmp, report_at) = (path(&from.qmp).to_owned(), path(&report).to_owned());
     let evict = ["evict", "--qmp", &qmp, "--to", &to, "--intermediary", &one, "--intermediary", &other];
     let more = ["--scatter", "80mbit", "--window", "8M", "--json", &report_at];
-    let mut evicting = Command::new(env!("CARGO_BIN_EXE_sg"))
-        .args(evict.iter().chain(&more))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("starts");
-    let events = BufReader::new(evicting.stdout.take().expect("piped"));
-    for line in events.lines() {
-        let event: Value = serde_json::from_str(&line.expect("a line")).expect("JSON");
+    let mut evicting = Sg::start(&[&evict[..], &more].concat());
+    let mut line = String::new();
+    while evicting.1.read_line(&mut line).expect("a line") > 0 {
+        let event: Value = serde_json::from_str(&line).expect("JSON");
+        line.clear();
         if event["event"] == "scattered" && event["percent"].as_u64() >= Some(60) {
             let _ = first.0.kill();
         }
     }
-    assert!(evicting.wait().expect("ends").success());
+    assert!(evicting.0.wait().expect("ends").success());
     let told: Value = serde_json::from_slice(&std::fs::read(&report).expect("written")).expect("JSON");
     assert_eq!(told["status"], "ok", "{told}");
     assert!(told["resumed"].as_u64() > Some(0) && told["pages"]["resent"].as_u64() > Some(0), "{told}");
