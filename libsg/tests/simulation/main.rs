@@ -46,7 +46,7 @@ fn seeds_asked() -> Range<u64> {
 
 #[test]
 fn a_seed_is_the_same_run_each_time() {
-    seeds::repeat_themselves(0..60);
+    seeds::repeat_themselves(0..50);
 }
 
 #[test]
