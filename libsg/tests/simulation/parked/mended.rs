@@ -152,7 +152,9 @@ fn where_too_few_are_left_others_become_members() {
 #[test]
 fn where_nobody_has_room_others_become_members() {
     let events = vec![dies(0, 0.0), dies(1, APART.as_secs_f64()), dies(2, 2.0 * APART.as_secs_f64())];
-    let mut parking = parking(0, 5, 2, events);
+    // Of a source that keeps what is safe: of one that forgets it, some pages find no place over devices, where what comes
+    // free in a chunk that is written is nobody's.
+    let mut parking = parking(1, 5, 2, events);
     parking.base.vms[0].memory = vec![Content::Version(1); 1400];
     parking.base.vms[0].regions = vec![(1400, InstallUnit::Page)];
     // Together they hold the VM twice, and hardly more.
