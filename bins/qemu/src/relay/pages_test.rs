@@ -1,3 +1,5 @@
+//! The books of the relay: memory is given back when pages are safe and nobody reads them, and they are asked for in time.
+
 use std::collections::BTreeMap;
 
 use libsg::memory::Backing;

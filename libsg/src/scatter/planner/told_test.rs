@@ -1,3 +1,5 @@
+//! What a source hears of pages that it forgets: when they are safe, when they are lost, and what a fault on one is answered.
+
 use std::time::{Duration, Instant};
 
 use super::*;
