@@ -6,11 +6,11 @@ mod world;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use libsg::ErrorKind;
 use libsg::migrate::{Event, Observer};
 use libsg::report::Status;
-use libsg::server::ServerHandle;
 use parking_lot::Mutex;
 use process::{PATIENCE, Qemu, settings};
 use qemu::{Departure, OnLost, Qmp};
@@ -20,6 +20,14 @@ use world::World;
 /// What is put into the guest's memory, and where.
 const FILLED: usize = 16 << 20;
 const FILLED_AT: u64 = 16 << 20;
+
+/// Rates in bytes a second: what is filled takes six seconds, time to look at how far it is; and so little of it goes to the
+/// destination.
+const SLOWLY: u64 = 2 << 20;
+const NEXT_TO_NOTHING: u64 = 16 << 10;
+
+/// The smallest window of a relay, in bytes.
+const WINDOW: u64 = 8 << 20;
 
 /// Pages that no other is like, every fourth of them zero.
 fn filling() -> Vec<u8> {
@@ -135,23 +143,23 @@ fn a_vm_that_its_destination_does_not_take_runs_on() {
 fn pages_of_an_intermediary_that_dies_are_sent_again() {
     let directory = tempfile::tempdir().expect("creates");
     let ((from, bytes), there) = (source(directory.path()), destination(directory.path(), "q35"));
-    let mut world = World::new(2);
-    let (incoming, to) = world.arrive(there.connect(), 1 << 20);
-    let departure = Departure::begin(from.connect(), "vm").expect("begins");
-    let dies = Mutex::new(world.servers.pop());
-    let second = dies.lock().as_ref().map(ServerHandle::address);
-    world.others = second.into_iter().collect();
-    let observer: Observer = Arc::new(move |event| {
-        if matches!(event, Event::Scattered { percent } if *percent >= 50) {
-            drop(dies.lock().take());
-        }
-    });
-    let outgoing = world.leave(&departure, to, observer);
+    let mut world = World::new(1);
+    let (incoming, to) = world.arrive(there.connect(), NEXT_TO_NOTHING);
+    let departure = Departure::begin_within(from.connect(), "vm", WINDOW).expect("begins");
+    let outgoing = world.leave_at(&departure, to, SLOWLY);
+    let dies = world.servers.pop().expect("one serves");
+    let deadline = Instant::now() + PATIENCE;
+    // That much it can only have when a part of it is not in the relay's window any more.
+    while dies.statistics().used_bytes < WINDOW + WINDOW / 4 {
+        assert!(Instant::now() < deadline, "it gets nothing");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(dies);
+    incoming.set_gather_limit(0);
     let left = outgoing.wait_evicted(PATIENCE).expect("is out");
     assert!(left.pages.resent > Some(0), "{left:?}");
     assert!(departure.resumed() > 0, "nothing was let go");
     departure.complete(true).expect("the source QEMU completes");
-    incoming.set_gather_limit(0);
     assert_eq!(incoming.wait_gathered(PATIENCE).expect("is there").status, Status::Ok);
     drop(incoming);
     assert!(filled(&mut there.connect(), directory.path()) == bytes, "the memory is not what it was");

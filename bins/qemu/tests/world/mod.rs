@@ -59,6 +59,14 @@ impl World {
         start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
     }
 
+    /// With so many bytes a second at most.
+    pub fn leave_at(&self, departure: &Departure, to: SocketAddr, limit_bytes_per_s: u64) -> Outgoing {
+        let options =
+            SourceOptions { scatter_limit_bytes_per_s: limit_bytes_per_s, ..self.options(to.into()) };
+        let pages = Arc::new(departure.pages());
+        start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
+    }
+
     pub fn park(&self, departure: &Departure, name: &str, limit_bytes_per_s: u64) -> Outgoing {
         let options =
             SourceOptions { scatter_limit_bytes_per_s: limit_bytes_per_s, ..self.options(To::parked(name)) };
