@@ -42,6 +42,8 @@ pub enum Outcome {
 pub enum Supply {
     /// More will come: ask again.
     More,
+    /// More will come, but none while the VM runs: a round ends with what there is.
+    AfterPause,
     /// Every present page has been named.
     Complete,
 }
@@ -58,11 +60,19 @@ pub trait PageSource: Send + Sync {
     /// [`crate::ErrorKind::System`] when that cannot be found out.
     fn presence(&self) -> Result<PresenceMap>;
 
-    /// Appends runs of pages whose bytes can be had from now on, each page once. Does not wait.
+    /// Appends runs of pages whose bytes can be had from now on, each page once; and once more when they can be had again,
+    /// lost or withdrawn. Does not wait.
     ///
     /// # Errors
     /// When the source is broken: no further pages will come.
     fn available(&self, out: &mut Vec<PageRange>) -> Result<Supply>;
+
+    /// Of a VM that was sent in rounds and is paused now: appends runs of pages that were available and are so no more, as
+    /// their bytes are out of date, until they are named once more. Each of them is one that the VM's log of writes names
+    /// behind the pause. Asked once, between the two. A source that has all of its pages has none of these.
+    fn withdrawn(&self, out: &mut Vec<PageRange>) {
+        let _ = out;
+    }
 
     /// Somebody waits for this page: the source makes it available as soon as it can. Nothing is to
     /// be done for one that is available.

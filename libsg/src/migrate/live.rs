@@ -21,7 +21,9 @@ use crate::report::{Ended, Round};
 use crate::scatter::offers;
 use crate::scatter::session::{Listener, converse};
 use crate::scatter::shared::{PoisonsOnPanic, Stage};
+use crate::scatter::telling::News;
 use crate::scatter::{MemberSink, Scatter};
+use crate::source::Supply;
 use crate::transport::wait;
 use crate::wire::message::{self, Talk};
 
@@ -123,6 +125,7 @@ impl Rounds {
             self.dirty.clear();
         }
         lead.scatter.begin_round(&self.dirty);
+        lead.scatter.take_withdrawn();
         self.dirty = Vec::new();
         let is_last = lead.options.mode == Mode::Hybrid;
         lead.scatter.set_stage(if is_last { Stage::Last } else { Stage::Handover });
@@ -174,6 +177,8 @@ struct Leg<'a> {
     before: u64,
     /// Pages that were through, those that the destination said it holds, and when that last changed.
     through: (u32, u64, Instant),
+    /// Room for what a source is told that is a stream.
+    news: News,
 }
 
 impl<'a> Leg<'a> {
@@ -181,16 +186,29 @@ impl<'a> Leg<'a> {
         (lead.options.observer)(&Event::Round { round: number, pages });
         let now = host::now();
         let before = sent_bytes(lead.scatter);
-        Self { lead, convergence, number, pages, since: now, before, through: (0, 0, now) }
+        Self {
+            lead,
+            convergence,
+            number,
+            pages,
+            since: now,
+            before,
+            through: (0, 0, now),
+            news: News::default(),
+        }
     }
 
     /// Looks whether the round is over, and begins the next one. Whether the VM is to be paused.
     fn step(&mut self, rounds: &mut Rounds) -> Result<bool> {
         let scatter = self.lead.scatter;
         self.lead.look()?;
-        let (over, through) = {
+        scatter.tell_outcomes(&mut self.news)?;
+        let supply = scatter.take_supply(&mut Vec::new())?;
+        let (over, through, missing) = {
             let planner = scatter.planner.lock();
-            (planner.is_round_over(), planner.progress().0 + planner.torn_pages())
+            let missing = if supply == Supply::AfterPause { planner.is_over_but_for() } else { None };
+            let over = planner.is_round_over() || missing.is_some();
+            (over, planner.progress().0 + planner.torn_pages(), missing.unwrap_or(0))
         };
         let now = host::now();
         // Hybrid does not wait for what the destination gathers.
@@ -221,7 +239,8 @@ impl<'a> Leg<'a> {
         }
         rounds.log.collect(&mut rounds.dirty)?;
         let torn = u64::from(scatter.planner.lock().torn_pages());
-        let left = rounds.dirty.iter().map(|run| u64::from(run.pages)).sum::<u64>() + torn;
+        let written = rounds.dirty.iter().map(|run| u64::from(run.pages)).sum::<u64>();
+        let left = written + torn + u64::from(missing);
         let took = self.close(rounds, now, left);
         let sent = sent_bytes(scatter) - self.before;
         rounds.ended = self.convergence.round_over(sent, took, left * PAGE_BYTES_U64);

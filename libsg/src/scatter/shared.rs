@@ -326,6 +326,16 @@ impl Scatter {
         self.wake_all();
     }
 
+    /// The VM is paused: takes what of the last round the source cannot give yet.
+    pub fn take_withdrawn(&self) {
+        if self.forgets {
+            let mut runs = Vec::new();
+            self.source.withdrawn(&mut runs);
+            let mut planner = self.planner.lock();
+            runs.into_iter().for_each(|run| planner.withdrawn(run));
+        }
+    }
+
     /// A connection of the destination is lost: what was in flight there is sent again.
     pub fn destination_lost(&self) {
         #[cfg(feature = "simulation")]

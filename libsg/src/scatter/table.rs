@@ -232,6 +232,12 @@ impl PageTable {
         self.torn
     }
 
+    /// Pages that the source has not got. It looks at all of them.
+    #[must_use]
+    pub fn waiting(&self) -> u32 {
+        self.state.iter().filter(|byte| **byte & STATE == PageState::Waiting as u8).count() as u32
+    }
+
     /// Pages that left this way.
     #[must_use]
     pub const fn left_by(&self, way: Way) -> u32 {

@@ -381,7 +381,7 @@ impl Scenario {
 
     /// Whether a VM's memory is forgotten when it is safe.
     pub fn forgets(&self, plan: &Plan) -> bool {
-        self.seed.is_multiple_of(FORGETS_IN) && plan.rounds.most(plan.mode) == 0
+        self.seed.is_multiple_of(FORGETS_IN) && plan.mode != Mode::PreCopy
     }
 
     /// With whom VMs share pages.

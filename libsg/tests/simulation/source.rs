@@ -1,5 +1,6 @@
 //! The source's host: a VM that leaves, and its memory.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +24,7 @@ use crate::scenario::{Plan, Scenario, address, secret};
 struct Leaving {
     vm: Arc<Vm>,
     node: Arc<Node>,
+    written: Arc<Mutex<Written>>,
 }
 
 impl OutgoingVm for Leaving {
@@ -44,26 +46,40 @@ impl OutgoingVm for Leaving {
     }
 
     fn dirty_log(&mut self) -> libsg::Result<Box<dyn DirtyLog>> {
-        Ok(Box::new(Log(Arc::clone(&self.vm))))
+        Ok(Box::new(Log { vm: Arc::clone(&self.vm), written: Arc::clone(&self.written) }))
     }
 }
 
+/// What a log has named.
+#[derive(Default)]
+struct Written {
+    last: Vec<PageRange>,
+    ever: BTreeSet<PageIndex>,
+}
+
 /// Which pages its guest writes.
-struct Log(Arc<Vm>);
+struct Log {
+    vm: Arc<Vm>,
+    written: Arc<Mutex<Written>>,
+}
 
 impl DirtyLog for Log {
     fn start(&mut self) -> libsg::Result<()> {
-        self.0.log_writes(true);
+        self.vm.log_writes(true);
         Ok(())
     }
 
     fn collect(&mut self, out: &mut Vec<PageRange>) -> libsg::Result<()> {
-        out.extend(PageRange::from_pages(self.0.written()));
+        let written: Vec<PageRange> = PageRange::from_pages(self.vm.written());
+        out.extend_from_slice(&written);
+        let mut named = self.written.lock();
+        named.ever.extend(written.iter().flat_map(|run| run.iter()));
+        named.last = written;
         Ok(())
     }
 
     fn stop(&mut self) -> libsg::Result<()> {
-        self.0.log_writes(false);
+        self.vm.log_writes(false);
         Ok(())
     }
 }
@@ -82,11 +98,14 @@ const LAST: u32 = 12;
 const AGAIN: Duration = Duration::from_millis(300);
 
 /// The memory of a VM whose VMM gives each page once, and again only when it is made to: what is safe is forgotten, and read
-/// by nobody any more.
+/// by nobody any more. Where it is sent in rounds it is as a stock VMM is then: the last pages come when it is paused, and some
+/// of those that were written last once more.
 struct Forgetful {
     pages: Pages,
     begun: std::time::Instant,
     books: Mutex<Books>,
+    in_rounds: bool,
+    written: Arc<Mutex<Written>>,
 }
 
 struct Books {
@@ -136,7 +155,7 @@ impl PageSource for Pages {
 }
 
 impl Forgetful {
-    fn new(pages: Pages) -> Self {
+    fn new(pages: Pages, in_rounds: bool, written: Arc<Mutex<Written>>) -> Self {
         // Until it is paused, pages get memory.
         let none = PresenceMap::new(pages.vm.pages());
         let books = Books {
@@ -147,13 +166,18 @@ impl Forgetful {
             wanted: Vec::new(),
             coming: Vec::new(),
         };
-        Self { pages, begun: libsg::host::now(), books: Mutex::new(books) }
+        Self { pages, begun: libsg::host::now(), books: Mutex::new(books), in_rounds, written }
+    }
+
+    /// The last pages are not to be had while it runs.
+    fn holds_back(&self) -> bool {
+        self.in_rounds && self.pages.vm.runs_at_source()
     }
 }
 
 impl Books {
     /// Names whole units, as long as there is room for them.
-    fn name(&mut self, vm: &Vm, out: &mut Vec<PageRange>) {
+    fn name(&mut self, vm: &Vm, holds_back: bool, out: &mut Vec<PageRange>) {
         for page in std::mem::take(&mut self.wanted) {
             let unit = vm.unit(page);
             if self
@@ -166,7 +190,7 @@ impl Books {
         }
         while let Some(next) = self.left.next_run(PageIndex(0), 1) {
             let unit = vm.unit(next.first);
-            let held_back = self.left.count() <= LAST && self.unsafe_pages > 0;
+            let held_back = self.left.count() <= LAST && (holds_back || self.unsafe_pages > 0);
             if held_back || self.unsafe_pages > WINDOW {
                 break;
             }
@@ -204,6 +228,10 @@ impl PageSource for Forgetful {
 
     fn presence(&self) -> libsg::Result<PresenceMap> {
         let mut presence = self.pages.presence()?;
+        if self.in_rounds {
+            // Which are zero is known when they come.
+            presence.insert(PageRange::new(PageIndex(0), presence.pages()));
+        }
         for run in presence.clone().runs() {
             run.iter().for_each(|page| presence.insert(self.pages.vm.unit(page)));
         }
@@ -221,9 +249,28 @@ impl PageSource for Forgetful {
             }
             *at > now
         });
-        books.name(&self.pages.vm, out);
-        let all = books.coming.is_empty() && books.left.count() == 0;
-        Ok(if all { Supply::Complete } else { Supply::More })
+        let holds_back = self.holds_back();
+        books.name(&self.pages.vm, holds_back, out);
+        Ok(match books.left.count() {
+            _ if !books.coming.is_empty() => Supply::More,
+            0 => Supply::Complete,
+            left if holds_back && left <= LAST => Supply::AfterPause,
+            _ => Supply::More,
+        })
+    }
+
+    fn withdrawn(&self, out: &mut Vec<PageRange>) {
+        let books = &mut *self.books.lock();
+        for page in self.written.lock().last.iter().flat_map(|run| run.iter()) {
+            let unit = self.pages.vm.unit(page);
+            let is_here = unit.iter().all(|page| books.here.contains(page));
+            if is_here && !unit.first.0.is_multiple_of(3) {
+                books.here.remove(unit);
+                books.unsafe_pages -= unit.pages;
+                books.left.insert(unit);
+                out.push(unit);
+            }
+        }
     }
 
     fn want(&self, page: PageIndex) -> libsg::Result<()> {
@@ -261,7 +308,12 @@ impl PageSource for Forgetful {
                         .breach(format!("each page is right: {range} is lost that was not said to be safe"));
                 }
                 books.safe.remove(range);
-                books.coming.push((libsg::host::elapsed(self.begun) + AGAIN, range));
+                // What was written comes by itself.
+                if range.iter().all(|page| self.written.lock().ever.contains(&page)) {
+                    books.left.insert(range);
+                } else {
+                    books.coming.push((libsg::host::elapsed(self.begun) + AGAIN, range));
+                }
             }
         }
     }
@@ -293,6 +345,7 @@ pub fn start(
     let handle = Handle::default();
     let (given, node_of_vm, vm_there) = (Arc::clone(&handle), Arc::clone(node), Arc::clone(vm));
     let (sharing, forgets) = (scenario.shares(), scenario.forgets(plan));
+    let in_rounds = plan.rounds.most(plan.mode) > 0;
     let options = SourceOptions {
         to,
         intermediaries: scenario.members().map(address).collect(),
@@ -309,9 +362,13 @@ pub fn start(
     };
     node.spawn("vmm-source", move || {
         let pages = Pages { vm: Arc::clone(&vm_there), named: Mutex::new(false) };
-        let pages: Arc<dyn PageSource> =
-            if forgets { Arc::new(Forgetful::new(pages)) } else { Arc::new(pages) };
-        let leaving = Leaving { vm: Arc::clone(&vm_there), node: node_of_vm };
+        let written = Arc::default();
+        let pages: Arc<dyn PageSource> = if forgets {
+            Arc::new(Forgetful::new(pages, in_rounds, Arc::clone(&written)))
+        } else {
+            Arc::new(pages)
+        };
+        let leaving = Leaving { vm: Arc::clone(&vm_there), node: node_of_vm, written };
         let manifest = Manifest { sharing, ..vm_there.manifest.clone() };
         let outgoing = source::start(Box::new(leaving), pages, manifest, options).expect("started");
         *given.lock() = Some(Arc::new(outgoing));

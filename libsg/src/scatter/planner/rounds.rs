@@ -74,7 +74,10 @@ impl Planner {
         {
             self.table.displace(page);
         }
-        self.unsend(page);
+        // One that the source has not given yet it gives as it is by then.
+        if self.table.state(page) != PageState::Waiting {
+            self.unsend(page);
+        }
         self.table.set_round(page, self.round);
     }
 
@@ -89,10 +92,26 @@ impl Planner {
         }
     }
 
+    /// The VM is paused, and the source cannot give these pages before it names them again.
+    pub fn withdrawn(&mut self, range: PageRange) {
+        for page in range.iter() {
+            if self.table.state(page) == PageState::Unsent {
+                self.table.set(page, PageState::Waiting);
+            }
+        }
+    }
+
     /// Whether nothing of this round is left to send or to wait for.
     #[must_use]
     pub fn is_round_over(&self) -> bool {
         self.table.safe() + self.table.torn() == self.table.pages()
+    }
+
+    /// The pages that the source has not given, if nothing else of this round is left to send or to wait for.
+    #[must_use]
+    pub fn is_over_but_for(&self) -> Option<u32> {
+        let left = self.table.pages() - self.table.safe() - self.table.torn();
+        (left == self.table.waiting()).then_some(left)
     }
 
     /// Pages that are sent again in the next round because they were torn.
