@@ -4,8 +4,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use libsg::dirty::DirtyLog;
 use libsg::manifest::Manifest;
 use libsg::migrate::OutgoingVm;
+use libsg::page::PageRange;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use serde_json::json;
@@ -24,7 +26,7 @@ const STEP: Duration = Duration::from_secs(30);
 /// waits to be resumed for ever.
 const STANDSTILL: u64 = 4096;
 
-/// The rate of a stream that nothing holds up.
+/// The rate of a stream that nothing but its reader holds up.
 const UNLIMITED: u64 = 10_000_000_000;
 
 /// Bytes of pages that are not safe yet, beyond which no more is read of the stream.
@@ -173,6 +175,33 @@ fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     }
 }
 
+/// How fast it may send before it has switched.
+fn rate(qmp: &mut Qmp, bytes_per_s: u64) -> Result<()> {
+    qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": bytes_per_s })).map(drop)
+}
+
+/// Rounds of a QEMU: it logs itself what its VM writes, and sends that again.
+struct Rounds {
+    qmp: Arc<Mutex<Qmp>>,
+    relay: Relay,
+}
+
+impl DirtyLog for Rounds {
+    fn start(&mut self) -> Result<()> {
+        self.relay.begin_rounds()?;
+        rate(&mut self.qmp.lock(), UNLIMITED)
+    }
+
+    fn collect(&mut self, out: &mut Vec<PageRange>) -> Result<()> {
+        self.relay.take_written(out)
+    }
+
+    /// What it writes is logged until it has moved.
+    fn stop(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// A source QEMU, driven over QMP.
 struct ByQmp(Arc<Mutex<Qmp>>);
 
@@ -224,10 +253,11 @@ impl OutgoingVm for LeavingQemu {
     fn pause(&mut self) -> Result<Vec<u8>> {
         let mut qmp = self.qmp.lock();
         qmp.execute("stop", &json!({}))?;
-        let switched = qmp
-            .execute("migrate-set-parameters", &json!({ "max-bandwidth": UNLIMITED }))
-            .and_then(|_| qmp.execute("migrate-start-postcopy", &json!({})));
+        // It is at a standstill: what flows could be through before the switch is looked at.
+        let switched =
+            rate(&mut qmp, STANDSTILL).and_then(|()| qmp.execute("migrate-start-postcopy", &json!({})));
         drop(qmp);
+        self.relay.end_rounds();
         let state = switched.and_then(|_| self.relay.state(STEP)).and_then(|state| {
             if self.all_first {
                 self.flow()?;
@@ -244,6 +274,14 @@ impl OutgoingVm for LeavingQemu {
     fn resume(&mut self) -> Result<()> {
         self.end()?;
         self.qmp.lock().execute("cont", &json!({})).map(drop)
+    }
+
+    /// Rounds end before all has come: QEMU's own would end in a switch of its own kind.
+    fn dirty_log(&mut self) -> Result<Box<dyn DirtyLog>> {
+        if self.all_first {
+            return Err(Error::new(ErrorKind::Vm, "a QEMU's VM that is parked is sent once, paused"));
+        }
+        Ok(Box::new(Rounds { qmp: Arc::clone(&self.qmp), relay: self.relay.clone() }))
     }
 
     fn committed(&mut self) {

@@ -14,6 +14,7 @@
 //! pages are to come that it might be through, it is made to send next to nothing by itself (`max-postcopy-bandwidth`), and
 //! asked for all but the last ones.
 
+mod live;
 mod pages;
 mod reader;
 
@@ -75,6 +76,8 @@ enum Flow {
     /// As slowly as it was begun, behind the package: what comes is read.
     #[default]
     Still,
+    /// As fast as there is room for it, while the VM runs, and not to the end.
+    Live,
     /// As fast as it is read.
     Free,
     /// As it is asked for.
@@ -105,6 +108,8 @@ struct Books {
     line: Line,
     /// How often it was resumed.
     resumed: u32,
+    /// Pages were lost before the switch: it is broken off as soon as it can be resumed.
+    owes: bool,
     /// The last pages may come.
     all: bool,
     over: bool,
@@ -161,9 +166,53 @@ impl Relay {
         *self.0.steering.lock() = Some(steering);
         let flow = self.0.books.lock().next_flow();
         self.0.rate(if flow == Flow::Free { UNLIMITED } else { NEXT_TO_NOTHING })?;
-        self.0.books.lock().flow = flow;
+        let mut books = self.0.books.lock();
+        books.flow = flow;
+        let owes = std::mem::take(&mut books.owes);
+        if owes {
+            books.line = Line::Broken;
+        }
+        drop(books);
         self.0.changed.notify_all();
+        if owes {
+            self.0.break_off();
+        }
         self.0.ask()
+    }
+
+    /// The VM is sent in rounds from now on: its pages are told of while it runs.
+    ///
+    /// # Errors
+    /// The stream's.
+    pub(crate) fn begin_rounds(&self) -> Result<()> {
+        let mut books = self.0.books.lock();
+        books.check()?;
+        books.pages.iter_mut().for_each(Pages::begin_rounds);
+        books.flow = Flow::Live;
+        drop(books);
+        self.0.changed.notify_all();
+        Ok(())
+    }
+
+    /// Rounds are over: what the source left for that comes.
+    pub(crate) fn end_rounds(&self) {
+        let mut books = self.0.books.lock();
+        if books.flow == Flow::Live {
+            books.flow = Flow::Still;
+        }
+        drop(books);
+        self.0.changed.notify_all();
+    }
+
+    /// Takes the pages that came again since the last time.
+    ///
+    /// # Errors
+    /// The stream's.
+    pub(crate) fn take_written(&self, out: &mut Vec<PageRange>) -> Result<()> {
+        let mut books = self.0.books.lock();
+        books.check()?;
+        books.pages.iter_mut().for_each(|pages| pages.take_written(out));
+        Ok(())
     }
 
     /// The VM's memory, once the source has begun with it: a manifest for a VM called `vm` that has these devices.
@@ -352,7 +401,17 @@ impl PageSource for Relay {
         let mut books = self.0.books.lock();
         books.check()?;
         books.pages.iter_mut().for_each(|pages| pages.take_untold(out));
-        Ok(if books.over { Supply::Complete } else { Supply::More })
+        let is_round_over =
+            books.flow == Flow::Live && books.pages.as_ref().is_some_and(Pages::is_round_over);
+        Ok(match books.over {
+            true => Supply::Complete,
+            false if is_round_over => Supply::AfterPause,
+            false => Supply::More,
+        })
+    }
+
+    fn withdrawn(&self, out: &mut Vec<PageRange>) {
+        self.0.books.lock().pages.iter().for_each(|pages| pages.withdrawn(out));
     }
 
     fn want(&self, page: PageIndex) -> Result<()> {
@@ -405,6 +464,10 @@ impl Shared {
         let mut books = self.books.lock();
         let lost = books.pages.as_mut().map(|pages| pages.lost(range));
         if lost != Some(Lost::Again) {
+            return Ok(());
+        }
+        if books.package.is_none() {
+            books.owes = true;
             return Ok(());
         }
         if books.over {

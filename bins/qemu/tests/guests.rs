@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libsg::ErrorKind;
+use libsg::migrate::Mode;
+use libsg::migrate::source::SourceOptions;
 use libsg::migrate::{Event, Observer};
-use libsg::report::{SourceReport, Status};
+use libsg::report::{Ended, SourceReport, Status};
 use libsg::server::ServerHandle;
 use machine::{FILLED_MIB, Host, Machine, one_heart};
 use parking_lot::Mutex;
@@ -25,12 +27,16 @@ fn moves(machine: &Machine) {
 
 /// What the source says of it.
 fn moves_through(machine: &Machine, world: &World, observer: Observer) -> SourceReport {
+    moves_as(machine, world, |options| options.observer = observer)
+}
+
+fn moves_as(machine: &Machine, world: &World, change: impl FnOnce(&mut SourceOptions)) -> SourceReport {
     let mut from = machine.start("from", &[]);
     from.await_beat("the guest does not start", |beat| beat.passes >= 1);
     let mut there = machine.start("there", &["-incoming", "defer"]);
     let (incoming, to) = world.arrive(there.qemu.connect(), 1 << 20);
     let departure = Departure::begin(from.qemu.connect(), "vm").expect("begins");
-    let outgoing = world.leave(&departure, to, observer);
+    let outgoing = world.leave_as(&departure, to, change);
     let left = outgoing.wait_evicted(PATIENCE).expect("is out");
     assert!(left.pages.staged > Some(1000), "{left:?}");
     departure.complete(true).expect("the source QEMU completes");
@@ -71,6 +77,16 @@ fn a_q35_with_one_vcpu() {
 fn a_q35_with_two_vcpus_and_devices() {
     let devices = ["-device", "VGA", "-device", "virtio-net-pci", "-device", "virtio-rng-pci"];
     moves(&Machine::new("q35", 2, &[&devices[..], &["-device", "virtio-balloon-pci"]].concat()));
+}
+
+/// Most of it goes while it runs; what it wrote since, and the last pages, when it was paused.
+#[test]
+fn a_vm_is_sent_while_it_runs_first() {
+    let machine = Machine::of("q35", 1, ("320M", 160), &[]);
+    let left = moves_as(&machine, &World::new(2), |options| options.mode = Mode::Hybrid);
+    assert_eq!((left.rounds.len(), left.rounds_ended), (1, Some(Ended::Cap)), "{left:?}");
+    let total = left.pages.total.expect("it is known");
+    assert!(left.rounds[0].dirty_after < total * 2 / 3, "{left:?}");
 }
 
 /// With pages that have no other copy there, acknowledged: none is lost, since the source lives.

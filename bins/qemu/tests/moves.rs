@@ -146,7 +146,7 @@ fn pages_of_an_intermediary_that_dies_are_sent_again() {
     let mut world = World::new(1);
     let (incoming, to) = world.arrive(there.connect(), NEXT_TO_NOTHING);
     let departure = Departure::begin_within(from.connect(), "vm", WINDOW).expect("begins");
-    let outgoing = world.leave_at(&departure, to, SLOWLY);
+    let outgoing = world.leave_as(&departure, to, |options| options.scatter_limit_bytes_per_s = SLOWLY);
     let dies = world.servers.pop().expect("one serves");
     let deadline = Instant::now() + PATIENCE;
     // That much it can only have when a part of it is not in the relay's window any more.

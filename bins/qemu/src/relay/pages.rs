@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use libsg::Result;
 use libsg::memory::{GuestMemory, PageSlice, PresenceMap};
-use libsg::page::{PageIndex, PageRange};
+use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use qemu_stream::{BlockIndex, Span};
 
+use super::live::Live;
 use crate::layout::Layout;
 
 /// Pages whose memory is pinned together: as many as lie in the largest unit, so that each unit is in one.
@@ -24,7 +25,8 @@ pub struct Limits {
     /// Pages that a source may have said and nobody has read: what fits into its socket and its buffer, if all of them are
     /// zero, and 9 bytes each.
     pub unread_pages: u32,
-    /// Pages that are asked for at once when the stream is nearly through.
+    /// Pages that are asked for and under way when the stream is nearly through, and no fewer than two of the largest units. A
+    /// source answers in turn: what the guest waits for stands behind them.
     pub asked_pages: u32,
     /// The last pages, which are left where they are until all others are safe.
     pub last_pages: u32,
@@ -38,7 +40,7 @@ impl Limits {
     pub fn of_window(bytes: u64) -> Self {
         let window_pages = (bytes >> 12).clamp(WINDOW_PAGES_MIN, u64::from(u32::MAX)) as u32;
         let unread_pages = (unread_bytes() / 9) as u32;
-        Self { window_pages, unread_pages, asked_pages: 8192, last_pages: 1024, least_pages: 64 }
+        Self { window_pages, unread_pages, asked_pages: 512, last_pages: 1024, least_pages: 64 }
     }
 }
 
@@ -69,16 +71,16 @@ pub enum Lost {
 /// The books.
 #[derive(Debug)]
 pub struct Pages {
-    layout: Arc<Layout>,
-    memory: GuestMemory,
-    limits: Limits,
+    pub(super) layout: Arc<Layout>,
+    pub(super) memory: GuestMemory,
+    pub(super) limits: Limits,
     /// Pages that have come and count.
-    here: PresenceMap,
-    here_count: u32,
+    pub(super) here: PresenceMap,
+    pub(super) here_count: u32,
     /// Of them, those that nobody was told of.
-    untold: Vec<PageRange>,
+    pub(super) untold: Vec<PageRange>,
     /// Pages that the source has said that it will send.
-    to_come: PresenceMap,
+    pub(super) to_come: PresenceMap,
     to_come_count: u32,
     /// Of them, those that it was asked for.
     asked: PresenceMap,
@@ -89,13 +91,15 @@ pub struct Pages {
     /// Where it is to be asked on.
     cursor: PageIndex,
     /// Safe elsewhere, and not here.
-    safe: PresenceMap,
+    pub(super) safe: PresenceMap,
     /// Of them, those whose memory is still to be given back, and the parts in which such lie.
-    pinned: PresenceMap,
+    pub(super) pinned: PresenceMap,
     pinned_parts: Vec<u32>,
     pins: Vec<Arc<()>>,
     /// The number of each block's first part, and of the part behind the last.
     parts: Vec<u32>,
+    /// Where the VM is sent in rounds.
+    pub(super) live: Option<Live>,
 }
 
 impl Pages {
@@ -103,6 +107,9 @@ impl Pages {
     #[must_use]
     pub fn new(layout: Arc<Layout>, memory: GuestMemory, limits: Limits) -> Self {
         let none = PresenceMap::new(layout.pages());
+        let units = layout.blocks().iter().map(|(_, block)| (block.page_bytes >> 12) as u32);
+        let asked_pages = limits.asked_pages.max(2 * units.max().unwrap_or(1));
+        let limits = Limits { asked_pages, ..limits };
         let mut parts = vec![0];
         for region in memory.regions() {
             let last = parts.last().copied().unwrap_or(0);
@@ -128,12 +135,15 @@ impl Pages {
             pinned_parts: Vec::new(),
             pins,
             parts,
+            live: None,
         }
     }
 
-    /// What is here.
-    pub const fn here(&self) -> &PresenceMap {
-        &self.here
+    /// What is not to come.
+    pub fn settled(&self) -> PresenceMap {
+        let mut settled = self.here.clone();
+        self.safe.runs().for_each(|run| settled.insert(run));
+        settled
     }
 
     /// How much may be read.
@@ -143,20 +153,33 @@ impl Pages {
 
     /// A page came that may come again: the VM runs at its source.
     pub fn came_early(&mut self, run: PageRange) {
-        self.here.insert(run);
+        if self.live.is_some() {
+            run.iter().for_each(|page| self.came_live(page));
+        } else {
+            self.here.insert(run);
+        }
     }
 
     /// Pages are still to come: what came of them before does not count.
     pub fn discard(&mut self, run: PageRange) {
         self.here.remove(run);
         self.to_come.insert(run);
+        if let Some(live) = &mut self.live {
+            live.discard(run);
+            self.safe.remove(run);
+            self.pinned.remove(run);
+        }
     }
 
     /// The source has switched: what is here stays what it is.
     pub fn switched(&mut self) {
         self.here_count = self.here.count();
         self.to_come_count = self.to_come.count();
-        self.untold = self.here.runs().collect();
+        if self.live.is_some() {
+            self.forget_discarded();
+        } else {
+            self.untold = self.here.runs().collect();
+        }
     }
 
     /// Pages came. Those that are safe by now are let go again.
@@ -227,11 +250,18 @@ impl Pages {
         Some((self.parts.get(at)? + offset / PINNED_PAGES, left))
     }
 
-    /// Pages are safe elsewhere: they cannot be had here any more.
+    /// Pages are safe elsewhere: they cannot be had here any more, but for those that came again since.
     ///
     /// # Errors
     /// The kernel's, when it takes no memory back.
     pub fn safe(&mut self, range: PageRange) -> Result<()> {
+        if self.live.is_none() {
+            return self.forget(range);
+        }
+        self.not_newer(range).into_iter().try_for_each(|run| self.forget(run))
+    }
+
+    fn forget(&mut self, range: PageRange) -> Result<()> {
         for page in range.iter() {
             self.here_count -= u32::from(self.here.contains(page));
         }
@@ -301,6 +331,7 @@ impl Pages {
         for page in range.iter() {
             let one = PageRange::new(page, 1);
             if !self.safe.contains(page) {
+                self.name_again(page);
                 continue;
             }
             self.safe.remove(one);
@@ -392,14 +423,27 @@ impl Pages {
         }
     }
 
+    /// The pages that come together with one.
+    pub(super) fn unit(&self, page: PageIndex) -> PageRange {
+        let place = self.layout.place(page);
+        let unit =
+            place.and_then(|(index, offset)| Some((self.layout.blocks().get(index)?.page_bytes, offset)));
+        let (unit_bytes, offset) = unit.unwrap_or((PAGE_BYTES as u64, 0));
+        let within = (offset % unit_bytes / PAGE_BYTES as u64) as u32;
+        PageRange::new(PageIndex(page.0 - within), (unit_bytes / PAGE_BYTES as u64) as u32)
+    }
+
     fn range(&self, block: BlockIndex, span: Span) -> PageRange {
         PageRange::new(self.layout.page(block, span.start_bytes), (span.length_bytes >> 12) as u32)
     }
 
     /// What the source is asked for next, which sends next to nothing by itself: as much as there is room for, and the last
-    /// pages only if `all`.
+    /// pages only if `all`. Nothing while more than half of what may be under way is: few asks, of many pages.
     pub fn next_asks(&mut self, all: bool, out: &mut Vec<(BlockIndex, Span)>) {
         let Limits { window_pages, asked_pages, last_pages, .. } = self.limits;
+        if self.asked_count > asked_pages / 2 {
+            return;
+        }
         let kept = if all { 0 } else { last_pages };
         let mut left = self.to_come_count.saturating_sub(self.asked_count).saturating_sub(kept);
         left = left.min(asked_pages.saturating_sub(self.asked_count));
@@ -464,7 +508,8 @@ impl Pages {
     }
 }
 
-fn add(runs: &mut Vec<PageRange>, page: PageIndex) {
+/// Appends a page to runs.
+pub(super) fn add(runs: &mut Vec<PageRange>, page: PageIndex) {
     match runs.last_mut() {
         Some(run) if run.first.0 + run.pages == page.0 => run.pages += 1,
         _ => runs.push(PageRange::new(page, 1)),
@@ -473,4 +518,4 @@ fn add(runs: &mut Vec<PageRange>, page: PageIndex) {
 
 #[cfg(test)]
 #[path = "pages_test.rs"]
-mod test;
+pub mod test;

@@ -11,19 +11,24 @@ use super::*;
 use crate::machine::Devices;
 
 /// 700 pages, of which each fourth is zero, and one of 2 MiB.
-const SMALL: u32 = 700;
-const PAGES: u32 = SMALL + 512;
+pub const SMALL: u32 = 700;
+pub const PAGES: u32 = SMALL + 512;
 
-fn pages(limits: Limits) -> Pages {
+pub fn pages(limits: Limits) -> Pages {
+    let mut pages = before_the_switch(limits);
+    pages.discard(PageRange::new(PageIndex(0), PAGES));
+    pages.switched();
+    pages
+}
+
+/// Nothing has come of them.
+pub fn before_the_switch(limits: Limits) -> Pages {
     let huge = Block { page_bytes: 2 << 20, ..Block::new("huge", 2 << 20) };
     let blocks = Blocks::new(vec![Block::new("ram", u64::from(SMALL) << 12), huge]).expect("blocks");
     let layout = Layout::new(blocks);
     let manifest = layout.manifest("vm", (&Configuration::new("pc"), 2), &Devices::default()).expect("fits");
     let memory = GuestMemory::allocate(&manifest, Backing::Anon).expect("memory");
-    let mut pages = Pages::new(Arc::new(layout), memory, limits);
-    pages.discard(PageRange::new(PageIndex(0), PAGES));
-    pages.switched();
-    pages
+    Pages::new(Arc::new(layout), memory, limits)
 }
 
 /// What fills a page: none is zero that has bytes.
@@ -39,8 +44,15 @@ fn come(pages: &mut Pages, range: PageRange) {
     pages.came(range).expect("taken");
 }
 
-fn unit(page: u32) -> PageRange {
+pub fn unit(page: u32) -> PageRange {
     if page < SMALL { PageRange::new(PageIndex(page), 1) } else { PageRange::new(PageIndex(SMALL), 512) }
+}
+
+/// All of a slice's bytes are this one.
+pub fn is_filled_with(slice: &PageSlice, byte: u8) {
+    let mut bytes = vec![0; slice.len()];
+    slice.copy_to(&mut bytes);
+    assert!(bytes.iter().all(|at| *at == byte), "it is not of version {byte}");
 }
 
 /// A slice has the bytes of its pages.
@@ -123,20 +135,37 @@ proptest! {
     }
 }
 
+fn next(pages: &mut Pages, all: bool) -> Vec<PageRange> {
+    let mut asks = Vec::new();
+    pages.next_asks(all, &mut asks);
+    asks.iter().map(|(block, span)| pages.range(*block, *span)).collect()
+}
+
+#[test]
+fn asks_are_few_and_of_many_pages() {
+    let mut pages = pages(Limits { asked_pages: 1100, ..Limits::of_window(0) });
+    // The large unit behind them has no room.
+    assert_eq!(next(&mut pages, true), [PageRange::new(PageIndex(0), SMALL)]);
+    come(&mut pages, PageRange::new(PageIndex(0), 149));
+    assert_eq!(next(&mut pages, true), [], "more than half is under way");
+    come(&mut pages, PageRange::new(PageIndex(149), 1));
+    assert_eq!(next(&mut pages, true), [unit(SMALL)]);
+}
+
+#[test]
+fn of_the_largest_units_two_are_under_way() {
+    let pages = pages(Limits { asked_pages: 1, ..Limits::of_window(0) });
+    assert_eq!(pages.limits().asked_pages, 1024);
+}
+
 #[test]
 fn what_is_asked_for_has_room_and_the_last_pages_are_left() {
-    let limits = Limits { window_pages: 300, asked_pages: 200, last_pages: 40, ..Limits::of_window(0) };
-    let mut pages = pages(limits);
-    let mut asks = Vec::new();
-    let mut next = |pages: &mut Pages, all| {
-        asks.clear();
-        pages.next_asks(all, &mut asks);
-        asks.iter().map(|(block, span)| pages.range(*block, *span)).collect::<Vec<_>>()
-    };
-    assert_eq!(next(&mut pages, false), [PageRange::new(PageIndex(0), 200)]);
-    assert_eq!(next(&mut pages, false), []);
+    let mut pages = pages(Limits { window_pages: 500, last_pages: 40, ..Limits::of_window(0) });
+    assert_eq!(next(&mut pages, false), [PageRange::new(PageIndex(0), 500)]);
     come(&mut pages, PageRange::new(PageIndex(0), 150));
-    assert_eq!(next(&mut pages, false), [PageRange::new(PageIndex(200), 100)], "300 are here, or asked for");
+    assert_eq!(next(&mut pages, false), []);
+    pages.safe(PageRange::new(PageIndex(0), 100)).expect("let go");
+    assert_eq!(next(&mut pages, false), [PageRange::new(PageIndex(500), 100)], "500 are here, or asked for");
     // What the guest waits for is asked for whatever room there is, and its whole unit.
     let (block, span) = pages.want(PageIndex(SMALL + 9)).expect("to be asked");
     assert_eq!(pages.range(block, span), unit(SMALL));

@@ -63,7 +63,7 @@ struct Written {
     memory: GuestMemory,
     /// Where there are bytes, or were: a page of zeros must overwrite them.
     filled: PresenceMap,
-    /// Pages that have come since the switch, and do not come again: their bytes may be under way.
+    /// Pages that have come. Since the switch they do not come again: their bytes may be under way.
     seen: PresenceMap,
 }
 
@@ -126,11 +126,17 @@ impl Reader<'_> {
         loop {
             // What is read while it comes slowly may go on when it flows.
             let slowly = if books.flow == Flow::Still { LEAST_BYTES } else { READ_BYTES };
-            let Some(pages) =
-                books.pages.as_ref().filter(|_| books.line == Line::Up && books.flow == Flow::Free)
-            else {
+            let flows = matches!(books.flow, Flow::Free | Flow::Live);
+            let Some(pages) = books.pages.as_ref().filter(|_| books.line == Line::Up && flows) else {
                 return Ok(slowly);
             };
+            if books.flow == Flow::Live {
+                if !pages.is_round_over() && pages.has_room() {
+                    return Ok((pages.unread() as usize * RECORD_BYTES).clamp(LEAST_BYTES, READ_BYTES));
+                }
+                self.shared.changed.wait(&mut books);
+                continue;
+            }
             if pages.is_nearly_through() {
                 books.flow = Flow::Asked;
                 drop(books);
@@ -299,13 +305,15 @@ impl Reader<'_> {
         let Some(Written { begun, memory, filled, seen }) = &mut self.written else { return Ok(()) };
         let page = begun.layout.page(block, offset);
         let range = PageRange::new(page, 1);
-        if self.switched {
-            if seen.contains(page) {
+        if seen.contains(page) {
+            if self.switched {
                 let message = "the source QEMU sends a page a second time after it has switched";
                 return Err(Error::new(ErrorKind::Protocol, message).about([range]));
             }
-            seen.insert(range);
+            let mut books = self.shared.books.lock();
+            books.pages.iter_mut().for_each(|pages| pages.comes_again(page));
         }
+        seen.insert(range);
         match bytes {
             Some(bytes) => {
                 memory.copy_in(range, bytes)?;
@@ -385,7 +393,7 @@ impl Reader<'_> {
         let mut books = self.shared.books.lock();
         if let (Some(pages), Some(written)) = (&mut books.pages, &mut self.written) {
             pages.switched();
-            written.seen = pages.here().clone();
+            written.seen = pages.settled();
         }
         books.package = Some(package.into());
         drop(books);

@@ -54,15 +54,18 @@ impl World {
     }
 
     pub fn leave(&self, departure: &Departure, to: SocketAddr, observer: Observer) -> Outgoing {
-        let options = SourceOptions { observer, ..self.options(to.into()) };
-        let pages = Arc::new(departure.pages());
-        start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
+        self.leave_as(departure, to, |options| options.observer = observer)
     }
 
-    /// With so many bytes a second at most.
-    pub fn leave_at(&self, departure: &Departure, to: SocketAddr, limit_bytes_per_s: u64) -> Outgoing {
-        let options =
-            SourceOptions { scatter_limit_bytes_per_s: limit_bytes_per_s, ..self.options(to.into()) };
+    /// With other options than the usual ones.
+    pub fn leave_as(
+        &self,
+        departure: &Departure,
+        to: SocketAddr,
+        change: impl FnOnce(&mut SourceOptions),
+    ) -> Outgoing {
+        let mut options = self.options(to.into());
+        change(&mut options);
         let pages = Arc::new(departure.pages());
         start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
     }

@@ -102,6 +102,7 @@ Examples:
   sg evict --all --to 10.0.0.2 --intermediary 10.0.0.3 --spare 10.0.0.4 --spare 10.0.0.5       in the place of one that dies
   sg evict --all --park --pool static:/etc/sg/pool --dedup tenant7 --dedup db=tenant8     what is alike is sent once
   sg evict --qmp src.qmp --to 10.0.0.2 --intermediary 10.0.0.3 --secret pool.secret --quit    a stock QEMU's VM
+  sg evict --qmp src.qmp --to 10.0.0.2 --intermediary 10.0.0.3 --secret pool.secret --mode hybrid --quit
   sg evict --qmp src.qmp --park web --intermediary 10.0.0.3 --secret pool.secret --quit
 
 The VMs of one `sg evict` share the host's link: by what each has left, so that all are out together, or by --weight. Pages
@@ -133,7 +134,8 @@ pub struct EvictArgs {
     /// "keeper": an intermediary does [default: the etcd of --pool, else a keeper]
     #[arg(long, value_name = "ETCD", requires = "park", value_parser = arbiter)]
     pub arbiter: Option<String>,
-    /// How the memory leaves [default: by the deadline; scatter-gather without one, post-copy without intermediaries]
+    /// How the memory leaves [default: by the deadline; scatter-gather without one, post-copy without intermediaries]. With
+    /// --qmp hybrid sends all but the last 142 MiB that QEMU has while the VM runs, and there is no pre-copy
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
     /// An intermediary that takes the place of one that dies on the way, in this order (repeatable). Of a pool, where
@@ -182,7 +184,7 @@ pub struct EvictArgs {
     #[arg(long, value_name = "PATH")]
     pub json: Option<PathBuf>,
     /// The VM of a stock QEMU (7.2 or newer), by its QMP socket: to the one --to where `sg gather --qmp` waits, or to be parked
-    #[arg(long, value_name = "QMP_SOCKET", conflicts_with_all = ["sockets", "all", "mode", "spare", "weight", "deadline", "zone", "evacuate"])]
+    #[arg(long, value_name = "QMP_SOCKET", conflicts_with_all = ["sockets", "all", "spare", "weight", "deadline", "zone", "evacuate"])]
     pub qmp: Option<PathBuf>,
     /// With --qmp: QEMU ends when it is evicted
     #[arg(long, requires = "qmp")]

@@ -48,6 +48,7 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
     if to.is_none() && intermediaries.is_empty() {
         return Err(WrongArguments(PARKED_WHERE.into()).into());
     }
+    let mode = mode(args, !intermediaries.is_empty())?;
     let connector = args.transport.connector(secret.clone(), None)?;
     let mut qmp = Qmp::connect(socket)?;
     let disks = if args.shared_disks { Disks::Shared } else { Disks::AsFound };
@@ -65,7 +66,7 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
         || To::Parked { name: parking_name(args, &departure), arbiter: args.arbiter() },
         To::from,
     );
-    let outgoing = match begin(args, &departure, &to, (secret, connector), intermediaries) {
+    let outgoing = match begin(args, &departure, (&to, mode), (secret, connector), intermediaries) {
         Ok(outgoing) => outgoing,
         Err(error) => {
             departure.give_up()?;
@@ -99,6 +100,23 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
     Ok(0)
 }
 
+/// How its memory leaves, through intermediaries or without any.
+fn mode(args: &EvictArgs, through: bool) -> Result<Mode> {
+    let usual = if through { Mode::ScatterGather } else { Mode::PostCopy };
+    let mode = args.mode.map_or(usual, Mode::from);
+    let against = match mode {
+        Mode::PreCopy => "--mode pre-copy: that QEMU does by itself (its own migrate)",
+        Mode::Hybrid if args.park.is_some() => {
+            "--mode hybrid: a QEMU's VM that is parked is sent once, paused"
+        }
+        Mode::Hybrid | Mode::ScatterGather if !through => {
+            "--mode hybrid and scatter-gather need intermediaries: --intermediary HOST:PORT or --pool"
+        }
+        _ => return Ok(mode),
+    };
+    Err(WrongArguments(against.into()).into())
+}
+
 /// The name under which it is parked: the one that was said, or its own.
 fn parking_name(args: &EvictArgs, departure: &Departure) -> String {
     let said = args.park.as_ref().filter(|name| !name.is_empty());
@@ -108,7 +126,7 @@ fn parking_name(args: &EvictArgs, departure: &Departure) -> String {
 fn begin(
     args: &EvictArgs,
     departure: &Departure,
-    to: &To,
+    (to, mode): (&To, Mode),
     (secret, connector): (PoolSecret, Arc<dyn Connector>),
     intermediaries: Vec<SocketAddr>,
 ) -> libsg::Result<Outgoing> {
@@ -117,7 +135,7 @@ fn begin(
     manifest.sharing = domain.map(|domain| Sharing { domain: domain.to_owned(), ..Sharing::default() });
     let options = SourceOptions {
         to: to.clone(),
-        mode: if intermediaries.is_empty() { Mode::PostCopy } else { Mode::ScatterGather },
+        mode,
         intermediaries,
         replacements: None,
         replicas: args.replicas,

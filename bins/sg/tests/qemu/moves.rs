@@ -155,7 +155,13 @@ fn what_stands_in_the_way_is_said_before_anything_is_done() {
     assert_eq!(qmp.execute("query-status", &json!({})).expect("answers")["status"], "running");
     assert_eq!(qmp.execute("query-migrate", &json!({})).expect("answers")["status"], "cancelled");
     drop(qmp);
-    assert_eq!(sg(&["evict", "--qmp", path(&from.qmp), "--park"]).status.code(), Some(2));
+    let evict = |more: &[&str]| sg(&[&["evict", "--qmp", path(&from.qmp)], more].concat()).status.code();
+    assert_eq!(evict(&["--park"]), Some(2));
+    let to = ["--to", "127.0.0.1:1", "--mode"];
+    assert_eq!(evict(&[&to[..], &["hybrid"]].concat()), Some(2), "through nobody");
+    assert_eq!(evict(&[&to[..], &["pre-copy", "--intermediary", "127.0.0.1:2"]].concat()), Some(2));
+    let parked = ["--park", "web", "--mode", "hybrid", "--intermediary", "127.0.0.1:2"];
+    assert_eq!(evict(&parked), Some(2));
     for wrong in [&["--listen", "127.0.0.1:0", "--claim", "web"][..], &["--claim", "web"], &[]] {
         let wrong = [&["gather", "--qmp", path(&from.qmp)], wrong].concat();
         assert_eq!(sg(&wrong).status.code(), Some(2), "{wrong:?}");
