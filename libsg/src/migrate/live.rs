@@ -1,14 +1,15 @@
 //! Rounds at the source, while the VM runs: what it writes while it is sent is sent again, until little is left, or
 //! as often as was asked for. Nothing is decided in here: before COMMIT any failure leaves the VM running.
 
+mod ears;
+
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-
-use super::handover::{Lead, Lines, refused};
+use self::ears::Ears;
+use super::handover::{Lead, Lines};
 use super::members::{self, Members, Seat};
 use super::rounds::{Convergence, Rule};
 use super::{Event, Mode, OutgoingVm};
@@ -19,13 +20,13 @@ use crate::ids::MemberIndex;
 use crate::page::{PAGE_BYTES_U64, PageRange};
 use crate::report::{Ended, Round};
 use crate::scatter::offers;
-use crate::scatter::session::{Listener, converse};
+use crate::scatter::session::converse;
 use crate::scatter::shared::{PoisonsOnPanic, Stage};
 use crate::scatter::telling::News;
 use crate::scatter::{MemberSink, Scatter};
 use crate::source::Supply;
 use crate::transport::wait;
-use crate::wire::message::{self, Talk};
+use crate::wire::message;
 
 /// Rounds end when nobody has taken a page for so long: four tries of an intermediary that has no room.
 const STALL: Duration = Duration::from_secs(2);
@@ -36,9 +37,6 @@ const GATHERS: Duration = Duration::from_millis(300);
 
 /// How often it is looked whether everything is safe, where there is no destination.
 const TICK: Duration = Duration::from_millis(5);
-
-/// A destination whose other connections end has so long to say why.
-const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// What the rounds need, and what became of them.
 pub(super) struct Rounds {
@@ -301,13 +299,7 @@ pub(super) fn with_sinks(
     over: &mut dyn FnMut() -> Result<bool>,
 ) -> Result<()> {
     let scatter = lead.scatter;
-    let ears = Ears {
-        lead,
-        expects_ready: what.ready,
-        said: Mutex::new(None),
-        broke: Mutex::new(None),
-        ready: false.into(),
-    };
+    let ears = Ears::new(lead, what.ready);
     let over_now = AtomicBool::new(false);
     let (mut lost, mut joined) = (Vec::new(), Vec::new());
     let ran = std::thread::scope(|scope| {
@@ -446,62 +438,5 @@ impl Drop for Ends<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
         self.1.wake_all();
-    }
-}
-
-/// Hears the destination before COMMIT.
-struct Ears<'a> {
-    lead: &'a Lead<'a>,
-    expects_ready: bool,
-    said: Mutex<Option<Error>>,
-    /// When one of its other connections ended, and how.
-    broke: Mutex<Option<(Instant, Error)>>,
-    ready: AtomicBool,
-}
-
-impl Ears<'_> {
-    /// Whether it is ready.
-    fn check(&self) -> Result<bool> {
-        if let Some(error) = self.said.lock().take() {
-            return Err(error);
-        }
-        match self.broke.lock().take_if(|(at, _)| host::elapsed(*at) >= LAST_WORD) {
-            Some((_, error)) => Err(error),
-            None => Ok(self.ready.load(Ordering::Acquire)),
-        }
-    }
-
-    /// How the conversation ended, all things heard: what the destination said says more than how its connections
-    /// ended, which it closes right behind that.
-    fn why(&self, ended: Result<()>) -> Result<()> {
-        match (ended, self.said.lock().take()) {
-            (Err(_), Some(said)) => Err(said),
-            (Err(error), None) => Err(error),
-            (Ok(()), _) => self.broke.lock().take().map_or(Ok(()), |(_, error)| Err(error)),
-        }
-    }
-
-    /// How one of its connections ended.
-    fn note(&self, ended: Result<()>) {
-        if let Err(error) = ended {
-            self.broke.lock().get_or_insert((host::now(), error));
-            self.lead.scatter.control_waker().wake();
-        }
-    }
-}
-
-impl Listener for Ears<'_> {
-    fn heard(&self, talk: Talk) {
-        match talk {
-            Talk::Progress { .. } => self.lead.control.heard(talk),
-            Talk::Ready if self.expects_ready => self.ready.store(true, Ordering::Release),
-            talk => {
-                self.said.lock().get_or_insert(refused(talk, "while the VM is sent in rounds"));
-            }
-        }
-    }
-
-    fn has_gathered(&self) -> bool {
-        false
     }
 }
