@@ -32,7 +32,7 @@ pub struct StockArgs {
     /// Pages that the guest checks in a second
     #[arg(long, value_name = "PAGES_PER_S", default_value_t = 20_000)]
     pub check_rate: u32,
-    /// scatter-gather: limits what enters the destination in the background; 0 = unlimited
+    /// scatter-gather, hybrid: limits what enters the destination in the background; 0 = unlimited
     #[arg(long, value_name = "RATE", default_value = "0")]
     pub gather_limit: Rate,
     /// post-copy, pre-copy: the stream goes through a socat at the source, whose processor time is told
@@ -62,6 +62,8 @@ impl StockArgs {
 pub enum StockMode {
     /// sg evict, sg gather
     ScatterGather,
+    /// The same, a round while it runs before
+    Hybrid,
     /// QEMU's own, from the start on
     PostCopy,
     /// QEMU's own
@@ -73,6 +75,7 @@ impl StockMode {
     pub fn name(self) -> &'static str {
         match self {
             Self::ScatterGather => "scatter-gather",
+            Self::Hybrid => "hybrid",
             Self::PostCopy => "post-copy",
             Self::PreCopy => "pre-copy",
         }

@@ -38,7 +38,7 @@ pub fn run(args: &StockArgs, ui: &mut Ui) -> Result<Report> {
     interrupt::check()?;
     let start = Instant::now();
     let moved = match args.mode {
-        StockMode::ScatterGather => moves::by_us(&lab, args, &from, &there),
+        StockMode::ScatterGather | StockMode::Hybrid => moves::by_us(&lab, args, &from, &there),
         StockMode::PostCopy | StockMode::PreCopy => moves::by_itself(&lab, args, &from, &there),
     };
     let mut report =

@@ -113,7 +113,8 @@ pub fn by_us(lab: &Lab, args: &StockArgs, from: &Host, there: &Host) -> Result<R
 
     let evicted = file("evicted.json");
     let peers: String = servers.iter().map(|server| format!(" --intermediary {}", server.address)).collect();
-    let evict = format!("evict --qmp {} --to {to} --quit{peers}", from.qmp.display());
+    let mode = if args.mode == StockMode::Hybrid { " --mode hybrid" } else { "" };
+    let evict = format!("evict --qmp {} --to {to}{mode} --quit{peers}", from.qmp.display());
     let start = Instant::now();
     let evict = Started::start(lab, Node::Source, "evict", words_of(&evict, &evicted))?;
     evict.await_end()?;
