@@ -1,6 +1,7 @@
 //! A QEMU whose VM leaves.
 
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,7 @@ use serde_json::json;
 
 use crate::machine::Devices;
 use crate::qmp::Qmp;
-use crate::relay::{Limits, Relay, Steering};
-use crate::scratch::Scratch;
+use crate::relay::{Limits, Relay, Steering, Stream};
 use crate::settings::Settings;
 
 /// How long a QEMU may take for a step that takes it a moment, on a busy host.
@@ -129,28 +129,18 @@ impl Departure {
     }
 }
 
-/// Has QEMU connect to a socket of ours, to begin with its migration or to go on with it.
-fn connect(qmp: &mut Qmp, resume: bool) -> Result<UnixStream> {
-    let directory = Scratch::new()?;
-    let path = directory.file("stream");
-    let listener = UnixListener::bind(&path)?;
-    let uri = format!("unix:{}", path.display());
+/// Gives QEMU a connection to begin its migration over, or to go on with it.
+fn connect(qmp: &mut Qmp, resume: bool) -> Result<Stream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let name = "sg-stream";
+    qmp.give(name, theirs.as_fd())?;
+    let uri = format!("fd:{name}");
     let begin = if resume { json!({ "uri": uri, "resume": true }) } else { json!({ "uri": uri }) };
-    qmp.execute("migrate", &begin)?;
-    listener.set_nonblocking(true)?;
-    let deadline = Instant::now() + STEP;
-    loop {
-        match listener.accept() {
-            Ok((connection, _)) => {
-                connection.set_nonblocking(false)?;
-                return Ok(connection);
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            Err(error) => return Err(error.into()),
-        }
+    if let Err(error) = qmp.execute("migrate", &begin) {
+        let _ = qmp.execute("closefd", &json!({ "fdname": name }));
+        return Err(error);
     }
+    Ok(Stream { ours, theirs: Some(theirs), lives: Some(qmp.lives()?) })
 }
 
 /// Ends a migration that is under way, if there is one.
@@ -211,7 +201,17 @@ impl Steering for ByQmp {
         self.0.lock().execute("migrate-set-parameters", &rate).map(drop)
     }
 
-    fn resume(&mut self) -> Result<UnixStream> {
+    fn goes_on(&mut self) -> bool {
+        let told = self.0.lock().execute("query-migrate", &json!({}));
+        told.is_ok_and(|told| {
+            matches!(
+                told["status"].as_str(),
+                Some("postcopy-active" | "postcopy-recover" | "postcopy-recover-setup")
+            )
+        })
+    }
+
+    fn resume(&mut self) -> Result<Stream> {
         let mut qmp = self.0.lock();
         // It notices that its stream broke when it writes the next time.
         await_status(&mut qmp, |status| status == "postcopy-paused")?;

@@ -1,12 +1,15 @@
 //! QMP: how a QEMU is asked and told, one JSON object after the other over a socket.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, IoSlice, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use libsg::{Error, ErrorKind, Result};
 use rustix::net::sockopt::socket_peercred;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -87,10 +90,34 @@ impl Qmp {
     /// [`ErrorKind::Vm`] with QEMU's own words when it refuses; otherwise nothing more can be said over this connection:
     /// [`ErrorKind::Unreachable`] when QEMU is gone, [`ErrorKind::Timeout`] when it does not answer in 10 s.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        self.say(command, arguments, None)?;
+        self.answer(command)
+    }
+
+    /// Gives it a duplicate of a descriptor of ours, by this name.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub(crate) fn give(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Result<()> {
+        self.say("getfd", &json!({ "fdname": name }), Some(descriptor))?;
+        self.answer("getfd").map(drop)
+    }
+
+    /// A duplicate of the connection, of which nothing is to be read: it ends with QEMU.
+    pub(crate) fn lives(&self) -> Result<UnixStream> {
+        Ok(self.connection.get_ref().try_clone()?)
+    }
+
+    fn say(&mut self, command: &str, arguments: &Value, descriptor: Option<BorrowedFd<'_>>) -> Result<()> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
-        let sent = self.connection.get_mut().write_all(line.as_bytes());
-        sent.map_err(|cause| self.gone().because(cause))?;
+        let connection = self.connection.get_mut();
+        let sent = send(connection, line.as_bytes(), descriptor)
+            .and_then(|sent| connection.write_all(line.as_bytes().get(sent..).unwrap_or_default()));
+        sent.map_err(|cause| self.gone().because(cause))
+    }
+
+    fn answer(&mut self, command: &str) -> Result<Value> {
         let deadline = Instant::now() + ANSWER;
         loop {
             let mut answer = self.line(deadline)?;
@@ -171,6 +198,17 @@ impl Qmp {
     fn protocol(&self, what: &str) -> Error {
         Error::new(ErrorKind::Protocol, format!("{}: {what}", self.about("does not speak QMP")))
     }
+}
+
+/// Sends the beginning of a line, and a descriptor with it.
+fn send(connection: &UnixStream, line: &[u8], descriptor: Option<BorrowedFd<'_>>) -> std::io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let given = descriptor.as_slice();
+    if !given.is_empty() && !control.push(SendAncillaryMessage::ScmRights(given)) {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    }
+    Ok(sendmsg(connection, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL)?)
 }
 
 #[cfg(test)]

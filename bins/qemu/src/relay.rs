@@ -10,13 +10,14 @@
 //! asks what has come, and sends all else again. That it can do until it has said everything. So the last pages are left where
 //! they are until all others are safe.
 //!
-//! How far a source is cannot be seen: what it says waits in its socket, where 16,000 pages of zeros have room. So when so few
-//! pages are to come that it might be through, it is made to send next to nothing by itself (`max-postcopy-bandwidth`), and
-//! asked for all but the last ones.
+//! How far a source is cannot be seen: what it says waits in its socket ([`stream`]). So when so few pages are to come that it
+//! might be through, it is made to send next to nothing by itself (`max-postcopy-bandwidth`), and asked for all but the last
+//! ones. Until then it is held by not being read: what a guest waits for then comes behind the little that is unread.
 
 mod live;
 mod pages;
 mod reader;
+mod stream;
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -32,6 +33,8 @@ use qemu_stream::{Answer, Blocks, Configuration, Package};
 
 pub(crate) use self::pages::Limits;
 use self::pages::{Lost, Pages};
+pub(crate) use self::stream::Stream;
+use self::stream::Unread;
 use crate::layout::Layout;
 use crate::machine::Devices;
 
@@ -51,7 +54,10 @@ pub(crate) trait Steering: Send {
     fn rate(&mut self, bytes_per_s: u64) -> Result<()>;
 
     /// Its stream was broken off: has it go on over another connection.
-    fn resume(&mut self) -> Result<UnixStream>;
+    fn resume(&mut self) -> Result<Stream>;
+
+    /// Whether it goes on, though nothing comes.
+    fn goes_on(&mut self) -> bool;
 }
 
 struct Shared {
@@ -110,6 +116,9 @@ struct Books {
     resumed: u32,
     /// Pages were lost before the switch: it is broken off as soon as it can be resumed.
     owes: bool,
+    /// The source is held up, while its VM runs: it has little more.
+    held: bool,
+    unread: Unread,
     /// The last pages may come.
     all: bool,
     over: bool,
@@ -132,8 +141,15 @@ impl Books {
 
     /// As it flows by itself, or as it is asked for: whether it may be through before it can be held.
     fn next_flow(&self) -> Flow {
-        let nearly = self.pages.as_ref().is_some_and(Pages::is_nearly_through);
-        if nearly || self.all { Flow::Asked } else { Flow::Free }
+        let nearly = |pages: &Pages| pages.to_come() <= pages.limits().narrowed_pages;
+        if self.pages.as_ref().is_some_and(nearly) || self.all { Flow::Asked } else { Flow::Free }
+    }
+
+    /// Of a source that has so many pages left: how many can be read, so that it is not through behind them.
+    fn beyond(&mut self, left: u32) -> u32 {
+        let Some(limits) = self.pages.as_ref().map(Pages::limits) else { return 0 };
+        self.unread.narrow(&limits, left);
+        left.saturating_sub(self.unread.pages(&limits))
     }
 }
 
@@ -142,19 +158,18 @@ impl Relay {
     ///
     /// # Errors
     /// [`ErrorKind::System`] when a thread cannot be started.
-    pub(crate) fn start(connection: UnixStream, limits: Limits) -> Result<Self> {
-        let answers = connection.try_clone()?;
-        answers.set_write_timeout(Some(Duration::from_secs(5)))?;
+    pub(crate) fn start(stream: impl Into<Stream>, limits: Limits) -> Result<Self> {
+        let mut stream = stream.into();
         let shared = Arc::new(Shared {
-            books: Mutex::default(),
+            answers: Mutex::new(stream.answers()?),
+            books: Mutex::new(Books { unread: Unread::of(&mut stream)?, ..Books::default() }),
             changed: Condvar::new(),
-            answers: Mutex::new(answers),
             steering: Mutex::default(),
         });
         let reads = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("sg-qemu-reader".into())
-            .spawn(move || reader::run(&reads, connection, limits))?;
+            .spawn(move || reader::run(&reads, stream.ours, limits))?;
         Ok(Self(shared))
     }
 
@@ -164,7 +179,12 @@ impl Relay {
     /// The source's: it stays slow.
     pub(crate) fn flow(&self, steering: Box<dyn Steering>) -> Result<()> {
         *self.0.steering.lock() = Some(steering);
-        let flow = self.0.books.lock().next_flow();
+        let flow = {
+            let mut books = self.0.books.lock();
+            let left = books.pages.as_ref().map_or(0, Pages::to_come);
+            books.beyond(left);
+            books.next_flow()
+        };
         self.0.rate(if flow == Flow::Free { UNLIMITED } else { NEXT_TO_NOTHING })?;
         let mut books = self.0.books.lock();
         books.flow = flow;
@@ -188,6 +208,8 @@ impl Relay {
         let mut books = self.0.books.lock();
         books.check()?;
         books.pages.iter_mut().for_each(Pages::begin_rounds);
+        let left = books.pages.as_ref().map_or(0, Pages::unseen);
+        books.held = books.beyond(left) == 0;
         books.flow = Flow::Live;
         drop(books);
         self.0.changed.notify_all();
@@ -289,7 +311,11 @@ impl Relay {
 
     /// Hangs up.
     pub fn hang_up(&self) {
-        self.0.books.lock().line = Line::HungUp;
+        {
+            let mut books = self.0.books.lock();
+            books.line = Line::HungUp;
+            books.unread.forget();
+        }
         self.0.steering.lock().take();
         self.0.changed.notify_all();
         // It fails only where the other side has done so already.
@@ -322,6 +348,15 @@ impl Shared {
 
     fn say(&self, bytes: &[u8]) -> bool {
         std::io::Write::write_all(&mut *self.answers.lock(), bytes).is_ok()
+    }
+
+    /// Whether the source goes on though nothing comes, as far as it can be asked.
+    fn lives(&self) -> bool {
+        let books = self.books.lock();
+        let is_there = books.unread.lives();
+        let flows = matches!(books.flow, Flow::Free | Flow::Asked) && !books.over;
+        drop(books);
+        is_there && (!flows || self.steering.lock().as_mut().is_none_or(|steering| steering.goes_on()))
     }
 
     fn rate(&self, bytes_per_s: u64) -> Result<()> {
@@ -401,11 +436,9 @@ impl PageSource for Relay {
         let mut books = self.0.books.lock();
         books.check()?;
         books.pages.iter_mut().for_each(|pages| pages.take_untold(out));
-        let is_round_over =
-            books.flow == Flow::Live && books.pages.as_ref().is_some_and(Pages::is_round_over);
         Ok(match books.over {
             true => Supply::Complete,
-            false if is_round_over => Supply::AfterPause,
+            false if books.flow == Flow::Live && books.held => Supply::AfterPause,
             false => Supply::More,
         })
     }

@@ -12,8 +12,8 @@ use libsg::page::{PageIndex, PageRange};
 
 use super::pages::{Pages, add};
 
-/// Pages more than may be unread, which are left where they are all the same: what is read beyond what was asked of the kernel.
-const SPARE_PAGES: u32 = 1024;
+/// Pages more than may be unread, which are left where they are all the same: more than the least that is read at once.
+const SPARE_PAGES: u32 = 512;
 
 /// What is known beside, from the first round on.
 #[derive(Debug)]
@@ -58,15 +58,9 @@ impl Pages {
         }
     }
 
-    /// Whether the rest is left at the source until the VM is paused.
-    pub fn is_round_over(&self) -> bool {
-        let least = self.limits.unread_pages + SPARE_PAGES;
-        self.live.as_ref().is_none_or(|live| live.unseen_count <= least)
-    }
-
-    /// Pages of which a source that is at its rounds may say so much that they can be read.
-    pub fn unread(&self) -> u32 {
-        self.live.as_ref().map_or(0, |live| live.unseen_count.saturating_sub(self.limits.unread_pages))
+    /// Pages that have not come, but for those that are to be left.
+    pub fn unseen(&self) -> u32 {
+        self.live.as_ref().map_or(0, |live| live.unseen_count.saturating_sub(SPARE_PAGES))
     }
 
     /// A page that has come before is about to be overwritten.

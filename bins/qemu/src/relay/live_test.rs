@@ -176,21 +176,17 @@ proptest! {
 }
 
 #[test]
-fn a_round_is_over_before_the_source_is_through() {
-    let mut pages = pages(Limits { unread_pages: 100, ..Limits::of_window(0) });
+fn a_unit_is_named_when_all_of_it_has_come() {
+    let mut pages = pages(Limits::of_window(0));
     pages.begin_rounds();
-    // Of 1,212 pages: 1,024 and 100 are left.
-    assert!(!pages.is_round_over());
-    assert_eq!(pages.unread(), PAGES - 100);
-    pages.came_early(PageRange::new(PageIndex(0), PAGES - 1124));
-    assert!(pages.is_round_over());
-    // Half a unit is not named.
+    assert_eq!(pages.unseen(), PAGES - 512);
+    pages.came_early(PageRange::new(PageIndex(0), 100));
     pages.came_early(PageRange::new(PageIndex(SMALL), 511));
     let mut named = Vec::new();
     pages.take_untold(&mut named);
-    assert_eq!(named, [PageRange::new(PageIndex(0), PAGES - 1124)]);
+    assert_eq!(named, [PageRange::new(PageIndex(0), 100)]);
     pages.came_early(PageRange::new(PageIndex(SMALL + 511), 1));
     named.clear();
     pages.take_untold(&mut named);
-    assert_eq!(named, [unit(SMALL)]);
+    assert_eq!((named, pages.unseen()), (vec![unit(SMALL)], 88));
 }

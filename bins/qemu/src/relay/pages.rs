@@ -12,6 +12,7 @@ use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use qemu_stream::{BlockIndex, Span};
 
 use super::live::Live;
+use super::stream::unread_pages;
 use crate::layout::Layout;
 
 /// Pages whose memory is pinned together: as many as lie in the largest unit, so that each unit is in one.
@@ -22,11 +23,11 @@ const PINNED_PAGES: u32 = 512;
 pub struct Limits {
     /// Pages that are here and not safe, beyond which nothing is read but what the guest waits for.
     pub window_pages: u32,
-    /// Pages that a source may have said and nobody has read: what fits into its socket and its buffer, if all of them are
-    /// zero, and 9 bytes each.
+    /// Pages that a source may have said and nobody has read ([`super::stream`]), and right after its buffer was made small.
     pub unread_pages: u32,
-    /// Pages that are asked for and under way when the stream is nearly through, and no fewer than two of the largest units. A
-    /// source answers in turn: what the guest waits for stands behind them.
+    pub narrowed_pages: u32,
+    /// Pages that are asked for and under way when the stream is nearly through: a source answers all of them ten times a
+    /// second.
     pub asked_pages: u32,
     /// The last pages, which are left where they are until all others are safe.
     pub last_pages: u32,
@@ -39,25 +40,14 @@ impl Limits {
     #[must_use]
     pub fn of_window(bytes: u64) -> Self {
         let window_pages = (bytes >> 12).clamp(WINDOW_PAGES_MIN, u64::from(u32::MAX)) as u32;
-        let unread_pages = (unread_bytes() / 9) as u32;
-        Self { window_pages, unread_pages, asked_pages: 512, last_pages: 1024, least_pages: 64 }
+        let (unread_pages, narrowed_pages) = unread_pages();
+        let (asked_pages, last_pages, least_pages) = (8192, 1024, 64);
+        Self { window_pages, unread_pages, narrowed_pages, asked_pages, last_pages, least_pages }
     }
 }
 
 /// Pages of the smallest window: 8 MiB.
 const WINDOW_PAGES_MIN: u64 = 2048;
-
-/// Bytes that a source may have said and nobody has read: its socket takes what the host allows, and one buffer more, a
-/// QEMUFile 32 KiB, and what was read of one page and half a record waits here.
-fn unread_bytes() -> u64 {
-    let said = std::fs::read_to_string("/proc/sys/net/core/wmem_default");
-    let socket = said.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(SOCKET_BYTES);
-    socket.min(SOCKET_BYTES_MAX) + (64 << 10) + (32 << 10) + (16 << 10)
-}
-
-/// What a unix socket takes by default, and more than which no host lets it take.
-const SOCKET_BYTES: u64 = 208 << 10;
-const SOCKET_BYTES_MAX: u64 = 1 << 30;
 
 /// What was lost, as [`Pages::lost`] finds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,9 +97,6 @@ impl Pages {
     #[must_use]
     pub fn new(layout: Arc<Layout>, memory: GuestMemory, limits: Limits) -> Self {
         let none = PresenceMap::new(layout.pages());
-        let units = layout.blocks().iter().map(|(_, block)| (block.page_bytes >> 12) as u32);
-        let asked_pages = limits.asked_pages.max(2 * units.max().unwrap_or(1));
-        let limits = Limits { asked_pages, ..limits };
         let mut parts = vec![0];
         for region in memory.regions() {
             let last = parts.last().copied().unwrap_or(0);
@@ -374,9 +361,10 @@ impl Pages {
         self.to_come.contains(page)
     }
 
-    /// Whether everything that has come is safe, and nothing was asked for that has not come.
+    /// Whether everything that has come is safe, and nothing was asked for that has not come, but for what the guest waits for:
+    /// it may ask for one page after the other.
     pub const fn is_idle(&self) -> bool {
-        self.here_count == 0 && self.asked_count == 0
+        self.here_count == 0 && self.asked_count == self.wanted_count
     }
 
     /// Pages that are to come.
@@ -387,11 +375,6 @@ impl Pages {
     /// Whether another piece of the stream is to be read, while it flows by itself.
     pub const fn has_room(&self) -> bool {
         self.wanted_count > 0 || self.here_count < self.limits.window_pages
-    }
-
-    /// Whether the source may be through with what it has when so much more is read.
-    pub const fn is_nearly_through(&self) -> bool {
-        self.to_come_count <= self.limits.unread_pages
     }
 
     /// The guest waits for a page: the unit to be asked for, unless it is here, or was asked for.
@@ -438,12 +421,9 @@ impl Pages {
     }
 
     /// What the source is asked for next, which sends next to nothing by itself: as much as there is room for, and the last
-    /// pages only if `all`. Nothing while more than half of what may be under way is: few asks, of many pages.
+    /// pages only if `all`.
     pub fn next_asks(&mut self, all: bool, out: &mut Vec<(BlockIndex, Span)>) {
         let Limits { window_pages, asked_pages, last_pages, .. } = self.limits;
-        if self.asked_count > asked_pages / 2 {
-            return;
-        }
         let kept = if all { 0 } else { last_pages };
         let mut left = self.to_come_count.saturating_sub(self.asked_count).saturating_sub(kept);
         left = left.min(asked_pages.saturating_sub(self.asked_count));

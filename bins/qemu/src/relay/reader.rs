@@ -10,6 +10,7 @@ use libsg::{Error, ErrorKind, Result};
 use qemu_stream::{Answer, Command, Configuration, Item, Package, StreamDecoder, limits};
 
 use super::pages::{Limits, Pages};
+use super::stream::{RECORD_BYTES, Unread};
 use super::{Begun, Flow, Line, NEXT_TO_NOTHING, Shared, UNLIMITED};
 use crate::layout::Layout;
 use crate::machine::Devices;
@@ -20,9 +21,6 @@ const READ_BYTES: usize = 1 << 20;
 const _: () = assert!(READ_BYTES > limits::ITEM_BYTES_MAX);
 
 const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-
-/// Bytes of the shortest record of a page.
-const RECORD_BYTES: usize = 9;
 
 /// The least that is read at once.
 const LEAST_BYTES: usize = 4096;
@@ -42,6 +40,7 @@ pub(super) fn run(shared: &Shared, connection: UnixStream, limits: Limits) {
         tracing::warn!(error = error.chain(), "the source QEMU's stream ended");
         shared.fail(&error);
     }
+    shared.books.lock().unread.forget();
 }
 
 struct Reader<'a> {
@@ -105,8 +104,10 @@ impl Reader<'_> {
                 Ok(0) => hung_up(),
                 Ok(bytes) => {
                     to += bytes;
+                    self.shared.books.lock().unread.read(bytes);
                     continue;
                 }
+                Err(error) if is_silence(&error) && self.shared.lives() => continue,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => hung_up().because(error),
             };
@@ -126,27 +127,24 @@ impl Reader<'_> {
         loop {
             // What is read while it comes slowly may go on when it flows.
             let slowly = if books.flow == Flow::Still { LEAST_BYTES } else { READ_BYTES };
-            let flows = matches!(books.flow, Flow::Free | Flow::Live);
-            let Some(pages) = books.pages.as_ref().filter(|_| books.line == Line::Up && flows) else {
-                return Ok(slowly);
-            };
-            if books.flow == Flow::Live {
-                if !pages.is_round_over() && pages.has_room() {
-                    return Ok((pages.unread() as usize * RECORD_BYTES).clamp(LEAST_BYTES, READ_BYTES));
+            let flow = books.flow;
+            let flows = books.line == Line::Up && matches!(flow, Flow::Free | Flow::Live);
+            let Some(pages) = books.pages.as_ref().filter(|_| flows) else { return Ok(slowly) };
+            let left = if flow == Flow::Live { pages.unseen() } else { pages.to_come() };
+            let has_room = pages.has_room();
+            match (books.beyond(left), flow) {
+                (0, Flow::Live) => books.held = true,
+                (0, _) => {
+                    books.flow = Flow::Asked;
+                    drop(books);
+                    self.shared.rate(NEXT_TO_NOTHING)?;
+                    self.shared.ask()?;
+                    return Ok(READ_BYTES);
                 }
-                self.shared.changed.wait(&mut books);
-                continue;
-            }
-            if pages.is_nearly_through() {
-                books.flow = Flow::Asked;
-                drop(books);
-                self.shared.rate(NEXT_TO_NOTHING)?;
-                self.shared.ask()?;
-                return Ok(READ_BYTES);
-            }
-            if pages.has_room() {
-                let beyond = (pages.to_come() - pages.limits().unread_pages) as usize;
-                return Ok((beyond.saturating_mul(RECORD_BYTES)).clamp(LEAST_BYTES, READ_BYTES));
+                (beyond, _) if has_room => {
+                    return Ok((beyond as usize).saturating_mul(RECORD_BYTES).clamp(LEAST_BYTES, READ_BYTES));
+                }
+                _ => {}
             }
             self.shared.changed.wait(&mut books);
         }
@@ -168,12 +166,16 @@ impl Reader<'_> {
         self.shared.rate(if flow == (Flow::Asked, false) { NEXT_TO_NOTHING } else { UNLIMITED })?;
         let mut steering = self.shared.steering.lock();
         let steering = steering.as_mut().ok_or_else(hung_up)?;
-        let connection = steering.resume()?;
-        let answers = connection.try_clone()?;
-        answers.set_write_timeout(Some(std::time::Duration::from_secs(5)))?;
-        *self.shared.answers.lock() = answers;
+        let mut stream = steering.resume()?;
+        *self.shared.answers.lock() = stream.answers()?;
+        let unread = Unread::of(&mut stream)?;
+        let mut books = self.shared.books.lock();
+        books.unread = unread;
+        let left = books.pages.as_ref().map_or(0, Pages::to_come);
+        books.beyond(left);
+        drop(books);
         self.decoder = StreamDecoder::recovering(self.decoder.blocks().clone(), self.decoder.section());
-        Ok(connection)
+        Ok(stream.ours)
     }
 
     /// The source asks what of a block has come.
@@ -417,6 +419,11 @@ impl Reader<'_> {
         self.shared.changed.notify_all();
         Ok(())
     }
+}
+
+/// Nothing came for a while.
+fn is_silence(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
 }
 
 fn hung_up() -> Error {

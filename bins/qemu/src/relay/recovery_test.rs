@@ -10,8 +10,14 @@ use super::test::{HUGE, PATIENCE, RAM, Source, all, byte_of, failure};
 use super::*;
 
 /// Few pages are read ahead of, so that a small VM has all that a large one has.
-const LIMITS: Limits =
-    Limits { window_pages: 600, unread_pages: 0, asked_pages: 512, last_pages: 2, least_pages: 0 };
+const LIMITS: Limits = Limits {
+    window_pages: 600,
+    unread_pages: 0,
+    narrowed_pages: 0,
+    asked_pages: 512,
+    last_pages: 2,
+    least_pages: 0,
+};
 
 /// What a source is told beside its stream.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,10 +39,15 @@ impl Steering for Driven {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<UnixStream> {
+    fn goes_on(&mut self) -> bool {
+        true
+    }
+
+    fn resume(&mut self) -> Result<Stream> {
         let _ = self.told.send(Told::Resume);
         self.next
             .try_recv()
+            .map(Stream::from)
             .map_err(|_| Error::new(ErrorKind::Vm, "QEMU refuses migrate: it does not want to"))
     }
 }
@@ -241,7 +252,8 @@ fn no_more_is_read_than_there_is_room_for_but_what_the_guest_waits_for() {
 #[test]
 fn the_last_pages_come_when_all_others_are_safe() {
     // It may be through with what it has from the beginning: it sends as it is asked.
-    let limits = Limits { unread_pages: 2000, window_pages: 2000, asked_pages: 2000, ..LIMITS };
+    let limits =
+        Limits { unread_pages: 2000, narrowed_pages: 2000, window_pages: 2000, asked_pages: 2000, ..LIMITS };
     let (mut source, relay, heard, _next) = flowing(limits);
     assert_eq!(heard.recv().expect("told"), Told::Rate(NEXT_TO_NOTHING));
     let request = |block, start_bytes, length_bytes| {

@@ -25,15 +25,15 @@ pub struct Host {
 
 impl Machine {
     pub fn new(machine: &str, vcpus: u32, devices: &[&str]) -> Self {
-        Self::of(machine, vcpus, ("128M", FILLED_MIB), devices)
+        let work = Work { filled_mib: FILLED_MIB, writes_per_s: 3000, checks_per_s: 20_000, threads: vcpus };
+        Self::of(machine, "128M", work, devices)
     }
 
-    /// With so much memory, and so many MiB of it filled.
-    pub fn of(machine: &str, vcpus: u32, (memory, filled_mib): (&str, u32), devices: &[&str]) -> Self {
+    /// With so much memory, and a guest that does so; a vCPU for each of its threads.
+    pub fn of(machine: &str, memory: &str, work: Work, devices: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("creates");
-        let work = Work { filled_mib, writes_per_s: 3000, checks_per_s: 20_000, threads: vcpus };
         let mut arguments = work.arguments(directory.path()).unwrap_or_else(|error| panic!("{error:#}"));
-        let (vcpus, own) = (vcpus.to_string(), ["-machine", machine, "-m", memory, "-smp"]);
+        let (vcpus, own) = (work.threads.to_string(), ["-machine", machine, "-m", memory, "-smp"]);
         arguments.extend(own.iter().chain([&vcpus.as_str()]).chain(devices).map(ToString::to_string));
         Self { directory, arguments }
     }

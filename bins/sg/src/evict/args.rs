@@ -135,7 +135,7 @@ pub struct EvictArgs {
     #[arg(long, value_name = "ETCD", requires = "park", value_parser = arbiter)]
     pub arbiter: Option<String>,
     /// How the memory leaves [default: by the deadline; scatter-gather without one, post-copy without intermediaries]. With
-    /// --qmp hybrid sends all but the last 142 MiB that QEMU has while the VM runs, and there is no pre-copy
+    /// --qmp hybrid is one round of all but QEMU's last pages, and there is no pre-copy
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
     /// An intermediary that takes the place of one that dies on the way, in this order (repeatable). Of a pool, where

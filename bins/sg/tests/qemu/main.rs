@@ -8,3 +8,4 @@ mod process;
 mod commands;
 mod moves;
 mod resume;
+mod soak;

@@ -57,7 +57,7 @@ impl Sg {
 }
 
 /// Where it is, its memory filled, and where it goes.
-fn hosts(machine: &Machine) -> (Host, Host) {
+pub fn hosts(machine: &Machine) -> (Host, Host) {
     let mut from = machine.start("from", &[]);
     from.await_beat("the guest does not start", |beat| beat.passes >= 1);
     (from, machine.start("there", &["-incoming", "defer"]))
@@ -76,7 +76,7 @@ fn said(output: &Output) -> String {
 }
 
 /// It goes on, and ends well.
-fn resumed(qmp: &Path, more: &[&str]) -> String {
+pub fn resumed(qmp: &Path, more: &[&str]) -> String {
     let resumed = sg(&[&["gather", "--qmp", path(qmp), "--resume"], more].concat());
     let said = said(&resumed);
     assert!(resumed.status.success(), "{said}");
