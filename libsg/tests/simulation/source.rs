@@ -344,8 +344,9 @@ pub fn start(
 ) -> Handle {
     let handle = Handle::default();
     let (given, node_of_vm, vm_there) = (Arc::clone(&handle), Arc::clone(node), Arc::clone(vm));
-    let (sharing, forgets) = (scenario.shares(), scenario.forgets(plan));
-    let in_rounds = plan.rounds.most(plan.mode) > 0;
+    let (sharing, in_rounds) = (scenario.shares(), plan.rounds.most(plan.mode) > 0);
+    // A stock VMM's VM that is parked is sent once.
+    let forgets = scenario.forgets(plan) && !(in_rounds && matches!(to, To::Parked { .. }));
     let options = SourceOptions {
         to,
         intermediaries: scenario.members().map(address).collect(),
