@@ -22,7 +22,7 @@ use crate::report::{Ended, Round};
 use crate::scatter::offers;
 use crate::scatter::session::converse;
 use crate::scatter::shared::{PoisonsOnPanic, Stage};
-use crate::scatter::telling::News;
+use crate::scatter::telling::Feed;
 use crate::scatter::{MemberSink, Scatter};
 use crate::source::Supply;
 use crate::transport::wait;
@@ -175,8 +175,7 @@ struct Leg<'a> {
     before: u64,
     /// Pages that were through, those that the destination said it holds, and when that last changed.
     through: (u32, u64, Instant),
-    /// Room for what a source is told that is a stream.
-    news: News,
+    feed: Feed,
 }
 
 impl<'a> Leg<'a> {
@@ -192,7 +191,7 @@ impl<'a> Leg<'a> {
             since: now,
             before,
             through: (0, 0, now),
-            news: News::default(),
+            feed: Feed::default(),
         }
     }
 
@@ -200,8 +199,7 @@ impl<'a> Leg<'a> {
     fn step(&mut self, rounds: &mut Rounds) -> Result<bool> {
         let scatter = self.lead.scatter;
         self.lead.look()?;
-        scatter.tell_outcomes(&mut self.news)?;
-        let supply = scatter.take_supply(&mut Vec::new())?;
+        let supply = self.feed.turn(scatter)?;
         let (over, through, missing) = {
             let planner = scatter.planner.lock();
             let missing = if supply == Supply::AfterPause { planner.is_over_but_for() } else { None };

@@ -19,8 +19,7 @@ use crate::page::PAGE_BYTES_U64;
 use crate::report::Ended;
 use crate::scatter::Scatter;
 use crate::scatter::offers::OfferDesk;
-use crate::scatter::telling::News;
-use crate::source::Supply;
+use crate::scatter::telling::Feed;
 use crate::transport::wait;
 use crate::vmd::{Request, visit};
 use crate::wire::message::{Member, VmdRequest};
@@ -45,9 +44,8 @@ pub(super) struct Parking<'a> {
 struct Watch {
     safe: u32,
     since: Instant,
-    supply: Supply,
     is_told: bool,
-    news: News,
+    feed: Feed,
 }
 
 impl<'a> Parking<'a> {
@@ -102,13 +100,7 @@ impl<'a> Parking<'a> {
     /// intermediary is left.
     fn scatter(&self, members: &mut Members, may_fail: bool) -> Result<()> {
         let scatter = self.lead.scatter;
-        let mut watch = Watch {
-            safe: 0,
-            since: host::now(),
-            supply: Supply::More,
-            is_told: false,
-            news: News::default(),
-        };
+        let mut watch = Watch { safe: 0, since: host::now(), is_told: false, feed: Feed::default() };
         let what = With { members: true, ready: false, offers: may_fail };
         with_sinks(&self.lead, None, members, what, &mut || {
             if may_fail {
@@ -116,12 +108,7 @@ impl<'a> Parking<'a> {
             } else if scatter.is_poisoned() {
                 return Err(scatter.failure());
             }
-            if scatter.tell_outcomes(&mut watch.news)? {
-                watch.supply = Supply::More;
-            }
-            if watch.supply == Supply::More {
-                watch.supply = scatter.take_supply(&mut Vec::new())?;
-            }
+            watch.feed.turn(scatter)?;
             let (safe, total) = scatter.planner.lock().progress();
             let now = host::now();
             if safe != watch.safe {

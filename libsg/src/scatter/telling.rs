@@ -1,23 +1,47 @@
-//! A source of pages that forgets what is safe hears what became of them.
+//! What a source of pages and its scatter say to each other: what has become available, and what became of pages that the
+//! source forgets when they are safe.
 
 use super::shared::Scatter;
 use crate::error::{Error, ErrorKind, Result};
 use crate::page::PageRange;
-use crate::source::{Outcome, Repeat};
+use crate::source::{Outcome, Repeat, Supply};
 
-/// Room for what is told at once, which is used again.
+/// Whoever leads a migration takes the source's pages by it. Has room for what is said at once, which is used again.
+#[derive(Debug)]
+pub struct Feed {
+    supply: Supply,
+    named: Vec<PageRange>,
+    news: News,
+}
+
 #[derive(Debug, Default)]
-pub struct News {
+struct News {
     safe: Vec<PageRange>,
     lost: Vec<PageRange>,
 }
 
-impl Scatter {
-    /// Tells the source what became of pages since. Whether some are lost: they will be available again.
+impl Default for Feed {
+    fn default() -> Self {
+        Self { supply: Supply::More, named: Vec::new(), news: News::default() }
+    }
+}
+
+impl Feed {
+    /// Tells the source what became of pages since, and takes those that have become available. Whether there will be more.
     ///
     /// # Errors
-    /// [`ErrorKind::Poisoned`] where pages are lost that it can never give again.
-    pub fn tell_outcomes(&self, news: &mut News) -> Result<bool> {
+    /// The source's; [`ErrorKind::Poisoned`] where pages are lost that it can never give again.
+    pub fn turn(&mut self, scatter: &Scatter) -> Result<Supply> {
+        if scatter.tell_outcomes(&mut self.news)? || self.supply != Supply::Complete {
+            self.supply = scatter.take_supply(&mut self.named)?;
+        }
+        Ok(self.supply)
+    }
+}
+
+impl Scatter {
+    /// Tells the source what became of pages since. Whether some are lost: they will be available again.
+    fn tell_outcomes(&self, news: &mut News) -> Result<bool> {
         if !self.forgets {
             return Ok(false);
         }

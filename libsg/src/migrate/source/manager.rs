@@ -22,7 +22,7 @@ use crate::report::{Intermediary, SourceReport};
 use crate::scatter::offers::{self, OfferDesk};
 use crate::scatter::session::{self, Destination, Session};
 use crate::scatter::shared::{PoisonsOnPanic, Stage, panicked};
-use crate::scatter::telling::News;
+use crate::scatter::telling::Feed;
 use crate::scatter::{Planner, Scatter};
 use crate::source::{PageSource, Supply};
 use crate::usage::{self, Cpu};
@@ -147,11 +147,9 @@ impl Manager {
             let keeper = host::thread::Builder::new()
                 .name(name.into())
                 .spawn_scoped(scope, move || session::keep(scatter, destination, session, control))?;
-            let (mut supply, mut news) = (self.supply(scatter)?, News::default());
+            let mut feed = Feed::default();
             let done_at = loop {
-                if scatter.tell_outcomes(&mut news)? {
-                    supply = Supply::More;
-                }
+                let supply = feed.turn(scatter)?;
                 if let Some(at) = scatter.tell_done() {
                     break Some(at);
                 }
@@ -164,10 +162,7 @@ impl Manager {
                         Err(error) => scatter.member_lost(member, &error),
                     }
                 }
-                scatter.wait_done(Duration::from_millis(if supply == Supply::More { 5 } else { 100 }));
-                if supply == Supply::More {
-                    supply = self.supply(scatter)?;
-                }
+                scatter.wait_done(Duration::from_millis(if supply == Supply::Complete { 100 } else { 5 }));
             };
             if let Some(at) = done_at {
                 self.evicted(scatter, at, (left.rounds, left.downtime));
@@ -183,10 +178,6 @@ impl Manager {
         });
         recruiter.lock().end();
         scattered
-    }
-
-    fn supply(&self, scatter: &Scatter) -> Result<Supply> {
-        scatter.take_supply(&mut Vec::new())
     }
 
     /// Nothing is left here since then: tells it, first of all.
