@@ -1,9 +1,9 @@
 //! A QEMU's blocks of memory as the regions of a volume, and what else a destination must know before the memory comes.
 
 use libsg::manifest::{Manifest, Region};
-use libsg::page::{InstallUnit, PAGE_BYTES_U64, PageIndex};
+use libsg::page::{InstallUnit, PAGE_BYTES_U64, PageIndex, PageRange};
 use libsg::{Error, ErrorKind, Result};
-use qemu_stream::{Block, BlockIndex, Blocks, Configuration};
+use qemu_stream::{Block, BlockIndex, Blocks, Configuration, Span};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::Devices;
@@ -79,6 +79,20 @@ impl Layout {
         }
         let at = self.firsts.partition_point(|first| *first <= page.0) - 1;
         Some((BlockIndex(at as u16), u64::from(page.0 - self.firsts[at]) * PAGE_BYTES_U64))
+    }
+
+    /// The pages that come together with one, which are one of QEMU's. `None` for one that there is not.
+    #[must_use]
+    pub fn unit(&self, page: PageIndex) -> Option<(BlockIndex, Span)> {
+        let (block, offset) = self.place(page)?;
+        let length_bytes = self.blocks.get(block)?.page_bytes;
+        Some((block, Span { start_bytes: offset - offset % length_bytes, length_bytes }))
+    }
+
+    /// The numbers of pages of a block.
+    #[must_use]
+    pub fn range(&self, block: BlockIndex, span: Span) -> PageRange {
+        PageRange::new(self.page(block, span.start_bytes), (span.length_bytes / PAGE_BYTES_U64) as u32)
     }
 
     /// The manifest of a VM of this memory, called `vm`.

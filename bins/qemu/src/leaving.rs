@@ -152,9 +152,8 @@ fn call_off(qmp: &mut Qmp) -> Result<()> {
 fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     let deadline = Instant::now() + STEP;
     loop {
-        let told = qmp.execute("query-migrate", &json!({}))?;
-        let status = told["status"].as_str().unwrap_or("none");
-        if is_wanted(status) {
+        let status = qmp.migration()?;
+        if is_wanted(&status) {
             return Ok(());
         }
         if Instant::now() > deadline {
@@ -165,9 +164,9 @@ fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     }
 }
 
-/// How fast it may send before it has switched.
-fn rate(qmp: &mut Qmp, bytes_per_s: u64) -> Result<()> {
-    qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": bytes_per_s })).map(drop)
+/// How fast it may send before it has switched (`max-bandwidth`), or from then on (`max-postcopy-bandwidth`).
+fn set_rate(qmp: &mut Qmp, which: &str, bytes_per_s: u64) -> Result<()> {
+    qmp.execute("migrate-set-parameters", &json!({ which: bytes_per_s })).map(drop)
 }
 
 /// Rounds of a QEMU: it logs itself what its VM writes, and sends that again.
@@ -179,7 +178,7 @@ struct Rounds {
 impl DirtyLog for Rounds {
     fn start(&mut self) -> Result<()> {
         self.relay.begin_rounds()?;
-        rate(&mut self.qmp.lock(), UNLIMITED)
+        set_rate(&mut self.qmp.lock(), "max-bandwidth", UNLIMITED)
     }
 
     fn collect(&mut self, out: &mut Vec<PageRange>) -> Result<()> {
@@ -197,18 +196,12 @@ struct ByQmp(Arc<Mutex<Qmp>>);
 
 impl Steering for ByQmp {
     fn rate(&mut self, bytes_per_s: u64) -> Result<()> {
-        let rate = json!({ "max-postcopy-bandwidth": bytes_per_s });
-        self.0.lock().execute("migrate-set-parameters", &rate).map(drop)
+        set_rate(&mut self.0.lock(), "max-postcopy-bandwidth", bytes_per_s)
     }
 
     fn goes_on(&mut self) -> bool {
-        let told = self.0.lock().execute("query-migrate", &json!({}));
-        told.is_ok_and(|told| {
-            matches!(
-                told["status"].as_str(),
-                Some("postcopy-active" | "postcopy-recover" | "postcopy-recover-setup")
-            )
-        })
+        let going = ["postcopy-active", "postcopy-recover", "postcopy-recover-setup"];
+        self.0.lock().migration().is_ok_and(|status| going.contains(&status.as_str()))
     }
 
     fn resume(&mut self) -> Result<Stream> {
@@ -254,8 +247,8 @@ impl OutgoingVm for LeavingQemu {
         let mut qmp = self.qmp.lock();
         qmp.execute("stop", &json!({}))?;
         // It is at a standstill: what flows could be through before the switch is looked at.
-        let switched =
-            rate(&mut qmp, STANDSTILL).and_then(|()| qmp.execute("migrate-start-postcopy", &json!({})));
+        let switched = set_rate(&mut qmp, "max-bandwidth", STANDSTILL)
+            .and_then(|()| qmp.execute("migrate-start-postcopy", &json!({})));
         drop(qmp);
         self.relay.end_rounds();
         let state = switched.and_then(|_| self.relay.state(STEP)).and_then(|state| {

@@ -77,8 +77,8 @@ pub fn source(qmp: &mut Qmp, disks: Disks) -> Result<Found> {
     if status != "running" {
         found.refuse(format!("the VM does not run, it is \"{status}\": only a running one can leave (cont)"));
     }
-    let migration = qmp.execute("query-migrate", &json!({}))?;
-    if let Some(state) = migration["status"].as_str().filter(|state| is_under_way(state)) {
+    let state = qmp.migration()?;
+    if is_under_way(&state) {
         found.refuse(format!(
             "a migration of this VM is under way, \"{state}\": migrate_cancel, or wait for it"
         ));

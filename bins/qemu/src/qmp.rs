@@ -134,6 +134,15 @@ impl Qmp {
         }
     }
 
+    /// How far its migration is: "none" where there was none.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub fn migration(&mut self) -> Result<String> {
+        let told = self.execute("query-migrate", &json!({}))?;
+        Ok(told["status"].as_str().unwrap_or("none").to_owned())
+    }
+
     /// What the monitor for people prints to a command.
     ///
     /// # Errors

@@ -145,9 +145,11 @@ impl Books {
         if self.pages.as_ref().is_some_and(nearly) || self.all { Flow::Asked } else { Flow::Free }
     }
 
-    /// Of a source that has so many pages left: how many can be read, so that it is not through behind them.
-    fn beyond(&mut self, left: u32) -> u32 {
-        let Some(limits) = self.pages.as_ref().map(Pages::limits) else { return 0 };
+    /// How many pages can be read, so that the source is not through behind them: makes its buffer smaller where it has few left.
+    fn beyond(&mut self) -> u32 {
+        let Some(pages) = &self.pages else { return 0 };
+        let left = if self.flow == Flow::Live { pages.unseen() } else { pages.to_come() };
+        let limits = pages.limits();
         self.unread.narrow(&limits, left);
         left.saturating_sub(self.unread.pages(&limits))
     }
@@ -181,8 +183,7 @@ impl Relay {
         *self.0.steering.lock() = Some(steering);
         let flow = {
             let mut books = self.0.books.lock();
-            let left = books.pages.as_ref().map_or(0, Pages::to_come);
-            books.beyond(left);
+            books.beyond();
             books.next_flow()
         };
         self.0.rate(if flow == Flow::Free { UNLIMITED } else { NEXT_TO_NOTHING })?;
@@ -208,9 +209,8 @@ impl Relay {
         let mut books = self.0.books.lock();
         books.check()?;
         books.pages.iter_mut().for_each(Pages::begin_rounds);
-        let left = books.pages.as_ref().map_or(0, Pages::unseen);
-        books.held = books.beyond(left) == 0;
         books.flow = Flow::Live;
+        books.held = books.beyond() == 0;
         drop(books);
         self.0.changed.notify_all();
         Ok(())

@@ -67,7 +67,7 @@ pub fn resumable(qmp: &mut Qmp, record: &Record) -> Result<Found> {
 fn broken_state(qmp: &mut Qmp) -> Result<String> {
     let deadline = Instant::now() + NOTICES;
     loop {
-        let state = state(qmp)?;
+        let state = qmp.migration()?;
         if state != "postcopy-active" || Instant::now() >= deadline {
             return Ok(state);
         }
@@ -75,14 +75,9 @@ fn broken_state(qmp: &mut Qmp) -> Result<String> {
     }
 }
 
-fn state(qmp: &mut Qmp) -> Result<String> {
-    let migration = qmp.execute("query-migrate", &json!({}))?;
-    Ok(migration["status"].as_str().unwrap_or("none").to_owned())
-}
-
 /// Whether it has all of its memory: who fed it did not hear so.
 pub(crate) fn is_complete(qmp: &mut Qmp) -> Result<bool> {
-    Ok(state(qmp)? == "completed")
+    Ok(qmp.migration()? == "completed")
 }
 
 /// Goes on with a QEMU that lost its feeder.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use libsg::Result;
 use libsg::memory::{GuestMemory, PageSlice, PresenceMap};
-use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
+use libsg::page::{PageIndex, PageRange};
 use qemu_stream::{BlockIndex, Span};
 
 use super::live::Live;
@@ -61,9 +61,9 @@ pub enum Lost {
 /// The books.
 #[derive(Debug)]
 pub struct Pages {
-    pub(super) layout: Arc<Layout>,
+    layout: Arc<Layout>,
     pub(super) memory: GuestMemory,
-    pub(super) limits: Limits,
+    limits: Limits,
     /// Pages that have come and count.
     pub(super) here: PresenceMap,
     pub(super) here_count: u32,
@@ -379,10 +379,8 @@ impl Pages {
 
     /// The guest waits for a page: the unit to be asked for, unless it is here, or was asked for.
     pub fn want(&mut self, page: PageIndex) -> Option<(BlockIndex, Span)> {
-        let (block, offset) = self.layout.place(page)?;
-        let unit_bytes = self.layout.blocks().get(block)?.page_bytes;
-        let span = Span { start_bytes: offset - offset % unit_bytes, length_bytes: unit_bytes };
-        let unit = self.range(block, span);
+        let (block, span) = self.layout.unit(page)?;
+        let unit = self.layout.range(block, span);
         if !self.to_come.contains(page) || self.wanted.contains(page) {
             return None;
         }
@@ -408,16 +406,8 @@ impl Pages {
 
     /// The pages that come together with one.
     pub(super) fn unit(&self, page: PageIndex) -> PageRange {
-        let place = self.layout.place(page);
-        let unit =
-            place.and_then(|(index, offset)| Some((self.layout.blocks().get(index)?.page_bytes, offset)));
-        let (unit_bytes, offset) = unit.unwrap_or((PAGE_BYTES as u64, 0));
-        let within = (offset % unit_bytes / PAGE_BYTES as u64) as u32;
-        PageRange::new(PageIndex(page.0 - within), (unit_bytes / PAGE_BYTES as u64) as u32)
-    }
-
-    fn range(&self, block: BlockIndex, span: Span) -> PageRange {
-        PageRange::new(self.layout.page(block, span.start_bytes), (span.length_bytes >> 12) as u32)
+        let unit = self.layout.unit(page).map(|(block, span)| self.layout.range(block, span));
+        unit.unwrap_or(PageRange::new(page, 1))
     }
 
     /// What the source is asked for next, which sends next to nothing by itself: as much as there is room for, and the last
@@ -447,7 +437,7 @@ impl Pages {
             let end = (offset + (u64::from(pages) << 12)).next_multiple_of(unit.page_bytes);
             let span = Span { start_bytes, length_bytes: end - start_bytes };
             let before = self.asked_count;
-            self.set_asked(self.range(block, span));
+            self.set_asked(self.layout.range(block, span));
             left = left.saturating_sub(self.asked_count - before);
             out.push((block, span));
             from = PageIndex(self.layout.page(block, start_bytes).0 + (span.length_bytes >> 12) as u32);

@@ -138,7 +138,7 @@ proptest! {
 fn next(pages: &mut Pages, all: bool) -> Vec<PageRange> {
     let mut asks = Vec::new();
     pages.next_asks(all, &mut asks);
-    asks.iter().map(|(block, span)| pages.range(*block, *span)).collect()
+    asks.iter().map(|(block, span)| pages.layout.range(*block, *span)).collect()
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn what_is_asked_for_has_room_and_the_last_pages_are_left() {
     assert_eq!(next(&mut pages, false), [PageRange::new(PageIndex(400), 100)], "500 are here, or asked for");
     // What the guest waits for is asked for whatever room there is, and its whole unit.
     let (block, span) = pages.want(PageIndex(SMALL + 9)).expect("to be asked");
-    assert_eq!(pages.range(block, span), unit(SMALL));
+    assert_eq!(pages.layout.range(block, span), unit(SMALL));
     assert!(pages.has_room() && pages.want(PageIndex(SMALL + 10)).is_none());
     come(&mut pages, unit(SMALL));
     assert!(!pages.has_room());

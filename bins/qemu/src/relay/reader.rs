@@ -130,9 +130,8 @@ impl Reader<'_> {
             let flow = books.flow;
             let flows = books.line == Line::Up && matches!(flow, Flow::Free | Flow::Live);
             let Some(pages) = books.pages.as_ref().filter(|_| flows) else { return Ok(slowly) };
-            let left = if flow == Flow::Live { pages.unseen() } else { pages.to_come() };
             let has_room = pages.has_room();
-            match (books.beyond(left), flow) {
+            match (books.beyond(), flow) {
                 (0, Flow::Live) => books.held = true,
                 (0, _) => {
                     books.flow = Flow::Asked;
@@ -171,8 +170,7 @@ impl Reader<'_> {
         let unread = Unread::of(&mut stream)?;
         let mut books = self.shared.books.lock();
         books.unread = unread;
-        let left = books.pages.as_ref().map_or(0, Pages::to_come);
-        books.beyond(left);
+        books.beyond();
         drop(books);
         self.decoder = StreamDecoder::recovering(self.decoder.blocks().clone(), self.decoder.section());
         Ok(stream.ours)
@@ -274,8 +272,7 @@ impl Reader<'_> {
                 let layout = &begun.layout;
                 let mut books = self.shared.books.lock();
                 for span in discard.spans {
-                    let pages = (span.length_bytes / PAGE_BYTES as u64) as u32;
-                    let range = PageRange::new(layout.page(discard.block, span.start_bytes), pages);
+                    let range = layout.range(discard.block, span);
                     books.pages.iter_mut().for_each(|pages| pages.discard(range));
                 }
             }
@@ -368,9 +365,9 @@ impl Reader<'_> {
         let Written { begun, .. } = self.written.as_ref()?;
         let run = self.news.last_mut()?;
         let end = PageIndex(run.first.0 + run.pages - 1);
-        let (index, offset) = begun.layout.place(end)?;
-        let unit_pages = (begun.layout.blocks().get(index)?.page_bytes / PAGE_BYTES as u64) as u32;
-        let over = ((offset / PAGE_BYTES as u64) as u32 + 1) % unit_pages;
+        let (block, span) = begun.layout.unit(end)?;
+        let unit = begun.layout.range(block, span);
+        let over = (end.0 + 1 - unit.first.0) % unit.pages;
         let part = over.min(run.pages);
         if part == 0 {
             return None;
