@@ -329,8 +329,11 @@ impl Slots {
         let fresh = Reference { round: round.0, times: 0, checksum: of_slot };
         let held = refs.entry((page.0, slot.0)).or_insert(fresh);
         held.times += 1;
-        held.checksum = checksum.map_or(held.checksum, |checksum| checksum.0);
-        held.round = held.round.max(round.0);
+        if held.round <= round.0 {
+            // An older round's may be of bytes that the guest wrote to while they were sent: not of these.
+            held.round = round.0;
+            held.checksum = checksum.map_or(held.checksum, |checksum| checksum.0);
+        }
         Some(Generation(generation))
     }
 

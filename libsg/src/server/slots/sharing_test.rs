@@ -101,6 +101,25 @@ fn a_page_that_holds_its_slot_twice_gives_it_back_twice() {
     assert_eq!((slots.stored_pages(), slots.stored_pages_of(volume(0))), (0, 0));
 }
 
+#[test]
+fn a_late_copy_of_an_older_round_changes_no_checksum() {
+    let mut slots = Slots::new(CHUNK);
+    open(&mut slots, 0);
+    let (slot, generation) = put(&mut slots, 0, 1, 0, 7).expect("there is room");
+    let mut share = |round, checksum| {
+        let owner = Owner { page: PageIndex(1), checksum: Checksum(checksum), round: Round(round) };
+        let there = slots.share(volume(0), owner, &hash(7));
+        assert_eq!(there, Some((slot, generation)));
+        slots.read(volume(0), PageIndex(1), slot, generation).map(|held| held.checksum)
+    };
+    assert_eq!(share(2, 70), Some(Checksum(70)));
+    assert_eq!(share(1, 60), Some(Checksum(70)), "written to while it was sent");
+    slots.release(volume(0), PageIndex(1), slot, generation);
+    slots.release(volume(0), PageIndex(1), slot, generation);
+    let left = slots.read(volume(0), PageIndex(1), slot, generation).map(|held| held.checksum);
+    assert_eq!(left, Some(Checksum(70)));
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     Open(u8),
