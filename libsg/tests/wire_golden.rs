@@ -252,6 +252,11 @@ fn numbers() {
         (Kind::Reach, 66),
         (Kind::ReachReply, 67),
         (Kind::Release, 68),
+        (Kind::Draw, 69),
+        (Kind::DrawReply, 70),
+        (Kind::DrawFrom, 71),
+        (Kind::DrawFromReply, 72),
+        (Kind::CopyAt, 73),
     ];
     for (kind, number) in kinds {
         assert_eq!(kind as u16, number, "{kind:?}");

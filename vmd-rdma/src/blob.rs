@@ -2,7 +2,9 @@
 
 use std::net::Ipv6Addr;
 
-use libsg::wire::access::{AccessKey, Endpoint as Blob};
+use libsg::ids::SlotIndex;
+use libsg::page::PAGE_BYTES;
+use libsg::wire::access::{AccessKey, Endpoint as Blob, KeyEntry};
 use libsg::{Error, ErrorKind, Result};
 
 use crate::verbs::{Endpoint, Remote};
@@ -67,13 +69,24 @@ pub(crate) fn of_remote(remote: Remote) -> Result<AccessKey> {
 ///
 /// # Errors
 /// [`ErrorKind::Protocol`] for bytes that are no key.
-pub(crate) fn remote(key: &AccessKey, offset: u64) -> Result<Remote> {
+fn remote(key: &AccessKey, offset: u64) -> Result<Remote> {
     let no = || Error::new(ErrorKind::Protocol, "the peer's key reaches no memory");
     let bytes: &[u8; KEY_BYTES] = key.as_bytes().try_into().map_err(|_| no())?;
     let (address, key) = bytes.split_first_chunk::<8>().ok_or_else(no)?;
     let key = key.try_into().map_err(|_| no())?;
     let address = u64::from_le_bytes(*address).checked_add(offset).ok_or_else(no)?;
     Ok(Remote { address, key: u32::from_le_bytes(key) })
+}
+
+/// Where a slot is that one of these keys reaches.
+///
+/// # Errors
+/// [`ErrorKind::Protocol`] where none does.
+pub(crate) fn slot(keys: &[KeyEntry], slot: SlotIndex) -> Result<Remote> {
+    let found = keys.iter().find_map(|key| Some((key, key.place_of(slot)?)));
+    let (key, place) =
+        found.ok_or_else(|| Error::new(ErrorKind::Protocol, "a slot that no key of the peer's reaches"))?;
+    remote(&key.key, u64::from(place) * PAGE_BYTES as u64)
 }
 
 #[cfg(test)]

@@ -35,8 +35,16 @@ pub(crate) struct Span {
 }
 
 impl Span {
+    /// Appends one, joined with what it follows.
+    pub(crate) fn push(spans: &mut VecDeque<Self>, span: Self) {
+        match spans.back_mut() {
+            Some(last) if last.joins(&span) => last.bytes += span.bytes,
+            _ => spans.push_back(span),
+        }
+    }
+
     /// Whether that one follows here and there: they are one then.
-    pub(crate) fn joins(&self, next: &Self) -> bool {
+    fn joins(&self, next: &Self) -> bool {
         self.key == next.key && self.address + self.bytes as u64 == next.address && self.gathers(next)
     }
 
@@ -309,9 +317,14 @@ pub(crate) enum Lost {
 impl Lost {
     /// As an error about the peer.
     pub(crate) fn at(self, peer: &NodeId) -> libsg::Error {
+        self.error().at(peer)
+    }
+
+    /// As an error.
+    pub(crate) fn error(self) -> libsg::Error {
         match self {
-            Self::Work(fault) => fault.at(peer),
-            Self::Device(error) => error.at(peer),
+            Self::Work(fault) => fault.error(),
+            Self::Device(error) => error,
         }
     }
 }

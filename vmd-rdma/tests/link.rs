@@ -362,17 +362,102 @@ fn a_full_intermediary_stores_what_fits() {
     assert_eq!(client.link.outstanding_bytes(), 0);
 }
 
+/// Two intermediaries, and a client of the first whose copies the second reads where they lie.
+fn copied(network: &Network) -> ([ServerHandle; 2], Client, MemberSet) {
+    let servers = [serve(network, 2), serve(network, 3)];
+    let mut client = Client::create(network, &[&servers[0], &servers[1]]);
+    client.warm_up();
+    let both = [MemberIndex(0), MemberIndex(1)].into_iter().collect();
+    // The first go over a connection, until the second was let in.
+    eventually("copies are read", || {
+        client.put_copies([1], both).unwrap();
+        network.counts().read_bytes > 0
+    });
+    (servers, client, both)
+}
+
+/// These pages are at the intermediary, as they were put.
+fn check_copies(network: &Network, server: &ServerHandle, pages: std::ops::Range<u32>) {
+    let mut client = Client::connect(network, server, 1);
+    let range = PageRange::new(PageIndex(pages.start), pages.len() as u32);
+    let placements = ask(&mut *client.link, Request::Locate(range), PATIENCE, |reply| match reply {
+        Reply::Located(entries) => Ok(entries.iter().map(|entry| entry.placement).collect::<Vec<_>>()),
+        other => panic!("{other:?}"),
+    })
+    .unwrap();
+    assert_eq!(placements.len(), pages.len());
+    let there = client.get(&pages.collect::<Vec<_>>(), &placements).unwrap();
+    assert!(there.into_iter().all(|there| there));
+}
+
 #[test]
-fn copies_lie_at_both() {
-    let network = Network::new(12);
+fn copies_are_read_where_they_lie() {
+    for seed in 1..=5 {
+        let network = Network::new(seed);
+        let (servers, mut client, both) = copied(&network);
+        let (before, touched) =
+            (network.counts(), servers.each_ref().map(|server| server.statistics().touched_bytes));
+        for first in (100..600).step_by(100) {
+            client.put_copies(first..first + 100, both).unwrap();
+        }
+        let counts = network.counts();
+        let moved = [
+            counts.written_bytes - before.written_bytes,
+            counts.read_bytes - before.read_bytes,
+            counts.refused - before.refused,
+        ];
+        assert_eq!(moved, [500 * PAGE_BYTES_U64, 500 * PAGE_BYTES_U64, 0], "seed {seed}");
+        assert_eq!(servers.each_ref().map(|server| server.statistics().touched_bytes), touched);
+        servers.iter().for_each(|server| check_copies(&network, server, 100..600));
+        for server in &servers {
+            assert_eq!(server.statistics().leased_slots, 0);
+            let mut client = Client::connect(&network, server, 1);
+            client.control(&VmdRequest::Dissolve).unwrap();
+            eventually("its memory is back", || server.statistics().arena_bytes == 0);
+        }
+    }
+}
+
+#[test]
+fn where_the_way_between_intermediaries_breaks_copies_go_over_the_connection() {
+    let network = Network::new(21);
+    let (servers, mut client, both) = copied(&network);
+    network.fail_between(3, 2);
+    client.put_copies(100..300, both).unwrap();
+    let before = network.counts().read_bytes;
+    client.put_copies(300..400, both).unwrap();
+    assert_eq!(network.counts().read_bytes, before);
+    servers.iter().for_each(|server| check_copies(&network, server, 100..400));
+    assert_eq!(servers.map(|server| server.statistics().leased_slots), [0, 0]);
+}
+
+#[test]
+fn where_packets_do_not_pass_between_intermediaries_copies_go_over_the_connection() {
+    let network = Network::new(22);
+    network.cut(2, 3, true);
     let servers = [serve(&network, 2), serve(&network, 3)];
     let mut client = Client::create(&network, &[&servers[0], &servers[1]]);
     client.warm_up();
     let both: MemberSet = [MemberIndex(0), MemberIndex(1)].into_iter().collect();
-    let before = network.counts().written_bytes;
-    client.put_copies(1..101, both).unwrap();
-    assert_eq!(network.counts().written_bytes - before, 100 * PAGE_BYTES_U64, "to the first only");
-    assert_eq!(servers.map(|server| server.statistics().used_bytes / PAGE_BYTES_U64), [101, 100]);
+    for first in (100..600).step_by(100) {
+        client.put_copies(first..first + 100, both).unwrap();
+    }
+    assert_eq!(network.counts().read_bytes, 0);
+    servers.iter().for_each(|server| check_copies(&network, server, 100..600));
+}
+
+#[test]
+fn a_replaced_writers_copies_are_read_no_more() {
+    let network = Network::new(23);
+    let (servers, mut client, both) = copied(&network);
+    let mut next = Client::connect(&network, &servers[0], 1);
+    next.control(&VmdRequest::Claim { epoch: Epoch(2) }).unwrap();
+    assert_eq!(kind(client.put_copies(100..200, both)), ErrorKind::Fenced);
+    // The second has not heard of it: nobody lets it read there any more.
+    let before = network.counts();
+    assert!(kind(client.put_copies(100..200, both)) == ErrorKind::Fenced);
+    assert_eq!(network.counts().read_bytes, before.read_bytes);
+    assert_eq!(servers.map(|server| server.statistics().leased_slots), [0, 0]);
 }
 
 #[test]

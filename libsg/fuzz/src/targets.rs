@@ -126,6 +126,7 @@ pub fn access(data: &[u8]) {
     let Some((count, body)) = counted(data) else { return };
     granted::<Option<Placement>>(body, count);
     granted::<PageEntry>(body, count);
+    granted::<IndexEntry>(body, count);
     let mut pages = Vec::new();
     if let Ok(settled) = decode_settle(body, count, &mut pages) {
         assert!(!pages.is_empty() && page_bytes(&pages) == pages.len() * PAGE_BYTES);

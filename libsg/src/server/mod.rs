@@ -20,6 +20,7 @@ mod bits;
 mod budget;
 pub mod copies;
 pub mod drain;
+mod draw;
 mod forward;
 pub mod index;
 #[cfg(feature = "simulation")]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::backend::{Attached, Domain, Opened};
+use super::backend::{Attached, Domain, Opened, Rights};
 use super::slots::{ChunkNumber, SlotRun};
 use crate::ids::{Epoch, VolumeId};
 use crate::limits;
@@ -30,6 +30,8 @@ pub(super) struct Held {
     /// Its way in.
     attached: Attached,
     pub domain: Arc<dyn Domain>,
+    /// How it writes.
+    pub fills: Rights,
     /// Chunks that it may write. Each is pinned: what is freed in it is nobody else's as long as it may.
     open: BTreeMap<ChunkNumber, Open>,
     leases: BTreeMap<u64, Vec<SlotRun>>,
@@ -64,11 +66,16 @@ pub(super) fn chunks_of(runs: &[SlotRun]) -> Vec<ChunkNumber> {
 }
 
 impl Seat {
-    /// For a client that was let in.
-    pub fn new((volume, epoch): (VolumeId, Epoch), attached: Attached, domain: Arc<dyn Domain>) -> Self {
+    /// For a client that was let in, which fills slots with such rights.
+    pub fn new(
+        (volume, epoch): (VolumeId, Epoch),
+        (attached, fills): (Attached, Rights),
+        domain: Arc<dyn Domain>,
+    ) -> Self {
         let held = Held {
             attached,
             domain,
+            fills,
             open: BTreeMap::new(),
             leases: BTreeMap::new(),
             leased_slots: 0,

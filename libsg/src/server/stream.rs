@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use super::draw::Draws;
 use super::forward::Forwards;
 use super::limit::{Class, Limit, Turn};
 use super::store::Store;
@@ -46,7 +47,12 @@ impl<'c> Stream<'c> {
         (limit_in, limit_out): (&'c Limit, &'c Limit),
     ) -> Self {
         Self {
-            back: Back { channel, turn_out: Turn::new(limit_out), forwards: Forwards::new(store, limit_out) },
+            back: Back {
+                channel,
+                turn_out: Turn::new(limit_out),
+                forwards: Forwards::new(store, limit_out),
+                draws: Draws::new(store),
+            },
             channel,
             turn_in: Turn::new(limit_in),
             ahead: [0; AHEAD_BYTES],
@@ -173,7 +179,28 @@ impl<'c> Stream<'c> {
     /// # Errors
     /// As [`Self::write`].
     pub(super) fn make_room(&mut self, bytes: usize) -> Result<()> {
-        self.back.make_room(bytes)
+        self.back.until(|back| back.forwards.has_room(bytes))
+    }
+
+    /// Waits until copies of so many pages more may be read from elsewhere.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub(super) fn make_room_to_draw(&mut self, pages: usize) -> Result<()> {
+        self.back.until(|back| back.draws.has_room(pages))
+    }
+
+    /// Waits until all copies that are read from elsewhere have been answered.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub(super) fn finish_draws(&mut self) -> Result<()> {
+        self.back.until(|back| !back.draws.is_reading())
+    }
+
+    /// What copies are read with.
+    pub(super) fn draws(&mut self) -> &mut Draws<'c> {
+        &mut self.back.draws
     }
 
     /// What copies are made with.
@@ -200,16 +227,21 @@ struct Back<'c> {
     channel: &'c Channel,
     turn_out: Turn<'c>,
     forwards: Forwards<'c>,
+    draws: Draws<'c>,
 }
 
 impl Back<'_> {
+    fn is_busy(&self) -> bool {
+        self.forwards.is_busy() || self.draws.is_busy()
+    }
+
     /// Waits for the client. Copies go on meanwhile, and their answers go out.
     fn wait_readable(&mut self) -> Result<()> {
-        if !self.forwards.is_busy() {
+        if !self.is_busy() {
             transport::wait(&[(Some(self.channel.as_fd()), false)], LOOK_EVERY)?;
             return Ok(());
         }
-        while self.forwards.is_busy() {
+        while self.is_busy() {
             self.move_copies()?;
             if self.wait_for_copies(true)? {
                 return Ok(());
@@ -224,6 +256,7 @@ impl Back<'_> {
         if or_client {
             on.push((Some(self.channel.as_fd()), false));
         }
+        on.extend(self.draws.awaited().map(|fd| (Some(fd), false)));
         let timeout = self.forwards.awaited(&mut on);
         on.truncate(transport::WAIT_MAX);
         let ready = transport::wait(&on, timeout)?;
@@ -231,21 +264,24 @@ impl Back<'_> {
     }
 
     fn move_copies(&mut self) -> Result<()> {
-        if !self.forwards.is_busy() {
+        if !self.is_busy() {
             return Ok(());
         }
         self.forwards.progress();
-        let ready = self.forwards.take_ready();
-        if ready.is_empty() {
-            return Ok(());
+        self.draws.progress();
+        for ready in [self.forwards.take_ready(), self.draws.take_ready()] {
+            if !ready.is_empty() {
+                self.write(Class::Urgent, &mut [IoPart::Bytes(&ready)], &|| true)?;
+            }
         }
-        self.write(Class::Urgent, &mut [IoPart::Bytes(&ready)], &|| true)
+        Ok(())
     }
 
-    fn make_room(&mut self, bytes: usize) -> Result<()> {
-        while !self.forwards.has_room(bytes) {
+    /// Copies go on until it is so.
+    fn until(&mut self, is_so: impl Fn(&Self) -> bool) -> Result<()> {
+        while !is_so(self) {
             self.move_copies()?;
-            if !self.forwards.has_room(bytes) {
+            if !is_so(self) {
                 self.wait_for_copies(false)?;
             }
         }

@@ -145,10 +145,21 @@ pub enum Kind {
     /// Client to intermediary: leases and pages that it is done with, by the numbers of their requests (8 bytes each). No
     /// answer.
     Release = 68,
+    /// Intermediary to intermediary, before copies: will you read them yourself, over your backend? No body.
+    Draw = 69,
+    /// Answer: the end that will read them ([`super::access`]).
+    DrawReply = 70,
+    /// The end that it reads from.
+    DrawFrom = 71,
+    /// Answer, once that end was heard: copies can be read from it.
+    DrawFromReply = 72,
+    /// As `Copy`, of pages that the other reads itself: a [`KeyEntry`] for each piece of memory that they are in, where
+    /// they stay until this is answered by `CopyReply`.
+    CopyAt = 73,
 }
 
 impl Kind {
-    const ALL: [Self; 55] = [
+    const ALL: [Self; 60] = [
         Self::Hello,
         Self::Challenge,
         Self::Auth,
@@ -204,6 +215,11 @@ impl Kind {
         Self::Reach,
         Self::ReachReply,
         Self::Release,
+        Self::Draw,
+        Self::DrawReply,
+        Self::DrawFrom,
+        Self::DrawFromReply,
+        Self::CopyAt,
     ];
 
     fn decode(value: u16) -> Result<Self, Malformed> {
@@ -258,11 +274,12 @@ impl Kind {
             Self::Discard => 16,
             Self::Vmd | Self::VmdReply | Self::Talk | Self::State => limits::CONTROL_BYTES_MAX,
             Self::Credit => super::Credit::BYTES,
-            Self::Attach | Self::AttachReply => limits::ENDPOINT_BYTES_MAX,
+            Self::Attach | Self::AttachReply | Self::DrawReply | Self::DrawFrom => limits::ENDPOINT_BYTES_MAX,
             Self::LeaseReply => limits::BATCH_PAGES_MAX * (12 + KeyEntry::BYTES),
             Self::Settle => Settled::BYTES + limits::BATCH_PAGES_MAX * PageEntry::BYTES_MAX,
             Self::ReachReply => limits::BATCH_PAGES_MAX * (PageEntry::BYTES_MAX + KeyEntry::BYTES),
             Self::Release => limits::GRANTS_MAX * size_of::<u64>(),
+            Self::CopyAt => limits::BATCH_PAGES_MAX * (24 + KeyEntry::BYTES),
             Self::PutIndexReply
             | Self::DiscardReply
             | Self::DropReply
@@ -270,6 +287,8 @@ impl Kind {
             | Self::CopyReply
             | Self::HandIndexReply
             | Self::Lease
+            | Self::Draw
+            | Self::DrawFromReply
             | Self::Ping
             | Self::Pong => 0,
         }

@@ -1,6 +1,5 @@
 //! The way over the device: it is opened when the first pages are there, and closed to new ones where it leads nowhere.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use libsg::Result;
@@ -8,13 +7,12 @@ use libsg::page::PAGE_BYTES;
 use libsg::vmd::Class;
 use libsg::wire::Encoding;
 use libsg::wire::access::{Endpoint, KeyEntry};
-use libsg::{Error, ErrorKind, ids::SlotIndex};
 
 use super::job::{Get, Put};
 use crate::blob;
 use crate::region::{Landing, Windows};
 use crate::stream::{Batch, Span, Stream};
-use crate::verbs::{Device, Domain, Limits, Operation, Patience, QueuePair, Remote};
+use crate::verbs::{Device, Domain, Limits, Operation, Patience, QueuePair};
 
 /// Work requests of a link at once: a window of 4 MiB, were its pages scattered here and there.
 const WORKS_MAX: usize = 1024;
@@ -89,21 +87,6 @@ impl Half {
     }
 }
 
-/// Where a slot is at the peer.
-fn remote(keys: &[KeyEntry], slot: SlotIndex) -> Result<Remote> {
-    let found = keys.iter().find_map(|key| Some((key, key.place_of(slot)?)));
-    let (key, place) =
-        found.ok_or_else(|| Error::new(ErrorKind::Protocol, "a slot that no key of the peer's reaches"))?;
-    blob::remote(&key.key, u64::from(place) * PAGE_BYTES as u64)
-}
-
-fn push(spans: &mut VecDeque<Span>, span: Span) {
-    match spans.back_mut() {
-        Some(last) if last.joins(&span) => last.bytes += span.bytes,
-        _ => spans.push_back(span),
-    }
-}
-
 impl Open {
     /// Whether it takes jobs.
     pub(super) fn takes_jobs(&self) -> bool {
@@ -153,8 +136,11 @@ impl Open {
                 } else {
                     put.windows.push(local.window);
                 }
-                let remote = remote(keys, place.slot)?;
-                push(&mut spans, Span { address: local.address, key: local.key, remote, bytes: PAGE_BYTES });
+                let remote = blob::slot(keys, place.slot)?;
+                Span::push(
+                    &mut spans,
+                    Span { address: local.address, key: local.key, remote, bytes: PAGE_BYTES },
+                );
             }
         }
         self.stream.push(Operation::Write, Batch { number, spans });
@@ -173,9 +159,9 @@ impl Open {
     pub(super) fn read_ahead(&mut self, number: u64, get: &mut Get, key: KeyEntry) -> Result<()> {
         let (Some(landing), [wanted]) = (&self.landing, &get.wanted[..]) else { return Ok(()) };
         let (address, local) = landing.local(get.area);
-        let remote = remote(&[key], wanted.placement.slot)?;
+        let remote = blob::slot(&[key], wanted.placement.slot)?;
         let mut spans = self.stream.spans();
-        push(&mut spans, Span { address, key: local, remote, bytes: PAGE_BYTES });
+        Span::push(&mut spans, Span { address, key: local, remote, bytes: PAGE_BYTES });
         self.stream.push(Operation::Read, Batch { number, spans });
         (get.ahead, get.reading) = (true, true);
         Ok(())
@@ -193,8 +179,8 @@ impl Open {
         let mut spans = self.stream.spans();
         for (wanted, entry) in get.wanted.iter().zip(&get.entries) {
             if entry.encoding == Encoding::Raw {
-                let remote = remote(keys, wanted.placement.slot)?;
-                push(&mut spans, Span { address, key, remote, bytes: PAGE_BYTES });
+                let remote = blob::slot(keys, wanted.placement.slot)?;
+                Span::push(&mut spans, Span { address, key, remote, bytes: PAGE_BYTES });
                 address += PAGE_BYTES as u64;
             }
         }

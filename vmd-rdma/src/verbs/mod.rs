@@ -151,6 +151,12 @@ impl Fault {
     /// As an error about a peer, with what an operator can do.
     #[must_use]
     pub fn at(self, peer: &NodeId) -> Error {
+        self.error().at(peer)
+    }
+
+    /// As an error, with what an operator can do.
+    #[must_use]
+    pub fn error(self) -> Error {
         let (kind, what) = match self {
             Self::LocalProtection => {
                 (ErrorKind::System, "the device refuses our own memory: it was withdrawn")
@@ -167,7 +173,7 @@ impl Fault {
             Self::Flushed => (ErrorKind::Unreachable, "the queue pair was torn down before"),
             Self::Other(_) => (ErrorKind::System, "the device gave a request up"),
         };
-        let error = Error::new(kind, what).at(peer);
+        let error = Error::new(kind, what);
         if let Self::Other(status) = self { error.because(Status(status)) } else { error }
     }
 }

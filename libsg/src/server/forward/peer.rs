@@ -1,4 +1,7 @@
 //! A connection to another member, for copies: dialled by a thread of its own, moved by the session.
+//!
+//! Where both ends have a backend, the other reads the copies where they lie here, and is told where that is
+//! ([`crate::server::draw`] is its side). Until it can, and where it cannot, their bytes go over the connection.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,12 +16,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, thread::JoinHandle};
 use crate::ids::{Epoch, MemberIndex, NodeId, Sequence, VolumeId};
 use crate::memory::vectored::{self, IO_PARTS_MAX, IoPart};
-use crate::page::PAGE_BYTES;
 use crate::server::limit::Turn;
 use crate::server::slots::SlotRun;
-use crate::server::store::{Store, Target};
+use crate::server::store::{Seated, Store, Target};
 use crate::server::transit::Pinned;
 use crate::transport::{Channel, Inbox, Waker, dial, refusal};
+use crate::wire::access::{Endpoint, KeyEntry};
+use crate::wire::entry::encode_table;
 use crate::wire::handshake::Purpose;
 use crate::wire::run::encode_runs;
 use crate::wire::{HEADER_BYTES, Header, IndexEntry, Kind, Status};
@@ -54,11 +58,36 @@ enum State {
     Open(Channel),
 }
 
-/// A frame that is being sent.
+/// How the other gets at the pages.
+enum Way<'s> {
+    /// Nobody has asked it yet.
+    Untried,
+    /// It was asked whether it reads.
+    Asked,
+    /// It was told from where; it is let in here.
+    Told(Seated<'s>),
+    /// It reads.
+    Open(Seated<'s>),
+    /// All goes over the connection.
+    Closed,
+}
+
+/// A batch that is being sent.
 struct Outgoing<'s> {
+    /// Header and table, once its first byte is to be written.
     head: Vec<u8>,
     batch: Arc<Batch<'s>>,
+    /// Its pages are read where they lie.
+    drawn: bool,
+    /// Of those, bytes of pages that the operator's limit has let go.
+    let_go: usize,
     written: usize,
+}
+
+/// A batch that was sent, and not answered.
+struct Asked<'s> {
+    batch: Arc<Batch<'s>>,
+    drawn: bool,
 }
 
 /// A connection to another member.
@@ -69,10 +98,14 @@ pub(super) struct Peer<'s> {
     dialler: Option<JoinHandle<()>>,
     waker: Waker,
     inbox: Inbox,
+    way: Way<'s>,
+    /// A frame about the way, and how much of it was written.
+    said: (Vec<u8>, usize),
     queue: VecDeque<Outgoing<'s>>,
-    /// Sent and not answered: number and bytes, in the order of their sequence numbers.
-    asked: VecDeque<(u64, usize)>,
+    /// In the order of their sequence numbers.
+    asked: VecDeque<Asked<'s>>,
     first: u64,
+    keys: Vec<KeyEntry>,
     last_sign: Instant,
     held_back: bool,
     turn: Turn<'s>,
@@ -122,9 +155,12 @@ impl<'s> Peer<'s> {
             dialler: Some(dialler),
             waker,
             inbox: Inbox::new(),
+            way: if store.is_reached() { Way::Untried } else { Way::Closed },
+            said: (Vec::new(), 0),
             queue: VecDeque::new(),
             asked: VecDeque::new(),
             first: 1,
+            keys: Vec::new(),
             last_sign: now,
             held_back: false,
             turn,
@@ -145,17 +181,17 @@ impl<'s> Peer<'s> {
         if self.asked.is_empty() && self.queue.is_empty() {
             self.last_sign = now;
         }
-        self.queue.push_back(Outgoing { head: Vec::new(), batch, written: 0 });
+        self.queue.push_back(Outgoing::new(batch));
     }
 
     /// Moves what moves, and takes answers.
     ///
     /// # Errors
     /// The member has none of what is under way.
-    pub(super) fn progress(&mut self, store: &Store, now: Instant, heard: &mut Vec<Heard>) -> Result<()> {
+    pub(super) fn progress(&mut self, store: &'s Store, now: Instant, heard: &mut Vec<Heard>) -> Result<()> {
         self.open()?;
         self.write(store, now)?;
-        self.read(now, heard)?;
+        self.read(store, now, heard)?;
         let waits = !self.asked.is_empty() || !self.queue.is_empty();
         if waits && now.saturating_duration_since(self.last_sign) > SILENCE_MAX && !self.held_back {
             let message = format!("no sign for {} s", SILENCE_MAX.as_secs());
@@ -174,6 +210,10 @@ impl<'s> Peer<'s> {
             let message = format!("at its address is {} now", channel.node());
             return Err(Error::new(ErrorKind::Unreachable, message));
         }
+        if matches!(self.way, Way::Untried) {
+            self.way = Way::Asked;
+            say(&mut self.said, &channel, Kind::Draw, &[]);
+        }
         self.state = State::Open(channel);
         Ok(())
     }
@@ -187,73 +227,109 @@ impl<'s> Peer<'s> {
     fn write(&mut self, store: &Store, now: Instant) -> Result<()> {
         let State::Open(channel) = &self.state else { return Ok(()) };
         self.held_back = false;
-        while let Some(first) = self.queue.front_mut() {
+        loop {
+            let is_between = self.queue.front().is_none_or(|first| first.written == 0);
+            if is_between && !send_said(&mut self.said, channel)? {
+                return Ok(());
+            }
+            let Some(first) = self.queue.front_mut() else { return Ok(()) };
             if first.head.is_empty() {
                 let sequence = Sequence(self.first + self.asked.len() as u64);
-                first.head = head(channel, &first.batch, sequence);
+                first.drawn = match &self.way {
+                    Way::Open(seat) => store.keys_of(seat, &first.batch.slots, &mut self.keys).is_ok(),
+                    _ => false,
+                };
+                first.head = head(channel, &first.batch, sequence, first.drawn.then_some(&self.keys[..]));
             }
-            let total = first.head.len() + first.batch.bytes();
-            let allowed = self.turn.poll(total - first.written);
+            if !first.is_let_go(&self.turn) {
+                self.held_back = true;
+                return Ok(());
+            }
+            let total = first.bytes();
+            let allowed = if first.drawn { total } else { self.turn.poll(total - first.written) };
             if allowed == 0 {
                 self.held_back = true;
                 return Ok(());
             }
-            let sent = match first.send(store, channel, allowed) {
-                Ok(sent) => sent,
-                Err(error) => {
-                    self.turn.give_back(allowed);
-                    return if error.kind() == std::io::ErrorKind::WouldBlock {
-                        Ok(())
-                    } else {
-                        Err(error.into())
-                    };
-                }
-            };
-            self.turn.give_back(allowed - sent);
-            first.written += sent;
+            let sent = first.send(store, channel, allowed);
+            if !first.drawn {
+                self.turn.give_back(allowed - sent.as_ref().map_or(0, |sent| *sent));
+            }
+            match sent {
+                Ok(sent) => first.written += sent,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
             self.last_sign = now;
             if first.written < total {
                 continue;
             }
-            store.bytes_out.fetch_add(first.batch.bytes() as u64, Ordering::Relaxed);
-            store.touch(first.batch.bytes());
-            self.asked.push_back((first.batch.number, first.batch.bytes()));
-            self.queue.pop_front();
+            let Some(Outgoing { batch, drawn, .. }) = self.queue.pop_front() else { return Ok(()) };
+            store.bytes_out.fetch_add(batch.bytes() as u64, Ordering::Relaxed);
+            if !drawn {
+                store.touch(batch.bytes());
+            }
+            self.asked.push_back(Asked { batch, drawn });
         }
-        Ok(())
     }
 
-    fn read(&mut self, now: Instant, heard: &mut Vec<Heard>) -> Result<()> {
+    fn read(&mut self, store: &'s Store, now: Instant, heard: &mut Vec<Heard>) -> Result<()> {
         let State::Open(channel) = &self.state else { return Ok(()) };
         while let Some(frame) = self.inbox.poll(channel)? {
-            let Header { kind, status, sequence, volume, .. } = frame.header;
+            let Header { kind, status, sequence, volume, epoch, .. } = frame.header;
             if kind == Kind::Refused {
                 return Err(refusal(status));
             }
-            let next = self.asked.front().copied().filter(|_| {
-                // It answers in the order in which it was asked.
-                kind == Kind::CopyReply && sequence.0 == self.first && volume == channel.greeting().volume
-            });
-            let Some((number, bytes)) = next else {
+            if volume != channel.greeting().volume || epoch != channel.greeting().epoch {
+                return Err(Error::new(ErrorKind::Protocol, "an answer about another volume"));
+            }
+            match (kind, std::mem::replace(&mut self.way, Way::Closed)) {
+                (Kind::DrawReply, Way::Asked) => {
+                    // It has no backend, or no more room there: the connection does.
+                    if status == Status::Ok
+                        && let Ok((seat, end)) = store.attach((volume, epoch), &Endpoint::decode(frame.body)?)
+                    {
+                        self.way = Way::Told(seat);
+                        say(&mut self.said, channel, Kind::DrawFrom, end.as_bytes());
+                    }
+                    continue;
+                }
+                (Kind::DrawFromReply, Way::Told(seat)) => {
+                    if status == Status::Ok {
+                        self.way = Way::Open(seat);
+                    }
+                    continue;
+                }
+                (_, way) => self.way = way,
+            }
+            // It answers in the order in which it was asked.
+            let is_next = kind == Kind::CopyReply && sequence.0 == self.first;
+            let answered = if is_next { self.asked.pop_front() } else { None };
+            let Some(Asked { batch, drawn }) = answered else {
                 return Err(Error::new(ErrorKind::Protocol, "an answer to no copy that was sent"));
             };
-            self.asked.pop_front();
             self.first += 1;
             self.last_sign = now;
+            if drawn && status == Status::NotReached {
+                self.way = Way::Closed;
+                self.queue.push_back(Outgoing::new(batch));
+                continue;
+            }
             let result = match status {
                 Status::Ok => Ok(()),
                 Status::Full => Err(No::Full),
                 _ => Err(No::Lost),
             };
-            heard.push(Heard { number, member: self.index, result, bytes });
+            heard.push(Heard { number: batch.number, member: self.index, result, bytes: batch.bytes() });
         }
         Ok(())
     }
 
     /// Nothing of what is under way arrives, as far as is known.
     pub(super) fn give_up(self, heard: &mut Vec<Heard>) {
-        let queued = self.queue.iter().map(|frame| (frame.batch.number, frame.batch.bytes()));
-        for (number, bytes) in self.asked.iter().copied().chain(queued) {
+        let asked = self.asked.iter().map(|asked| &asked.batch);
+        for batch in asked.chain(self.queue.iter().map(|outgoing| &outgoing.batch)) {
+            let (number, bytes) = (batch.number, batch.bytes());
             heard.push(Heard { number, member: self.index, result: Err(No::Lost), bytes });
         }
     }
@@ -262,7 +338,10 @@ impl<'s> Peer<'s> {
     pub(super) fn awaited(&self) -> (Option<BorrowedFd<'_>>, bool) {
         match &self.state {
             State::Dialling(_) => (Some(self.waker.as_fd()), false),
-            State::Open(channel) => (Some(channel.as_fd()), !self.queue.is_empty() && !self.held_back),
+            State::Open(channel) => {
+                let writes = !self.queue.is_empty() || !self.said.0.is_empty();
+                (Some(channel.as_fd()), writes && !self.held_back)
+            }
         }
     }
 
@@ -281,13 +360,33 @@ impl Drop for Peer<'_> {
     }
 }
 
-impl Outgoing<'_> {
+impl<'s> Outgoing<'s> {
+    fn new(batch: Arc<Batch<'s>>) -> Self {
+        Self { head: Vec::new(), batch, drawn: false, let_go: 0, written: 0 }
+    }
+
+    /// Of what is written.
+    fn bytes(&self) -> usize {
+        self.head.len() + if self.drawn { 0 } else { self.batch.bytes() }
+    }
+
+    /// Whether the operator's limit lets pages go that are read from here: all of them, before they may be.
+    fn is_let_go(&mut self, turn: &Turn<'_>) -> bool {
+        while self.drawn && self.let_go < self.batch.bytes() {
+            match turn.poll(self.batch.bytes() - self.let_go) {
+                0 => return false,
+                bytes => self.let_go += bytes,
+            }
+        }
+        true
+    }
+
     /// Writes what the socket takes of so many bytes.
     fn send(&self, store: &Store, channel: &Channel, bytes_max: usize) -> std::io::Result<usize> {
         let mut parts = [IoPart::Bytes(&[]); IO_PARTS_MAX];
         let (mut count, mut skip, mut left) = (0, self.written, bytes_max);
-        let slots =
-            self.batch.slots.iter().map(|run| store.arena().slots(*run).map(|slots| slots.readable()));
+        let runs = if self.drawn { &[] } else { &self.batch.slots[..] };
+        let slots = runs.iter().map(|run| store.arena().slots(*run).map(|slots| slots.readable()));
         let whole =
             std::iter::once(Ok(IoPart::Bytes(&self.head))).chain(slots.map(|slots| slots.map(IoPart::Guest)));
         for (part, whole) in parts.iter_mut().zip(whole) {
@@ -309,12 +408,39 @@ impl Outgoing<'_> {
     }
 }
 
-/// Header and table of a batch.
-fn head(channel: &Channel, batch: &Batch<'_>, sequence: Sequence) -> Vec<u8> {
+/// Header and table of a batch: without its bytes where it is read by these keys.
+fn head(channel: &Channel, batch: &Batch<'_>, sequence: Sequence, keys: Option<&[KeyEntry]>) -> Vec<u8> {
     let mut head = vec![0; HEADER_BYTES];
     let runs = encode_runs(batch.entries.iter().copied(), &mut head);
-    let header = Header { sequence, count: runs as u16, ..channel.header(Kind::Copy) }
-        .with_body(&head[HEADER_BYTES..], batch.entries.len() * PAGE_BYTES);
+    let (kind, bytes) = match keys {
+        Some(keys) => {
+            encode_table(keys.iter().copied(), &mut head);
+            (Kind::CopyAt, 0)
+        }
+        None => (Kind::Copy, batch.bytes()),
+    };
+    let header = Header { sequence, count: runs as u16, ..channel.header(kind) }
+        .with_body(&head[HEADER_BYTES..], bytes);
     head[..HEADER_BYTES].copy_from_slice(&header.encode());
     head
+}
+
+/// A frame about the way is to be written, of which there is one at a time.
+fn say(said: &mut (Vec<u8>, usize), channel: &Channel, kind: Kind, body: &[u8]) {
+    let header = channel.header(kind).with_body(body, 0);
+    *said = ([&header.encode()[..], body].concat(), 0);
+}
+
+/// Writes it. Whether all of it was written.
+fn send_said((frame, written): &mut (Vec<u8>, usize), channel: &Channel) -> Result<bool> {
+    while *written < frame.len() {
+        match vectored::send(channel, &[IoPart::Bytes(&frame[*written..])]) {
+            Ok(sent) => *written += sent,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    frame.clear();
+    *written = 0;
+    Ok(true)
 }

@@ -2,7 +2,7 @@
 
 use super::Session;
 use super::table::read_table;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 #[cfg(feature = "simulation")]
 use crate::host;
 use crate::ids::MemberSet;
@@ -12,8 +12,10 @@ use crate::server::limit::Class;
 use crate::server::slots::SlotRun;
 use crate::server::store::Noted;
 use crate::server::transit::Pinned;
+use crate::wire::access::{Endpoint, decode_granted};
 use crate::wire::copies::copied_bytes;
 use crate::wire::entry::{self, Entry};
+use crate::wire::handshake::Purpose;
 use crate::wire::run::{decode_runs, encode_runs};
 use crate::wire::{Encoding, Header, IndexEntry, Kind, Malformed, Missing, PageEntry, Status};
 
@@ -112,8 +114,50 @@ impl<'c> Session<'c> {
     /// Stores copies that another member sends: all of a batch, or none. Checksums are not compared: pages that a guest
     /// writes while they are sent do not match theirs, and are sent again.
     pub(super) fn take_copies(&mut self, header: &Header) -> Result<()> {
+        // Answered in turn.
+        self.stream.finish_draws()?;
         let status = self.take_batch(header, |of| Noted::CopiesOf(of))?;
         self.reply(header, Kind::CopyReply, status, 0, &[])
+    }
+
+    /// Another intermediary has copies that can be read where they lie.
+    pub(super) fn draw(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        self.check_draws()?;
+        match self.stream.draws().begin(header) {
+            Ok(end) => self.reply(header, Kind::DrawReply, Status::Ok, 0, end.as_bytes()),
+            Err(status) => self.reply(header, Kind::DrawReply, status, 0, &[]),
+        }
+    }
+
+    pub(super) fn draw_from(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        self.check_draws()?;
+        let peer = Endpoint::decode(&self.buffers.body)?;
+        self.stream.draws().connect(header, &peer);
+        self.stream.move_copies()
+    }
+
+    /// Reads copies that another member has.
+    pub(super) fn draw_copies(&mut self, header: &Header) -> Result<()> {
+        self.read_body(header)?;
+        let Self { stream, buffers, .. } = self;
+        let mut of = stream.draws().list();
+        decode_granted(&buffers.body, header.count.into(), &mut of, &mut buffers.keys)?;
+        let bytes = copied_bytes(&of)?;
+        stream.make_room_to_draw(of.len())?;
+        // Whoever may read does so at once: the operator's limit is kept by beginning later.
+        stream.take_turn_in(bytes);
+        stream.draws().take(header, of, &buffers.keys)?;
+        stream.move_copies()
+    }
+
+    /// An operator, or whoever faults, copies nothing.
+    fn check_draws(&self) -> Result<()> {
+        if self.channel.greeting().purpose == Purpose::VmdBulk {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Protocol, "copies come over a connection for bulk"))
     }
 
     /// Stores a batch that another intermediary sends, noted as said, of the pages that its table names: all of it, or none.

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind};
 #[cfg(feature = "simulation")]
 use crate::host;
 use crate::ids::{Epoch, Placement, VolumeId};
-use crate::server::backend::{Backend, ChunkMemory, Domain, Opened, Rights};
+use crate::server::backend::{Attached, Backend, ChunkMemory, Domain, Opened, Reader, Reading, Rights};
 use crate::server::seats::{Held, Seat, Withdrawn, chunks_of};
 use crate::server::slots::{CHUNK_SLOTS, ChunkNumber, SlotRun};
 use crate::server::transit::Filling;
@@ -89,15 +89,44 @@ impl Store {
     /// Lets a client in.
     pub(in crate::server) fn attach(
         &self,
-        (volume, epoch): (VolumeId, Epoch),
+        of: (VolumeId, Epoch),
         peer: &Endpoint,
     ) -> Result<(Seated<'_>, Endpoint), Status> {
+        let domain = self.domain_of(of)?;
+        let attached = domain.attach(peer).map_err(|error| not_reached(&error))?;
+        self.seat(of, (attached, Rights::Write), domain)
+    }
+
+    /// An end here that reads copies where they lie.
+    pub(in crate::server) fn draw(
+        &self,
+        of: (VolumeId, Epoch),
+    ) -> Result<(Seated<'_>, Box<dyn Reader>, Endpoint), Status> {
+        let domain = self.domain_of(of)?;
+        let Reading { attached, reader } = domain.reader().map_err(|error| not_reached(&error))?;
+        let (seated, endpoint) = self.seat(of, (attached, Rights::Fill), domain)?;
+        Ok((seated, reader, endpoint))
+    }
+
+    /// Whether others may read here, or this one there.
+    pub(in crate::server) fn is_reached(&self) -> bool {
+        self.reached.backend.is_some()
+    }
+
+    fn domain_of(&self, (volume, epoch): (VolumeId, Epoch)) -> Result<Arc<dyn Domain>, Status> {
         let backend = self.reached.backend.as_ref().ok_or(Status::NotReached)?;
         let sharing = self.volumes.lock().admit(volume, epoch, Access::Read)?.manifest.sharing.clone();
-        let domain = self.domain(&**backend, sharing.map_or(Circle::Volume(volume), Circle::Sharing))?;
-        let attached = domain.attach(peer).map_err(|error| not_reached(&error))?;
+        self.domain(&**backend, sharing.map_or(Circle::Volume(volume), Circle::Sharing))
+    }
+
+    fn seat(
+        &self,
+        (volume, epoch): (VolumeId, Epoch),
+        (attached, fills): (Attached, Rights),
+        domain: Arc<dyn Domain>,
+    ) -> Result<(Seated<'_>, Endpoint), Status> {
         let endpoint = attached.endpoint;
-        let seat = Arc::new(Seat::new((volume, epoch), attached, domain));
+        let seat = Arc::new(Seat::new((volume, epoch), (attached, fills), domain));
         let seated = Seated { store: self, seat: Arc::clone(&seat) };
         // Whoever fences it from now on finds it.
         let volumes = self.volumes.lock();
@@ -142,12 +171,13 @@ impl Store {
             return Ok(());
         }
         let chunks = chunks_of(filling.runs());
-        let (domain, closed) = self
-            .with_held(seat, Access::Write, |held| Ok((Arc::clone(&held.domain), held.closed_of(&chunks))))?;
+        let (domain, fills, closed) = self.with_held(seat, Access::Write, |held| {
+            Ok((Arc::clone(&held.domain), held.fills, held.closed_of(&chunks)))
+        })?;
         let mut opening = Opening { store: self, opened: Vec::new() };
         for chunk in closed {
             self.slots.lock().pin(chunk);
-            match self.open(&*domain, chunk, Rights::Write) {
+            match self.open(&*domain, chunk, fills) {
                 Ok(opened) => opening.opened.push((chunk, opened)),
                 Err(status) => {
                     self.unpin(&[chunk]);
@@ -233,14 +263,35 @@ impl Store {
             held.check_room(number, 0).map(|()| Arc::clone(&held.domain))
         })?;
         let pinned = self.pin((seat.volume, seat.epoch), wanted, entries, runs)?;
-        keys.clear();
-        for chunk in chunks_of(runs) {
-            keys.push(key_entry(chunk, &*self.readable(&domain, chunk)?));
-        }
+        self.open_to_read(&domain, runs, keys)?;
         self.with_held(seat, Access::Read, |held| {
             held.reach(number, pinned.into_chunks());
             Ok(())
         })
+    }
+
+    /// What reaches these slots, for a member that reads copies from them. Their chunks are pinned.
+    pub(in crate::server) fn keys_of(
+        &self,
+        seated: &Seated<'_>,
+        runs: &[SlotRun],
+        keys: &mut Vec<KeyEntry>,
+    ) -> Result<(), Status> {
+        let domain = self.with_held(&seated.seat, Access::Read, |held| Ok(Arc::clone(&held.domain)))?;
+        self.open_to_read(&domain, runs, keys)
+    }
+
+    fn open_to_read(
+        &self,
+        domain: &Arc<dyn Domain>,
+        runs: &[SlotRun],
+        keys: &mut Vec<KeyEntry>,
+    ) -> Result<(), Status> {
+        keys.clear();
+        for chunk in chunks_of(runs) {
+            keys.push(key_entry(chunk, &*self.readable(domain, chunk)?));
+        }
+        Ok(())
     }
 
     /// Slots of leases that clients have, and have not settled.
