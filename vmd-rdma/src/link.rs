@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   put: Lease -> write -> Settle      get: Reach -> read -> Release
-//!                                      or:  Reach, and read meanwhile
+//!                                      or:  read, where it was reached before
 //! ```
 //!
 //! Each arrow is an answer on the connection, or the device's. Any number of puts and gets are under way at once, within
@@ -25,6 +25,7 @@ use libsg::limits::{GRANTS_MAX, LEASED_SLOTS_MAX};
 use libsg::transport::Waker;
 use libsg::vmd::{AccessRequest, Answered, Class, Link as _, Request, TcpLink, Ticket};
 use libsg::wire::Missing;
+use libsg::wire::access::KeyEntry;
 use libsg::{Error, ErrorKind, Result, ids::Placement, wire::PageEntry};
 use rustix::event::epoll::{self, EventData, EventFlags};
 
@@ -74,7 +75,10 @@ pub struct RdmaLink {
     shown: Option<usize>,
     stored: Vec<Option<Placement>>,
     entries: Vec<PageEntry>,
+    keys: Vec<KeyEntry>,
     job_bytes: usize,
+    /// Gets among the jobs.
+    gets: usize,
     /// When the device last ended something.
     heard_at: Instant,
     written_bytes: u64,
@@ -100,6 +104,8 @@ enum Asked {
     Reach(u64),
     /// The same as the job.
     Stands(u64),
+    /// Whether what this one keeps may be read on.
+    Again(u64),
 }
 
 /// The end of a request, whose tables are where their kind has them.
@@ -143,7 +149,7 @@ impl RdmaLink {
             ended: Vec::new(),
             read: VecDeque::new(),
             got: VecDeque::new(),
-            standing: Standing::default(),
+            standing: Standing::new(class),
             heard: None,
             grants: 0,
             leased: 0,
@@ -151,7 +157,9 @@ impl RdmaLink {
             shown: None,
             stored: Vec::new(),
             entries: Vec::new(),
+            keys: Vec::new(),
             job_bytes: 0,
+            gets: 0,
             heard_at: host::now(),
             written_bytes: 0,
             read_bytes: 0,
@@ -208,11 +216,13 @@ impl RdmaLink {
         request.check()?;
         let job = match request {
             Request::Put { entries, slices, copies } => self.spare.put(entries, slices, copies),
-            Request::Get(wanted) => self.spare.get(wanted),
+            Request::Get(wanted) => self.spare.get(wanted, &[]),
+            Request::GetKnown { wanted, known } => self.spare.get(wanted, known),
             _ => return Ok(None),
         };
         self.next += 1;
         self.job_bytes += job.bytes();
+        self.gets += usize::from(matches!(job, Job::Get(_)));
         self.jobs.insert(self.next, job);
         self.waiting.push_back(self.next);
         self.ask()?;
@@ -232,6 +242,28 @@ impl RdmaLink {
             if !open.takes_jobs() {
                 return Ok(());
             }
+            if let Job::Get(get) = job
+                && !get.known.is_empty()
+                && self.standing.reads(&get.wanted, &mut self.keys, &mut get.kept_by)
+            {
+                match open.land(get.wanted.len()) {
+                    Ok(Some(area)) => {
+                        get.area = area;
+                        open.read_known(number, get, &self.keys)?;
+                        self.waiting.pop_front();
+                        self.ask_again(number)?;
+                        continue;
+                    }
+                    landed => {
+                        self.standing.has_read(&mut get.kept_by, &mut self.releases);
+                        if landed.is_ok() {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+            let Some(job) = self.jobs.get_mut(&number) else { return Ok(()) };
+            let Way::Open(open) = &mut self.way else { return Ok(()) };
             let asked = match job {
                 _ if self.grants >= GRANTS_MAX => return Ok(()),
                 Job::Put(put) => {
@@ -253,17 +285,25 @@ impl RdmaLink {
                         }
                     }
                     get.reach = self.control.submit_access(AccessRequest::Reach(&get.wanted))?;
-                    if let [wanted] = &get.wanted[..]
-                        && let Some(key) = self.standing.reads(wanted.placement.slot)
-                    {
-                        open.read_ahead(number, get, key)?;
-                    }
                     (get.reach, Asked::Reach(number))
                 }
             };
             self.grants += 1;
             self.asked.insert(asked.0, asked.1);
             self.waiting.pop_front();
+        }
+        Ok(())
+    }
+
+    /// What a get is read in without asking is asked for again, now and then.
+    fn ask_again(&mut self, number: u64) -> Result<()> {
+        let Some(Job::Get(get)) = self.jobs.get(&number) else { return Ok(()) };
+        if self.grants < GRANTS_MAX
+            && let Some(kept) = self.standing.asks_again(&get.kept_by, host::now())
+        {
+            let ticket = self.control.submit_access(AccessRequest::Reach(&get.wanted[..1]))?;
+            self.asked.insert(ticket, Asked::Again(kept));
+            self.grants += 1;
         }
         Ok(())
     }
@@ -343,16 +383,19 @@ impl RdmaLink {
                 }
                 Some(Job::Get(get)) => {
                     get.reading = false;
-                    if get.ahead {
-                        self.standing.has_read();
-                    }
                     self.read.push_back(number);
                 }
                 None => {}
             }
         }
         while let Some(number) = self.read.pop_front() {
-            self.end_get(number)?;
+            match self.jobs.get_mut(&number) {
+                Some(Job::Get(get)) if !get.kept_by.is_empty() => {
+                    self.standing.has_read(&mut get.kept_by, &mut self.releases);
+                    self.end_known(number)?;
+                }
+                _ => self.end_get(number)?,
+            }
         }
         if self.releases.len() >= RELEASED_MAX {
             self.release()?;
@@ -375,6 +418,10 @@ impl RdmaLink {
             self.job_bytes -= job.bytes();
             if let Job::Get(get) = &mut job {
                 std::mem::swap(&mut self.entries, &mut get.entries);
+                self.gets -= 1;
+                if self.gets == 0 {
+                    self.standing.is_idle(&mut self.releases);
+                }
             }
             self.spare.keep(job);
         }

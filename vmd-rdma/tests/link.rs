@@ -8,15 +8,15 @@ use std::sync::Arc;
 
 use common::{CLIENTS, Client, MIB, PATIENCE, batch, config, content, eventually, kind, serve, whole};
 use libsg::ErrorKind;
-use libsg::ids::{Epoch, MemberIndex, MemberSet, Placement, VolumeId};
+use libsg::ids::{Checksum, Epoch, MemberIndex, MemberSet, Placement, VolumeId};
 use libsg::memory::{Mapping, PageSlice};
 use libsg::page::{PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use libsg::server::{Server, ServerHandle};
 use libsg::transport::wait;
 use libsg::vmd::link::ask;
 use libsg::vmd::{Class, Connector, Link as _, Reply, Request, Ticket};
-use libsg::wire::GetEntry;
 use libsg::wire::message::VmdRequest;
+use libsg::wire::{GetEntry, PageEntry};
 use vmd_rdma::check;
 use vmd_rdma::verbs::simulated::Network;
 
@@ -492,47 +492,77 @@ fn reader(network: &Network, server: &ServerHandle) -> (Client, Client, Vec<Opti
 }
 
 #[test]
-fn a_page_beside_one_that_was_read_is_read_while_it_is_asked_for() {
+fn a_page_beside_one_that_was_read_is_read_without_asking() {
     for seed in 40..60 {
         let network = Network::new(seed);
         let server = serve(&network, 2);
         let (mut writer, mut reader, placements) = reader(&network, &server);
-        let wanted =
-            |page: u32, at: usize| GetEntry { page: PageIndex(page), placement: placements[at].unwrap() };
-        let read = |reader: &mut Client, get: GetEntry| {
-            ask(&mut *reader.link, Request::Get(&[get]), PATIENCE, |reply| match reply {
-                Reply::Pages { entries, bytes } => Ok(whole(entries, bytes)[0]),
-                other => panic!("{other:?}"),
-            })
-            .unwrap()
-        };
-        for page in 1..64 {
-            assert!(read(&mut reader, wanted(page, page as usize)), "seed {seed}");
+        let (read, asked) = (network.counts().read_bytes, server.statistics().bytes_out);
+        let pages: Vec<u32> = (1..64).collect();
+        for (page, place) in pages.iter().zip(&placements[1..]) {
+            assert_eq!(reader.get_known(&[*page], &[*place]).unwrap(), [true], "seed {seed}");
         }
-        let before = network.counts().read_bytes;
-        // Another page's slot, and one that was given back: the device has read there, and that is nobody's page.
-        assert!(!read(&mut reader, wanted(7, 8)));
-        ask(&mut *writer.link, Request::Drop(&[wanted(9, 9)]), PATIENCE, |_| Ok(())).unwrap();
-        assert!(!read(&mut reader, wanted(9, 9)));
-        assert_eq!(network.counts().read_bytes - before, 2 * PAGE_BYTES_U64);
+        assert_eq!(reader.get_known(&pages, &placements[1..]).unwrap(), [true; 63]);
+        assert_eq!(network.counts().read_bytes - read, 2 * 63 * PAGE_BYTES_U64);
+        assert!(server.statistics().bytes_out - asked <= PAGE_BYTES_U64, "it is asked again once a second");
+        // Another page's slot: the device has read there, and that is nobody's page.
+        assert_eq!(reader.get_known(&[6, 7], &[placements[6], placements[8]]).unwrap(), [true, false]);
+        // One that was given back may be had still; not what is not there any more.
+        let gone = common::wanted(&[9], &placements[9..10]);
+        ask(&mut *writer.link, Request::Drop(&gone), PATIENCE, |_| Ok(())).unwrap();
+        reader.get_known(&[9], &placements[9..10]).unwrap();
+        assert_eq!(reader.get(&[9], &placements[9..10]).unwrap(), [false]);
         // What is put meanwhile is not put where others look.
         let again = writer.put([9]).unwrap();
         assert_ne!(again[0].unwrap().slot, placements[9].unwrap().slot);
-        assert_eq!(reader.get(&[9], &again).unwrap(), [true]);
-        assert!(!read(&mut reader, wanted(9, 9)));
+        assert_eq!(reader.get_known(&[9], &again).unwrap(), [true]);
+        assert_eq!(network.counts().refused, 0);
     }
 }
 
 #[test]
-fn many_pages_are_read_while_they_are_asked_for() {
+fn what_is_known_wrongly_is_asked_for() {
+    let network = Network::new(61);
+    let server = serve(&network, 2);
+    let (_writer, mut reader, placements) = reader(&network, &server);
+    let wanted = common::wanted(&[5], &placements[5..6]);
+    let (known, _) = batch([5]);
+    let known = [PageEntry { checksum: Checksum(known[0].checksum.0 ^ 1), ..known[0] }];
+    let request = Request::GetKnown { wanted: &wanted, known: &known };
+    let found = ask(&mut *reader.link, request, PATIENCE, |reply| match reply {
+        Reply::Pages { entries, bytes } => Ok(whole(entries, bytes)),
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(found.unwrap(), [true]);
+    let other = Request::GetKnown { wanted: &wanted, known: &[] };
+    assert_eq!(kind(reader.link.submit(other)), ErrorKind::Input);
+}
+
+#[test]
+fn where_there_is_a_limit_it_is_asked_first() {
+    let network = Network::new(62);
+    let config = libsg::server::Config { limit_out_bytes_per_s: 1 << 30, ..config(&network, 2, 64 * MIB) };
+    let server = Server::bind(config).unwrap().spawn().unwrap();
+    let (_writer, mut reader, placements) = reader(&network, &server);
+    let asked = server.statistics().bytes_out;
+    for page in 1..20 {
+        assert_eq!(reader.get_known(&[page], &placements[page as usize..][..1]).unwrap(), [true]);
+    }
+    assert_eq!(server.statistics().bytes_out - asked, 19 * PAGE_BYTES_U64);
+}
+
+#[test]
+fn many_pages_are_read_without_asking() {
     for seed in 60..66 {
         let network = Network::new(seed);
         let server = serve(&network, 2);
         let (_writer, mut reader, placements) = reader(&network, &server);
-        let entry = |n: usize| GetEntry { page: PageIndex(n as u32), placement: placements[n].unwrap() };
         let mut open = HashMap::new();
         for n in (0..600).map(|n| n * 7 % 64) {
-            open.insert(reader.link.submit(Request::Get(&[entry(n)])).unwrap(), n);
+            let wanted = common::wanted(&[n as u32], &placements[n..=n]);
+            let (known, _) = batch([n as u32]);
+            let request = Request::GetKnown { wanted: &wanted, known: &known };
+            open.insert(reader.link.submit(request).unwrap(), n);
         }
         drain(&mut reader, &mut open, |n, reply| match reply {
             Reply::Pages { entries, bytes } => {

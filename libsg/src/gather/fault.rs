@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use self::pending::{Asked, Pending};
 use super::desk::MemberDesk;
 use super::direct::acknowledge;
+use super::gets::Gets;
 use super::install::Installer;
 use super::prepage::is_of_link;
 use super::shared::Shared;
@@ -31,7 +32,7 @@ use crate::sink::SinkEvent;
 use crate::transport::{Channel, Inbox, Outbox, WAIT_MAX, wait};
 use crate::vmd::{Link, Reply};
 use crate::wire::run::{decode_pages, decode_runs};
-use crate::wire::{Encoding, GetEntry, IndexEntry, Kind, PageEntry};
+use crate::wire::{Encoding, IndexEntry, Kind, PageEntry};
 
 /// Whoever does not answer for this long is not waited for: many times what an answer takes.
 const SILENCE: Duration = Duration::from_millis(100);
@@ -103,7 +104,7 @@ struct Worker<'a> {
     events: Vec<SinkEvent>,
     wishes: Vec<PageIndex>,
     reads: Vec<Read>,
-    gets: Vec<GetEntry>,
+    gets: Gets,
     entries: Vec<PageEntry>,
     places: Vec<IndexEntry>,
     table: Vec<u8>,
@@ -122,7 +123,7 @@ pub(crate) fn run(shared: &Shared) -> Result<()> {
         events: Vec::new(),
         wishes: Vec::new(),
         reads: Vec::new(),
-        gets: Vec::new(),
+        gets: Gets::default(),
         entries: Vec::new(),
         places: Vec::new(),
         table: Vec::new(),

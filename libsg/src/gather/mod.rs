@@ -15,6 +15,7 @@ mod books;
 mod desk;
 mod direct;
 mod fault;
+mod gets;
 mod index;
 mod install;
 mod prepage;

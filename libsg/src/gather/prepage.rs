@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::desk::{MemberDesk, MemberState};
+use super::gets::Gets;
 use super::install::Installer;
 use super::shared::Shared;
 use super::tracker::Read;
@@ -21,8 +22,8 @@ use crate::page::PAGE_BYTES;
 use crate::transport::wait;
 use crate::vmd::link::ask;
 use crate::vmd::{self, Link, Reply, Request, Ticket};
+use crate::wire::PageEntry;
 use crate::wire::message::VmdRequest;
-use crate::wire::{GetEntry, PageEntry};
 
 /// Bytes asked for and not yet here, while the rate is not known; and the most.
 const WINDOW_BYTES: u64 = 1 << 20;
@@ -81,7 +82,7 @@ pub(crate) fn run(shared: &Shared, member: MemberIndex) -> Result<()> {
         pace_link: shared.pacer.add_link(Class::Bulk),
         flights: VecDeque::new(),
         spare: Vec::new(),
-        gets: Vec::new(),
+        gets: Gets::default(),
         entries: Vec::new(),
         installer: Installer::default(),
         share: None,
@@ -102,7 +103,7 @@ struct Worker<'a> {
     pace_link: LinkId,
     flights: VecDeque<(Ticket, Vec<Read>)>,
     spare: Vec<Vec<Read>>,
-    gets: Vec<GetEntry>,
+    gets: Gets,
     entries: Vec<PageEntry>,
     installer: Installer,
     /// What this link may carry of what the port does, in bytes/s.
@@ -288,8 +289,6 @@ impl Worker<'_> {
             return Ok(0);
         }
         let bytes = reads.len() as u64 * PAGE_WIRE_BYTES;
-        self.gets.clear();
-        self.gets.extend(reads.iter().map(|read| GetEntry { page: read.page, placement: read.placement }));
         if self.flights.is_empty() {
             self.last_sign = host::now();
         }
@@ -300,7 +299,7 @@ impl Worker<'_> {
                     link.pace_answers(pace);
                     self.told = pace;
                 }
-                link.submit(Request::Get(&self.gets))
+                link.submit(self.gets.known(&reads))
             }
             None => Err(Error::new(ErrorKind::Unreachable, "no link")),
         };

@@ -79,6 +79,11 @@ impl<'l> Turn<'l> {
         Self { limit, number, wake }
     }
 
+    /// What the operator allows, in bytes/s.
+    pub(super) fn rate(&self) -> Option<u64> {
+        self.limit.0.lock().line.rate()
+    }
+
     /// Waits until some of `bytes`, which are not none, may move, and says how many.
     pub(super) fn wait(&self, class: Class, bytes: usize) -> usize {
         let mut state = self.limit.0.lock();

@@ -166,6 +166,11 @@ impl<'c> Stream<'c> {
         wait_for(&self.back.turn_out, class, bytes);
     }
 
+    /// What the operator lets out, in bytes/s over all connections.
+    pub(super) fn limit_out(&self) -> Option<u64> {
+        self.back.turn_out.rate()
+    }
+
     /// Moves copies on, and tells the client of those that are made. Does not wait, unless the client takes nothing.
     ///
     /// # Errors

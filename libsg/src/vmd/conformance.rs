@@ -2,6 +2,7 @@
 //! up. It panics at the first rule that is broken, with the rule's name.
 
 mod copies;
+mod known;
 mod links;
 mod parking;
 mod sharing;
@@ -64,6 +65,7 @@ const RULES: &[(&str, Rule)] = &[
     ("what one client puts another gets", links::put_then_get),
     ("a placement is of one page, one volume and one generation", links::placements_are_exact),
     ("many outstanding requests all come to their end", links::many_outstanding),
+    ("what is known of pages changes nothing of what is had", known::known_pages),
     ("bytes are metered", links::writes_are_metered),
     ("an empty or too long request is refused before it is sent", links::requests_are_bounded),
     ("a full node stores what fits, and more when there is room", links::full_node),

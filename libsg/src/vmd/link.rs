@@ -67,6 +67,14 @@ pub enum Request<'a> {
     PutIndex(&'a [IndexEntry]),
     /// Read pages where they lie.
     Get(&'a [GetEntry]),
+    /// The same, of pages of which the index has said what they are: whoever reads memory itself need not ask whether they
+    /// are there, since the bytes tell. So a page may be had that was given back a moment ago.
+    GetKnown {
+        /// Where they lie.
+        wanted: &'a [GetEntry],
+        /// What they are, as many.
+        known: &'a [PageEntry],
+    },
     /// Ask the index for what it knows of these pages, in ascending order; at most
     /// [`crate::limits::INDEX_ENTRIES_MAX`] entries come: whoever gets that many asks on behind
     /// the last one. Over a large range this is a scan. Where copies lie here themselves, they are named where the index
@@ -121,6 +129,15 @@ impl Request<'_> {
             Self::Hint(hints) => at_most(hints.len(), limits::BATCH_PAGES_MAX),
             Self::PutIndex(entries) => at_most(entries.len(), limits::INDEX_ENTRIES_MAX),
             Self::Get(entries) | Self::Drop(entries) => at_most(entries.len(), limits::BATCH_PAGES_MAX),
+            Self::GetKnown { wanted, known } => {
+                at_most(wanted.len(), limits::BATCH_PAGES_MAX)?;
+                let fit = wanted.iter().map(|get| get.page).eq(known.iter().map(|entry| entry.page));
+                let have = known.iter().all(|entry| entry.encoding == Encoding::Raw);
+                if fit && have {
+                    return Ok(());
+                }
+                Err(Error::new(ErrorKind::Input, "what is known is of other pages than are wanted"))
+            }
             Self::Locate(_)
             | Self::Discard { .. }
             | Self::Control(_)

@@ -209,7 +209,7 @@ impl TcpLink {
                 self.push(Kind::PutIndex, runs, &[])?;
                 Ok((Expected::Indexed, self.table.len()))
             }
-            Request::Get(entries) => {
+            Request::Get(entries) | Request::GetKnown { wanted: entries, .. } => {
                 let runs = encode_runs(entries.iter().copied(), &mut self.table);
                 self.push(Kind::Get, runs, &[])?;
                 let mut pages = self.outstanding.page_list();
@@ -320,7 +320,7 @@ impl TcpLink {
             }
             Answer::Located => Reply::Located(&self.located),
             // Whoever asks for memory takes its answers by `answered`, and has them shown.
-            Answer::Done | Answer::Attached(_) | Answer::Leased | Answer::Reached => Reply::Done,
+            Answer::Done | Answer::Attached(_) | Answer::Leased | Answer::Reached { .. } => Reply::Done,
             Answer::Control(reply) => Reply::Control(reply),
             Answer::State(state) => Reply::State(state),
         }

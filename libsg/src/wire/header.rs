@@ -321,7 +321,8 @@ pub struct Header {
     /// the path by it.
     pub delay_us: Option<u32>,
     /// In a request: how fast its answer may leave, in KiB/s. Whoever paces what it receives asks for long answers
-    /// by it, which would otherwise come in bursts. `None` is as fast as it can.
+    /// by it, which would otherwise come in bursts. `None` is as fast as it can. In the answer to `Reach`: what the
+    /// intermediary gives out at most, so that what is read there is asked for first.
     pub answer_kib_s: Option<NonZeroU32>,
 }
 

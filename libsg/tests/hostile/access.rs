@@ -134,7 +134,7 @@ impl Reacher {
 
     fn reach(&mut self, wanted: &[GetEntry]) -> Result<(Ticket, Vec<PageEntry>, Vec<KeyEntry>)> {
         self.asked(AccessRequest::Reach(wanted), |ticket, reply| match reply {
-            AccessReply::Reached { entries, keys } => (ticket, entries.to_vec(), keys.to_vec()),
+            AccessReply::Reached { entries, keys, .. } => (ticket, entries.to_vec(), keys.to_vec()),
             other => panic!("{other:?}"),
         })
     }

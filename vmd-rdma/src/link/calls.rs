@@ -17,7 +17,7 @@ impl Link for RdmaLink {
 
     fn submit(&mut self, request: Request<'_>) -> Result<Ticket> {
         self.check_alive()?;
-        if matches!(request, Request::Put { .. } | Request::Get(_)) {
+        if matches!(request, Request::Put { .. } | Request::Get(_) | Request::GetKnown { .. }) {
             if !self.is_open()
                 && matches!(self.way, Way::Asked(_) | Way::Open(_))
                 && let Err(error) = self.advance()

@@ -1,10 +1,13 @@
 //! What the intermediary's answers do to puts and gets that go over the device.
 
+use libsg::host;
 #[cfg(feature = "simulation")]
 use libsg::host::simulation::{Bug, has_bug};
-use libsg::vmd::{AccessReply, Answered, Class, Link as _, Reply, Ticket};
-use libsg::wire::Missing;
-use libsg::{Error, ErrorKind, Result, ids::Placement};
+use libsg::ids::{Checksum, Placement};
+use libsg::page::PAGE_BYTES;
+use libsg::vmd::{AccessReply, Answered, Link as _, Reply, Ticket};
+use libsg::wire::{Missing, PageEntry};
+use libsg::{Error, ErrorKind, Result};
 use rustix::event::epoll::{self, EventData, EventFlags};
 
 use super::job::Job;
@@ -35,6 +38,7 @@ impl RdmaLink {
             Some(Asked::Lease(number)) => self.hear_leased(number, answer)?,
             Some(Asked::Settle(number)) => self.hear_settled(number, answer)?,
             Some(Asked::Reach(number)) => self.hear_reached(number, answer)?,
+            Some(Asked::Again(kept)) => self.hear_again(kept, ticket, answer)?,
         }
         Ok(())
     }
@@ -117,17 +121,58 @@ impl RdmaLink {
         get.answered = true;
         match answer {
             Ok(answered) => {
-                let AccessReply::Reached { entries, keys } = self.control.show(answered) else {
+                let AccessReply::Reached { entries, keys, limited } = self.control.show(answered) else {
                     return Err(Error::new(ErrorKind::Protocol, "no pages where some belong"));
                 };
                 get.entries.extend_from_slice(entries);
-                get.key =
-                    keys.first().copied().filter(|_| self.class == Class::Urgent && get.wanted.len() == 1);
+                if !limited {
+                    get.keys.extend_from_slice(keys);
+                }
                 open.read(number, get, keys)?;
             }
             Err(error) => get.refused = Some(error),
         }
         self.end_get(number)
+    }
+
+    /// Whether what is kept may be read on without asking.
+    fn hear_again(&mut self, kept: u64, ticket: Ticket, answer: Result<Answered>) -> Result<()> {
+        let goes_on = match answer {
+            Ok(answered) => {
+                self.releases.push(ticket);
+                match self.control.show(answered) {
+                    AccessReply::Reached { limited, .. } => !limited,
+                    _ => return Err(Error::new(ErrorKind::Protocol, "no pages where some belong")),
+                }
+            }
+            Err(_) => {
+                self.grants -= 1;
+                false
+            }
+        };
+        self.standing.was_asked(kept, goes_on, host::now(), &mut self.releases);
+        Ok(())
+    }
+
+    /// What was read without asking is held against what is known. Where it is something else, the intermediary is asked.
+    pub(super) fn end_known(&mut self, number: u64) -> Result<()> {
+        let (Some(Job::Get(get)), Way::Open(open)) = (self.jobs.get_mut(&number), &mut self.way) else {
+            return Ok(());
+        };
+        let bytes = open.landed(get.area, get.known.len() * PAGE_BYTES);
+        let is_it = |(known, page): (&PageEntry, &[u8])| known.checksum == Checksum::of(page);
+        if get.known.iter().zip(bytes.chunks_exact(PAGE_BYTES)).all(is_it) {
+            get.bytes = bytes.len();
+            get.entries.append(&mut get.known);
+            self.read_bytes += get.bytes as u64;
+            self.got.push_back((number, Ok(())));
+            return Ok(());
+        }
+        get.known.clear();
+        get.bytes = 0;
+        open.give_back(get.area);
+        self.waiting.push_front(number);
+        self.ask()
     }
 
     /// A get goes on where it was answered, and where its bytes are there; it ends where both have come.
@@ -140,8 +185,11 @@ impl RdmaLink {
         }
         let Some(error) = get.refused.take() else {
             self.read_bytes += get.bytes as u64;
-            let kept = get.key.take().map(|key| self.standing.keep(key, get.reach));
-            self.releases.extend(kept.unwrap_or(Some(get.reach)));
+            if get.keys.is_empty() {
+                self.releases.push(get.reach);
+            } else {
+                self.standing.keep(&get.keys, get.reach, host::now(), &mut self.releases);
+            }
             self.got.push_back((number, Ok(())));
             return Ok(());
         };

@@ -34,22 +34,24 @@ pub(super) struct Put {
 #[derive(Debug, Default)]
 pub(super) struct Get {
     pub wanted: Vec<GetEntry>,
+    /// What they are, where that is known and the bytes are to be held against it.
+    pub known: Vec<PageEntry>,
     pub reach: Ticket,
     /// Where they land.
     pub area: usize,
     /// Those that are there, once that was said, and their bytes.
     pub entries: Vec<PageEntry>,
     pub bytes: usize,
-    /// It is read while the intermediary is asked.
-    pub ahead: bool,
+    /// It is read without asking, in what these requests keep.
+    pub kept_by: Vec<u64>,
     /// The device reads.
     pub reading: bool,
     /// The intermediary has answered.
     pub answered: bool,
     /// With this.
     pub refused: Option<Error>,
-    /// What may go on to be reached: of a single page that somebody waits for.
-    pub key: Option<KeyEntry>,
+    /// What may go on to be reached.
+    pub keys: Vec<KeyEntry>,
 }
 
 impl Put {
@@ -69,10 +71,12 @@ impl Put {
 impl Get {
     fn clear(&mut self) {
         self.wanted.clear();
+        self.known.clear();
         self.entries.clear();
+        self.keys.clear();
+        self.kept_by.clear();
         self.bytes = 0;
-        (self.ahead, self.reading, self.answered) = (false, false, false);
-        (self.refused, self.key) = (None, None);
+        (self.reading, self.answered, self.refused) = (false, false, None);
     }
 
     /// Whether nothing is to come any more.
@@ -115,9 +119,10 @@ impl Spare {
         Job::Put(put)
     }
 
-    pub(super) fn get(&mut self, wanted: &[GetEntry]) -> Job {
+    pub(super) fn get(&mut self, wanted: &[GetEntry], known: &[PageEntry]) -> Job {
         let mut get = self.gets.pop().unwrap_or_default();
         get.wanted.extend_from_slice(wanted);
+        get.known.extend_from_slice(known);
         Job::Get(get)
     }
 

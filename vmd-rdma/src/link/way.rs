@@ -152,19 +152,15 @@ impl Open {
         put.windows.drain(..).for_each(|window| self.windows.done(window));
     }
 
-    /// Queues the read of a page of which it is not known yet whether it is there.
+    /// Queues the reads of a get of which is known what its pages are, but not whether they are still there.
     ///
     /// # Errors
-    /// The peer's key is none.
-    pub(super) fn read_ahead(&mut self, number: u64, get: &mut Get, key: KeyEntry) -> Result<()> {
-        let (Some(landing), [wanted]) = (&self.landing, &get.wanted[..]) else { return Ok(()) };
-        let (address, local) = landing.local(get.area);
-        let remote = blob::slot(&[key], wanted.placement.slot)?;
-        let mut spans = self.stream.spans();
-        Span::push(&mut spans, Span { address, key: local, remote, bytes: PAGE_BYTES });
-        self.stream.push(Operation::Read, Batch { number, spans });
-        (get.ahead, get.reading) = (true, true);
-        Ok(())
+    /// The peer's keys are none.
+    pub(super) fn read_known(&mut self, number: u64, get: &mut Get, keys: &[KeyEntry]) -> Result<()> {
+        std::mem::swap(&mut get.entries, &mut get.known);
+        let queued = self.read(number, get, keys);
+        std::mem::swap(&mut get.entries, &mut get.known);
+        queued
     }
 
     /// Queues the reads of a get whose pages were found, if there are any.
@@ -174,7 +170,7 @@ impl Open {
     pub(super) fn read(&mut self, number: u64, get: &mut Get, keys: &[KeyEntry]) -> Result<()> {
         let there = get.entries.iter().filter(|entry| entry.encoding == Encoding::Raw).count();
         get.bytes = there * PAGE_BYTES;
-        let Some(landing) = self.landing.as_ref().filter(|_| there > 0 && !get.ahead) else { return Ok(()) };
+        let Some(landing) = self.landing.as_ref().filter(|_| there > 0) else { return Ok(()) };
         let (mut address, key) = landing.local(get.area);
         let mut spans = self.stream.spans();
         for (wanted, entry) in get.wanted.iter().zip(&get.entries) {

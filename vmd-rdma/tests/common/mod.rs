@@ -183,18 +183,34 @@ impl Client {
         })
     }
 
+    /// The same, of pages of which is known what they are.
+    pub fn get_known(&mut self, pages: &[u32], placements: &[Option<Placement>]) -> Result<Vec<bool>> {
+        let (known, _) = batch(pages.iter().copied());
+        let wanted: Vec<GetEntry> = wanted(pages, placements);
+        let request = Request::GetKnown { wanted: &wanted, known: &known };
+        ask(&mut *self.link, request, PATIENCE, |reply| match reply {
+            Reply::Pages { entries, bytes } => Ok(whole(entries, bytes)),
+            other => panic!("{other:?}"),
+        })
+    }
+
     /// Whether each page is there, as it was put.
     pub fn get(&mut self, pages: &[u32], placements: &[Option<Placement>]) -> Result<Vec<bool>> {
-        let wanted: Vec<GetEntry> = pages
-            .iter()
-            .zip(placements)
-            .map(|(page, place)| GetEntry { page: PageIndex(*page), placement: place.unwrap() })
-            .collect();
+        let wanted: Vec<GetEntry> = wanted(pages, placements);
         ask(&mut *self.link, Request::Get(&wanted), PATIENCE, |reply| match reply {
             Reply::Pages { entries, bytes } => Ok(whole(entries, bytes)),
             other => panic!("{other:?}"),
         })
     }
+}
+
+/// Pages and where they lie.
+pub fn wanted(pages: &[u32], placements: &[Option<Placement>]) -> Vec<GetEntry> {
+    let at = |(page, place): (&u32, &Option<Placement>)| GetEntry {
+        page: PageIndex(*page),
+        placement: place.unwrap(),
+    };
+    pages.iter().zip(placements).map(at).collect()
 }
 
 /// Whether each page is there, with its own bytes.

@@ -62,8 +62,9 @@ pub struct Trial {
     wait: Wait,
     memory: Arc<Mapping>,
     sums: Vec<Checksum>,
-    /// What is there to be read.
+    /// What is there to be read, and what it is.
     stored: Vec<GetEntry>,
+    known: Vec<PageEntry>,
 }
 
 impl Trial {
@@ -79,11 +80,13 @@ impl Trial {
             memory.slot(offset, PAGE_BYTES).context("memory that was just made")?.copy_from(&page);
             sums.push(Checksum::of(&page));
         }
-        let stored = Vec::new();
-        let mut trial = Self { connector, address, of, bulk, urgent, wait, memory, sums, stored };
+        let (stored, known) = (Vec::new(), Vec::new());
+        let mut trial = Self { connector, address, of, bulk, urgent, wait, memory, sums, stored, known };
         trial.create(bytes)?;
         let whole = Messages { bytes: 1 << 20, depth: 4, count: bytes >> 20 };
         trial.stored = trial.write(whole)?.1;
+        let known = |get: &GetEntry| PageEntry::raw(get.page, Round(0), trial.sums[get.page.0 as usize]);
+        trial.known = trial.stored.iter().map(known).collect();
         Ok(trial)
     }
 
@@ -163,13 +166,16 @@ impl Trial {
     /// Reads messages, behind some that are compared with what was written.
     pub fn read(&mut self, messages: Messages, class: Class) -> Result<Took> {
         let pages = messages.pages();
-        let Self { bulk, urgent, wait, stored, .. } = self;
+        let Self { bulk, urgent, wait, stored, known, .. } = self;
         let link = if class == Class::Urgent { urgent } else { bulk };
         let there = stored.len() / pages;
         // Single pages in no order, as a guest touches them.
         let first = |message: usize| if pages == 1 { message * 7919 % there } else { message % there };
+        // As a destination does, which has what pages are from an index.
         let submit = |link: &mut RdmaLink, message: usize| {
-            link.submit(Request::Get(&stored[first(message) * pages..][..pages]))
+            let from = first(message) * pages;
+            let (wanted, known) = (&stored[from..][..pages], &known[from..][..pages]);
+            link.submit(Request::GetKnown { wanted, known })
         };
         let warm = Messages { count: messages.depth.max(16), ..messages };
         flow(link, *wait, warm, submit, |message, reply| {

@@ -12,7 +12,7 @@ use crate::page::PageRange;
 use crate::vmd::{Link, Request, Ticket};
 use crate::wire::entry::encode_table;
 use crate::wire::placement::index_turn;
-use crate::wire::{GetEntry, Header, Kind};
+use crate::wire::{Header, Kind};
 
 /// The same is asked again, of who did not answer, after so long.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
@@ -77,10 +77,7 @@ impl Worker<'_> {
         }
         let Some(seat) = self.seats.get_mut(member.as_usize()) else { return false };
         let Some(link) = &mut seat.link else { return false };
-        self.gets.clear();
-        self.gets
-            .extend(self.reads.iter().map(|read| GetEntry { page: read.page, placement: read.placement }));
-        match submit(&mut **link, Request::Get(&self.gets)) {
+        match submit(&mut **link, self.gets.known(&self.reads)) {
             Ok(ticket) => {
                 seat.out += 1;
                 pending.read = Asked { since: Some(now), ticket: Some((member, ticket)), sequence: 0 };

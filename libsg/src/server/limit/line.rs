@@ -171,6 +171,11 @@ impl Line {
         }
     }
 
+    /// How fast it is, `None` where nobody waits.
+    pub(super) fn rate(&self) -> Option<u64> {
+        self.bucket.rate()
+    }
+
     /// Another rate from now on, `None` for none.
     pub(super) fn set_rate(&mut self, now: Instant, rate: Option<u64>) {
         self.bucket.set_rate(now, rate);

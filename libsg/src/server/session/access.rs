@@ -117,7 +117,9 @@ impl Session<'_> {
         answer.clear();
         let runs = encode_runs(buffers.pages.iter().copied(), &mut answer);
         encode_table(buffers.keys.iter().copied(), &mut answer);
-        let replied = self.reply(header, Kind::ReachReply, Status::Ok, runs as u16, &answer);
+        let limit = self.stream.limit_out().map(Header::kib_s_of);
+        let head = Header { count: runs as u16, answer_kib_s: limit, ..header.answer(Kind::ReachReply) };
+        let replied = self.send(&head.with_body(&answer, 0), &answer);
         self.buffers.answer = answer;
         replied
     }

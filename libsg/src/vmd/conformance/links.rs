@@ -29,7 +29,11 @@ fn put_some(
 }
 
 /// Puts pages where there is room for them.
-fn put(link: &mut dyn Link, pages: impl IntoIterator<Item = u32>, round: u16) -> Result<Vec<Placement>> {
+pub(super) fn put(
+    link: &mut dyn Link,
+    pages: impl IntoIterator<Item = u32>,
+    round: u16,
+) -> Result<Vec<Placement>> {
     Ok(put_some(link, pages, round)?.into_iter().map(|place| place.expect("there is room")).collect())
 }
 
@@ -44,7 +48,7 @@ fn get(link: &mut dyn Link, wanted: &[(u32, Placement)]) -> Result<Vec<Option<Ve
     })
 }
 
-fn taken(entries: &[PageEntry], mut bytes: &[u8]) -> Vec<Option<Vec<u8>>> {
+pub(super) fn taken(entries: &[PageEntry], mut bytes: &[u8]) -> Vec<Option<Vec<u8>>> {
     let mut out = Vec::new();
     for entry in entries {
         let (page, rest) = bytes.split_at(entry.encoded_bytes.into());

@@ -196,7 +196,7 @@ fn own(request: Request<'_>) -> Result<(Owned, usize, usize)> {
         }
         Request::Hint(hints) => (Owned::Hint(hints.to_vec()), hints.len() * HintEntry::BYTES),
         Request::PutIndex(entries) => (Owned::PutIndex(entries.to_vec()), table_bytes(entries)),
-        Request::Get(entries) => {
+        Request::Get(entries) | Request::GetKnown { wanted: entries, .. } => {
             reply = entries.len() * PAGE_BYTES;
             (Owned::Get(entries.to_vec()), table_bytes(entries))
         }

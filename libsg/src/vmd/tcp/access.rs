@@ -53,6 +53,8 @@ pub enum AccessReply<'a> {
         entries: &'a [PageEntry],
         /// How to reach the others.
         keys: &'a [KeyEntry],
+        /// The intermediary keeps to a limit: whoever reads there asks first.
+        limited: bool,
     },
     /// To all others.
     Plain(Reply<'a>),
@@ -136,7 +138,9 @@ impl TcpLink {
         match answered.0 {
             Answer::Attached(endpoint) => AccessReply::Attached(endpoint),
             Answer::Leased => AccessReply::Leased { placements: &self.stored, keys: &self.keys },
-            Answer::Reached => AccessReply::Reached { entries: &self.entries, keys: &self.keys },
+            Answer::Reached { limited } => {
+                AccessReply::Reached { entries: &self.entries, keys: &self.keys, limited }
+            }
             other => AccessReply::Plain(self.reply(other)),
         }
     }

@@ -74,7 +74,9 @@ pub(super) enum Answer {
     State(Vec<u8>),
     Attached(Box<Endpoint>),
     Leased,
-    Reached,
+    Reached {
+        limited: bool,
+    },
 }
 
 /// Where answers' tables are decoded to.
@@ -168,7 +170,7 @@ impl Expected {
             Self::Reached(pages) => {
                 decode_granted(frame.body, count, entries, keys)?;
                 check_pages(entries, pages)?;
-                Ok(Answer::Reached)
+                Ok(Answer::Reached { limited: frame.header.answer_kib_s.is_some() })
             }
             Self::Copied(asked, members) | Self::Spread(asked, members) | Self::Settled(asked, members) => {
                 let parts = frame.body.split_at_checked(Missing::BYTES).ok_or(Malformed::Truncated)?;
