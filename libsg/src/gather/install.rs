@@ -264,15 +264,57 @@ impl Installer {
                 return Ok(());
             }
         }
-        self.unit.clear();
-        self.unit.resize(unit.pages as usize * PAGE_BYTES, 0);
-        for piece in pieces {
-            let to = (piece.page.0 - unit.first.0) as usize * PAGE_BYTES;
-            let from = bytes.get(piece.offset..piece.offset + PAGE_BYTES).ok_or(Malformed::Truncated)?;
-            self.unit[to..to + PAGE_BYTES].copy_from_slice(from);
+        let unit_bytes = unit.pages as usize * PAGE_BYTES;
+        if let Some(whole) = in_one_piece(unit, pieces).and_then(|at| bytes.get(at..at + unit_bytes)) {
+            shared.install(unit, Some(whole), between)?;
+        } else {
+            self.unit.resize(unit_bytes, 0);
+            if pieces.len() < unit.pages as usize {
+                self.unit.fill(0);
+            }
+            for piece in pieces {
+                let to = (piece.page.0 - unit.first.0) as usize * PAGE_BYTES;
+                let from = bytes.get(piece.offset..piece.offset + PAGE_BYTES).ok_or(Malformed::Truncated)?;
+                self.unit[to..to + PAGE_BYTES].copy_from_slice(from);
+            }
+            shared.install(unit, Some(&self.unit), between)?;
         }
-        shared.install(unit, Some(&self.unit), between)?;
         shared.tracker.lock().installed(unit, path, host::now());
         Ok(())
+    }
+}
+
+/// Where the bytes of a unit begin, if all of its pages lie there in order.
+fn in_one_piece(unit: PageRange, pieces: &[Piece]) -> Option<usize> {
+    let start = pieces.first()?.offset;
+    let in_order = unit
+        .iter()
+        .zip(pieces)
+        .enumerate()
+        .all(|(at, (page, piece))| piece.page == page && piece.offset == start + at * PAGE_BYTES);
+    (in_order && pieces.len() == unit.pages as usize).then_some(start)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn only_a_whole_unit_in_order_is_in_one_piece() {
+        let unit = PageRange::new(PageIndex(8), 4);
+        let piece = |page: u32, at: usize| Piece {
+            page: PageIndex(page),
+            round: Round(0),
+            offset: 64 + at * PAGE_BYTES,
+        };
+        let of = |places: &[(u32, usize)]| {
+            in_one_piece(unit, &places.iter().map(|(page, at)| piece(*page, *at)).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&[(8, 0), (9, 1), (10, 2), (11, 3)]), Some(64));
+        assert_eq!(of(&[(8, 0), (9, 1), (10, 2)]), None, "one is zero");
+        assert_eq!(of(&[(8, 0), (10, 1), (9, 2), (11, 3)]), None, "in another order");
+        assert_eq!(of(&[(8, 0), (9, 1), (10, 3), (11, 4)]), None, "something between");
+        assert_eq!(of(&[(8, 0), (9, 1), (9, 2), (11, 3)]), None, "one comes twice");
+        assert_eq!(of(&[]), None);
     }
 }
