@@ -31,8 +31,8 @@ fn finish(scene: &Scene, mut source: Source) -> libsg::report::DestinationReport
 
 #[test]
 fn directly_over_both_kinds_of_memory() {
-    for backing in [Backing::Anon, Backing::Memfd] {
-        let scene = Scene::new(Plan { pages: 1500, backing, touch: vec![3, 1499], ..Plan::default() });
+    for (backing, by) in KINDS {
+        let scene = Scene::new(Plan { pages: 1500, backing, by, touch: vec![3, 1499], ..Plan::default() });
         let mut source = Source::start(&scene, |_| Answer::Page);
         assert_eq!(*scene.seen.state.lock(), b"state of the vCPUs");
         scene.incoming.wait_running(LONG).unwrap();

@@ -131,8 +131,8 @@ fn migrate(plan: Plan, mode: Mode) {
 
 #[test]
 fn scatter_gather_over_both_kinds_of_memory() {
-    for backing in [Backing::Anon, Backing::Memfd] {
-        migrate(Plan { pages: 6000, nodes: 2, backing, ..Plan::default() }, Mode::ScatterGather);
+    for (backing, by) in KINDS {
+        migrate(Plan { pages: 6000, nodes: 2, backing, by, ..Plan::default() }, Mode::ScatterGather);
     }
 }
 

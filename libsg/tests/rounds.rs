@@ -273,11 +273,16 @@ fn gathered_early(plan: Plan) -> Move {
 
 #[test]
 fn hybrid_gathers_in_its_rounds_and_takes_out_what_was_written() {
-    let huge = (InstallUnit::Huge2M, Backing::Hugetlb2M, 4 * 512);
-    for (unit, backing, pages) in
-        [(InstallUnit::Page, Backing::Anon, 8000), (InstallUnit::Page, Backing::Memfd, 8000), huge]
-    {
-        let moved = gathered_early(Plan { pages, nodes: 2, unit, backing, ..Plan::default() });
+    let huge = Plan {
+        pages: 4 * 512,
+        nodes: 2,
+        unit: InstallUnit::Huge2M,
+        backing: Backing::Hugetlb2M,
+        ..Plan::default()
+    };
+    let small = KINDS.map(|(backing, by)| Plan { pages: 8000, nodes: 2, backing, by, ..Plan::default() });
+    for plan in small.into_iter().chain([huge]) {
+        let moved = gathered_early(plan);
         moved.check();
         let report = moved.outgoing.wait_evicted(LONG).unwrap();
         let there = moved.scene.incoming.wait_gathered(LONG).unwrap();
@@ -319,8 +324,8 @@ fn a_gather_limit_holds_in_the_rounds_of_hybrid() {
 
 #[test]
 fn hybrid_over_both_kinds_of_memory() {
-    for backing in [Backing::Anon, Backing::Memfd] {
-        hybrid(Plan { pages: 5000, nodes: 2, backing, ..Plan::default() });
+    for (backing, by) in KINDS {
+        hybrid(Plan { pages: 5000, nodes: 2, backing, by, ..Plan::default() });
     }
 }
 
@@ -380,10 +385,10 @@ fn pre_copy(plan: Plan, via: Via, limit: u64) {
 
 #[test]
 fn pre_copy_over_all_kinds_of_memory() {
-    for backing in [Backing::Anon, Backing::Memfd] {
-        pre_copy(Plan { pages: 5000, backing, ..Plan::default() }, Via::Direct, 0);
+    for (backing, by) in KINDS {
+        pre_copy(Plan { pages: 5000, backing, by, ..Plan::default() }, Via::Direct, 0);
         pre_copy(
-            Plan { pages: 5000, nodes: 2, gather_limit: 40_000_000, backing, ..Plan::default() },
+            Plan { pages: 5000, nodes: 2, gather_limit: 40_000_000, backing, by, ..Plan::default() },
             Via::Vmd,
             0,
         );

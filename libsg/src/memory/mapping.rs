@@ -225,6 +225,27 @@ impl Mapping {
         Some(unsafe { SlotSlice::new(self.start.add(offset), bytes) })
     }
 
+    /// Writes to the file behind the memory. See [`GuestMemory::write_file`](super::GuestMemory).
+    pub(super) fn write_file(&self, offset: usize, mut bytes: &[u8]) -> std::io::Result<()> {
+        let file = self.file.as_ref().ok_or(std::io::ErrorKind::Unsupported)?;
+        if offset.checked_add(bytes.len()).is_none_or(|end| end > self.bytes) {
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
+        let mut at = file.offset + offset as u64;
+        while !bytes.is_empty() {
+            match rustix::io::pwrite(&file.fd, bytes, at) {
+                Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
+                Ok(wrote) => {
+                    bytes = bytes.get(wrote..).unwrap_or_default();
+                    at += wrote as u64;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
     /// Gives memory back to the kernel: the range reads as zero afterwards. Both numbers in bytes,
     /// multiples of the page size (2 MiB for huge pages).
     ///
@@ -299,8 +320,14 @@ impl Mapping {
 
     /// Asks the kernel to put the memory into swap.
     #[cfg(test)]
-    pub(super) fn page_out(&self) {
+    pub(crate) fn page_out(&self) {
         self.advise(0, self.bytes, Advice::LinuxPageOut).expect("advised");
+    }
+
+    /// Gives up what is mapped: the file, if there is one, keeps its pages.
+    #[cfg(test)]
+    pub(crate) fn unmap_pages(&self, offset: usize, bytes: usize) {
+        self.advise(offset, bytes, Advice::LinuxDontNeed).expect("advised");
     }
 
     fn advise(&self, offset: usize, bytes: usize, advice: Advice) -> rustix::io::Result<()> {

@@ -242,6 +242,15 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Writes a run of pages to the file behind it, not through the mapping: no page is mapped by it, and where the kernel
+    /// has no memory it is an error.
+    pub(crate) fn write_file(&self, range: PageRange, from: &[u8]) -> std::io::Result<()> {
+        let region = self.region_of(range.first).filter(|_| from.len() == range.pages as usize * PAGE_BYTES);
+        let region = region.ok_or(std::io::ErrorKind::InvalidInput)?;
+        let offset = (range.first.0 - region.first.0) as usize * PAGE_BYTES;
+        region.mapping.write_file(offset, from)
+    }
+
     /// Whether a page is zero. Allocates a page that is absent: ask [`Self::presence`] first.
     ///
     /// # Errors

@@ -10,8 +10,10 @@
 //! Kernel 5.11 or newer is needed. Poisoned pages (6.6) have a fallback on older kernels, see
 //! [`PageSink::poison`] of [`Uffd`].
 
+mod landing;
 mod raw;
 mod steps;
+mod window;
 mod withdraw;
 mod writes;
 
@@ -22,57 +24,27 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use userfaultfd::{Event, EventBuffer, FeatureFlags, ReadWrite};
+use userfaultfd::{Event, EventBuffer, FaultKind, FeatureFlags, ReadWrite};
 
+pub use self::landing::InstallBy;
+use self::landing::Landing;
 use self::steps::Step;
+pub use self::window::Window;
+use self::window::check;
 pub use self::writes::{WriteLog, WriteLogMethod};
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::{GuestMemory, Mapping, MemoryRegion};
+use crate::memory::{GuestMemory, Mapping};
 use crate::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use crate::sink::{InstallOutcome, PageSink, SinkEvent};
 
 /// Events read from the kernel at once.
 const EVENTS_AT_ONCE: usize = 64;
 
-/// Where a region lies in the process whose memory it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// Address of its first byte in that process.
-    pub address: u64,
-    /// Number of its first page.
-    pub first: PageIndex,
-    /// How many pages.
-    pub pages: u32,
-    /// What is installed at once.
-    pub unit: InstallUnit,
-    /// Whether it is hugetlb memory, which has no page of zeros to share.
-    pub huge: bool,
-}
-
-impl Window {
-    fn of(region: &MemoryRegion) -> Self {
-        Self {
-            address: region.mapping().as_ptr().addr() as u64,
-            first: region.pages().first,
-            pages: region.pages().pages,
-            unit: region.unit,
-            huge: region.mapping().is_huge(),
-        }
-    }
-
-    const fn bytes(&self) -> usize {
-        self.pages as usize * PAGE_BYTES
-    }
-
-    const fn end(&self) -> u64 {
-        self.address + self.bytes() as u64
-    }
-
-    /// Pages that the kernel installs at once.
-    const fn kernel_unit(&self) -> InstallUnit {
-        if self.huge { InstallUnit::Huge2M } else { InstallUnit::Page }
-    }
-}
+/// What every userfaultfd of ours can do.
+const FEATURES: FeatureFlags = FeatureFlags::EVENT_REMOVE
+    .union(FeatureFlags::THREAD_ID)
+    .union(FeatureFlags::MISSING_SHMEM)
+    .union(FeatureFlags::MISSING_HUGETLBFS);
 
 /// Guest memory registered with a userfaultfd: a [`PageSink`].
 ///
@@ -84,6 +56,7 @@ pub struct Uffd {
     windows: Vec<Window>,
     /// The memory, kept mapped; `None` when it is another process's.
     memory: Option<GuestMemory>,
+    landing: Landing,
     buffer: Mutex<EventBuffer>,
     zeros: OnceLock<Mapping>,
     finished: AtomicBool,
@@ -99,7 +72,22 @@ impl Uffd {
     /// # Errors
     /// [`ErrorKind::System`] when the kernel refuses; the message names what grants it.
     pub fn register(memory: &GuestMemory) -> Result<Self> {
+        Self::register_by(memory, InstallBy::best())
+    }
+
+    /// The same, and says how pages get there. By [`InstallBy::File`] nobody else may write the files before
+    /// [`PageSink::finish`]; whoever reads them elsewhere sees zeros, or pages that were checked.
+    ///
+    /// # Errors
+    /// As [`Self::register`].
+    pub fn register_by(memory: &GuestMemory, by: InstallBy) -> Result<Self> {
         memory.empty()?;
+        if by == InstallBy::File && memory.regions().iter().any(landing::has_file) {
+            match raw::open_for_mapping(FEATURES) {
+                Ok(descriptor) => return Self::register_with(descriptor, memory, by),
+                Err(cause) => landing::say_refused(&cause),
+            }
+        }
         Self::register_over(memory)
     }
 
@@ -107,23 +95,43 @@ impl Uffd {
     /// of zeros that was only read, counts as installed. For memory that was filled in rounds, of
     /// which what is out of date was given up ([`GuestMemory::release`]).
     ///
+    /// Not for memory that pages were on their way to by [`InstallBy::File`]: there a page is there also when it never
+    /// came.
+    ///
     /// # Errors
     /// As [`Self::register`].
     pub fn register_over(memory: &GuestMemory) -> Result<Self> {
-        let features = FeatureFlags::EVENT_REMOVE
-            | FeatureFlags::THREAD_ID
-            | FeatureFlags::MISSING_SHMEM
-            | FeatureFlags::MISSING_HUGETLBFS;
-        let descriptor = raw::open(features).map_err(refused)?;
-        let windows: Vec<Window> = memory.regions().iter().map(Window::of).collect();
-        for window in &windows {
-            raw::register(&descriptor, window.address, window.bytes()).map_err(|cause| {
+        Self::register_with(raw::open(FEATURES).map_err(refused)?, memory, InstallBy::Copy)
+    }
+
+    fn register_with(descriptor: userfaultfd::Uffd, memory: &GuestMemory, by: InstallBy) -> Result<Self> {
+        let mut windows = Vec::with_capacity(memory.regions().len());
+        let mut landing = Landing::none();
+        for region in memory.regions() {
+            let window = Window::of(region);
+            let by_file = by == InstallBy::File && landing::has_file(region);
+            let registered = if by_file {
+                landing.add(region);
+                raw::register_mapped(&descriptor, window.address, window.bytes())
+            } else {
+                raw::register(&descriptor, window.address, window.bytes())
+            };
+            registered.map_err(|cause| {
                 Error::new(ErrorKind::System, "guest memory cannot be registered with userfaultfd")
                     .because(cause)
-                    .about([PageRange::new(window.first, window.pages)])
+                    .about([region.pages()])
             })?;
+            windows.push(window);
         }
-        Ok(Self::over(descriptor, windows, Some(memory.clone())))
+        let mut uffd = Self::over(descriptor, windows, Some(memory.clone()));
+        uffd.landing = landing;
+        Ok(uffd)
+    }
+
+    /// How pages get into this memory, where regions differ into those that have files.
+    #[must_use]
+    pub fn install_by(&self) -> InstallBy {
+        if self.landing.is_used() { InstallBy::File } else { InstallBy::Copy }
     }
 
     /// Takes over a userfaultfd with which another process registered its memory, and the list of
@@ -148,6 +156,7 @@ impl Uffd {
             descriptor,
             windows,
             memory,
+            landing: Landing::none(),
             buffer: Mutex::new(EventBuffer::new(EVENTS_AT_ONCE)),
             zeros: OnceLock::new(),
             finished: AtomicBool::new(false),
@@ -258,11 +267,17 @@ impl Uffd {
     fn translate(&self, event: &Event, out: &mut Vec<SinkEvent>) -> usize {
         let before = out.len();
         match event {
-            Event::Pagefault { rw, addr, thread_id, .. } => {
+            Event::Pagefault { kind, rw, addr, thread_id } => {
                 let address = addr.addr() as u64;
                 match self.windows.iter().find(|w| (w.address..w.end()).contains(&address)) {
                     Some(window) => {
                         let into = ((address - window.address) / PAGE_BYTES_U64) as u32;
+                        let at = window.address + u64::from(into) * PAGE_BYTES_U64;
+                        if *kind == FaultKind::Minor
+                            && self.landing.maps_again(&self.descriptor, PageIndex(window.first.0 + into), at)
+                        {
+                            return 0;
+                        }
                         let page = PageIndex(window.first.0 + into - into % window.unit.pages());
                         let thread = u32::try_from(thread_id.as_raw()).unwrap_or(0);
                         out.push(SinkEvent::Fault { page, write: *rw == ReadWrite::Write, thread });
@@ -278,7 +293,9 @@ impl Uffd {
                     let (first, last) = (from / PAGE_BYTES_U64, to / PAGE_BYTES_U64);
                     let first_page = PageIndex(window.first.0 + u32::try_from(first).ok()?);
                     let pages = u32::try_from(last.checked_sub(first)?).ok()?;
-                    (pages > 0).then(|| SinkEvent::Removed(PageRange::new(first_page, pages)))
+                    let range = PageRange::new(first_page, pages);
+                    self.landing.forget(range);
+                    (pages > 0).then_some(SinkEvent::Removed(range))
                 }));
             }
             other => tracing::warn!(?other, "an event that was not asked for"),
@@ -310,8 +327,13 @@ impl PageSink for Uffd {
             return Err(Error::new(ErrorKind::Input, format!("{} bytes are no whole pages", bytes.len()))
                 .about([range]));
         }
-        self.step(range, |_, address, at, _| {
-            raw::copy(&self.descriptor, address, raw::Bytes::Own(&bytes[at as usize * PAGE_BYTES..]))
+        let book = self.landing.of(first);
+        self.step(range, |_, address, at, pages| {
+            let bytes = &bytes[at as usize * PAGE_BYTES..];
+            match book {
+                Some(book) => self.land(book, PageRange::new(PageIndex(first.0 + at), pages), address, bytes),
+                None => raw::copy(&self.descriptor, address, raw::Bytes::Own(bytes)),
+            }
         })
     }
 
@@ -325,8 +347,12 @@ impl PageSink for Uffd {
                 raw::copy(&self.descriptor, address, raw::Bytes::Guest(zeros))
             });
         }
-        self.step(range, |_, address, _, pages| {
-            raw::zero(&self.descriptor, address, pages as usize * PAGE_BYTES)
+        let book = self.landing.of(range.first);
+        self.step(range, |_, address, at, pages| match book {
+            Some(book) => {
+                self.land_zeros(book, PageRange::new(PageIndex(range.first.0 + at), pages), address)
+            }
+            None => raw::zero(&self.descriptor, address, pages as usize * PAGE_BYTES),
         })
     }
 
@@ -334,15 +360,22 @@ impl PageSink for Uffd {
         self.memory.is_some()
     }
 
-    /// See the trait. Memory of this process only: it is written through its mapping.
+    /// See the trait. Memory of this process only: it is written through its mapping, or by its file, where a page that
+    /// the kernel unmapped would wait for whoever reads the events, who may be calling.
     fn replace(&self, first: PageIndex, bytes: &[u8]) -> Result<()> {
         let range = PageRange::new(first, u32::try_from(bytes.len() / PAGE_BYTES).unwrap_or(u32::MAX));
-        self.own_memory()?.copy_in(range, bytes)
+        let memory = self.own_memory()?;
+        match self.landing.of(first) {
+            Some(_) => memory.write_file(range, bytes).map_err(|cause| failed(range, cause)),
+            None => memory.copy_in(range, bytes),
+        }
     }
 
     /// See the trait. Memory of this process only.
     fn withdraw(&self, runs: &[PageRange]) -> Result<()> {
-        self.take_out(self.own_memory()?, runs)
+        self.take_out(self.own_memory()?, runs)?;
+        runs.iter().for_each(|run| self.landing.forget(*run));
+        Ok(())
     }
 
     /// See the trait. Kernels before 6.6 cannot poison: there the access to missing pages of this
@@ -407,31 +440,6 @@ impl Drop for Uffd {
             tracing::error!(error = error.chain(), "pages that never came could not be poisoned");
         }
     }
-}
-
-fn check(windows: &[Window]) -> Result<()> {
-    let refuse = |what| Err(Error::new(ErrorKind::Input, what));
-    let mut by_address: Vec<&Window> = windows.iter().collect();
-    by_address.sort_by_key(|window| window.address);
-    for window in windows {
-        let unit = window.kernel_unit();
-        let bytes = unit.bytes() as u64;
-        if window.pages == 0
-            || !window.pages.is_multiple_of(window.unit.pages())
-            || !window.address.is_multiple_of(bytes)
-            || window.unit.pages() < unit.pages()
-            || window.first.checked_add(window.pages).is_none()
-            || window.address.checked_add(window.bytes() as u64).is_none()
-        {
-            return refuse("a region is empty, too long, or not aligned to its pages");
-        }
-    }
-    if windows.windows(2).any(|pair| pair[0].first.0 + pair[0].pages > pair[1].first.0)
-        || by_address.windows(2).any(|pair| pair[0].end() > pair[1].address)
-    {
-        return refuse("regions overlap");
-    }
-    Ok(())
 }
 
 fn refused(cause: io::Error) -> Error {

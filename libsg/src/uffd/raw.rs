@@ -14,6 +14,9 @@ use crate::memory::GuestSlice;
 /// `UFFD_FEATURE_POISON`, kernel 6.6; the crate does not name it.
 const FEATURE_POISON: FeatureFlags = FeatureFlags::from_bits_retain(1 << 14);
 
+/// `UFFD_FEATURE_MINOR_SHMEM`, kernel 5.14; the crate does not name it either.
+const FEATURE_MINOR_SHMEM: FeatureFlags = FeatureFlags::from_bits_retain(1 << 10);
+
 /// Write-protection of shared memory and huge pages, kernel 5.19.
 const FEATURE_WP_SHARED: FeatureFlags = FeatureFlags::from_bits_retain(1 << 12);
 /// Write-protection of what is not there yet, kernel 6.4.
@@ -31,13 +34,15 @@ pub(super) const NOTED_WRITERS: FeatureFlags =
 
 /// `_IOWR(0xaa, 0x04, struct uffdio_zeropage)`.
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
+/// `_IOWR(0xaa, 0x07, struct uffdio_continue)`.
+const UFFDIO_CONTINUE: libc::c_ulong = 0xc020_aa07;
 /// `_IOWR(0xaa, 0x08, struct uffdio_poison)`.
 const UFFDIO_POISON: libc::c_ulong = 0xc020_aa08;
 /// `_IOWR(0xaa, 0x3f, struct uffdio_api)`.
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFD_API: u64 = 0xaa;
 
-/// `struct uffdio_zeropage` and `struct uffdio_poison`.
+/// `struct uffdio_zeropage`, `struct uffdio_continue` and `struct uffdio_poison`.
 #[repr(C)]
 struct RangeRequest {
     start: u64,
@@ -62,6 +67,12 @@ pub(super) fn open(features: FeatureFlags) -> io::Result<Descriptor> {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open_with(features),
         opened => opened,
     }
+}
+
+/// The same for memory whose pages are mapped by [`map`]. Only with poison: by which pages the file has it cannot be told
+/// there what never came.
+pub(super) fn open_for_mapping(features: FeatureFlags) -> io::Result<Descriptor> {
+    open_with(features | FEATURE_MINOR_SHMEM | FEATURE_POISON)
 }
 
 fn open_with(features: FeatureFlags) -> io::Result<Descriptor> {
@@ -99,6 +110,12 @@ pub(super) fn adopt(fd: OwnedFd) -> io::Result<Descriptor> {
 
 pub(super) fn register(descriptor: &Descriptor, start: u64, bytes: usize) -> io::Result<()> {
     descriptor.register_with_mode(pointer(start), bytes, RegisterMode::MISSING).map(drop).map_err(io_error)
+}
+
+/// Registers memory for pages that its file lacks, and for those that it has and the mapping has not.
+pub(super) fn register_mapped(descriptor: &Descriptor, start: u64, bytes: usize) -> io::Result<()> {
+    let mode = RegisterMode::MISSING | RegisterMode::MINOR;
+    descriptor.register_with_mode(pointer(start), bytes, mode).map(drop).map_err(io_error)
 }
 
 /// Registers memory for write-protection, and with `missing` for its missing pages as well.
@@ -165,6 +182,15 @@ pub(super) fn zero(descriptor: &Descriptor, start: u64, bytes: usize) -> Step {
 /// Poisons missing pages from `start` on, and wakes who waits for them. `EINVAL` before kernel 6.6.
 pub(super) fn poison(descriptor: &Descriptor, start: u64, bytes: usize) -> Step {
     range_request(descriptor, UFFDIO_POISON, start, bytes)
+}
+
+/// Maps pages that the file behind the memory has, from `start` on, and wakes who waits for them.
+pub(super) fn map(descriptor: &Descriptor, start: u64, bytes: usize) -> Step {
+    match range_request(descriptor, UFFDIO_CONTINUE, start, bytes) {
+        // The file has it no more: it was given up meanwhile.
+        Step::Failed(error) if error.raw_os_error() == Some(libc::EFAULT) => Step::Again,
+        step => step,
+    }
 }
 
 fn range_request(descriptor: &Descriptor, request: libc::c_ulong, start: u64, bytes: usize) -> Step {

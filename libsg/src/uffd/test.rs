@@ -1,15 +1,16 @@
-//! Real faults by threads, over all three backings.
+//! Real faults by threads, over all three backings, and memory files by both ways into them.
 
 use std::sync::atomic::AtomicU32;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use test_support::skipped;
 
 use super::*;
 use crate::manifest::{Manifest, Region};
 use crate::memory::vectored::{self, IoPart};
-use crate::memory::{Backing, test::on_huge_pages};
+use crate::memory::{Backing, BackingFile, test::on_huge_pages};
 
 const UNITS: u32 = 5;
 
@@ -30,10 +31,45 @@ pub(super) fn memory(backing: Backing) -> Option<GuestMemory> {
 fn every_backing(test: impl Fn(Backing, GuestMemory, Uffd)) {
     for backing in [Backing::Anon, Backing::Memfd, Backing::Hugetlb2M] {
         if let Some(memory) = memory(backing) {
-            let uffd = Uffd::register(&memory).expect("registered");
+            let uffd = Uffd::register_by(&memory, InstallBy::Copy).expect("registered");
             test(backing, memory, uffd);
         }
     }
+    if let Some((memory, uffd)) = by_file() {
+        test(Backing::Memfd, memory, uffd);
+    }
+}
+
+/// Of a file in this directory, for a tmpfs with large folios.
+fn in_file(directory: &std::path::Path) -> GuestMemory {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let path = directory.join(format!("memory-{}-{count}", std::process::id()));
+    let like = memory(Backing::Memfd).expect("memory").manifest("vm", Vec::new());
+    let map = |region: Region| {
+        let file =
+            std::fs::File::options().read(true).write(true).create_new(true).open(&path).expect("a file");
+        std::fs::remove_file(&path).expect("unlinked");
+        file.set_len(region.length_bytes).expect("a length");
+        let file = BackingFile { fd: file.into(), offset: 0 };
+        let mapping = Mapping::shared(file, region.length_bytes as usize, false).expect("mapped");
+        (region, mapping)
+    };
+    GuestMemory::from_mappings(like.regions.into_iter().map(map).collect()).expect("memory")
+}
+
+/// Memory into which pages go by its file, where the kernel can. `SG_MEMORY_DIR` says where the file is.
+fn by_file() -> Option<(GuestMemory, Uffd)> {
+    let memory = match std::env::var_os("SG_MEMORY_DIR") {
+        Some(directory) => in_file(directory.as_ref()),
+        None => memory(Backing::Memfd).expect("memory"),
+    };
+    let uffd = Uffd::register_by(&memory, InstallBy::File).expect("registered");
+    if uffd.install_by() == InstallBy::File {
+        return Some((memory, uffd));
+    }
+    skipped("install by file", "this kernel maps no pages of memory files by request");
+    None
 }
 
 /// What is installed in these tests: every page has other bytes.
@@ -60,6 +96,18 @@ fn wait(uffd: &Uffd) -> Vec<SinkEvent> {
         uffd.events(&mut out).expect("read");
     }
     out
+}
+
+/// Installs pages though others are at some of them. Returns how many it were.
+fn install_all(uffd: &Uffd, first: PageIndex, bytes: &[u8]) -> u32 {
+    let (mut installed, mut at) = (0, Some(first));
+    while let Some(page) = at {
+        let skip = (page.0 - first.0) as usize * PAGE_BYTES;
+        let done = uffd.install(page, &bytes[skip..]).expect("installed");
+        installed += done.installed_pages();
+        at = done.retry().map(|rest| rest.first);
+    }
+    installed
 }
 
 #[test]
@@ -154,9 +202,7 @@ fn two_installers_install_every_page_once() {
             for at in 0..batches {
                 let first = PageIndex(order(at) * batch);
                 let bytes = vec![mark; batch as usize * PAGE_BYTES];
-                let done = uffd.install(first, &bytes).expect("installed");
-                assert_eq!(done.retry(), None);
-                installed.fetch_add(done.installed_pages(), Ordering::Relaxed);
+                installed.fetch_add(install_all(&uffd, first, &bytes), Ordering::Relaxed);
             }
         };
         thread::scope(|scope| {
@@ -208,8 +254,11 @@ fn read_by_kernel(memory: &GuestMemory, page: PageIndex) -> io::Result<usize> {
     vectored::send(&near, &[IoPart::Guest(slice)])
 }
 
-fn lost_pages(how: impl Fn(&Uffd, PageRange)) {
+fn lost_pages(how: impl Fn(&Uffd, PageRange), can: impl Fn(&Uffd) -> bool) {
     every_backing(|backing, memory, uffd| {
+        if !can(&uffd) {
+            return uffd.finish().expect("finished");
+        }
         let there = memory.unit(PageIndex(512)).expect("unit");
         assert_eq!(uffd.install(there.first, &content(there)).expect("installed").retry(), None);
         let lost = PageRange::new(there.first, there.pages * 2);
@@ -246,12 +295,14 @@ fn lost_pages(how: impl Fn(&Uffd, PageRange)) {
 
 #[test]
 fn lost_pages_are_an_error_to_their_waiters_only() {
-    lost_pages(|uffd, range| uffd.poison(range).expect("poisoned"));
+    lost_pages(|uffd, range| uffd.poison(range).expect("poisoned"), |_| true);
 }
 
 #[test]
 fn lost_pages_on_a_kernel_without_poison() {
-    lost_pages(|uffd, range| uffd.forbid(range).expect("forbidden"));
+    // By files none is installed there.
+    let can = |uffd: &Uffd| uffd.install_by() == InstallBy::Copy;
+    lost_pages(|uffd, range| uffd.forbid(range).expect("forbidden"), can);
 }
 
 #[test]
@@ -323,13 +374,16 @@ fn pages_that_were_taken_out_are_waited_for_again() {
         uffd.events(&mut events).expect("read");
         assert_eq!(events, [], "{backing:?}: nobody gave anything up");
         let is_out = |page: PageIndex| runs.iter().any(|run| run.positions().contains(&page.as_usize()));
-        for page in all.iter().filter(|page| !is_out(*page)) {
-            assert_eq!(
-                page_byte(&memory, page),
-                content(PageRange::new(page, 1))[0],
-                "{backing:?}: {page} stays"
-            );
-        }
+        // The kernel splits a large folio for that, and unmaps it: pages that stay are mapped again, by who reads events.
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                for page in all.iter().filter(|page| !is_out(*page)) {
+                    let want = content(PageRange::new(page, 1))[0];
+                    assert_eq!(page_byte(&memory, page), want, "{backing:?}: {page} stays");
+                }
+            });
+            until_joined(&uffd, reader, |event| panic!("{backing:?}: {event:?}"));
+        });
         for run in &runs {
             thread::scope(|scope| {
                 let reader = scope.spawn(|| page_byte(&memory, run.first));
@@ -343,4 +397,128 @@ fn pages_that_were_taken_out_are_waited_for_again() {
         }
         uffd.finish().expect("finished");
     });
+}
+
+/// Answers what comes until the thread has ended.
+fn until_joined<T>(
+    uffd: &Uffd,
+    thread: thread::ScopedJoinHandle<'_, T>,
+    mut each: impl FnMut(SinkEvent),
+) -> T {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut events = Vec::new();
+    while !thread.is_finished() {
+        assert!(Instant::now() < deadline, "a thread waits");
+        uffd.events(&mut events).expect("read");
+        events.drain(..).for_each(&mut each);
+        thread::yield_now();
+    }
+    thread.join().expect("a thread")
+}
+
+#[test]
+fn what_a_guest_wrote_is_never_written_over() {
+    every_backing(|backing, memory, uffd| {
+        let batch = if backing == Backing::Hugetlb2M { 512 } else { 32 };
+        let batches = memory.pages() / batch;
+        let mark = vec![0xee; PAGE_BYTES];
+        thread::scope(|scope| {
+            for order in [0_u32, 1, 2] {
+                let uffd = &uffd;
+                scope.spawn(move || {
+                    for at in 0..batches {
+                        let at = if order == 1 { batches - 1 - at } else { at };
+                        let first = PageIndex(at * batch);
+                        let bytes = vec![order as u8 + 1; batch as usize * PAGE_BYTES];
+                        install_all(uffd, first, &bytes);
+                    }
+                });
+            }
+            let guest = scope.spawn(|| {
+                for page in (0..memory.pages()).map(PageIndex) {
+                    assert!((1..=3).contains(&page_byte(&memory, page)), "{backing:?}: {page}");
+                    memory.copy_in(PageRange::new(page, 1), &mark).expect("written");
+                }
+            });
+            until_joined(&uffd, guest, |_| ());
+        });
+        for page in 0..memory.pages() {
+            assert_eq!(page_byte(&memory, PageIndex(page)), 0xee, "{backing:?}: {page}");
+        }
+        uffd.finish().expect("finished");
+    });
+}
+
+#[test]
+fn what_lies_in_the_file_and_was_not_installed_is_not_seen() {
+    let Some((memory, uffd)) = by_file() else { return };
+    let beside = memory.again().expect("mapped").expect("a file");
+    // As a large folio has pages beside those that came, and worse.
+    let stray = PageRange::new(PageIndex(600), 8);
+    beside.copy_in(stray, &[0xbb; 8 * PAGE_BYTES]).expect("written");
+    let pages = [600, 602, 606].map(PageIndex);
+    thread::scope(|scope| {
+        let memory = &memory;
+        let [bytes, zeros, lost] = pages.map(|page| {
+            let one = PageRange::new(page, 1);
+            let reader = scope.spawn(move || read_by_kernel(memory, page).map(|_| page_byte(memory, page)));
+            assert!(matches!(wait(&uffd)[..], [SinkEvent::Fault { page: waits, .. }] if waits == page));
+            thread::sleep(Duration::from_millis(5));
+            assert!(!reader.is_finished(), "{page} was seen before it came");
+            match page.0 {
+                600 => assert_eq!(uffd.install(page, &content(one)).expect("done").installed_pages(), 1),
+                602 => assert_eq!(uffd.install_zero(one).expect("done").installed_pages(), 1),
+                _ => uffd.poison(one).expect("poisoned"),
+            }
+            reader.join().expect("reader")
+        });
+        assert_eq!(bytes.expect("read"), content(PageRange::new(pages[0], 1))[0]);
+        assert_eq!(zeros.expect("read"), 0);
+        assert_eq!(lost.expect_err("lost").raw_os_error(), Some(libc::EFAULT));
+    });
+    // A run over that: what is there stays.
+    let run = PageRange::new(PageIndex(598), 8);
+    let done = uffd.install(run.first, &content(run)).expect("installed");
+    assert_eq!((done.retry(), done.installed_pages()), (None, 6));
+    let there = [600, 602].map(|page| PageRange::new(PageIndex(page), 1));
+    assert_eq!(done.already_present().collect::<Vec<_>>(), there);
+    assert_eq!(page_byte(&memory, PageIndex(602)), 0);
+    assert_eq!(page_byte(&memory, PageIndex(605)), content(PageRange::new(PageIndex(605), 1))[0]);
+    drop(uffd);
+    // Nobody finished it: what is in the file only is no page that came.
+    assert!(read_by_kernel(&memory, PageIndex(700)).is_err());
+}
+
+#[test]
+fn pages_that_a_guest_gave_up_are_zero_though_the_file_has_them() {
+    let Some((memory, uffd)) = by_file() else { return };
+    let run = PageRange::new(PageIndex(512), 64);
+    assert_eq!(uffd.install(run.first, &content(run)).expect("installed").installed_pages(), 64);
+    let given_up = PageRange::new(PageIndex(520), 8);
+    let mapping = memory.regions()[1].mapping();
+    thread::scope(|scope| {
+        let balloon = scope.spawn(|| mapping.unmap_pages(8 * PAGE_BYTES, 8 * PAGE_BYTES));
+        assert_eq!(wait(&uffd), [SinkEvent::Removed(given_up)]);
+        balloon.join().expect("balloon");
+        let reader = scope.spawn(|| page_byte(&memory, PageIndex(523)));
+        assert!(matches!(wait(&uffd)[..], [SinkEvent::Fault { page: PageIndex(523), write: false, .. }]));
+        assert_eq!(uffd.install_zero(given_up).expect("done").installed_pages(), 8);
+        assert_eq!(reader.join().expect("reader"), 0);
+    });
+    assert_eq!(page_byte(&memory, PageIndex(519)), (519 % 250 + 1) as u8);
+    uffd.finish().expect("finished");
+}
+
+#[test]
+fn what_the_kernel_unmaps_is_mapped_again_and_asked_of_nobody() {
+    let Some((memory, uffd)) = by_file() else { return };
+    let run = PageRange::new(PageIndex(512), 64);
+    assert_eq!(uffd.install(run.first, &content(run)).expect("installed").installed_pages(), 64);
+    memory.regions()[1].mapping().page_out();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| run.iter().map(|page| page_byte(&memory, page)).collect::<Vec<_>>());
+        let read = until_joined(&uffd, reader, |event| panic!("{event:?}"));
+        assert_eq!(read, run.iter().map(|page| content(PageRange::new(page, 1))[0]).collect::<Vec<_>>());
+    });
+    uffd.finish().expect("finished");
 }

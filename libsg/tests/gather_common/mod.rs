@@ -19,7 +19,7 @@ use libsg::page::{InstallUnit, PAGE_BYTES, PageIndex, PageRange};
 use libsg::sink::{InstallOutcome, PageSink, SinkEvent};
 use libsg::source::{MemorySource, Outcome, PageSource, Repeat, Supply};
 use libsg::transport::{Channel, Conversation, Inbox, Outbox, PoolSecret, dial, wait};
-use libsg::uffd::Uffd;
+use libsg::uffd::{InstallBy, Uffd};
 use libsg::vmd::link::ask;
 use libsg::vmd::{Class, Connector, Reply, Request};
 use libsg::vmd::{MemoryConnector, MemoryNode};
@@ -100,9 +100,14 @@ impl Seen {
     }
 }
 
+/// Memory of 4 KiB pages, and how they get there; where the kernel cannot map pages of files, they are copied.
+pub const KINDS: [(Backing, InstallBy); 3] =
+    [(Backing::Anon, InstallBy::Copy), (Backing::Memfd, InstallBy::Copy), (Backing::Memfd, InstallBy::File)];
+
 struct Vm {
     seen: Arc<Seen>,
     backing: Backing,
+    by: InstallBy,
     /// Pages that loading the state touches.
     touch: Vec<u32>,
 }
@@ -110,7 +115,7 @@ struct Vm {
 impl IncomingVm for Vm {
     fn prepare(&mut self, manifest: &Manifest) -> Result<Arc<dyn PageSink>> {
         let memory = GuestMemory::allocate(manifest, self.backing)?;
-        let uffd = Uffd::register(&memory)?;
+        let uffd = Uffd::register_by(&memory, self.by)?;
         *self.seen.memory.lock() = Some(memory);
         Ok(Arc::new(Spy { uffd, seen: Arc::clone(&self.seen) }))
     }
@@ -140,7 +145,7 @@ impl IncomingVm for Vm {
 
 /// A VM that arrives in memory of this kind, whose state touches these pages.
 pub fn arriving(seen: &Arc<Seen>, backing: Backing, touch: Vec<u32>) -> Box<dyn IncomingVm> {
-    Box::new(Vm { seen: Arc::clone(seen), backing, touch })
+    Box::new(Vm { seen: Arc::clone(seen), backing, by: InstallBy::best(), touch })
 }
 
 /// The state as it is sent of a VM that was paused before anything was.
@@ -241,6 +246,7 @@ pub struct Plan {
     pub pages: u64,
     pub unit: InstallUnit,
     pub backing: Backing,
+    pub by: InstallBy,
     pub nodes: usize,
     pub gather_limit: u64,
     pub grace: Duration,
@@ -255,6 +261,7 @@ impl Default for Plan {
             pages: 300,
             unit: InstallUnit::Page,
             backing: Backing::Anon,
+            by: InstallBy::Copy,
             nodes: 0,
             gather_limit: 0,
             grace: Duration::from_millis(300),
@@ -278,7 +285,7 @@ impl Scene {
         options.observer = Arc::new(move |event| watch.events.lock().push(event.clone()));
         let destination = Destination::listen(options).unwrap();
         let address = destination.address();
-        let vm = Vm { seen: Arc::clone(&seen), backing: plan.backing, touch: plan.touch };
+        let vm = Vm { seen: Arc::clone(&seen), backing: plan.backing, by: plan.by, touch: plan.touch };
         let incoming = destination.accept(Box::new(vm)).unwrap();
         let manifest = manifest(plan.pages, plan.unit);
         let volume = VolumeId::random().unwrap();
