@@ -7,7 +7,7 @@ use libsg::manifest::Manifest;
 use libsg::migrate::{IncomingVm, OutgoingVm};
 use libsg::page::PageRange;
 use libsg::sink::PageSink;
-use libsg::uffd::Uffd;
+use libsg::uffd::{InstallBy, Uffd};
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 
@@ -73,13 +73,20 @@ pub struct Arriving {
     berth: Berth,
     serial: Serial,
     canary: Option<Arc<PanicAt>>,
+    install: InstallBy,
 }
 
 impl Arriving {
     /// A VM that will be built in `berth` when its manifest comes.
     #[must_use]
     pub fn new(berth: Berth, serial: Serial) -> Self {
-        Self { berth, serial, canary: None }
+        Self { berth, serial, canary: None, install: InstallBy::best() }
+    }
+
+    /// Its pages get into its memory in this way.
+    #[must_use]
+    pub fn installing_by(self, install: InstallBy) -> Self {
+        Self { install, ..self }
     }
 
     /// A canary: whoever installs a certain page panics.
@@ -93,7 +100,7 @@ impl IncomingVm for Arriving {
     fn prepare(&mut self, manifest: &Manifest) -> Result<Arc<dyn PageSink>> {
         let config = VmConfig::from_manifest(manifest)?;
         let memory = Memory::allocate(&config)?;
-        let mut sink: Arc<dyn PageSink> = Arc::new(Uffd::register(memory.guest())?);
+        let mut sink: Arc<dyn PageSink> = Arc::new(Uffd::register_by(memory.guest(), self.install)?);
         if let Some(canary) = &self.canary {
             sink = Arc::new(Panicking(sink, Arc::clone(canary)));
         }

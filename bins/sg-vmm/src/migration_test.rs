@@ -78,27 +78,34 @@ fn every_kind(mut test: impl FnMut(VmConfig)) {
 #[test]
 fn vcpus_fault_their_pages_in() {
     every_kind(|config| {
-        let (source, state) = paused_source(&config);
-        let berth = Berth::default();
-        let mut arriving = Arriving::new(berth.clone(), Serial::default());
-        let sink = arriving.prepare(&config.manifest().expect("manifest")).expect("prepared");
-        let (end, faults) = (AtomicBool::new(false), AtomicU32::new(0));
-        std::thread::scope(|scope| {
-            scope.spawn(|| serve(source.memory(), &*sink, &end, &faults, None));
-            arriving.load(&state).expect("loads");
-            arriving.run().expect("runs");
-            let vm = berth.vm().expect("a VM");
-            let stats = vm.verify(Verifier::Guest, || false).expect("verified");
-            assert_eq!(stats.mismatches, 0, "{config:?}");
-            assert_eq!(stats.verified_pages, u64::from(config.manifest().expect("manifest").pages()));
-            assert!(stats.ops > source.stats().ops);
-            vm.stop().expect("every page is there: it can be paused");
-            assert!(vm.writes_add_up());
-            end.store(true, Ordering::Relaxed);
-        });
-        assert!(faults.load(Ordering::Relaxed) > 0);
-        sink.finish().expect("finished");
+        fault_in(&config, InstallBy::Copy);
+        if config.backing == BackingKind::Memfd {
+            fault_in(&config, InstallBy::File);
+        }
     });
+}
+
+fn fault_in(config: &VmConfig, install: InstallBy) {
+    let (source, state) = paused_source(config);
+    let berth = Berth::default();
+    let mut arriving = Arriving::new(berth.clone(), Serial::default()).installing_by(install);
+    let sink = arriving.prepare(&config.manifest().expect("manifest")).expect("prepared");
+    let (end, faults) = (AtomicBool::new(false), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| serve(source.memory(), &*sink, &end, &faults, None));
+        arriving.load(&state).expect("loads");
+        arriving.run().expect("runs");
+        let vm = berth.vm().expect("a VM");
+        let stats = vm.verify(Verifier::Guest, || false).expect("verified");
+        assert_eq!(stats.mismatches, 0, "{config:?} {install:?}");
+        assert_eq!(stats.verified_pages, u64::from(config.manifest().expect("manifest").pages()));
+        assert!(stats.ops > source.stats().ops);
+        vm.stop().expect("every page is there: it can be paused");
+        assert!(vm.writes_add_up());
+        end.store(true, Ordering::Relaxed);
+    });
+    assert!(faults.load(Ordering::Relaxed) > 0);
+    sink.finish().expect("finished");
 }
 
 #[test]
