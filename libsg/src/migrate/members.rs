@@ -67,6 +67,14 @@ impl Seat {
         }
     }
 
+    /// The link, for who asks by itself, as long as no page goes there. `None` once some have gone.
+    pub fn link_mut(&mut self) -> Option<&mut dyn Link> {
+        match &mut self.held {
+            Held::Link(link, _) => Some(&mut **link),
+            Held::Sink(_) => None,
+        }
+    }
+
     /// Who it is.
     pub fn member(&self) -> &Member {
         self.link().member()

@@ -157,7 +157,19 @@ pub trait OutgoingVm: Send {
     /// [`crate::ErrorKind::Vm`] when it cannot.
     fn resume(&mut self) -> Result<()>;
 
-    /// COMMIT: the VM never runs here again. Its memory is still needed until "evicted".
+    /// What another process would need to go on, should this one die before "evicted" ([`source::resume`]). Said when the
+    /// destination is READY, right before COMMIT, with the VM paused: whoever can go on writes it down, so that it outlives the
+    /// process. Not said of a VM that is parked.
+    ///
+    /// # Errors
+    /// Whatever stands against writing it down: the VM then runs on here.
+    fn note(&mut self, unscattered: &source::Unscattered) -> Result<()> {
+        let _ = unscattered;
+        Ok(())
+    }
+
+    /// COMMIT: the VM never runs here again. Its memory is still needed until "evicted". Of one that is gone on with
+    /// ([`source::resume`]), which pages are safe was told before.
     fn committed(&mut self);
 
     /// What logs which pages the VM writes while it runs, not yet started; asked for once in a migration, by

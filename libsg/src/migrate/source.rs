@@ -4,6 +4,7 @@
 
 mod manager;
 mod parked;
+mod resumed;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use self::manager::Manager;
-use super::{Event, Mode, Observer, OutgoingVm, Replacements, RoundOptions};
+use self::manager::{Manager, spawn};
+pub use self::resumed::{Unscattered, resume};
+use super::{Mode, Observer, OutgoingVm, Replacements, RoundOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::{self, Condvar};
 use crate::limits;
@@ -213,39 +215,23 @@ pub fn start(
     manifest: Manifest,
     options: SourceOptions,
 ) -> Result<Outgoing> {
-    manifest.check()?;
     options.to.check(&options)?;
-    if options.intermediaries.len() > limits::MEMBERS_MAX {
-        let message =
-            format!("{} intermediaries, more than {}", options.intermediaries.len(), limits::MEMBERS_MAX);
+    check(&manifest, options.intermediaries.len(), options.replicas)?;
+    spawn(Control::new(&options), Manager::run, (vm, source, manifest, options))
+}
+
+/// Whether these are within bounds.
+fn check(manifest: &Manifest, members: usize, replicas: u8) -> Result<()> {
+    manifest.check()?;
+    if members > limits::MEMBERS_MAX {
+        let message = format!("{members} intermediaries, more than {}", limits::MEMBERS_MAX);
         return Err(Error::new(ErrorKind::Input, message));
     }
-    if !(1..=limits::COPIES_MAX).contains(&usize::from(options.replicas)) {
-        let message = format!("{} replicas of a page, not 1 to {}", options.replicas, limits::COPIES_MAX);
+    if !(1..=limits::COPIES_MAX).contains(&usize::from(replicas)) {
+        let message = format!("{replicas} replicas of a page, not 1 to {}", limits::COPIES_MAX);
         return Err(Error::new(ErrorKind::Input, message));
     }
-    let control = Arc::new(Control {
-        started: host::now(),
-        used: Cpu::now(),
-        state: Mutex::new(State::default()),
-        changed: Condvar::new(),
-        limit_bytes_per_s: options.scatter_limit_bytes_per_s.into(),
-        cancelled: false.into(),
-        left: false.into(),
-        paused: false.into(),
-    });
-    (options.observer)(&Event::Started);
-    let shared = control.clone();
-    host::thread::Builder::new().name("sg-source".into()).spawn(move || {
-        let observer = options.observer.clone();
-        let guard = Ends(shared.clone());
-        let manager = Manager { control: shared, vm, source, manifest, options };
-        if let Err(error) = manager.run() {
-            observer(&Event::Failed { kind: error.kind, message: error.chain() });
-            guard.0.fail(&error);
-        }
-    })?;
-    Ok(Outgoing { control })
+    Ok(())
 }
 
 /// However the manager's thread ends, who waits is told.
@@ -268,6 +254,19 @@ impl Drop for Ends {
 }
 
 impl Control {
+    fn new(options: &SourceOptions) -> Arc<Self> {
+        Arc::new(Self {
+            started: host::now(),
+            used: Cpu::now(),
+            state: Mutex::new(State::default()),
+            changed: Condvar::new(),
+            limit_bytes_per_s: options.scatter_limit_bytes_per_s.into(),
+            cancelled: false.into(),
+            left: false.into(),
+            paused: false.into(),
+        })
+    }
+
     fn fail(&self, error: &Error) {
         let failure = Failure { kind: error.kind, message: error.chain(), pages: error.pages.clone() };
         self.state.lock().evicted.get_or_insert(Err(failure));

@@ -88,6 +88,11 @@ impl IndexRouter {
         let _ = self.posts.add(Post::new(SUSPECT, waker));
     }
 
+    /// Another process routed entries before: where they are is not sure.
+    pub fn follow(&self) {
+        self.rerouted.store(true, Ordering::Relaxed);
+    }
+
     /// Hands entries to those who are to have them next. Those that need go nowhere else are appended to `finished`.
     /// `false` when there is no member left to take the others.
     #[must_use]

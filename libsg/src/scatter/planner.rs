@@ -10,6 +10,7 @@
 
 mod losses;
 mod offers;
+mod resumed;
 mod rounds;
 mod told;
 

@@ -148,7 +148,10 @@ pub fn keep(
 }
 
 /// Connects again and learns what the destination holds.
-fn rejoin(scatter: &Arc<Scatter>, destination: &Destination, listener: &dyn Listener) -> Result<Session> {
+///
+/// # Errors
+/// As [`Destination::dial`], and what no honest destination says.
+pub fn rejoin(scatter: &Arc<Scatter>, destination: &Destination, listener: &dyn Listener) -> Result<Session> {
     let deadline = host::now() + DIAL_TIME;
     let mut control = Conversation::new(destination.dial(Purpose::MigrationControl)?);
     control.send_talk(&Talk::Rejoin, deadline)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::{Control, Phase, SourceOptions, To};
+use super::{Control, Ends, Outgoing, Phase, SourceOptions, To, Unscattered};
 use crate::error::Result;
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, VolumeId};
@@ -35,6 +35,27 @@ pub(super) struct Manager {
     pub(super) options: SourceOptions,
 }
 
+/// What a manager works with.
+pub(super) type Work = (Box<dyn OutgoingVm>, Arc<dyn PageSource>, Manifest, SourceOptions);
+
+/// Starts the manager's thread, which leads it so.
+pub(super) fn spawn(
+    control: Arc<Control>,
+    lead: impl FnOnce(Manager) -> Result<()> + Send + 'static,
+    (vm, source, manifest, options): Work,
+) -> Result<Outgoing> {
+    (options.observer)(&Event::Started);
+    let shared = control.clone();
+    host::thread::Builder::new().name("sg-source".into()).spawn(move || {
+        let observer = options.observer.clone();
+        let guard = Ends(shared.clone());
+        if let Err(error) = lead(Manager { control: shared, vm, source, manifest, options }) {
+            observer(&Event::Failed { kind: error.kind, message: error.chain() });
+            guard.0.fail(&error);
+        }
+    })?;
+    Ok(Outgoing { control })
+}
 impl Manager {
     pub(super) fn run(mut self) -> Result<()> {
         let volume = VolumeId::random()?;
@@ -95,7 +116,8 @@ impl Manager {
                 return Err(handover.give_up(&mut *self.vm, &mut members, rounds, open, error));
             }
         };
-        if let Err(error) = self.decide(&scatter) {
+        let unscattered = Unscattered::of(&scatter, address, (&self.options, &self.manifest));
+        if let Err(error) = self.vm.note(&unscattered).and_then(|()| self.decide(&scatter)) {
             return Err(handover.give_up(&mut *self.vm, &mut members, rounds, Some(session.control), error));
         }
         self.vm.committed();
@@ -122,7 +144,12 @@ impl Manager {
         Ok(())
     }
 
-    fn scatter(&self, scatter: &Arc<Scatter>, destination: &Destination, left: Left<'_>) -> Result<()> {
+    pub(super) fn scatter(
+        &self,
+        scatter: &Arc<Scatter>,
+        destination: &Destination,
+        left: Left<'_>,
+    ) -> Result<()> {
         // What was sent before COMMIT may have been all.
         scatter.copies.close_all();
         scatter.set_stage(Stage::Last);
@@ -216,12 +243,12 @@ impl Manager {
 }
 
 /// What the handover leaves to the scatter.
-struct Left<'a> {
-    session: Option<Session>,
-    members: Members,
-    recruiter: &'a Mutex<Recruiter>,
-    rounds: Option<&'a Rounds>,
-    downtime: Option<Duration>,
+pub(super) struct Left<'a> {
+    pub session: Option<Session>,
+    pub members: Members,
+    pub recruiter: &'a Mutex<Recruiter>,
+    pub rounds: Option<&'a Rounds>,
+    pub downtime: Option<Duration>,
 }
 
 type Named<'scope> = (String, host::thread::ScopedJoinHandle<'scope, ()>);
