@@ -8,18 +8,20 @@ use std::time::{Duration, Instant};
 use libsg::dirty::DirtyLog;
 use libsg::manifest::Manifest;
 use libsg::migrate::OutgoingVm;
+use libsg::migrate::source::Unscattered;
 use libsg::page::PageRange;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use serde_json::json;
 
+use crate::departed::{Departed, DepartedFile, Standing};
 use crate::machine::Devices;
 use crate::qmp::Qmp;
 use crate::relay::{Limits, Relay, Steering, Stream};
 use crate::settings::Settings;
 
 /// How long a QEMU may take for a step that takes it a moment, on a busy host.
-const STEP: Duration = Duration::from_secs(30);
+pub(crate) const STEP: Duration = Duration::from_secs(30);
 
 /// The rate of a stream that is to stand still, in bytes a second: so the source neither ends before post-copy, nor writes at the
 /// moment in which it is called off. QEMU 7.2 that writes then takes the end of its connection for a broken network, and
@@ -38,6 +40,11 @@ pub struct Departure {
     settings: Settings,
     relay: Relay,
     manifest: Manifest,
+    window_bytes: u64,
+    /// Where it is written down what another process would need.
+    file: Option<(DepartedFile, Departed)>,
+    /// QEMU has said everything, to a process before.
+    is_spent: bool,
 }
 
 impl Departure {
@@ -66,7 +73,10 @@ impl Departure {
             .and_then(|connection| Relay::start(connection, limits))
             .and_then(|relay| Ok((relay.manifest(&name, &devices, STEP)?, relay)))
         {
-            Ok((manifest, relay)) => Ok(Self { qmp: Arc::new(Mutex::new(qmp)), settings, relay, manifest }),
+            Ok((manifest, relay)) => {
+                let (qmp, file) = (Arc::new(Mutex::new(qmp)), None);
+                Ok(Self { qmp, settings, relay, manifest, window_bytes, file, is_spent: false })
+            }
             Err(error) => {
                 let _ = call_off(&mut qmp).and_then(|()| settings.restore(&mut qmp)).inspect_err(|error| {
                     tracing::error!(error = error.chain(), "the source QEMU could not be left as it was");
@@ -74,6 +84,42 @@ impl Departure {
                 Err(error)
             }
         }
+    }
+
+    /// Goes on with one whose process died behind COMMIT, as [`standing`](crate::standing) has found it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] when nothing was written down that could be gone on with; [`ErrorKind::System`] when it cannot be
+    /// written anew; nothing was changed.
+    pub fn go_on(qmp: Qmp, departed: &Departed, file: DepartedFile, standing: Standing) -> Result<Self> {
+        let Some(unscattered) = &departed.unscattered else {
+            return Err(Error::new(
+                ErrorKind::Input,
+                "the VM was not given away: nothing is to be gone on with",
+            ));
+        };
+        let is_spent = standing == Standing::Spent;
+        let manifest = unscattered.manifest.clone();
+        let window_bytes = departed.window_bytes;
+        let relay = Relay::again(&manifest, Limits::of_window(window_bytes), is_spent)?;
+        let settings = departed.settings.clone();
+        // Whoever comes behind this process finds that it is at it.
+        let ours = departed.clone().by_us();
+        file.write(&ours)?;
+        let (qmp, file) = (Arc::new(Mutex::new(qmp)), Some((file, ours)));
+        Ok(Self { qmp, settings, relay, manifest, window_bytes, file, is_spent })
+    }
+
+    /// Another process finds in this file what it needs, if this one dies. Where the VM is parked it finds that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] when the file is another QEMU's, [`ErrorKind::System`] when it cannot be written.
+    pub fn record(&mut self, file: DepartedFile, parks: bool) -> Result<()> {
+        let begun = Departed::begun(&self.qmp.lock(), (&self.settings, &self.manifest), self.window_bytes);
+        let mut begun = begun.parked(parks);
+        file.begin(&mut begun)?;
+        self.file = Some((file, begun));
+        Ok(())
     }
 
     /// What moves.
@@ -97,7 +143,13 @@ impl Departure {
     /// The VM, for who moves it.
     #[must_use]
     pub fn vm(&self) -> LeavingQemu {
-        LeavingQemu { qmp: Arc::clone(&self.qmp), relay: self.relay.clone(), all_first: false, flows: false }
+        LeavingQemu {
+            qmp: Arc::clone(&self.qmp),
+            relay: self.relay.clone(),
+            file: self.file.clone(),
+            all_first: false,
+            flows: false,
+        }
     }
 
     /// The VM, for who parks it: all of its memory comes before COMMIT.
@@ -111,10 +163,18 @@ impl Departure {
     /// # Errors
     /// When it does not; nothing is lost by that.
     pub fn complete(mut self, quit: bool) -> Result<()> {
+        if self.is_spent {
+            // It hears nothing any more, of a command to end least of all.
+            let ended = if quit { self.qmp.lock().kill() } else { Ok(()) };
+            return ended.and_then(|()| self.forget());
+        }
         self.relay.release(STEP)?;
-        let mut qmp = self.qmp.lock();
-        await_status(&mut qmp, |status| status == "completed")?;
-        if quit { qmp.execute("quit", &json!({})).map(drop) } else { self.settings.restore(&mut qmp) }
+        {
+            let mut qmp = self.qmp.lock();
+            await_status(&mut qmp, |status| status == "completed")?;
+            if quit { qmp.execute("quit", &json!({})).map(drop) } else { self.settings.restore(&mut qmp) }?;
+        }
+        self.forget()
     }
 
     /// It was not moved: QEMU's settings are as they were before.
@@ -122,10 +182,18 @@ impl Departure {
     /// # Errors
     /// [`Qmp::execute`]'s.
     pub fn give_up(mut self) -> Result<()> {
-        let mut qmp = self.qmp.lock();
-        call_off(&mut qmp)?;
-        self.relay.hang_up();
-        self.settings.restore(&mut qmp)
+        {
+            let mut qmp = self.qmp.lock();
+            call_off(&mut qmp)?;
+            self.relay.hang_up();
+            self.settings.restore(&mut qmp)?;
+        }
+        self.forget()
+    }
+
+    /// There is nothing that another process could do.
+    fn forget(&self) -> Result<()> {
+        self.file.as_ref().map_or(Ok(()), |(file, _)| file.remove())
     }
 }
 
@@ -149,7 +217,7 @@ fn call_off(qmp: &mut Qmp) -> Result<()> {
     await_status(qmp, |status| matches!(status, "none" | "cancelled" | "failed" | "completed"))
 }
 
-fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
+pub(crate) fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     let deadline = Instant::now() + STEP;
     loop {
         let status = qmp.migration()?;
@@ -192,7 +260,7 @@ impl DirtyLog for Rounds {
 }
 
 /// A source QEMU, driven over QMP.
-struct ByQmp(Arc<Mutex<Qmp>>);
+pub(crate) struct ByQmp(pub Arc<Mutex<Qmp>>);
 
 impl Steering for ByQmp {
     fn rate(&mut self, bytes_per_s: u64) -> Result<()> {
@@ -216,6 +284,7 @@ impl Steering for ByQmp {
 pub struct LeavingQemu {
     qmp: Arc<Mutex<Qmp>>,
     relay: Relay,
+    file: Option<(DepartedFile, Departed)>,
     /// COMMIT comes when all of the memory has come.
     all_first: bool,
     /// The memory comes as fast as it can.
@@ -267,6 +336,12 @@ impl OutgoingVm for LeavingQemu {
     fn resume(&mut self) -> Result<()> {
         self.end()?;
         self.qmp.lock().execute("cont", &json!({})).map(drop)
+    }
+
+    fn note(&mut self, unscattered: &Unscattered) -> Result<()> {
+        let Some((file, begun)) = &mut self.file else { return Ok(()) };
+        begun.unscattered = Some(unscattered.clone());
+        file.write(begun)
     }
 
     /// Rounds end before all has come: QEMU's own would end in a switch of its own kind.

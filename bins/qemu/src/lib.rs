@@ -10,6 +10,7 @@
 //! runs, and [`Settings`] changes what must be changed, and back.
 
 mod arriving;
+mod departed;
 mod feeder;
 mod layout;
 mod leaving;
@@ -23,6 +24,7 @@ mod scratch;
 mod settings;
 
 pub use arriving::{ArrivingQemu, OnLost};
+pub use departed::{Departed, DepartedFile, Standing, bring_back, finish, standing};
 pub use leaving::{Departure, LeavingQemu};
 pub use preflight::{Disks, Found, destination, source};
 pub use qmp::{Qmp, Version};

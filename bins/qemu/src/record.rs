@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use libsg::migrate::destination::Unfinished;
 use libsg::{Error, ErrorKind, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::qmp::Qmp;
@@ -35,9 +36,95 @@ impl Process {
         Some(Self { number, started })
     }
 
-    fn is_alive(self) -> bool {
+    pub(crate) fn is_alive(self) -> bool {
         Self::of(self.number) == Some(self)
     }
+}
+
+/// A small file that is always there as a whole, or not at all.
+#[derive(Clone, Debug)]
+pub(crate) struct Note(PathBuf);
+
+impl Note {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self(absolute(path))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// What it has, if it is there.
+    pub(crate) fn read<T: DeserializeOwned>(&self, what: &str) -> Result<Option<T>> {
+        let file = match File::open(&self.0) {
+            Err(error) if error.kind() == IoKind::NotFound => return Ok(None),
+            opened => opened.map_err(|cause| self.unreadable().because(cause))?,
+        };
+        let mut text = String::new();
+        file.take(FILE_BYTES_MAX)
+            .read_to_string(&mut text)
+            .map_err(|cause| self.unreadable().because(cause))?;
+        serde_json::from_str(&text).map_err(|cause| self.is_other(what).because(cause))
+    }
+
+    /// Writes it: it is on the disk, as a whole, when this returns.
+    pub(crate) fn write(&self, what: &impl Serialize) -> Result<()> {
+        self.put(what, true)
+    }
+
+    /// The same, for who lives no longer than the host, and has no time: it waits for no disk.
+    pub(crate) fn write_for_now(&self, what: &impl Serialize) -> Result<()> {
+        self.put(what, false)
+    }
+
+    fn put(&self, what: &impl Serialize, flushes: bool) -> Result<()> {
+        let written = serde_json::to_vec(what).map_err(std::io::Error::from);
+        written.and_then(|bytes| self.replace(&bytes, flushes)).map_err(|cause| {
+            let message = format!("{} cannot be written (--state-file names another)", self.0.display());
+            Error::new(ErrorKind::System, message).because(cause)
+        })
+    }
+
+    fn replace(&self, bytes: &[u8], flushes: bool) -> std::io::Result<()> {
+        let mut fresh = self.0.clone().into_os_string();
+        fresh.push(".new");
+        let fresh = PathBuf::from(fresh);
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+        file.write_all(bytes)?;
+        if flushes {
+            file.sync_all()?;
+        }
+        std::fs::rename(&fresh, &self.0)?;
+        if flushes { self.sync_directory() } else { Ok(()) }
+    }
+
+    fn sync_directory(&self) -> std::io::Result<()> {
+        File::open(self.0.parent().unwrap_or(Path::new("/")))?.sync_all()
+    }
+
+    /// Nobody needs it any more.
+    pub(crate) fn remove(&self) -> Result<()> {
+        match std::fs::remove_file(&self.0) {
+            Err(error) if error.kind() == IoKind::NotFound => Ok(()),
+            removed => removed.and_then(|()| self.sync_directory()).map_err(|cause| {
+                let message = format!("{} cannot be removed, and is of no use any more", self.0.display());
+                Error::new(ErrorKind::System, message).because(cause)
+            }),
+        }
+    }
+
+    fn unreadable(&self) -> Error {
+        Error::new(ErrorKind::System, format!("{} cannot be read", self.0.display()))
+    }
+
+    /// It is not `what` it has to be.
+    pub(crate) fn is_other(&self, what: &str) -> Error {
+        Error::new(ErrorKind::Input, format!("{} is not {what} (of this version)", self.0.display()))
+    }
+}
+
+pub(crate) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// What was written down of a VM whose memory is gathered.
@@ -60,23 +147,19 @@ impl Record {
     /// # Errors
     /// [`ErrorKind::System`] when it cannot be read, [`ErrorKind::Input`] when it is not such a file.
     pub fn read(path: &Path) -> Result<Option<Self>> {
-        let file = match File::open(path) {
-            Err(error) if error.kind() == IoKind::NotFound => return Ok(None),
-            opened => opened.map_err(|cause| unusable(ErrorKind::System, path).because(cause))?,
-        };
-        let mut text = String::new();
-        let read = file.take(FILE_BYTES_MAX).read_to_string(&mut text);
-        read.map_err(|cause| unusable(ErrorKind::System, path).because(cause))?;
-        let record: Self =
-            serde_json::from_str(&text).map_err(|cause| unusable(ErrorKind::Input, path).because(cause))?;
-        if record.schema == SCHEMA { Ok(Some(record)) } else { Err(unusable(ErrorKind::Input, path)) }
+        let note = Note::new(path);
+        let Some(record) = note.read::<Self>(WHAT)? else { return Ok(None) };
+        if record.schema == SCHEMA { Ok(Some(record)) } else { Err(note.is_other(WHAT)) }
     }
 }
+
+/// What such a file is.
+const WHAT: &str = "what a gather writes down of a VM";
 
 /// Where a QEMU's feeder writes down what another would need.
 #[derive(Clone, Debug)]
 pub struct StateFile {
-    path: PathBuf,
+    note: Note,
     listen: Option<SocketAddr>,
     secret: Option<PathBuf>,
 }
@@ -86,8 +169,7 @@ impl StateFile {
     /// secret.
     #[must_use]
     pub fn new(path: &Path, listen: Option<SocketAddr>, secret: Option<&Path>) -> Self {
-        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        Self { path: absolute(path), listen, secret: secret.map(absolute) }
+        Self { note: Note::new(path), listen, secret: secret.map(absolute) }
     }
 
     /// Whether the file may be written for this QEMU: it is not that of another, which has a VM that needs it.
@@ -95,13 +177,13 @@ impl StateFile {
     /// # Errors
     /// [`ErrorKind::Input`] when it may not; [`Record::read`]'s.
     pub(crate) fn check(&self, qmp: &Qmp) -> Result<()> {
-        let other = Record::read(&self.path)?.and_then(|record| record.qemu);
+        let other = Record::read(self.path())?.and_then(|record| record.qemu);
         match other.filter(|other| Some(*other) != process_of(qmp) && other.is_alive()) {
             None => Ok(()),
             Some(other) => {
                 let message = format!(
                     "{} is of the QEMU with the process {}, whose VM has not all of its memory: name another with --state-file",
-                    self.path.display(),
+                    self.path().display(),
                     other.number
                 );
                 Err(Error::new(ErrorKind::Input, message))
@@ -121,27 +203,7 @@ impl StateFile {
             secret: self.secret.clone(),
             unfinished: unfinished.clone(),
         };
-        let text = serde_json::to_string(&record);
-        let text = text.map_err(|cause| unusable(ErrorKind::System, &self.path).because(cause))?;
-        self.replace(text.as_bytes()).map_err(|cause| {
-            let message = format!("{} cannot be written (--state-file names another)", self.path.display());
-            Error::new(ErrorKind::System, message).because(cause)
-        })
-    }
-
-    fn replace(&self, bytes: &[u8]) -> std::io::Result<()> {
-        let mut fresh = self.path.clone().into_os_string();
-        fresh.push(".new");
-        let fresh = PathBuf::from(fresh);
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&fresh, &self.path)?;
-        self.sync_directory()
-    }
-
-    fn sync_directory(&self) -> std::io::Result<()> {
-        File::open(self.path.parent().unwrap_or(Path::new("/")))?.sync_all()
+        self.note.write(&record)
     }
 
     /// Nobody needs it any more.
@@ -149,38 +211,24 @@ impl StateFile {
     /// # Errors
     /// [`ErrorKind::System`] when it is there still.
     pub fn remove(&self) -> Result<()> {
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() == IoKind::NotFound => Ok(()),
-            removed => removed.and_then(|()| self.sync_directory()).map_err(|cause| {
-                let message = format!("{} cannot be removed, and is of no use any more", self.path.display());
-                Error::new(ErrorKind::System, message).because(cause)
-            }),
-        }
+        self.note.remove()
     }
 
     /// Whether it is there.
     #[must_use]
     pub fn exists(&self) -> bool {
-        self.path.exists()
+        self.path().exists()
     }
 
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        self.note.path()
     }
 }
 
 pub(crate) fn process_of(qmp: &Qmp) -> Option<Process> {
     qmp.process().and_then(|process| Process::of(process.as_raw_nonzero().get()))
-}
-
-fn unusable(kind: ErrorKind, path: &Path) -> Error {
-    let what = match kind {
-        ErrorKind::Input => "is not what a gather writes down of a VM (of this version)",
-        _ => "cannot be read",
-    };
-    Error::new(kind, format!("{} {what}", path.display()))
 }
 
 #[cfg(test)]
@@ -272,9 +320,9 @@ mod test {
         let ours = Process::of(std::os::unix::process::parent_id() as i32).expect("it runs");
         let dead = Process { started: ours.started.wrapping_add(1), ..ours };
         for (qemu, is_needed) in [(Some(ours), true), (Some(dead), false), (None, false)] {
-            let mut record = Record::read(&file.path).expect("read").expect("there");
+            let mut record = Record::read(file.path()).expect("read").expect("there");
             record.qemu = qemu;
-            std::fs::write(&file.path, serde_json::to_vec(&record).expect("JSON")).expect("written");
+            std::fs::write(file.path(), serde_json::to_vec(&record).expect("JSON")).expect("written");
             assert_eq!(file.check(&qmp).is_err(), is_needed, "{qemu:?}");
         }
     }

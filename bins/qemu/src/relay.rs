@@ -14,6 +14,7 @@
 //! might be through, it is made to send next to nothing by itself (`max-postcopy-bandwidth`), and asked for all but the last
 //! ones. Until then it is held by not being read: what a guest waits for then comes behind the little that is unread.
 
+mod again;
 mod live;
 mod pages;
 mod reader;
@@ -31,6 +32,7 @@ use libsg::{Error, ErrorKind, Result};
 use parking_lot::{Condvar, Mutex};
 use qemu_stream::{Answer, Blocks, Configuration, Package};
 
+use self::again::Again;
 pub(crate) use self::pages::Limits;
 use self::pages::{Lost, Pages};
 pub(crate) use self::stream::Stream;
@@ -66,6 +68,8 @@ struct Shared {
     /// The way back. Who holds it writes a few bytes.
     answers: Mutex<UnixStream>,
     steering: Mutex<Option<Box<dyn Steering>>>,
+    /// Where another process has read a part: what begins when it flows.
+    again: Mutex<Option<Again>>,
 }
 
 /// What is known once the memory's transfer has begun.
@@ -167,6 +171,7 @@ impl Relay {
             books: Mutex::new(Books { unread: Unread::of(&mut stream)?, ..Books::default() }),
             changed: Condvar::new(),
             steering: Mutex::default(),
+            again: Mutex::default(),
         });
         let reads = Arc::clone(&shared);
         std::thread::Builder::new()
@@ -181,6 +186,9 @@ impl Relay {
     /// The source's: it stays slow.
     pub(crate) fn flow(&self, steering: Box<dyn Steering>) -> Result<()> {
         *self.0.steering.lock() = Some(steering);
+        if let Some(again) = self.0.again.lock().take() {
+            return self.go_on(again);
+        }
         let flow = {
             let mut books = self.0.books.lock();
             books.beyond();
@@ -483,8 +491,13 @@ impl PageSource for Relay {
 
 impl Shared {
     fn safe(&self, range: PageRange) -> Result<()> {
+        let is_asked = self.again.lock().is_none();
         let mut books = self.books.lock();
         if let Some(pages) = &mut books.pages {
+            if !is_asked {
+                pages.settle(range);
+                return Ok(());
+            }
             pages.safe(range)?;
             pages.tidy()?;
         }
@@ -522,6 +535,8 @@ impl Shared {
     }
 }
 
+#[cfg(test)]
+mod again_test;
 #[cfg(test)]
 mod recovery_test;
 #[cfg(test)]

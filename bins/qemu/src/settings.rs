@@ -1,12 +1,13 @@
 //! Capabilities and parameters of a migration: changed for ours, and put back as they were.
 
 use libsg::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::qmp::Qmp;
 
 /// What was changed, as it was before.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
     capabilities: Vec<(String, bool)>,
     parameters: Map<String, Value>,

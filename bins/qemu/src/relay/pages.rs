@@ -126,6 +126,24 @@ impl Pages {
         }
     }
 
+    /// Of a source that has switched, and whose stream broke off: everything is to come.
+    #[must_use]
+    pub fn left(layout: Arc<Layout>, memory: GuestMemory, limits: Limits) -> Self {
+        let mut pages = Self::new(layout, memory, limits);
+        pages.discard(PageRange::new(PageIndex(0), pages.to_come.pages()));
+        pages.switched();
+        pages
+    }
+
+    /// Pages are safe elsewhere, and the source does not send them: it was not asked for anything yet.
+    pub fn settle(&mut self, range: PageRange) {
+        for page in range.iter() {
+            self.to_come_count -= u32::from(self.to_come.contains(page));
+        }
+        self.to_come.remove(range);
+        self.safe.insert(range);
+    }
+
     /// What is not to come.
     pub fn settled(&self) -> PresenceMap {
         let mut settled = self.here.clone();
@@ -365,6 +383,11 @@ impl Pages {
     /// it may ask for one page after the other.
     pub const fn is_idle(&self) -> bool {
         self.here_count == 0 && self.asked_count == self.wanted_count
+    }
+
+    /// The pages that are to come.
+    pub fn runs_to_come(&self) -> Vec<PageRange> {
+        self.to_come.runs().collect()
     }
 
     /// Pages that are to come.

@@ -36,11 +36,28 @@ pub(super) fn run(shared: &Shared, connection: UnixStream, limits: Limits) {
         news: Vec::new(),
         switched: false,
     };
-    if let Err(error) = reader.read_all(connection) {
-        tracing::warn!(error = error.chain(), "the source QEMU's stream ended");
-        shared.fail(&error);
-    }
-    shared.books.lock().unread.forget();
+    reader.end_with(Ok(connection));
+}
+
+/// Reads what a source sends that has it resumed, of whose stream another process has read the rest.
+pub(super) fn run_on(shared: &Shared, (begun, memory): (Begun, GuestMemory), limits: Limits) {
+    let none = PresenceMap::new(begun.layout.pages());
+    let mut reader = Reader {
+        shared,
+        limits,
+        decoder: StreamDecoder::recovering(begun.layout.blocks().clone(), begun.section),
+        configuration: None,
+        package: Vec::new(),
+        written: Some(Written { begun, memory, filled: none.clone(), seen: none }),
+        news: Vec::new(),
+        switched: true,
+    };
+    let begins = reader.resume().map_err(|cause| {
+        let message = "the source QEMU does not go on with what of its memory is not safe. That is there only, paused \
+                       (query-migrate): do not end it";
+        Error::new(cause.kind, message).because(cause)
+    });
+    reader.end_with(begins);
 }
 
 struct Reader<'a> {
@@ -75,6 +92,15 @@ enum Ended {
 }
 
 impl Reader<'_> {
+    /// Reads all that comes over this connection, and others behind it.
+    fn end_with(&mut self, connection: Result<UnixStream>) {
+        if let Err(error) = connection.and_then(|connection| self.read_all(connection)) {
+            tracing::warn!(error = error.chain(), "the source QEMU's stream ended");
+            self.shared.fail(&error);
+        }
+        self.shared.books.lock().unread.forget();
+    }
+
     fn read_all(&mut self, mut connection: UnixStream) -> Result<()> {
         while let Ended::Broken = self.read(&mut connection)? {
             connection = self.resume().map_err(|cause| {

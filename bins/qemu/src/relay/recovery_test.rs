@@ -21,16 +21,16 @@ const LIMITS: Limits = Limits {
 
 /// What a source is told beside its stream.
 #[derive(Debug, PartialEq, Eq)]
-enum Told {
+pub(super) enum Told {
     Rate(u64),
     Resume,
 }
 
 /// Drives nobody, and says what it was told.
-struct Driven {
-    told: Sender<Told>,
+pub(super) struct Driven {
+    pub told: Sender<Told>,
     /// Connections over which it goes on; none: it refuses.
-    next: Receiver<UnixStream>,
+    pub next: Receiver<UnixStream>,
 }
 
 impl Steering for Driven {
@@ -67,7 +67,7 @@ fn flowing(limits: Limits) -> (Source, Relay, Receiver<Told>, Option<UnixStream>
     (source, relay, heard, Some(ours))
 }
 
-fn pages(first: u32, pages: u32) -> PageRange {
+pub(super) fn pages(first: u32, pages: u32) -> PageRange {
     PageRange::new(PageIndex(first), pages)
 }
 
@@ -81,7 +81,7 @@ fn await_pages(relay: &Relay, range: PageRange) {
 }
 
 /// What a relay says that a block has: of pages, as many bits.
-fn received(source: &mut Source, block: BlockIndex) -> Vec<bool> {
+pub(super) fn received(source: &mut Source, block: BlockIndex) -> Vec<bool> {
     let mut ask = Vec::new();
     Command::ReceivedBitmap(block).encode(&source.blocks, &mut ask);
     source.say(&ask);
@@ -105,14 +105,14 @@ fn received(source: &mut Source, block: BlockIndex) -> Vec<bool> {
 }
 
 /// The source says that it goes on, and hears that it may.
-fn goes_on(source: &mut Source) {
+pub(super) fn goes_on(source: &mut Source) {
     let mut resume = Vec::new();
     Command::PostcopyResume.encode(&source.blocks, &mut resume);
     source.say(&resume);
     assert_eq!(source.answers(1), [AnswerItem::Answer(Answer::ResumeAck)]);
 }
 
-fn set(bits: &[bool]) -> Vec<usize> {
+pub(super) fn set(bits: &[bool]) -> Vec<usize> {
     (0..bits.len()).filter(|at| bits[*at]).collect()
 }
 

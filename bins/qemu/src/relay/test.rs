@@ -13,7 +13,7 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) const RAM: BlockIndex = BlockIndex(0);
 pub(super) const HUGE: BlockIndex = BlockIndex(1);
 
-fn blocks() -> Blocks {
+pub(super) fn blocks() -> Blocks {
     let huge = Block { page_bytes: 2 << 20, ..Block::new("huge", 4 << 20) };
     Blocks::new(vec![Block::new("pc.ram", 16 << 12), huge]).expect("blocks")
 }
