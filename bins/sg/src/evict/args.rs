@@ -104,10 +104,17 @@ Examples:
   sg evict --qmp src.qmp --to 10.0.0.2 --intermediary 10.0.0.3 --secret pool.secret --quit    a stock QEMU's VM
   sg evict --qmp src.qmp --to 10.0.0.2 --intermediary 10.0.0.3 --secret pool.secret --mode hybrid --quit
   sg evict --qmp src.qmp --park web --intermediary 10.0.0.3 --secret pool.secret --quit
+  sg evict --qmp src.qmp --resume --quit                       the sg evict before died: goes on where that was
 
 The VMs of one `sg evict` share the host's link: by what each has left, so that all are out together, or by --weight. Pages
 that guests wait for go before the bulk of all of them. When `sg evict` itself dies, VMs that have begun go on, and each looks for
 its rate alone; another `sg evict` with the same sockets takes them over.
+
+A VM of a stock QEMU leaves through this process. When it dies behind COMMIT, QEMU waits, with all that is not safe. What another
+needs to go on is in a small file, QMP_SOCKET.evict.json or --state-file, from the beginning until the VM is out, or stays.
+`sg evict --qmp … --resume` reads it, asks intermediaries and destination what they have, and scatters the rest. Where nobody was told
+of COMMIT, it has the VM run on here. It does nothing, and says why, when another process is at it, and when nothing is to be resumed.
+The destination waits --source-grace for it.
 
 ^C (or SIGTERM) calls off what is not committed: those VMs run on here. Those that are committed go on to be evicted, and are
 followed; a second ^C leaves them alone.
@@ -196,6 +203,13 @@ pub struct EvictArgs {
     /// [default: 256M]
     #[arg(long, value_name = "SIZE", requires = "qmp")]
     pub window: Option<Size>,
+    /// With --qmp: goes on with the VM whose `sg evict` died; QEMU keeps what is not safe, "postcopy-paused". Whither, how, and the
+    /// secret are those of before, where no other secret is named
+    #[arg(long, requires = "qmp", conflicts_with_all = ["to", "park", "mode", "dedup", "window", "shared_disks"])]
+    pub resume: bool,
+    /// With --qmp: where it is written down what --resume needs [default: QMP_SOCKET.evict.json]
+    #[arg(long, value_name = "PATH", requires = "qmp")]
+    pub state_file: Option<PathBuf>,
     /// With --qmp: how pages leave for intermediaries (VMMs have been told at their start).
     #[command(flatten)]
     pub transport: TransportArgs,
@@ -205,6 +219,11 @@ pub struct EvictArgs {
 }
 
 impl EvictArgs {
+    /// Where it is written down what another process would need.
+    pub fn state_file(&self, socket: &Path) -> PathBuf {
+        self.state_file.clone().unwrap_or_else(|| beside(socket, ".evict.json"))
+    }
+
     /// Where destinations wait.
     pub fn destinations(&self) -> Result<Vec<SocketAddr>> {
         self.to.iter().map(|name| resolve_at(name, PORT)).collect()
@@ -285,6 +304,10 @@ pub struct GatherArgs {
     /// With --qmp: where it is written down what --resume needs [default: QMP_SOCKET.gather.json]
     #[arg(long, value_name = "PATH", requires = "qmp")]
     pub state_file: Option<PathBuf>,
+    /// With --qmp: how long a source that cannot be reached may come again (`sg evict --resume`), before pages that nobody else
+    /// has are lost
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time, requires = "qmp")]
+    pub source_grace: Duration,
     /// With --qmp: what becomes of the VM when pages of it are lost for good
     #[arg(long, value_enum, default_value = "pause", requires = "qmp")]
     pub on_lost: OnLost,
@@ -302,12 +325,14 @@ pub struct GatherArgs {
 impl GatherArgs {
     /// Where it is written down what another process would need.
     pub fn state_file(&self, socket: &Path) -> PathBuf {
-        self.state_file.clone().unwrap_or_else(|| {
-            let mut path = socket.as_os_str().to_owned();
-            path.push(".gather.json");
-            path.into()
-        })
+        self.state_file.clone().unwrap_or_else(|| beside(socket, ".gather.json"))
     }
+}
+
+fn beside(socket: &Path, what: &str) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(what);
+    path.into()
 }
 
 /// What becomes of a VM of which pages are lost.

@@ -1,5 +1,7 @@
 //! A stock QEMU, over its QMP socket: `sg evict --qmp` is its destination, and `sg gather --qmp` another's source.
 
+mod again;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use libsg::report::{Report, Status};
 use libsg::units::Rate;
 use libsg::vmd::Connector;
 use libsg::{Error, ErrorKind};
-use qemu::{ArrivingQemu, Departure, Disks, Found, Qmp, Record, StateFile};
+use qemu::{ArrivingQemu, DepartedFile, Departure, Disks, Found, Qmp, Record, StateFile};
 use serde_json::json;
 
 use super::args::{EvictArgs, GatherArgs};
@@ -32,8 +34,11 @@ const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long intermediaries have to give the volume's memory back.
 const DISSOLVE_TIME: Duration = Duration::from_secs(15);
 
-/// The VM leaves; the exit code.
+/// The VM leaves, or is gone on with; the exit code.
 pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Result<u8> {
+    if args.resume {
+        return again::evict(args, socket, interrupted);
+    }
     let to = match (&args.destinations()?[..], &args.park) {
         ([to], None) => Some(*to),
         ([], Some(_)) => None,
@@ -58,10 +63,15 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
         return Ok(0);
     }
     let name = socket.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    let departure = match args.window {
+    let mut departure = match args.window {
         Some(window) => Departure::begin_within(qmp, &name, window.0),
         None => Departure::begin(qmp, &name),
     }?;
+    let file = DepartedFile::new(&args.state_file(socket), args.at.secret.as_deref());
+    if let Err(error) = departure.record(file, to.is_none()) {
+        departure.give_up()?;
+        return Err(error.into());
+    }
     let to = to.map_or_else(
         || To::Parked { name: parking_name(args, &departure), arbiter: args.arbiter() },
         To::from,
@@ -73,11 +83,22 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
             return Err(error.into());
         }
     };
+    see_out(args, socket, (outgoing, departure, to), interrupted)
+}
+
+/// Follows a VM that leaves, and says what became of it.
+fn see_out(
+    args: &EvictArgs,
+    socket: &Path,
+    (outgoing, departure, to): (Outgoing, Departure, To),
+    interrupted: &AtomicBool,
+) -> Result<u8> {
     let left = follow_out(&outgoing, departure.manifest().vm.as_str(), interrupted);
     let (report, resumed) = (outgoing.report(), departure.resumed());
+    let is_committed = outgoing.progress().committed;
     let ended = match &left {
         Ok(()) => departure.complete(args.quit),
-        Err(_) if outgoing.progress().committed => Ok(()),
+        Err(_) if is_committed => Ok(()),
         Err(_) => departure.give_up(),
     };
     let mut told = json!(Report::merged(Some(&report), None));
@@ -92,6 +113,9 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
     ended?;
     if let Err(error) = left {
         eprintln!("{}: {}", socket.display(), error.chain());
+        if is_committed {
+            again::hint(args, socket);
+        }
         let was_called_off = error.kind == ErrorKind::Cancelled && interrupted.load(Ordering::Acquire);
         return Ok(if was_called_off { INTERRUPTED } else { told::code(&report.status) });
     }
@@ -251,6 +275,7 @@ fn options(
     let nowhere = (Ipv4Addr::LOCALHOST, 0).into();
     let connector = args.transport.connector(secret.clone(), listen.map(|listen| listen.ip()))?;
     Ok(DestinationOptions {
+        source_grace: args.source_grace,
         gather_limit: args.limit.map_or(0, Rate::bytes_per_s),
         observer: Arc::new(tell),
         ..DestinationOptions::new(listen.unwrap_or(nowhere), secret, connector)

@@ -6,6 +6,7 @@ mod machine;
 mod process;
 
 mod commands;
+mod evict_resume;
 mod moves;
 mod resume;
 mod soak;

@@ -14,7 +14,7 @@ use crate::process::{PATIENCE, Qemu};
 
 const NOWHERE: &str = "127.0.0.1:0";
 
-fn intermediaries() -> [(Sg, String); 2] {
+pub fn intermediaries() -> [(Sg, String); 2] {
     ["i1", "i2"]
         .map(|name| Sg::listening(&["serve", "--memory", "128M", "--listen", NOWHERE, "--name", name]))
 }
@@ -26,7 +26,7 @@ fn state_file(qemu: &Qemu) -> PathBuf {
     path.into()
 }
 
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !holds() {
         assert!(begun.elapsed() < PATIENCE, "never: {what}");
@@ -34,19 +34,19 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-fn migration(qmp: &mut Qmp) -> Value {
+pub fn migration(qmp: &mut Qmp) -> Value {
     qmp.execute("query-migrate", &json!({})).expect("answers")["status"].clone()
 }
 
 impl Sg {
     /// Kills it as nobody can help.
-    fn kill(mut self) {
+    pub fn kill(mut self) {
         self.0.kill().expect("killed");
         self.0.wait().expect("is dead");
     }
 
     /// Waits for an event.
-    fn await_event(&mut self, event: &str) {
+    pub fn await_event(&mut self, event: &str) {
         let mut line = String::new();
         let event = format!("{{\"event\":\"{event}\"");
         while !line.starts_with(&event) {
@@ -64,13 +64,13 @@ pub fn hosts(machine: &Machine) -> (Host, Host) {
 }
 
 /// The VM leaves, its memory no faster than that.
-fn evict(from: &Qemu, to: &str, scatter: &str, intermediaries: &[&str]) -> Sg {
+pub fn evict(from: &Qemu, to: &str, scatter: &str, intermediaries: &[&str], more: &[&str]) -> Sg {
     let leaves = ["evict", "--qmp", path(&from.qmp), "--to", to, "--quit", "--scatter", scatter];
     let at = intermediaries.iter().flat_map(|at| ["--intermediary", at]);
-    Sg::start(&leaves.into_iter().chain(at).collect::<Vec<_>>())
+    Sg::start(&leaves.into_iter().chain(at).chain(more.iter().copied()).collect::<Vec<_>>())
 }
 
-fn said(output: &Output) -> String {
+pub fn said(output: &Output) -> String {
     let [out, err] = [&output.stdout, &output.stderr].map(|said| String::from_utf8_lossy(said).into_owned());
     format!("{out}{err}")
 }
@@ -126,7 +126,7 @@ fn a_feeder_is_killed_while_the_source_scatters() {
     let [one, two] = intermediaries();
     let gather = ["gather", "--qmp", path(&there.qemu.qmp), "--listen", NOWHERE];
     let (feeder, to) = Sg::listening(&gather);
-    let mut evicting = evict(&from.qemu, &to, "40mbit", &[&one.1, &two.1]);
+    let mut evicting = evict(&from.qemu, &to, "40mbit", &[&one.1, &two.1], &[]);
     there.await_beat("its heart stands still", |_| true);
     feeder.kill();
 
@@ -144,7 +144,7 @@ fn a_feeder_is_killed_while_the_source_scatters() {
 
 /// A source whose memory is not zero, and a destination that can be asked twice at once. Its vCPU does not run: firmware that
 /// waits for a page within a device holds up QMP as well.
-fn filled(directory: &Path) -> (Qemu, Qemu, PathBuf) {
+pub fn filled(directory: &Path) -> (Qemu, Qemu, PathBuf) {
     let (filling, mut word) = (directory.join("filling"), 0x9e37_79b9_7f4a_7c15_u64);
     let words = std::iter::repeat_with(|| {
         word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -153,15 +153,16 @@ fn filled(directory: &Path) -> (Qemu, Qemu, PathBuf) {
     std::fs::write(&filling, words.take(2 << 20).flatten().collect::<Vec<_>>()).expect("written");
     let loader = format!("loader,file={},addr=0x1000000,force-raw=on", filling.display());
     let machine = ["-machine", "q35", "-m", "64M"];
-    let from = Qemu::start(directory, "from", &[&machine[..], &["-device", &loader]].concat());
-    let second = directory.join("second.qmp");
-    let qmp = format!("unix:{},server=on,wait=off", second.display());
+    let second = |name: &str| format!("unix:{},server=on,wait=off", directory.join(name).display());
+    let qmp = second("from.second.qmp");
+    let from = Qemu::start(directory, "from", &[&machine[..], &["-device", &loader, "-qmp", &qmp]].concat());
+    let qmp = second("second.qmp");
     let there = Qemu::start(
         directory,
         "there",
         &[&machine[..], &["-S", "-incoming", "defer", "-qmp", &qmp]].concat(),
     );
-    (from, there, second)
+    (from, there, directory.join("second.qmp"))
 }
 
 /// It is not gone on with, for this reason.
@@ -183,7 +184,7 @@ fn one_feeds_it_at_a_time() {
     let slowly = ["--limit", "4mbit"];
     let gather = ["gather", "--qmp", path(&there.qmp), "--listen", NOWHERE];
     let (mut first, to) = Sg::listening(&[&gather[..], &slowly].concat());
-    let evicted = evict(&from, &to, "0", &[&one.1]).0.wait().expect("ends");
+    let evicted = evict(&from, &to, "0", &[&one.1], &[]).0.wait().expect("ends");
     assert!(evicted.success() && from.has_ended_well());
     first.await_event("resumed");
     let file = state_file(&there);
@@ -234,7 +235,7 @@ fn a_feeder_that_loses_its_qemu_ends_and_the_source_goes_on() {
     let (mut from, there, second) = filled(directory.path());
     let [one, _] = intermediaries();
     let (mut first, to) = Sg::listening(&["gather", "--qmp", path(&there.qmp), "--listen", NOWHERE]);
-    let mut evicting = evict(&from, &to, "16mbit", &[&one.1]);
+    let mut evicting = evict(&from, &to, "16mbit", &[&one.1], &[]);
     first.await_event("resumed");
     let mut qmp = Qmp::connect(&second).expect("greets");
     // Its devices are loaded before it can lose anything.

@@ -1,0 +1,238 @@
+//! Who leads a VM out of its QEMU dies: another goes on.
+
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::Duration;
+
+use libsg::migrate::OutgoingVm as _;
+use qemu::{DepartedFile, Departure, Qmp};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::commands::{Sg, path, sg};
+use crate::machine::{Machine, one_heart};
+use crate::process::Qemu;
+use crate::resume::{evict, filled, hosts, intermediaries, migration, resumed as gathered, said, until};
+
+const NOWHERE: &str = "127.0.0.1:0";
+
+fn state_file(qemu: &Qemu) -> PathBuf {
+    let mut path = qemu.qmp.clone().into_os_string();
+    path.push(".evict.json");
+    path.into()
+}
+
+fn noted(qemu: &Qemu) -> String {
+    std::fs::read_to_string(state_file(qemu)).unwrap_or_default()
+}
+
+fn resume(qmp: &Path, more: &[&str]) -> (Option<i32>, String) {
+    let resumed = sg(&[&["evict", "--qmp", path(qmp), "--resume"], more].concat());
+    (resumed.status.code(), said(&resumed))
+}
+
+/// It goes on, and is out; its report.
+fn evicted(qemu: &mut Qemu, more: &[&str], directory: &Path) -> Value {
+    let report = directory.join("report");
+    let (code, said) = resume(&qemu.qmp, &[&["--quit", "--json", path(&report)], more].concat());
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("\"evicted\""), "{said}");
+    assert!(qemu.has_ended_well(), "{}", qemu.said());
+    assert!(!state_file(qemu).exists(), "nobody needs it any more");
+    serde_json::from_slice(&std::fs::read(&report).expect("written")).expect("JSON")
+}
+
+/// It is not gone on with, for this reason.
+fn refused(qmp: &Path, more: &[&str], why: &str) {
+    let (code, said) = resume(qmp, more);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains(why), "{said}");
+}
+
+fn ends_well(mut gather: Sg) {
+    assert!(gather.0.wait().expect("ends").success());
+}
+
+/// Waits until so many pages are out.
+fn until_scattered(evicting: &mut Sg, percent: u32) {
+    let mut line = String::new();
+    let event = format!("{{\"event\":\"scattered\",\"percent\":{percent}}}");
+    while line.trim_end() != event {
+        line.clear();
+        assert!(std::io::BufRead::read_line(&mut evicting.1, &mut line).expect("read") > 0, "it ended");
+    }
+}
+
+/// Killed in the middle: the guest runs on what it has, and finds the rest when the next goes on, which sends that alone.
+#[test]
+fn a_relay_is_killed_in_the_middle() {
+    let moves =
+        [("pc", "scatter-gather", "48mbit"), ("q35", "hybrid", "48mbit"), ("q35", "post-copy", "90mbit")];
+    for (machine, mode, limit) in moves {
+        let machine = Machine::new(machine, 2, &[]);
+        let (mut from, mut there) = hosts(&machine);
+        let [one, two] = intermediaries();
+        let gather = ["gather", "--qmp", path(&there.qemu.qmp), "--listen", NOWHERE, "--limit", limit];
+        let (feeder, to) = Sg::listening(&gather);
+        let at: &[&str] = if mode == "post-copy" { &[] } else { &[&one.1, &two.1] };
+        let mut evicting = evict(&from.qemu, &to, "90mbit", at, &["--mode", mode]);
+        there.await_beat("its heart stands still", |_| true);
+        until_scattered(&mut evicting, 80);
+        evicting.kill();
+        until("QEMU notices", || migration(&mut from.qemu.connect()) == "postcopy-paused");
+
+        let report = evicted(&mut from.qemu, &["--scatter", "0"], machine.directory.path());
+        assert_eq!(report["resumed"], 1, "{report}");
+        let (sent, total) = (&report["bytes"], report["pages"]["total"].as_u64());
+        let sent =
+            sent["direct"].as_u64().zip(sent["staged"].as_u64()).map(|(direct, staged)| direct + staged);
+        // What lies there of a round before is sent again, for it may be out of date.
+        if mode != "hybrid" {
+            assert!(sent.zip(total).is_some_and(|(sent, total)| sent < total * 4096 / 4), "{report}");
+        }
+        ends_well(feeder);
+        assert_eq!(migration(&mut there.qemu.connect()), "completed");
+        there.await_passes();
+        one_heart(&from.console, &there.console);
+        refused(&there.qemu.qmp, &[], "nothing is to be resumed");
+    }
+}
+
+/// What lay at an intermediary that dies when another has gone on is sent once more: its relay never had it.
+#[test]
+fn an_intermediary_dies_behind_a_relay() {
+    let machine = Machine::new("q35", 1, &[]);
+    let (mut from, mut there) = hosts(&machine);
+    let [one, two] = intermediaries();
+    let gather = ["gather", "--qmp", path(&there.qemu.qmp), "--listen", NOWHERE, "--limit", "8mbit"];
+    let (feeder, to) = Sg::listening(&gather);
+    let mut evicting = evict(&from.qemu, &to, "60mbit", &[&one.1, &two.1], &[]);
+    there.await_beat("its heart stands still", |_| true);
+    until_scattered(&mut evicting, 80);
+    evicting.kill();
+    let report = machine.directory.path().join("report");
+    let resumes = ["evict", "--qmp", path(&from.qemu.qmp), "--resume", "--quit", "--scatter", "30mbit"];
+    let mut next = Sg::start(&[&resumes[..], &["--json", path(&report)]].concat());
+    until_scattered(&mut next, 85);
+    drop(two);
+    assert!(next.0.wait().expect("ends").success() && from.qemu.has_ended_well());
+    let report: Value = serde_json::from_slice(&std::fs::read(&report).expect("written")).expect("JSON");
+    assert!(report["resumed"].as_u64() > Some(1), "its stream was broken off: {report}");
+    ends_well(feeder);
+    there.await_passes();
+    one_heart(&from.console, &there.console);
+}
+
+/// The destination's process dies as well: the source is out without it.
+#[test]
+fn both_ends_are_killed() {
+    let machine = Machine::new("q35", 1, &[]);
+    let (mut from, mut there) = hosts(&machine);
+    let [one, two] = intermediaries();
+    let gather = ["gather", "--qmp", path(&there.qemu.qmp), "--listen", NOWHERE, "--limit", "8mbit"];
+    let (feeder, to) = Sg::listening(&gather);
+    let mut evicting = evict(&from.qemu, &to, "40mbit", &[&one.1, &two.1], &[]);
+    there.await_beat("its heart stands still", |_| true);
+    until_scattered(&mut evicting, 75);
+    evicting.kill();
+    feeder.kill();
+    evicted(&mut from.qemu, &[], machine.directory.path());
+    gathered(&there.qemu.qmp, &["--source-grace", "2s"]);
+    there.await_passes();
+    one_heart(&from.console, &there.console);
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).expect("told");
+}
+
+/// One that is at it, stopped or not, is the only one; and what is another QEMU's is of no use.
+#[test]
+fn one_leads_it_at_a_time() {
+    let directory = tempfile::tempdir().expect("creates");
+    let (mut from, there, _) = filled(directory.path());
+    let [one, _] = intermediaries();
+    refused(&from.qmp, &[], "nothing is to be resumed");
+    let (feeder, to) = Sg::listening(&["gather", "--qmp", path(&there.qmp), "--listen", NOWHERE]);
+    let mut evicting = evict(&from, &to, "8mbit", &[&one.1], &[]);
+    evicting.await_event("resumed");
+    assert!(noted(&from).contains("\"epoch\":1"), "written before COMMIT: {}", noted(&from));
+    refused(&from.qmp, &[], "another client has its socket");
+    let second = directory.path().join("from.second.qmp");
+    let by = ["--state-file", path(&state_file(&from))].map(ToOwned::to_owned);
+    let by = by.each_ref().map(String::as_str);
+    refused(&second, &by, "is at it still");
+    signal(&evicting.0, Signal::STOP);
+    refused(&second, &by, "is at it still");
+    let copy = directory.path().join("copy");
+    std::fs::copy(state_file(&from), &copy).expect("copied");
+    evicting.kill();
+
+    // The next is killed, too, and is followed by another.
+    until("QEMU notices", || migration(&mut from.connect()) == "postcopy-paused");
+    let resumes = ["evict", "--qmp", path(&from.qmp), "--resume", "--scatter", "8mbit"];
+    let next = Sg::start(&resumes);
+    until("it goes on", || migration(&mut Qmp::connect(&second).expect("greets")) == "postcopy-active");
+    refused(&second, &by, "is at it still");
+    next.kill();
+    until("QEMU notices", || migration(&mut from.connect()) == "postcopy-paused");
+    let other = Qemu::start(directory.path(), "other", &["-machine", "q35", "-m", "64M"]);
+    refused(&other.qmp, &["--state-file", path(&copy)], "not the QEMU whose VM was leaving");
+    evicted(&mut from, &[], directory.path());
+    ends_well(feeder);
+    assert_eq!(migration(&mut there.connect()), "completed");
+}
+
+/// Nobody was told of COMMIT: the VM runs on, as it was, and can leave.
+#[test]
+fn a_vm_that_was_not_given_away_runs_on() {
+    let machine = Machine::new("q35", 1, &[]);
+    let (mut from, mut there) = hosts(&machine);
+    let before = crate::process::settings(&mut from.qemu.connect());
+    let file = DepartedFile::new(&state_file(&from.qemu), None);
+    for pauses in [false, true] {
+        let mut departure = Departure::begin(from.qemu.connect(), "web").expect("begins");
+        departure.record(file.clone(), false).expect("written");
+        if pauses {
+            departure.vm().pause().expect("paused");
+        }
+        // As when its process dies, but for that.
+        departure.pages().hang_up();
+        drop(departure);
+        let of = noted(&from.qemu);
+        let mut ours: Value = serde_json::from_str(&of).expect("JSON");
+        refused(&from.qemu.qmp, &[], "is at it still");
+        ours["by"] = json!(null);
+        std::fs::write(state_file(&from.qemu), ours.to_string()).expect("written");
+        let beat = from.said().beats.last().map_or(0, |beat| beat.number);
+        let (code, said) = resume(&from.qemu.qmp, &[]);
+        assert_eq!(code, Some(1), "{said}");
+        assert!(said.contains("runs on here"), "{said}");
+        assert!(!state_file(&from.qemu).exists());
+        from.await_beat("it does not run on", |now| now.number > beat + 3);
+        assert_eq!(crate::process::settings(&mut from.qemu.connect()), before);
+    }
+    let [one, _] = intermediaries();
+    let (feeder, to) = Sg::listening(&["gather", "--qmp", path(&there.qemu.qmp), "--listen", NOWHERE]);
+    let evicted = evict(&from.qemu, &to, "0", &[&one.1], &[]).0.wait().expect("ends");
+    assert!(evicted.success() && from.qemu.has_ended_well() && !state_file(&from.qemu).exists());
+    ends_well(feeder);
+    there.await_passes();
+    one_heart(&from.console, &there.console);
+}
+
+/// A VM that was being parked is not gone on with: what is to be done is said.
+#[test]
+fn a_vm_that_was_being_parked_is_left_alone() {
+    let directory = tempfile::tempdir().expect("creates");
+    let (from, ..) = filled(directory.path());
+    let [one, _] = intermediaries();
+    let park = ["evict", "--qmp", path(&from.qmp), "--park", "web", "--scatter", "8mbit"];
+    let mut parking = Sg::start(&[&park[..], &["--intermediary", &one.1]].concat());
+    until_scattered(&mut parking, 10);
+    parking.kill();
+    until("QEMU notices", || migration(&mut from.connect()) == "postcopy-paused");
+    std::thread::sleep(Duration::from_millis(50));
+    refused(&from.qmp, &[], "was being parked");
+    assert_eq!(migration(&mut from.connect()), "postcopy-paused");
+}
