@@ -211,7 +211,32 @@ fn an_intermediary_that_died_meanwhile_has_taken_nothing_along() {
     let (outgoing, stream) = go_on(&scene, unscattered(&scene));
     outgoing.wait_evicted(LONG).unwrap();
     let safe: u32 = stream.safe().iter().map(|run| run.pages).sum();
-    assert!((HELD.pages..HELD.pages + STAGED.pages).contains(&safe), "{safe}");
+    // What the destination gathered meanwhile is there.
+    assert!((HELD.pages..=HELD.pages + STAGED.pages + ZERO.pages).contains(&safe), "{safe}");
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    scene.check(is_zero, |_| false);
+}
+
+/// Where pages have copies, no index tells who has them.
+#[test]
+fn what_has_copies_is_sent_again() {
+    let scene = left_behind(true);
+    let (outgoing, _) = go_on(&scene, Unscattered { replicas: 2, ..unscattered(&scene) });
+    outgoing.wait_evicted(LONG).unwrap();
+    drop(outgoing);
+    scene.nodes[0].kill();
+    assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
+    scene.check(is_zero, |_| false);
+}
+
+/// One that came later is known by the others, and what lies there counts.
+#[test]
+fn a_member_that_was_not_written_down_is_found() {
+    let scene = left_behind(true);
+    let of = Unscattered { members: scene.members()[..1].to_vec(), ..unscattered(&scene) };
+    let (outgoing, stream) = go_on(&scene, of);
+    outgoing.wait_evicted(LONG).unwrap();
+    assert_eq!(stream.safe(), [PageRange::new(HELD.first, 1900), ZERO]);
     assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
     scene.check(is_zero, |_| false);
 }
@@ -252,6 +277,8 @@ fn nothing_is_begun_where_the_volume_is_somebody_elses_or_gone() {
         let (outgoing, stream) = go_on(&scene, unscattered(&scene));
         let refused = outgoing.wait_evicted(LONG).unwrap_err();
         assert_eq!(refused.kind, kind, "{refused}");
+        until("it is over", || outgoing.is_over());
+        assert!(outgoing.progress().committed, "nobody is to run the VM here for that");
         assert!(!stream.flows.load(Ordering::SeqCst) && stream.safe().is_empty());
         scene.incoming.cancel().unwrap_err();
     }

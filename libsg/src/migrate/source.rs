@@ -160,6 +160,8 @@ pub struct Outgoing {
 #[derive(Default)]
 struct State {
     phase: Phase,
+    /// COMMIT was given, however it ended.
+    committed: bool,
     scatter: Option<Arc<Scatter>>,
     evicted: Option<std::result::Result<Box<SourceReport>, Failure>>,
     gathered_s: Option<f64>,
@@ -280,6 +282,12 @@ impl Control {
         Ok(())
     }
 
+    /// There is no way back.
+    fn set_committed(&self) {
+        let mut state = self.state.lock();
+        (state.phase, state.committed) = (Phase::Committed, true);
+    }
+
     pub(super) fn is_committed(&self) -> bool {
         self.state.lock().phase != Phase::Connecting
     }
@@ -308,7 +316,7 @@ impl Outgoing {
     pub fn progress(&self) -> SourceProgress {
         let state = self.control.state.lock();
         let mut progress = state.heard;
-        progress.committed = matches!(state.phase, Phase::Committed | Phase::Evicted);
+        progress.committed = state.committed;
         progress.evicted = matches!(state.evicted, Some(Ok(_)));
         if let Some(scatter) = &state.scatter {
             let (safe, total) = scatter.planner.lock().progress();

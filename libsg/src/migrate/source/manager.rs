@@ -140,7 +140,7 @@ impl Manager {
         if scatter.is_poisoned() {
             return Err(scatter.failure());
         }
-        state.phase = Phase::Committed;
+        (state.phase, state.committed) = (Phase::Committed, true);
         Ok(())
     }
 

@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::manager::{Left, Manager, spawn};
-use super::{Control, Outgoing, Phase, SourceOptions, check};
+use super::{Control, Outgoing, SourceOptions, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, Round, VolumeId};
@@ -84,8 +84,7 @@ pub fn resume(
         ..options
     };
     let control = Control::new(&options);
-    // There is no way back.
-    control.state.lock().phase = Phase::Committed;
+    control.set_committed();
     let manifest = of.manifest.clone();
     spawn(control, move |manager| manager.go_on(of), (vm, source, manifest, options))
 }
