@@ -40,6 +40,9 @@ const UNTOLD: Duration = Duration::from_secs(1);
 /// What no index knew is asked for again after so long.
 const ASK_ANEW: Duration = Duration::from_secs(1);
 
+/// A source that has evicted is waited for no longer than this: it dials again at once, and nobody comes in its place.
+const EVICTED_GRACE: Duration = Duration::from_secs(10);
+
 /// Pages of which only the source may have a copy, asked of it at once.
 const WISHES_AT_ONCE: usize = 32;
 
@@ -364,7 +367,8 @@ fn after_search(shared: &Shared, complete: bool, fewer_at: Instant) -> Result<()
     if !complete || !settled || !shared.is_running() {
         return Ok(());
     }
-    let source_away = away_for.is_some_and(|away| away.min(host::elapsed(fewer_at)) >= shared.source_grace);
+    let grace = if source.evicted { shared.source_grace.min(EVICTED_GRACE) } else { shared.source_grace };
+    let source_away = away_for.is_some_and(|away| away.min(host::elapsed(fewer_at)) >= grace);
     let mut lost = Vec::new();
     let mut from = PageIndex(0);
     while u64::from(from.0) < total {

@@ -50,7 +50,8 @@ pub struct DestinationOptions {
     /// Most bytes a second that come in the background, the direct path included; 0 is unlimited.
     /// Never holds for a page that the guest waits for.
     pub gather_limit: u64,
-    /// How long pages that only the source could have wait for it to come back before they are lost.
+    /// How long pages that only the source could have wait for it, or for who takes its place, to come back before they
+    /// are lost; 10 s at most once it has evicted.
     pub source_grace: Duration,
     /// How long pages that only an intermediary has that does not answer wait for it, likewise.
     pub member_grace: Duration,

@@ -221,6 +221,27 @@ fn a_vm_that_was_not_given_away_runs_on() {
     one_heart(&from.console, &there.console);
 }
 
+/// Nobody has the volume any more: QEMU keeps what it has, for somebody to look at.
+#[test]
+fn without_the_volume_nothing_is_changed() {
+    let directory = tempfile::tempdir().expect("creates");
+    let (from, there, _) = filled(directory.path());
+    let [one, _] = intermediaries();
+    let (feeder, to) = Sg::listening(&["gather", "--qmp", path(&there.qmp), "--listen", NOWHERE]);
+    let mut evicting = evict(&from, &to, "8mbit", &[&one.1], &[]);
+    evicting.await_event("resumed");
+    evicting.kill();
+    feeder.kill();
+    until("QEMU notices", || migration(&mut from.connect()) == "postcopy-paused");
+    let listed = sg(&["ls", "--intermediary", &one.1, "--json"]);
+    let volumes: Value = serde_json::from_slice(&listed.stdout).expect("JSON");
+    let volume = volumes["volumes"][0]["volume"].as_str().expect("one").to_owned();
+    assert!(sg(&["dissolve", &volume, "--yes", "--intermediary", &one.1]).status.success());
+    refused(&from.qmp, &[], "dissolved it");
+    assert_eq!(migration(&mut from.connect()), "postcopy-paused");
+    assert!(state_file(&from).exists());
+}
+
 /// A VM that was being parked is not gone on with: what is to be done is said.
 #[test]
 fn a_vm_that_was_being_parked_is_left_alone() {
