@@ -56,6 +56,7 @@ pub(super) fn spawn(
     })?;
     Ok(Outgoing { control })
 }
+
 impl Manager {
     pub(super) fn run(mut self) -> Result<()> {
         let volume = VolumeId::random()?;

@@ -249,7 +249,7 @@ impl Found {
         let is_gone = |seat: &Result<Seat>| seat.as_ref().is_err_and(|error| error.kind == ErrorKind::Volume);
         if !found.seats.is_empty() && found.seats.iter().all(is_gone) {
             let message = format!(
-                "no intermediary has the VM's volume {} any more: its destination has all of it and gave it back, or somebody                  dissolved it. Ask there before what has the memory here is ended",
+                "no intermediary has the VM's volume {} any more: its destination has all of it and gave it back, or somebody dissolved it. Ask there before what has the memory here is ended",
                 of.volume
             );
             return Err(Error::new(ErrorKind::Volume, message));
