@@ -1,6 +1,7 @@
 //! Links whose pages go over a device, where both ends have one; else over their connections.
 
-use std::net::SocketAddr;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,12 +15,28 @@ use libsg::{Error, ErrorKind, Result};
 use crate::link::RdmaLink;
 use crate::verbs::Device;
 
-/// Makes links over a device, all with one pool secret.
+/// Makes links over devices, all with one pool secret.
 #[derive(Clone, Debug)]
 pub struct RdmaConnector {
     tcp: TcpConnector,
-    device: Arc<dyn Device>,
+    devices: Arc<dyn Devices>,
     said: Said,
+}
+
+/// The devices of a host that is in several networks.
+pub trait Devices: Send + Sync + fmt::Debug {
+    /// The one in the network in which this host has an address: that by which a link's connection goes.
+    fn near(&self, address: Option<IpAddr>) -> Arc<dyn Device>;
+}
+
+/// Of a host that has one.
+#[derive(Debug)]
+struct One(Arc<dyn Device>);
+
+impl Devices for One {
+    fn near(&self, _: Option<IpAddr>) -> Arc<dyn Device> {
+        Arc::clone(&self.0)
+    }
 }
 
 /// What is said once, however many links there are; and what is no matter of saying, where there must be no other way.
@@ -65,7 +82,13 @@ impl RdmaConnector {
     /// For a pool with this secret, over this device.
     #[must_use]
     pub fn new(secret: PoolSecret, device: Arc<dyn Device>) -> Self {
-        Self { tcp: TcpConnector::new(secret), device, said: Said::default() }
+        Self::among(secret, Arc::new(One(device)))
+    }
+
+    /// The same, over the device of the network in which the other end is.
+    #[must_use]
+    pub fn among(secret: PoolSecret, devices: Arc<dyn Devices>) -> Self {
+        Self { tcp: TcpConnector::new(secret), devices, said: Said::default() }
     }
 
     /// Its links fail where pages cannot go over the device, instead of going over their connections: those that a link
@@ -88,7 +111,8 @@ impl RdmaConnector {
         timeout: Duration,
     ) -> Result<RdmaLink> {
         let control = self.tcp.link(address, (volume, epoch), class, timeout)?;
-        RdmaLink::new(control, Arc::clone(&self.device), class, self.said.clone())
+        let device = self.devices.near(control.local_address());
+        RdmaLink::new(control, device, class, self.said.clone())
     }
 }
 

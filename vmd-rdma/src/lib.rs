@@ -10,9 +10,11 @@ mod connector;
 mod link;
 mod region;
 mod server;
+mod several;
 mod stream;
 pub mod verbs;
 
-pub use connector::RdmaConnector;
+pub use connector::{Devices, RdmaConnector};
 pub use link::RdmaLink;
 pub use server::RdmaBackend;
+pub use several::Several;

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -14,11 +15,12 @@ use libsg::ErrorKind;
 use libsg::memory::Mapping;
 use libsg::transport::wait;
 use libsg::vmd::conformance::run_all;
-use vmd_rdma::verbs::kernel::{self, Choice};
+use vmd_rdma::verbs::kernel::{self, Choice, Port};
 use vmd_rdma::verbs::{
     Access, Device, Domain, Done, Endpoint, Fault, Operation, Patience, Piece, QueuePair, Region, Remote,
     Work,
 };
+use vmd_rdma::{Devices as _, Several};
 
 const BYTES: usize = 1 << 20;
 
@@ -257,6 +259,22 @@ fn what_cannot_be_reached_or_had_is_said() {
         Choice { mtu_bytes: Some(8192), ..Choice::default() },
     ] {
         assert_eq!(kernel::open(&choice).unwrap_err().kind, ErrorKind::Input, "{choice:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs an RDMA device: ci/rxe"]
+fn the_device_that_has_an_address_is_used_for_links_by_it() {
+    let first = device();
+    let v4 = |port: &Port| port.gids.iter().find_map(|gid| gid.address.to_ipv4_mapped());
+    let own = kernel::ports().unwrap().iter().find_map(v4).expect("an IPv4 address");
+    let at = |address| kernel::open_at(&Choice::default(), address).unwrap().map(|d| d.name().to_owned());
+    assert_eq!(at(own.into()).as_deref(), Some(first.name()));
+    let elsewhere = IpAddr::from([192, 0, 2, 9]);
+    assert_eq!(at(elsewhere), None);
+    let several = Several::open(&Choice::default()).unwrap();
+    for address in [None, Some(own.into()), Some(elsewhere)] {
+        assert_eq!(several.near(address).name(), first.name(), "{address:?}");
     }
 }
 

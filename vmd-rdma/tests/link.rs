@@ -4,6 +4,7 @@
 mod common;
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use common::{CLIENTS, Client, MIB, PATIENCE, batch, config, content, eventually, kind, serve, whole};
@@ -17,8 +18,10 @@ use libsg::vmd::link::ask;
 use libsg::vmd::{Class, Connector, Link as _, Reply, Request, Ticket};
 use libsg::wire::message::VmdRequest;
 use libsg::wire::{GetEntry, PageEntry};
-use vmd_rdma::check;
+use parking_lot::Mutex;
+use vmd_rdma::verbs::Device;
 use vmd_rdma::verbs::simulated::Network;
+use vmd_rdma::{Devices, RdmaConnector, check};
 
 /// Pages far apart, so that no two of them are one piece anywhere.
 fn scattered(count: u32) -> Vec<u32> {
@@ -479,6 +482,30 @@ fn who_is_answered_first_is_who_waits() {
     let operator = connector.connect(server.address(), VolumeId(0), Epoch(0), Class::Bulk, PATIENCE).unwrap();
     assert_eq!(operator.member().node, *server.node());
     assert_eq!(network.device(CLIENTS).name(), "sim1");
+}
+
+/// By the address of this host's.
+#[derive(Debug)]
+struct ByAddress(Network, Mutex<Vec<Option<IpAddr>>>);
+
+impl Devices for ByAddress {
+    fn near(&self, address: Option<IpAddr>) -> Arc<dyn Device> {
+        self.1.lock().push(address);
+        self.0.device(CLIENTS)
+    }
+}
+
+#[test]
+fn a_link_goes_over_the_device_of_its_network() {
+    let network = Network::new(16);
+    let server = serve(&network, 2);
+    let devices = Arc::new(ByAddress(network.clone(), Mutex::default()));
+    let connector = RdmaConnector::among(common::secret(), devices.clone()).strict();
+    let _volume = Client::create(&network, &[&server]);
+    let mut client = Client::link(&connector, &server, 1, Class::Bulk);
+    client.put([1]).unwrap();
+    assert_eq!(*devices.1.lock(), [Some(IpAddr::from([127, 0, 0, 1]))]);
+    assert_eq!(network.counts().written_bytes, PAGE_BYTES_U64);
 }
 
 /// A writer with 64 pages, and a reader of single ones that somebody waits for, which has read one of them.

@@ -9,9 +9,8 @@ use libsg::Result;
 use libsg::server::backend::Backend;
 use libsg::transport::PoolSecret;
 use libsg::vmd::{Connector, TcpConnector};
-use vmd_rdma::verbs::Device;
 use vmd_rdma::verbs::kernel::{self, Choice};
-use vmd_rdma::{RdmaBackend, RdmaConnector};
+use vmd_rdma::{RdmaBackend, RdmaConnector, Several};
 
 /// How pages reach an intermediary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -40,7 +39,7 @@ pub struct TransportArgs {
 #[derive(Args, Clone, Debug, Default)]
 pub struct DeviceArgs {
     /// The RDMA device and its port, as `rdma link` shows them: rxe0, mlx5_0/1 [default: the one with the address that is
-    /// listened on, else the first that is up]
+    /// listened on, else the first that is up; of links to intermediaries the one with the address by which each goes]
     #[arg(long, value_name = "NAME[/PORT]", value_parser = device)]
     pub rdma_device: Option<(String, Option<u8>)>,
     /// The port's GID by its index (`sg rdma check` shows all) [default: the address that is listened on, else RoCE v2 with an
@@ -91,15 +90,15 @@ impl DeviceArgs {
 }
 
 impl TransportArgs {
-    /// The device that pages go over, if they do.
+    /// What pages go over, opened as said, if they do.
     ///
     /// # Errors
     /// There is none, where there must be: by RDMA only, or one was described.
-    fn open(&self, near: Option<IpAddr>) -> Result<Option<Arc<dyn Device>>> {
+    fn open<D>(&self, near: Option<IpAddr>, open: fn(&Choice) -> Result<D>) -> Result<Option<D>> {
         if self.transport == Transport::Tcp {
             return Ok(None);
         }
-        match kernel::open(&self.device.choice(near)) {
+        match open(&self.device.choice(near)) {
             Ok(device) => Ok(Some(device)),
             Err(error) if self.transport == Transport::Rdma || self.device.are_said() => Err(error),
             Err(error) => {
@@ -114,13 +113,11 @@ impl TransportArgs {
     /// # Errors
     /// There is no device, where there must be one.
     pub fn connector(&self, secret: PoolSecret, near: Option<IpAddr>) -> Result<Arc<dyn Connector>> {
-        Ok(match self.open(near)? {
-            None => Arc::new(TcpConnector::new(secret)),
-            Some(device) if self.transport == Transport::Rdma => {
-                Arc::new(RdmaConnector::new(secret, device).strict())
-            }
-            Some(device) => Arc::new(RdmaConnector::new(secret, device)),
-        })
+        let Some(devices) = self.open(near, Several::open)? else {
+            return Ok(Arc::new(TcpConnector::new(secret)));
+        };
+        let connector = RdmaConnector::among(secret, Arc::new(devices));
+        Ok(Arc::new(if self.transport == Transport::Rdma { connector.strict() } else { connector }))
     }
 
     /// What an intermediary offers beside TCP.
@@ -128,7 +125,7 @@ impl TransportArgs {
     /// # Errors
     /// There is no device, where there must be one.
     pub fn backend(&self, near: IpAddr) -> Result<Option<Arc<dyn Backend>>> {
-        let device = self.open(Some(near))?;
+        let device = self.open(Some(near), kernel::open)?;
         Ok(device.map(|device| {
             tracing::info!(device = device.name(), "clients may move pages by RDMA");
             Arc::new(RdmaBackend::new(device)) as Arc<dyn Backend>

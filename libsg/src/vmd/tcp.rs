@@ -3,7 +3,7 @@
 mod access;
 mod answer;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -130,6 +130,13 @@ impl TcpLink {
             failed: None,
             dead: false,
         }
+    }
+
+    /// The address of this host by which the connection goes, where it goes by one.
+    #[must_use]
+    pub fn local_address(&self) -> Option<IpAddr> {
+        let address = rustix::net::getsockname(&self.channel).ok()?;
+        SocketAddr::try_from(address).ok().map(|address| address.ip().to_canonical())
     }
 
     fn check_alive(&mut self) -> Result<()> {

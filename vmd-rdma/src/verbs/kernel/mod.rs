@@ -17,6 +17,7 @@ use libsg::Result;
 
 use self::context::Context;
 use self::domain::KernelDomain;
+use self::ports::Picked;
 pub use self::ports::{Gid, GidKind, LinkLayer, Port};
 use super::{Device, Domain, Limits};
 
@@ -43,11 +44,7 @@ pub struct Choice {
 /// # Errors
 /// libibverbs is not here, the kernel has no RDMA, or no device can be opened.
 pub fn ports() -> Result<Vec<Port>> {
-    let mut all = Vec::new();
-    for context in Context::open_all()? {
-        all.extend(context.ports()?);
-    }
-    Ok(all)
+    look().map(|(_, ports)| ports)
 }
 
 /// Opens the port that is chosen.
@@ -55,12 +52,29 @@ pub fn ports() -> Result<Vec<Port>> {
 /// # Errors
 /// [`libsg::ErrorKind::Input`] where there is none like it, or it is down; those of [`ports`].
 pub fn open(choice: &Choice) -> Result<Arc<dyn Device>> {
-    let contexts: Vec<Arc<Context>> = Context::open_all()?;
-    let mut all = Vec::new();
+    let (contexts, ports) = look()?;
+    open_picked(contexts, ports::pick(&ports, choice)?)
+}
+
+/// The device that has this address of the host, if one has, used as said.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_at(choice: &Choice, address: IpAddr) -> Result<Option<Arc<dyn Device>>> {
+    let (contexts, ports) = look()?;
+    let picked = ports::pick(&ports, &Choice { near: Some(address), ..choice.clone() })?;
+    if picked.gid.is(address) { open_picked(contexts, picked).map(Some) } else { Ok(None) }
+}
+
+fn look() -> Result<(Vec<Arc<Context>>, Vec<Port>)> {
+    let (contexts, mut all) = (Context::open_all()?, Vec::new());
     for context in &contexts {
         all.extend(context.ports()?);
     }
-    let picked = ports::pick(&all, choice)?;
+    Ok((contexts, all))
+}
+
+fn open_picked(contexts: Vec<Arc<Context>>, picked: Picked) -> Result<Arc<dyn Device>> {
     let context = contexts.into_iter().find(|context| context.name() == picked.port.device);
     let context = context.ok_or_else(|| refusal::no_device(&[]))?;
     let limits = domain::probe(&context, &picked)?;

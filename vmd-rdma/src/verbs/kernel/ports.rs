@@ -66,7 +66,7 @@ pub(super) struct Picked {
 }
 
 impl Gid {
-    fn is(&self, address: IpAddr) -> bool {
+    pub(super) fn is(&self, address: IpAddr) -> bool {
         let own = match address {
             IpAddr::V4(address) => address.to_ipv6_mapped(),
             IpAddr::V6(address) => address,
