@@ -208,7 +208,10 @@ impl<'s> Draws<'s> {
         let stored = match self.store.settle(&way.seat, (number, &buffers.pages)) {
             Ok(Some(filling)) => keep(self.store, filling, asked, buffers, &way.seat),
             Ok(None) => Status::State,
-            Err(status) => status,
+            Err(status) => {
+                self.store.release(&way.seat, &[number]);
+                status
+            }
         };
         asked.status = Some(stored);
     }
