@@ -242,32 +242,10 @@ impl RdmaLink {
             if !open.takes_jobs() {
                 return Ok(());
             }
-            if let Job::Get(get) = job
-                && !get.known.is_empty()
-                && self.standing.reads(&get.wanted, &mut self.keys, &mut get.kept_by)
-            {
-                match open.land(get.wanted.len()) {
-                    Ok(Some(area)) => {
-                        get.area = area;
-                        open.read_known(number, get, &self.keys)?;
-                        self.waiting.pop_front();
-                        self.ask_again(number)?;
-                        continue;
-                    }
-                    landed => {
-                        self.standing.has_read(&mut get.kept_by, &mut self.releases);
-                        if landed.is_ok() {
-                            return Ok(());
-                        }
-                    }
-                }
-            }
-            let Some(job) = self.jobs.get_mut(&number) else { return Ok(()) };
-            let Way::Open(open) = &mut self.way else { return Ok(()) };
+            let may_ask = self.grants < GRANTS_MAX;
             let asked = match job {
-                _ if self.grants >= GRANTS_MAX => return Ok(()),
                 Job::Put(put) => {
-                    if self.leased + put.entries.len() > LEASED_SLOTS_MAX {
+                    if !may_ask || self.leased + put.entries.len() > LEASED_SLOTS_MAX {
                         return Ok(());
                     }
                     put.lease = self.control.submit_access(AccessRequest::Lease(put.entries.len()))?;
@@ -275,14 +253,26 @@ impl RdmaLink {
                     (put.lease, Asked::Lease(number))
                 }
                 Job::Get(get) => {
+                    let is_kept = !get.known.is_empty()
+                        && self.standing.reads(&get.wanted, &mut self.keys, &mut get.kept_by);
+                    if !is_kept && !may_ask {
+                        return Ok(());
+                    }
                     match open.land(get.wanted.len()) {
                         Ok(Some(area)) => get.area = area,
-                        Ok(None) => return Ok(()),
-                        Err(error) => {
+                        landed => {
+                            self.standing.has_read(&mut get.kept_by, &mut self.releases);
+                            let Err(error) = landed else { return Ok(()) };
                             open.shut = true;
                             self.said.not_over_the_device(error)?;
                             continue;
                         }
+                    }
+                    if is_kept {
+                        open.read_known(number, get, &self.keys)?;
+                        self.waiting.pop_front();
+                        self.ask_again(number)?;
+                        continue;
                     }
                     get.reach = self.control.submit_access(AccessRequest::Reach(&get.wanted))?;
                     (get.reach, Asked::Reach(number))
