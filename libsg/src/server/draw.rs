@@ -264,11 +264,7 @@ fn keep(
     match filling.finish(header.epoch, pages, &mut buffers.hashes, &mut buffers.placements) {
         Ok((runs, _)) => {
             store.close_full(seat, &runs);
-            if buffers.placements.iter().all(Option::is_some) {
-                return Status::Ok;
-            }
-            store.unkeep(header.volume, of, &buffers.placements);
-            Status::Full
+            store.all_or_none(header.volume, of, &buffers.placements)
         }
         Err(status) => status,
     }

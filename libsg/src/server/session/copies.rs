@@ -175,11 +175,7 @@ impl<'c> Session<'c> {
         buffers.pages.clear();
         buffers.pages.extend(of.iter().map(|entry| PageEntry::raw(entry.page, entry.round, entry.checksum)));
         let status = match self.store_pages(header, page_bytes, noted(&of))? {
-            Ok(_) if self.buffers.placements.iter().all(Option::is_some) => Status::Ok,
-            Ok(_) => {
-                self.store.unkeep(header.volume, &of, &self.buffers.placements);
-                Status::Full
-            }
+            Ok(_) => self.store.all_or_none(header.volume, &of, &self.buffers.placements),
             Err(status) => status,
         };
         self.buffers.index = of;

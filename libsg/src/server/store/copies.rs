@@ -139,13 +139,21 @@ impl Store {
         noted.is_ok()
     }
 
-    /// Pages were not all stored that belong together: those that were are free again.
-    pub(in crate::server) fn unkeep(
+    /// Pages that belong together were stored, all of them; else those that were are free again, since there was no room.
+    pub(in crate::server) fn all_or_none(
         &self,
         volume: VolumeId,
         of: &[IndexEntry],
         placements: &[Option<Placement>],
-    ) {
+    ) -> Status {
+        if placements.iter().all(Option::is_some) {
+            return Status::Ok;
+        }
+        self.unkeep(volume, of, placements);
+        Status::Full
+    }
+
+    fn unkeep(&self, volume: VolumeId, of: &[IndexEntry], placements: &[Option<Placement>]) {
         let Some(books) = self.books(volume) else { return };
         let mut copies = books.copies.lock();
         let mut slots = self.slots.lock();

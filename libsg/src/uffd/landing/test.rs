@@ -1,3 +1,5 @@
+//! Which hosts gain by files, and that a page is taken by one, against a model.
+
 use proptest::prelude::*;
 
 use super::*;
