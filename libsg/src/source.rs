@@ -48,6 +48,9 @@ pub enum Supply {
     Complete,
 }
 
+/// Wakes who waits for something. It does not wait itself.
+pub type Wake = Box<dyn Fn() + Send + Sync>;
+
 /// Gives the pages of a VM that leaves. All methods are called from several threads.
 pub trait PageSource: Send + Sync {
     /// Whether pages can be had again after [`Outcome::Safe`]: what is not [`Repeat::Any`] is told outcomes.
@@ -80,6 +83,12 @@ pub trait PageSource: Send + Sync {
     /// # Errors
     /// When the source is broken.
     fn want(&self, page: PageIndex) -> Result<()>;
+
+    /// Is to call this from now on whenever pages that are wanted have become available: nobody would look for them so soon. A
+    /// source of which pages can be had at any time has none of these.
+    fn wake_for_wanted(&self, wake: Wake) {
+        let _ = wake;
+    }
 
     /// The bytes of available pages, from the first of `range` on: as many as lie together, at least
     /// one page, at most the range. They stay what they are until the outcome of the page is told

@@ -207,6 +207,7 @@ fn messages() -> Vec<Vec<u8>> {
         VmdRequest::ClaimParked(Claim { epoch: Epoch(9), by: node(), force: true }),
         VmdRequest::Succeed { epoch: Epoch(9) },
         VmdRequest::Copies(3),
+        VmdRequest::Fence,
     ];
     let (volume, state) = (VolumeId(u128::MAX), VolumeState::Sealed);
     let info = VolumeInfo {

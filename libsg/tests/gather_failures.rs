@@ -68,6 +68,8 @@ fn a_lost_copy_is_recovered_from_the_source() {
     let entries = scene.stage(0, 0..300);
     scene.nodes[0].corrupt();
     source.announce(&entries);
+    // More than are asked for at once: the others are searched for when the source has no more to say.
+    source.say(&Talk::Evicted);
     source.hear(|talk| *talk == Talk::Gathered);
     let report = scene.incoming.wait_gathered(LONG).unwrap();
     assert_eq!(report.pages.direct, Some(300));
@@ -256,13 +258,13 @@ fn before_commit_nothing_is_lost_however_long_the_source_is_away() {
 
 #[test]
 fn a_source_that_only_intermediaries_reach_goes_on_scattering() {
-    let scene = Scene::new(Plan { nodes: 1, grace: Duration::from_millis(1500), ..Plan::default() });
+    let scene = Scene::new(Plan { nodes: 1, grace: 12 * A_WHILE, ..Plan::default() });
     Source::start(&scene, |_| Answer::Silent).die();
-    // Each part comes within the grace, the last long after it.
-    for first in (0..300).step_by(75) {
-        let entries = scene.stage(0, first..first + 75);
+    // Each part comes long before the grace is over, the last long after it.
+    for first in (0..300).step_by(15) {
+        let entries = scene.stage(0, first..first + 15);
         scene.index(0, &entries);
-        until("it is found", || scene.incoming.progress().pages.held >= u64::from(first) + 75);
+        until("it is found", || scene.incoming.progress().pages.held >= u64::from(first) + 15);
         std::thread::sleep(A_WHILE);
     }
     assert_eq!(scene.incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
@@ -295,7 +297,7 @@ fn cancelling_after_ready_asks_the_source() {
 
 #[test]
 fn connections_break_and_are_made_again() {
-    let scene = Scene::new(Plan { grace: Duration::from_secs(30), ..Plan::default() });
+    let scene = Scene::new(Plan { grace: LONG, ..Plan::default() });
     let mut source = Source::start(&scene, |_| Answer::Page);
     source.direct.as_mut().unwrap().pages((0..100).chain(200..210), 64);
     source.direct.as_mut().unwrap().settle();
@@ -319,12 +321,13 @@ fn connections_break_and_are_made_again() {
 #[test]
 fn a_silent_source_is_not_waited_for_when_the_index_knows() {
     let scene = Scene::new(Plan { nodes: 2, gather_limit: 4096, ..Plan::default() });
-    let mut source = Source::start(&scene, |_| Answer::Silent);
-    let entries = scene.stage(1, 0..300);
-    scene.index_at_owners(&entries);
+    let mut source = Source::start(&scene, |page| if page == 7 { Answer::Page } else { Answer::Silent });
     let memory = scene.seen.memory();
+    // Nobody else has it: from then on the source can be asked.
+    assert!(read(&memory, 7) == content(7));
+    scene.index_at_owners(&scene.stage(1, 0..300));
     assert!(read(&memory, 123) == content(123));
-    assert!(source.faults.load(Ordering::SeqCst) > 0);
+    until("the source was asked", || source.faults.load(Ordering::SeqCst) > 1);
     scene.incoming.set_gather_limit(0);
     source.say(&Talk::Evicted);
     source.hear(|talk| *talk == Talk::Gathered);
@@ -422,7 +425,7 @@ fn connect_when_let(scene: &Scene) -> Source {
 
 #[test]
 fn hostile_bytes_from_a_peer_with_the_secret_do_no_harm() {
-    let scene = Scene::new(Plan { nodes: 1, ..Plan::default() });
+    let scene = Scene::new(Plan { nodes: 1, grace: LONG, ..Plan::default() });
     let mut source = Source::start(&scene, |_| Answer::Page);
     // Pages outside of the volume, announced and sent.
     let mut direct = source.direct.take().unwrap();

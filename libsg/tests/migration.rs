@@ -138,7 +138,7 @@ fn scatter_gather_over_both_kinds_of_memory() {
 
 #[test]
 fn a_source_leaves_before_a_slow_destination_has_its_pages() {
-    let plan = Plan { pages: 6000, nodes: 3, gather_limit: 2_000_000, ..Plan::default() };
+    let plan = Plan { pages: 6000, nodes: 3, gather_limit: 200_000, ..Plan::default() };
     migrate(plan, Mode::ScatterGather);
 }
 
@@ -215,7 +215,7 @@ fn huge_units() {
         nodes: 2,
         unit: InstallUnit::Huge2M,
         backing: Backing::Hugetlb2M,
-        gather_limit: 4_000_000,
+        gather_limit: 400_000,
         ..Plan::default()
     };
     migrate(plan, Mode::ScatterGather);

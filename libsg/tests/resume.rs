@@ -51,6 +51,11 @@ struct Told {
 }
 
 impl Told {
+    /// Whether it was told last that no source comes any more.
+    fn knows_that_it_is_gone(&self) -> bool {
+        self.notes.lock().last().is_some_and(|last| last.source_gone)
+    }
+
     fn new() -> Arc<Self> {
         Arc::new(Self {
             memory: Mutex::default(),
@@ -219,8 +224,7 @@ fn asks(scene: &Scene, epoch: Epoch, request: &VmdRequest) -> Result<()> {
 #[test]
 fn what_is_missing_comes_and_who_was_at_it_before_is_shut_out() {
     let scene = scene(|_| false);
-    let (incoming, told) =
-        go_on(&scene, (unfinished(&scene), THERE), |options| options.gather_limit = 1 << 20);
+    let (incoming, told) = go_on(&scene, (unfinished(&scene), THERE), |options| options.gather_limit = 4096);
     incoming.wait_running(LONG).unwrap();
     assert_eq!(asks(&scene, EPOCH, &VmdRequest::Dissolve).unwrap_err().kind, ErrorKind::Fenced);
     assert_eq!(told.notes.lock()[0].epoch, Epoch(2), "another that goes on knows of it");
@@ -301,37 +305,58 @@ fn without_anybody_who_knows_the_volume_it_waits_unless_it_has_everything() {
     }
 }
 
-/// A port that nobody has.
-fn somewhere() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+/// Pages that only the source has: they come though next to nothing else may.
+fn is_left(page: &u32) -> bool {
+    page.is_multiple_of(100) && !is_zero(*page) && !THERE.iter().any(|there| there.0 == *page)
+}
+
+/// A VM that is gone on with, and whose source may come again.
+fn with_a_source(gather_limit: u64) -> (Scene, Incoming, Arc<Told>) {
+    let mut scene = scene(|page| is_left(&page));
+    scene.address = test_support::free_address();
+    let of = Unfinished { source_gone: false, ..unfinished(&scene) };
+    let (incoming, told) = go_on(&scene, (of, THERE), |options| {
+        (options.address, options.source_grace, options.gather_limit) = (scene.address, LONG, gather_limit);
+    });
+    (scene, incoming, told)
 }
 
 /// A source that has not evicted dials again under its own epoch, hears what is there, and gives the rest.
 #[test]
 fn a_source_that_is_at_it_still_comes_again() {
-    let mut scene = scene(|page| page.is_multiple_of(3));
-    scene.address = somewhere();
-    let of = Unfinished { source_gone: false, ..unfinished(&scene) };
-    let (incoming, told) = go_on(&scene, (of, THERE), |options| {
-        (options.address, options.source_grace) = (scene.address, LONG);
-    });
+    let (scene, incoming, told) = with_a_source(4096);
     incoming.wait_running(LONG).unwrap();
     asks(&scene, EPOCH, &VmdRequest::Commit).expect("the source keeps its epoch");
     let (mut control, held, running) = scene.rejoin();
     assert!(running);
     assert!(THERE.iter().all(|page| held.iter().any(|range| range.iter().any(|held| held == page))));
     let mut direct = Direct::new(scene.dial(Purpose::MigrationDirect));
-    let is_left =
-        |page: &u32| page.is_multiple_of(3) && !is_zero(*page) && !THERE.iter().any(|there| there.0 == *page);
     direct.pages((0..PAGES).filter(is_left), 64);
     direct.settle();
+    let first = told.notes.lock()[0].clone();
+    assert!(!first.source_gone && first.epoch == EPOCH, "{first:?}");
     control.send_talk(&Talk::Evicted, soon()).unwrap();
+    until("it is written down that the next need not wait for it", || told.knows_that_it_is_gone());
+    incoming.set_gather_limit(0);
     assert_eq!(incoming.wait_gathered(LONG).unwrap().status, Status::Ok);
     incoming.wait_dissolved(LONG).unwrap();
     check(&told, |_| false);
-    let notes = told.notes.lock();
-    assert!(!notes[0].source_gone && notes[0].epoch == EPOCH, "{notes:?}");
-    assert!(notes.last().unwrap().source_gone, "the next need not wait for it");
+}
+
+/// One that has evicted once every page is here says so to whoever gives the intermediaries' memory back.
+#[test]
+fn a_source_that_evicts_last_is_not_waited_for_either() {
+    until("it is written down, unless its word comes too late", || {
+        let (scene, incoming, told) = with_a_source(0);
+        incoming.wait_running(LONG).unwrap();
+        let (mut control, ..) = scene.rejoin();
+        let mut direct = Direct::new(scene.dial(Purpose::MigrationDirect));
+        direct.pages((0..PAGES).filter(is_left), 64);
+        incoming.wait_gathered(LONG).unwrap();
+        control.send_talk(&Talk::Evicted, soon()).unwrap();
+        incoming.wait_dissolved(LONG).unwrap();
+        told.knows_that_it_is_gone()
+    });
 }
 
 /// What only the source had is lost when it does not come, and the rest is there.

@@ -202,6 +202,11 @@ impl Move {
         until("a round begins", || self.events.lock().iter().any(begun));
     }
 
+    /// Until so many pages are there, of a VM that runs at the source.
+    fn until_installed(&self, pages: u64) {
+        until("it is gathered", || self.scene.seen.installed.load(Ordering::SeqCst) >= pages);
+    }
+
     /// The intermediaries have their memory back, and nothing on the way was a reason to worry.
     fn dissolved_without_alarm(self) {
         self.scene.incoming.wait_dissolved(LONG).unwrap();
@@ -240,8 +245,11 @@ impl Move {
 const ROUNDS: RoundOptions =
     RoundOptions { rounds_max: Some(3), downtime_limit: Duration::ZERO, ..RoundOptions::USUAL };
 
-/// Enough for a round to last for a while.
-const SLOW: u64 = 20_000_000;
+/// At this rate a round lasts for as long as anything that a test does meanwhile.
+const SLOW: u64 = 2_000_000;
+
+/// At this one it lasts for a while.
+const FAST: u64 = 80_000_000;
 
 fn hybrid(plan: Plan) {
     let pages = plan.pages;
@@ -261,10 +269,14 @@ fn hybrid(plan: Plan) {
 /// A VM whose memory was gathered for a while when it is paused.
 fn gathered_early(plan: Plan) -> Move {
     let pages = plan.pages;
-    // Large units that are written all the time are torn all the time.
-    let rest = Duration::from_micros(if plan.unit == InstallUnit::Page { 50 } else { 20_000 });
+    // Large units that are written all the time are torn all the time: of those, the whole VM is sent at one pace.
+    let is_small = plan.unit == InstallUnit::Page;
+    let (limit, then, rest_us) = if is_small { (SLOW, FAST, 50) } else { (4 * SLOW, 4 * SLOW, 200_000) };
+    let rest = Duration::from_micros(rest_us);
     let live = |guest: &Arc<Guest>| guest.live_by(rest);
-    let moved = Move::start_with(plan, Mode::Hybrid, ROUNDS, 4 * SLOW, (None, live));
+    let moved = Move::start_with(plan, Mode::Hybrid, ROUNDS, limit, (None, live));
+    moved.until_installed(pages / 8);
+    moved.outgoing.set_scatter_limit(then);
     moved.scene.incoming.wait_running(LONG).unwrap();
     let early = moved.scene.seen.installed_before.load(Ordering::SeqCst);
     assert!(early >= pages / 8, "{early} pages were installed before it was paused");
@@ -297,7 +309,7 @@ fn hybrid_gathers_in_its_rounds_and_takes_out_what_was_written() {
 #[test]
 fn hybrid_into_memory_that_takes_each_page_once_gathers_behind_its_rounds() {
     let plan = Plan { pages: 4000, nodes: 2, takes_once: true, ..Plan::default() };
-    let moved = Move::start(plan, Mode::Hybrid, ROUNDS, 4 * SLOW);
+    let moved = Move::start(plan, Mode::Hybrid, ROUNDS, FAST);
     moved.scene.incoming.wait_running(LONG).unwrap();
     assert_eq!(moved.scene.seen.installed_before.load(Ordering::SeqCst), 0);
     moved.check();
@@ -310,7 +322,9 @@ fn hybrid_into_memory_that_takes_each_page_once_gathers_behind_its_rounds() {
 fn a_gather_limit_holds_in_the_rounds_of_hybrid() {
     let (plan, limit) = (Plan { pages: 8000, nodes: 2, ..Plan::default() }, 2_000_000);
     let began = Instant::now();
-    let moved = Move::start(Plan { gather_limit: limit, ..plan }, Mode::Hybrid, ROUNDS, 4 * SLOW);
+    let moved = Move::start(Plan { gather_limit: limit, ..plan }, Mode::Hybrid, ROUNDS, SLOW);
+    moved.until_installed(1);
+    moved.outgoing.set_scatter_limit(FAST);
     moved.scene.incoming.wait_running(LONG).unwrap();
     let most = limit as f64 * began.elapsed().as_secs_f64() * 1.1 + f64::from(2 << 20);
     let early = moved.scene.seen.installed_before.load(Ordering::SeqCst);
@@ -350,7 +364,7 @@ fn a_final_set_in_pieces() {
 fn a_final_set_that_is_too_long_leaves_the_vm_here() {
     let plan = Plan { pages: 5000, nodes: 2, ..Plan::default() };
     let rounds = RoundOptions { final_piece_bytes: 1, ..ROUNDS };
-    let moved = Move::start(plan, Mode::Hybrid, rounds, SLOW);
+    let moved = Move::start(plan, Mode::Hybrid, rounds, FAST);
     let error = moved.outgoing.wait_evicted(LONG).unwrap_err();
     assert!(error.to_string().contains("too many places for rounds"), "{error}");
     moved.runs_on();
@@ -454,10 +468,10 @@ fn hybrid_without_intermediaries_has_no_rounds() {
 #[test]
 fn an_intermediary_that_is_lost_in_a_round_costs_time_only() {
     for mode in [Mode::Hybrid, Mode::PreCopy] {
-        let plan = Plan { pages: 4000, nodes: 2, gather_limit: SLOW / 4, ..Plan::default() };
+        let plan = Plan { pages: 4000, nodes: 2, gather_limit: SLOW, ..Plan::default() };
         let moved = Move::start(plan, mode, RoundOptions { via: Via::Vmd, ..ROUNDS }, SLOW);
         moved.until_round(0);
-        until("pages are staged", || moved.outgoing.progress().staged_bytes > 2 << 20);
+        until("pages are staged", || moved.outgoing.progress().staged_bytes > 1 << 20);
         moved.scene.nodes[1].kill();
         moved.outgoing.set_scatter_limit(0);
         moved.scene.incoming.set_gather_limit(0);
@@ -472,7 +486,7 @@ fn an_intermediary_that_is_lost_in_a_round_costs_time_only() {
 #[test]
 fn without_any_intermediary_left_the_rest_goes_from_the_switch_on() {
     let moved = Move::start(Plan { pages: 4000, nodes: 1, ..Plan::default() }, Mode::Hybrid, ROUNDS, SLOW);
-    until("pages are staged", || moved.outgoing.progress().staged_bytes > 2 << 20);
+    until("pages are staged", || moved.outgoing.progress().staged_bytes > 1 << 20);
     moved.scene.nodes[0].kill();
     moved.outgoing.set_scatter_limit(0);
     moved.scene.incoming.wait_running(LONG).unwrap();
@@ -488,7 +502,7 @@ fn called_off_in_a_round_it_runs_on() {
     for at_the_source in [true, false] {
         let moved =
             Move::start(Plan { pages: 4000, nodes: 2, ..Plan::default() }, Mode::Hybrid, ROUNDS, SLOW);
-        until("pages are staged", || moved.outgoing.progress().staged_bytes > 2 << 20);
+        until("pages are staged", || moved.outgoing.progress().staged_bytes > 1 << 20);
         if at_the_source {
             moved.outgoing.cancel().unwrap();
         } else {
@@ -502,10 +516,10 @@ fn called_off_in_a_round_it_runs_on() {
 /// What the docs of both handles promise. Whoever drops one waits for nothing, so that only events tell of the end.
 fn dropped_in_a_round(mode: Mode, via: Via, logs: Option<WriteLogMethod>, at_the_source: bool) {
     let case = format!("{mode:?} {via:?} {logs:?}, at the source: {at_the_source}");
-    let plan = Plan { pages: 4000, nodes: 2, gather_limit: SLOW / 4, ..Plan::default() };
+    let plan = Plan { pages: 4000, nodes: 2, gather_limit: SLOW, ..Plan::default() };
     let moved = Move::start_with(plan, mode, RoundOptions { via, ..ROUNDS }, SLOW, (logs, Guest::live));
     let sent = || moved.outgoing.progress().staged_bytes + moved.outgoing.progress().direct_bytes;
-    until("pages are sent", || sent() > 2 << 20);
+    until("pages are sent", || sent() > 1 << 20);
     let Move { mut scene, guest, life, outgoing, events } = moved;
     let mut kept = None;
     if at_the_source {

@@ -7,14 +7,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use gather_common::stream::Stream;
 use gather_common::*;
 use libsg::ids::{Epoch, Round};
-use libsg::memory::{Backing, GuestMemory, PageSlice, PresenceMap};
 use libsg::migrate::source::{Outgoing, SourceOptions, Unscattered, resume, start};
 use libsg::migrate::{Mode, OutgoingVm, RoundOptions};
 use libsg::page::{PageIndex, PageRange};
 use libsg::report::Status;
-use libsg::source::{MemorySource, Outcome, PageSource, Repeat, Supply};
+use libsg::source::MemorySource;
 use libsg::vmd::Request;
 use libsg::wire::IndexEntry;
 use libsg::wire::message::VmdRequest;
@@ -30,71 +30,6 @@ const ZERO: PageRange = PageRange::new(PageIndex(2900), 100);
 
 fn is_zero(page: u32) -> bool {
     ZERO.positions().contains(&(page as usize))
-}
-
-/// A source whose stream broke off: it gives what it was not told is safe, once it goes on.
-struct Stream {
-    memory: GuestMemory,
-    /// What it was told before it went on.
-    safe: Mutex<PresenceMap>,
-    flows: AtomicBool,
-    is_named: AtomicBool,
-}
-
-impl Stream {
-    fn new(scene: &Scene) -> Arc<Self> {
-        let memory = GuestMemory::allocate(&scene.manifest, Backing::Memfd).unwrap();
-        for page in (0..PAGES).filter(|page| !is_zero(*page)) {
-            memory.copy_in(PageRange::new(PageIndex(page), 1), &content(page)).unwrap();
-        }
-        Arc::new(Self {
-            memory,
-            safe: Mutex::new(PresenceMap::new(PAGES)),
-            flows: AtomicBool::default(),
-            is_named: AtomicBool::default(),
-        })
-    }
-
-    fn safe(&self) -> Vec<PageRange> {
-        self.safe.lock().runs().collect()
-    }
-}
-
-impl PageSource for Stream {
-    fn repeat(&self) -> Repeat {
-        Repeat::ByRecovery
-    }
-
-    fn presence(&self) -> Result<PresenceMap> {
-        let mut all = PresenceMap::new(PAGES);
-        all.insert(PageRange::new(PageIndex(0), PAGES));
-        Ok(all)
-    }
-
-    fn available(&self, out: &mut Vec<PageRange>) -> Result<Supply> {
-        if !self.flows.load(Ordering::SeqCst) {
-            return Ok(Supply::More);
-        }
-        if !self.is_named.swap(true, Ordering::SeqCst) {
-            out.extend(self.safe.lock().absent_runs());
-        }
-        Ok(Supply::Complete)
-    }
-
-    fn want(&self, _page: PageIndex) -> Result<()> {
-        Ok(())
-    }
-
-    fn slice(&self, range: PageRange) -> Result<PageSlice> {
-        PageSlice::guest(&self.memory, range)
-    }
-
-    fn outcome(&self, range: PageRange, outcome: Outcome) {
-        assert_eq!(outcome, Outcome::Safe, "{range}");
-        if !self.flows.load(Ordering::SeqCst) {
-            self.safe.lock().insert(range);
-        }
-    }
 }
 
 struct Vm(Arc<Stream>);
@@ -133,7 +68,8 @@ fn unscattered(scene: &Scene) -> Unscattered {
     Unscattered {
         volume: scene.volume,
         epoch: EPOCH,
-        destination: scene.address,
+        to: scene.address.into(),
+        keeper: None,
         mode: Mode::ScatterGather,
         round: Round(0),
         replicas: 1,
@@ -170,7 +106,7 @@ fn left_behind(runs: bool) -> Scene {
 }
 
 fn go_on(scene: &Scene, of: Unscattered) -> (Outgoing, Arc<Stream>) {
-    let stream = Stream::new(scene);
+    let stream = Stream::new(&scene.manifest, is_zero);
     (resume(Box::new(Vm(Arc::clone(&stream))), Arc::clone(&stream) as _, of, options(scene)).unwrap(), stream)
 }
 
@@ -245,8 +181,8 @@ fn a_member_that_was_not_written_down_is_found() {
 #[test]
 fn a_destination_that_cannot_be_reached_is_not_waited_for() {
     let scene = left_behind(true);
-    let nobody: SocketAddr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let (outgoing, stream) = go_on(&scene, Unscattered { destination: nobody, ..unscattered(&scene) });
+    let nobody: SocketAddr = ([127, 0, 0, 1], 1).into();
+    let (outgoing, stream) = go_on(&scene, Unscattered { to: nobody.into(), ..unscattered(&scene) });
     outgoing.wait_evicted(LONG).unwrap();
     // What it gathered meanwhile is there twice.
     assert_eq!(stream.safe(), [STAGED, ZERO]);
@@ -283,7 +219,7 @@ fn nothing_is_begun_where_the_volume_is_somebody_elses_or_gone() {
         scene.incoming.cancel().unwrap_err();
     }
     let scene = Scene::new(Plan { pages: PAGES.into(), ..Plan::default() });
-    let stream = Stream::new(&scene);
+    let stream = Stream::new(&scene.manifest, is_zero);
     let of = Unscattered { replicas: 0, ..unscattered(&scene) };
     let refused = resume(Box::new(Vm(Arc::clone(&stream))), stream, of, options(&scene));
     assert_eq!(refused.map(|_| ()).unwrap_err().kind, ErrorKind::Input);
@@ -322,7 +258,7 @@ impl OutgoingVm for Notes {
 fn it_is_written_down_before_commit_and_without_that_the_vm_stays() {
     for fails in [false, true] {
         let scene = Scene::new(Plan { pages: PAGES.into(), nodes: 2, grace: LONG, ..Plan::default() });
-        let memory = MemorySource::new(Stream::new(&scene).memory.clone());
+        let memory = MemorySource::new(Stream::new(&scene.manifest, is_zero).memory.clone());
         let (noted, runs) = (Arc::<Mutex<_>>::default(), Arc::new(AtomicBool::new(true)));
         let vm = Notes { noted: Arc::clone(&noted), fails, runs: Arc::clone(&runs) };
         let manifest = scene.manifest.clone();

@@ -344,6 +344,7 @@ fn messages() {
         (VmdRequest::PutPiece { number: 1, bytes: 5, checksum: 6 }, "0e010506"),
         (VmdRequest::GetPiece { number: 300 }, "0fac02"),
         (VmdRequest::Copies(2), "1202"),
+        (VmdRequest::Fence, "13"),
     ];
     for (request, expected) in requests {
         assert_eq!(bytes(message::encode(&request)), expected, "{request:?}");

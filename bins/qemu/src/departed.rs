@@ -311,7 +311,8 @@ mod test {
         Unscattered {
             volume: VolumeId(u128::MAX),
             epoch: Epoch(1),
-            destination: "[::1]:7700".parse().expect("an address"),
+            to: libsg::migrate::source::To::Destination("[::1]:7700".parse().expect("an address")),
+            keeper: None,
             mode: Mode::Hybrid,
             round: Round(1),
             replicas: 2,

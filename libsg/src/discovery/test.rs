@@ -9,7 +9,7 @@ use crate::ids::random_bytes;
 use crate::transport::PoolSecret;
 use crate::wire::announcement::{Announcement, Duty, test::announcement};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A group of this test's own.
 fn place() -> Place {

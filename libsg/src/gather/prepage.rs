@@ -220,7 +220,7 @@ impl Worker<'_> {
         self.set_lost(false, Some(error));
     }
 
-    /// Asks, moves, takes what came; returns when to look again.
+    /// Takes what came, and asks for more in its place; returns when to look again.
     fn step(&mut self) -> Result<Instant> {
         if self.desk.wants_urgent.load(Ordering::Acquire) && self.desk.urgent.lock().is_none() {
             let link = self.connect_once(vmd::Class::Urgent)?;
@@ -228,11 +228,15 @@ impl Worker<'_> {
             self.desk.wants_urgent.store(false, Ordering::Release);
             self.shared.look_again();
         }
-        let again_at = self.request()?;
-        let Some(link) = &mut self.link else { return Ok(again_at) };
+        let Some(link) = &mut self.link else { return Ok(host::now() + NAP) };
         link.progress(usize::MAX)?;
         self.reap()?;
         self.report();
+        let again_at = self.request()?;
+        // It goes out now, and not with the next wake-up.
+        if let Some(link) = &mut self.link {
+            link.progress(usize::MAX)?;
+        }
         if !self.flights.is_empty() && host::elapsed(self.last_sign) > self.shared.member_grace {
             let message = format!("no answer for {} s", self.shared.member_grace.as_secs());
             return Err(Error::new(ErrorKind::Timeout, message).at(&self.desk.member.node));
@@ -254,9 +258,10 @@ impl Worker<'_> {
         if direct_first {
             return Ok(nap.min(now + Duration::from_millis(2)));
         }
-        let pages = request_pages(self.share);
+        let pace = self.pace(now);
+        let pages = request_pages(pace);
         let wanted = pages as u64 * PAGE_WIRE_BYTES;
-        let window = self.share.map_or(WINDOW_BYTES, |share| {
+        let window = pace.map_or(WINDOW_BYTES, |share| {
             bytes_in(share, WINDOW_TIME).clamp(2 * wanted, WINDOW_BYTES.max(2 * wanted))
         });
         loop {
@@ -267,7 +272,7 @@ impl Worker<'_> {
             if let Acquire::WaitUntil(at) = self.shared.pacer.acquire_ahead(wanted, ahead, now) {
                 return Ok(at.min(nap));
             }
-            let got = self.ask_for(pages, asked)?;
+            let got = self.ask_for((pages, pace), asked)?;
             // A whole unit may be more than was granted: the next request then waits for longer.
             if got > wanted {
                 self.shared.pacer.charge(Class::Bulk, got - wanted, now);
@@ -280,8 +285,17 @@ impl Worker<'_> {
         }
     }
 
-    /// Submits one request for about so many pages, with so many bytes asked for already; the bytes that it brings.
-    fn ask_for(&mut self, pages: usize, asked: u64) -> Result<u64> {
+    /// The pace at which to ask, in bytes/s: this link's share, which is what faults have left lately; and where they leave more
+    /// now, as a guest waits for nothing for a moment, that at once, divided among all.
+    fn pace(&self, now: Instant) -> Option<u64> {
+        let share = self.share?;
+        let left = self.shared.pacer.pace_ahead(AHEAD, now).unwrap_or(0);
+        Some(share.max(left / self.shared.member_count().max(1) as u64))
+    }
+
+    /// Submits one request for about so many pages, at such a pace, with so many bytes asked for already; the bytes that it
+    /// brings.
+    fn ask_for(&mut self, (pages, pace): (usize, Option<u64>), asked: u64) -> Result<u64> {
         let mut reads = self.spare.pop().unwrap_or_default();
         self.shared.tracker.lock().next_batch(self.member, pages, &mut reads);
         if reads.is_empty() {
@@ -292,7 +306,7 @@ impl Worker<'_> {
         if self.flights.is_empty() {
             self.last_sign = host::now();
         }
-        let pace = self.share.map(|share| answer_pace(share, asked + bytes));
+        let pace = pace.map(|share| answer_pace(share, asked + bytes));
         let submitted = match &mut self.link {
             Some(link) => {
                 if !pace::is_near(pace, self.told, PACE_PARTS) {

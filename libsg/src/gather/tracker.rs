@@ -323,9 +323,7 @@ impl Tracker {
     /// can be read from a member.
     pub fn fault(&mut self, page: PageIndex, now: Instant, reads: &mut Vec<Read>) -> Wanted {
         let Some(unit) = self.unit(page) else { return Wanted::Held };
-        for book in &mut self.members {
-            book.near = Some(unit.first.0);
-        }
+        self.turn_near(unit.first);
         let wanted = self.look(unit, reads);
         if wanted != Wanted::Held || self.states[unit.first.as_usize()].is_installing() {
             self.change(unit, State::wait);

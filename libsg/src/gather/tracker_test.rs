@@ -382,9 +382,14 @@ fn what_is_near_a_fault_comes_first() {
     let mut reads = Vec::new();
     tracker.fault(PageIndex(5_000), Instant::now(), &mut reads);
     tracker.next_batch(MemberIndex(1), 64, &mut reads);
-    assert_eq!((reads[0].page, reads[63].page), (PageIndex(5_000), PageIndex(5_063)));
+    // But for those that it has come to until they are here.
+    assert_eq!((reads[0].page, reads[63].page), (PageIndex(5_032), PageIndex(5_095)));
     tracker.next_batch(MemberIndex(1), 64, &mut reads);
-    assert_eq!(reads[0].page, PageIndex(5_064));
+    assert_eq!(reads[0].page, PageIndex(5_096));
+    // At the end there is nothing behind it.
+    tracker.fault(PageIndex(9_999), Instant::now(), &mut reads);
+    tracker.next_batch(MemberIndex(1), 64, &mut reads);
+    assert_eq!(reads[0].page, PageIndex(0));
     tracker.next_batch(MemberIndex(0), 64, &mut reads);
     assert!(reads.is_empty());
 }

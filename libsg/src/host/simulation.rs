@@ -131,6 +131,8 @@ pub enum Bug {
     LeftPaused,
     /// A writer whose epoch was replaced is let in.
     EpochIgnored,
+    /// What a dead writer has under way enters an index, behind what another put since.
+    FenceIgnored,
     /// An index takes an older round for a newer one.
     OlderRoundIndexed,
     /// A slot is given out again under the generation that it had.

@@ -160,6 +160,14 @@ impl Mapping {
         Ok(Self { start, bytes, huge, file, owner: Owner::Own })
     }
 
+    /// With transparent huge pages, where the kernel has some: for memory on which nobody faults, and which is used again.
+    #[must_use]
+    pub fn with_huge_pages(self) -> Self {
+        // Without them it is memory all the same.
+        let _ = self.advise(0, self.bytes, Advice::LinuxHugepage);
+        self
+    }
+
     fn without_huge_pages(self) -> Result<Self> {
         match self.advise(0, self.bytes, Advice::LinuxNoHugepage) {
             // A kernel without transparent huge pages does not know the advice, and needs none.

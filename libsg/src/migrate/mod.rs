@@ -159,13 +159,22 @@ pub trait OutgoingVm: Send {
 
     /// What another process would need to go on, should this one die before "evicted" ([`source::resume`]). Said when the
     /// destination is READY, right before COMMIT, with the VM paused: whoever can go on writes it down, so that it outlives the
-    /// process. Not said of a VM that is parked.
+    /// process. Of a VM that is parked it is said when its state is at the intermediaries, and again right before COMMIT.
     ///
     /// # Errors
     /// Whatever stands against writing it down: the VM then runs on here.
     fn note(&mut self, unscattered: &source::Unscattered) -> Result<()> {
         let _ = unscattered;
         Ok(())
+    }
+
+    /// Of one that is gone on with ([`source::resume`]) before COMMIT, and is paused here: which pages are safe was told, the
+    /// others are to come. Whether it can still be run here again.
+    ///
+    /// # Errors
+    /// Its memory does not come, or not all of it: what is elsewhere is kept, and the VM is not run here.
+    fn go_on(&mut self) -> Result<bool> {
+        Ok(true)
     }
 
     /// COMMIT: the VM never runs here again. Its memory is still needed until "evicted". Of one that is gone on with

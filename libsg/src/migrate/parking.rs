@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use super::handover::Lead;
 use super::live::{Rounds, With, with_sinks};
 use super::members::{self, MEMBER_TIME, Members, Patience, ask_some};
-use super::source::To;
+use super::source::{To, Unscattered};
 use super::{Event, OutgoingVm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
 use crate::ids::{MemberIndex, NodeId};
+use crate::manifest::Manifest;
 use crate::page::PAGE_BYTES_U64;
 use crate::report::Ended;
 use crate::scatter::Scatter;
@@ -38,6 +39,7 @@ const KEEPER_PAUSE: Duration = Duration::from_millis(250);
 /// The source's half of parking.
 pub(super) struct Parking<'a> {
     pub lead: Lead<'a>,
+    manifest: &'a Manifest,
 }
 
 /// How far the scatter is, and when it last got on.
@@ -49,8 +51,8 @@ struct Watch {
 }
 
 impl<'a> Parking<'a> {
-    pub const fn new(lead: Lead<'a>) -> Self {
-        Self { lead }
+    pub const fn new(lead: Lead<'a>, manifest: &'a Manifest) -> Self {
+        Self { lead, manifest }
     }
 
     /// Everything up to COMMIT: state and pages are at the intermediaries.
@@ -88,12 +90,44 @@ impl<'a> Parking<'a> {
             self.ask(members, |_| true, || request);
         }
         self.lead.recruiter.lock().keep_state(blobs);
+        // Without the state nobody could go on: until here it runs here again, whoever dies.
+        vm.note(&self.unscattered())?;
         members::seat_all(scatter, members);
         #[cfg(feature = "simulation")]
         if host::has_bug(host::Bug::ParkedUnsafe) {
             return Ok(());
         }
         self.scatter(members, true)
+    }
+
+    /// The same, of one whose state is there, which another process began to park.
+    ///
+    /// # Errors
+    /// As [`Self::until_safe`]'s.
+    pub fn until_all_is_safe(&self, members: &mut Members) -> Result<()> {
+        members::seat_all(self.lead.scatter, members);
+        self.scatter(members, !self.lead.control.is_committed())
+    }
+
+    /// The member that is to grant claims: the first that is there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unreachable`] when none is left.
+    pub fn keeper(&self, members: &Members) -> Result<usize> {
+        members.iter().position(Option::is_some).ok_or_else(|| self.nobody())
+    }
+
+    /// Says to whoever may go on that COMMIT is given, before anybody else is told.
+    ///
+    /// # Errors
+    /// The VM's, which then runs on here.
+    pub fn note_commit(&self, vm: &mut dyn OutgoingVm, keeper_at: usize) -> Result<()> {
+        let keeper = Some(self.member(keeper_at).node.clone());
+        vm.note(&Unscattered { keeper, ..self.unscattered() })
+    }
+
+    fn unscattered(&self) -> Unscattered {
+        Unscattered::of(self.lead.scatter, (self.lead.options, self.manifest))
     }
 
     /// Runs the sinks until every page is safe. Before COMMIT that may fail; after it, it goes on as long as an
@@ -139,9 +173,8 @@ impl<'a> Parking<'a> {
     ///
     /// # Errors
     /// [`ErrorKind::Unreachable`] when no intermediary is left: the pages are here, and COMMIT was given.
-    pub fn park(&self, members: &mut Members) -> Result<()> {
-        let Some(keeper_at) = members.iter().position(Option::is_some) else { return Err(self.nobody()) };
-        let keeper = self.keeper(keeper_at).node.clone();
+    pub fn park(&self, members: &mut Members, keeper_at: usize) -> Result<()> {
+        let keeper = self.member(keeper_at).node.clone();
         let To::Parked { name, arbiter } = &self.lead.options.to else { return Ok(()) };
         let request = VmdRequest::Park(parking::Parking {
             name: name.clone(),
@@ -174,7 +207,7 @@ impl<'a> Parking<'a> {
         }
     }
 
-    fn keeper(&self, at: usize) -> &'a Member {
+    fn member(&self, at: usize) -> &'a Member {
         let scatter: &'a Scatter = self.lead.scatter;
         &scatter.members.books()[MemberIndex(at as u16)].member
     }
@@ -182,7 +215,7 @@ impl<'a> Parking<'a> {
     /// A keeper whose connection broke may be there all the same. Whether it has parked the volume.
     fn park_anew(&self, keeper_at: usize, request: &VmdRequest) -> Result<bool> {
         let Lead { scatter, options, .. } = self.lead;
-        let (keeper, of) = (self.keeper(keeper_at), (scatter.volume, scatter.epoch));
+        let (keeper, of) = (self.member(keeper_at), (scatter.volume, scatter.epoch));
         for _ in 0..KEEPER_TRIES {
             match visit(&*options.connector, keeper, of, request, MEMBER_TIME, |_| Some(())) {
                 Ok(()) => return Ok(true),

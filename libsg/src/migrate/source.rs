@@ -4,6 +4,7 @@
 
 mod manager;
 mod parked;
+mod parked_on;
 mod resumed;
 
 use std::net::SocketAddr;
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use self::manager::{Manager, spawn};
 pub use self::resumed::{Unscattered, resume};
@@ -33,7 +35,7 @@ use crate::vmd::Connector;
 use crate::wire::message::Talk;
 
 /// Where a VM goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum To {
     /// To the destination that listens there.
     Destination(SocketAddr),

@@ -20,6 +20,8 @@ pub struct Loaded {
     pub slices: Vec<PageSlice>,
     /// Pages that are zero, ascending.
     pub zeros: Vec<PageIndex>,
+    /// What the source gave, in pieces as it has them, with the first page of each.
+    pieces: Vec<(PageIndex, PageSlice)>,
 }
 
 impl Loaded {
@@ -34,18 +36,24 @@ impl Loaded {
         self.entries.clear();
         self.slices.clear();
         self.zeros.clear();
-        let whole_unit = batch.pages() as usize > BATCH_PAGES;
+        self.pieces.clear();
         for run in batch.runs() {
             let mut rest = run;
             while rest.pages > 0 {
                 let slice = source.slice(rest)?;
                 let pages = (slice.len() / PAGE_BYTES) as u32;
-                let zero_counts = !whole_unit || (0..pages).all(|page| slice.is_zero_page(page as usize));
-                self.add(rest.first, &slice, round, zero_counts)?;
+                self.pieces.push((rest.first, slice));
                 rest = PageRange::new(PageIndex(rest.first.0 + pages), rest.pages - pages);
             }
         }
-        Ok(())
+        let is_zero = |slice: &PageSlice| (0..slice.len() / PAGE_BYTES).all(|page| slice.is_zero_page(page));
+        let whole_unit = batch.pages() as usize > BATCH_PAGES;
+        let zero_counts = !whole_unit || self.pieces.iter().all(|(_, slice)| is_zero(slice));
+        let mut pieces = std::mem::take(&mut self.pieces);
+        let added =
+            pieces.drain(..).try_for_each(|(first, slice)| self.add(first, &slice, round, zero_counts));
+        self.pieces = pieces;
+        added
     }
 
     fn add(&mut self, first: PageIndex, slice: &PageSlice, round: Round, zero_counts: bool) -> Result<()> {

@@ -21,6 +21,8 @@ pub struct Outcomes {
     /// Pages that were told as safe, and whose bytes are needed again.
     lost: PresenceMap,
     has_lost: bool,
+    /// Pages that lie elsewhere and that the source never gave: what became of those that another process scattered.
+    found: PresenceMap,
     /// Pages that somebody is about to read, as of the moment in which news are taken.
     busy: PresenceMap,
 }
@@ -35,17 +37,30 @@ impl Outcomes {
             fresh: PresenceMap::new(pages.div_ceil(BLOCK_PAGES)),
             lost: none.clone(),
             has_lost: false,
+            found: none.clone(),
             busy: none,
         }
     }
 
-    /// A page goes from one state to another. Says to which: one whose bytes the source may have forgotten waits for it.
+    /// A page goes from one state to another. Says to which: one whose bytes the source may have forgotten, or has not given
+    /// yet, waits for it.
     pub fn moves(&mut self, page: PageIndex, before: PageState, to: PageState) -> PageState {
         if to.is_safe() && !before.is_safe() {
             self.set_fresh(page);
         }
-        if to != PageState::Unsent || !self.told.contains(page) {
+        if before == PageState::Waiting {
+            if to.is_safe() {
+                self.found.insert(one(page));
+            } else {
+                self.found.remove(one(page));
+            }
             return to;
+        }
+        if to != PageState::Unsent {
+            return to;
+        }
+        if !self.told.contains(page) {
+            return if self.found.contains(page) { PageState::Waiting } else { to };
         }
         self.told.remove(one(page));
         self.lost.insert(one(page));
@@ -109,7 +124,7 @@ impl Outcomes {
     /// Bytes allocated.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        (3 * self.told.pages() as usize + self.fresh.pages() as usize) / 8
+        (4 * self.told.pages() as usize + self.fresh.pages() as usize) / 8
     }
 }
 

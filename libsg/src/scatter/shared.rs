@@ -125,6 +125,9 @@ impl Scatter {
     ) -> Result<Self> {
         let members = Membership::new(members)?;
         let forgets = source.repeat() != Repeat::Any;
+        let urgent_waker = Arc::new(Waker::new()?);
+        let wakes = Arc::clone(&urgent_waker);
+        source.wake_for_wanted(Box::new(move || wakes.wake()));
         let planner = if forgets { planner.with_outcomes() } else { planner };
         Ok(Self {
             volume,
@@ -143,7 +146,7 @@ impl Scatter {
             stage: AtomicU8::new(Stage::Last as u8),
             control_waker: Arc::new(Waker::new()?),
             direct_waker: Arc::new(Waker::new()?),
-            urgent_waker: Arc::new(Waker::new()?),
+            urgent_waker,
             stop: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
             failure: Mutex::new(None),

@@ -21,7 +21,7 @@ use crate::wire::entry::decode_table;
 use crate::wire::run::encode_runs;
 use crate::wire::{Header, Kind, PageEntry};
 
-/// How often a page that the source has not got yet is looked for.
+/// How often a page that the source has not got yet is looked for by itself: a source that gets it wakes who waits.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// The longest sleep with nothing to do.

@@ -12,7 +12,7 @@ pub use handed::MOVE_BYTES;
 
 use crate::ids::{Checksum, Placement, Round};
 use crate::page::{PageIndex, PageRange};
-use crate::wire::{Encoding, IndexEntry};
+use crate::wire::{Encoding, IndexEntry, Status};
 
 /// Pages of a block.
 const BLOCK_PAGES: u32 = 512;
@@ -25,6 +25,10 @@ const _: () = assert!(BLOCK_BYTES / BLOCK_PAGES as usize <= 24);
 /// No more memory may be taken: the entries before the one that needed it are in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
+
+/// When a connection was opened: those that came later have greater numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Opened(pub u64);
 
 /// `known` of a page that the index knows nothing of.
 const UNKNOWN: u8 = 0;
@@ -126,9 +130,25 @@ pub struct Index {
     zero_pages: u64,
     /// Of pages that others took over, by page and where it lay: where it lies.
     moves: BTreeMap<(u32, u64), Placement>,
+    /// What comes over connections that were opened before this one is a dead writer's.
+    fence: Opened,
 }
 
 impl Index {
+    /// Whoever put entries over a connection opened before this one puts none any more.
+    pub fn fence(&mut self, by: Opened) {
+        self.fence = self.fence.max(by);
+    }
+
+    /// # Errors
+    /// [`Status::Fenced`] for entries that come over a connection of a writer in whose place another is: of one round the
+    /// later entry holds, and these are late.
+    pub fn check_fence(&self, over: Opened) -> Result<(), Status> {
+        #[cfg(feature = "simulation")]
+        let over = if crate::host::has_bug(crate::host::Bug::FenceIgnored) { self.fence } else { over };
+        if over < self.fence { Err(Status::Fenced) } else { Ok(()) }
+    }
+
     /// Dense blocks, of [`BLOCK_BYTES`] each.
     #[must_use]
     pub fn blocks(&self) -> usize {

@@ -13,6 +13,7 @@ mod table;
 
 use self::table::{read_table, read_whole};
 use super::budget::Budget;
+use super::index::Opened;
 use super::limit::{Class, Limit};
 use super::slots::SlotRun;
 use super::store::{Noted, Seated, Store, Target, Writing};
@@ -41,6 +42,7 @@ use crate::wire::{
 pub(super) struct Session<'c> {
     store: &'c Store,
     channel: &'c Channel,
+    opened: Opened,
     stream: Stream<'c>,
     path: TcpPath,
     state: StateParts<'c>,
@@ -98,8 +100,8 @@ impl<'c> Session<'c> {
         let stream = Stream::new(store, channel, limits);
         let path = TcpPath::new();
         let (buffers, targets) = (Buffers::default(), Vec::new());
-        let (writing, seat) = (None, None);
-        Self { store, channel, stream, path, state, buffers, targets, writing, seat, statistics }
+        let (opened, writing, seat) = (store.opened(), None, None);
+        Self { store, channel, opened, stream, path, state, buffers, targets, writing, seat, statistics }
     }
 
     /// Serves the client until it closes the connection.
@@ -332,7 +334,8 @@ impl<'c> Session<'c> {
     fn put_index(&mut self, header: &Header) -> Result<()> {
         self.read_body(header)?;
         decode_runs(&self.buffers.body, header.count.into(), &mut self.buffers.index)?;
-        let status = done(self.store.put_index(header.volume, header.epoch, &self.buffers.index));
+        let of = (header.volume, header.epoch, self.opened);
+        let status = done(self.store.put_index(of, &self.buffers.index));
         self.reply(header, Kind::PutIndexReply, status, 0, &[])
     }
 
@@ -400,6 +403,7 @@ impl<'c> Session<'c> {
                 .keep_blob((bytes, checksum), |store, blob| store.put_piece(volume, epoch, (number, blob))),
             VmdRequest::Commit => self.store.commit(volume, epoch),
             VmdRequest::Copies(copies) => self.store.set_copies(volume, epoch, copies),
+            VmdRequest::Fence => self.store.fence((volume, epoch, self.opened)),
             VmdRequest::Seal => self.store.seal(volume, epoch),
             VmdRequest::Claim { epoch } => self.store.hand_over(volume, epoch, Volumes::claim),
             VmdRequest::Succeed { epoch } => self.store.hand_over(volume, epoch, Volumes::succeed),

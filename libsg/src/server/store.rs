@@ -29,7 +29,7 @@ use super::Config;
 use super::arena::Arena;
 use super::budget::Budget;
 use super::copies::{BLOCK_BYTES as COPIES_BLOCK_BYTES, Copies};
-use super::index::{BLOCK_BYTES, Index, MOVE_BYTES};
+use super::index::{BLOCK_BYTES, Index, MOVE_BYTES, Opened};
 use super::slots::{ChunkNumber, NoVolume, SlotRun, Slots};
 use super::transit::{Filling, Pinned};
 use super::volumes::{Access, Volumes};
@@ -97,6 +97,8 @@ pub(super) struct Store {
     closing: AtomicBool,
     /// It leaves, and takes nothing in.
     leaving: AtomicBool,
+    /// Connections so far.
+    opened: AtomicU64,
     /// It has looked for the last time whether there is anything to hand over: what came now would go with it.
     shut: AtomicBool,
     /// How far it is with each volume. Locked last.
@@ -133,6 +135,7 @@ impl Store {
             tends: Condvar::new(),
             closing: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
+            opened: AtomicU64::new(0),
             shut: AtomicBool::new(false),
             handed: Mutex::default(),
             volumes: Mutex::new(Volumes::new(config.volumes_max)),
@@ -340,8 +343,7 @@ impl Store {
 
     pub(super) fn put_index(
         &self,
-        volume: VolumeId,
-        epoch: Epoch,
+        (volume, epoch, over): (VolumeId, Epoch, Opened),
         entries: &[IndexEntry],
     ) -> Result<(), Status> {
         #[cfg(feature = "simulation")]
@@ -351,6 +353,7 @@ impl Store {
         self.with_index(volume, epoch, Access::Write, |index, pages| {
             check_inside(entries.iter().map(IndexEntry::range), pages)?;
             self.is_open()?;
+            index.check_fence(over)?;
             // Before COMMIT nothing of it is handed over.
             if self.is_leaving() && self.volumes.lock().get(volume)?.committed {
                 // Its client gives them to the next.

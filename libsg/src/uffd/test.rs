@@ -87,7 +87,7 @@ fn page_byte(memory: &GuestMemory, page: PageIndex) -> u8 {
 /// Waits for events and returns them.
 fn wait(uffd: &Uffd) -> Vec<SinkEvent> {
     let mut out = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while out.is_empty() {
         assert!(Instant::now() < deadline, "no event came");
         let fd = uffd.event_fd().expect("there are events");
@@ -228,7 +228,7 @@ fn removed_pages_are_told_and_fault_again() {
     thread::scope(|scope| {
         // The kernel holds the balloon up until its event is read; installing gets nowhere then.
         let balloon = scope.spawn(|| memory.release(given_up).expect("released"));
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let next = PageRange::new(PageIndex(1024), 1);
         while uffd.install(next.first, &content(next)).expect("no failure").retry().is_none() {
             assert!(Instant::now() < deadline, "the balloon never came");
@@ -405,7 +405,7 @@ fn until_joined<T>(
     thread: thread::ScopedJoinHandle<'_, T>,
     mut each: impl FnMut(SinkEvent),
 ) -> T {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let mut events = Vec::new();
     while !thread.is_finished() {
         assert!(Instant::now() < deadline, "a thread waits");

@@ -8,6 +8,7 @@ mod parking;
 mod sharing;
 mod spread;
 mod volumes;
+mod writers;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -74,7 +75,8 @@ const RULES: &[(&str, Rule)] = &[
     ("runs of zero pages are index entries", links::zero_runs),
     ("a large index is paged", links::locate_pages),
     ("discard drops older rounds from store and index", links::discard),
-    ("a replaced writer is refused", links::fencing),
+    ("a replaced writer is refused", writers::fencing),
+    ("what a dead writer has under way enters no index", writers::dead_writers),
     ("a sealed volume takes nothing more", links::sealed),
     ("the state blob comes back as it was", links::state_blob),
     ("pieces of a final set come back as they were, in their order", links::pieces),

@@ -49,6 +49,8 @@ struct State {
     hints: HashMap<Known, NodeId>,
     bytes_in: u64,
     bytes_out: u64,
+    /// Links so far.
+    opened: u64,
 }
 
 #[derive(Debug)]
@@ -191,9 +193,17 @@ impl Connector for MemoryConnector {
 struct Asker {
     volume: VolumeId,
     epoch: Epoch,
+    /// Its link: those that came later have greater numbers.
+    opened: u64,
 }
 
 impl State {
+    /// A link is opened.
+    const fn opened(&mut self) -> u64 {
+        self.opened += 1;
+        self.opened
+    }
+
     fn new(node: NodeId, limit_pages: u64) -> Self {
         Self {
             node,
@@ -206,6 +216,7 @@ impl State {
             hints: HashMap::new(),
             bytes_in: 0,
             bytes_out: 0,
+            opened: 0,
         }
     }
 
@@ -375,6 +386,9 @@ impl State {
 
     fn put_index(&mut self, asker: Asker, entries: &[IndexEntry]) -> Result<(), Status> {
         let volume = self.writable(asker)?;
+        if asker.opened < volume.fenced {
+            return Err(Status::Fenced);
+        }
         let pages = u64::from(volume.manifest.pages());
         if entries.iter().any(|entry| u64::from(entry.page.0) + u64::from(entry.run_pages) > pages) {
             return Err(Status::Malformed);

@@ -108,6 +108,10 @@ pub enum VmdRequest {
     /// Each page of the volume is to lie at so many members (1 to [`limits::COPIES_MAX`]): once it has COMMIT and nobody writes
     /// it any more, they see to that among themselves. Its writer's own epoch. The last one said holds.
     Copies(u8),
+    /// Who wrote the volume over a connection that was opened before this one is dead, and another goes on under the same
+    /// epoch: what of the dead one is on its way yet enters no index any more. Its writer's own epoch. Done again it
+    /// changes nothing.
+    Fence,
 }
 
 /// What an intermediary answers. The status is in the header; where that is not `Ok` the body is `Done`.

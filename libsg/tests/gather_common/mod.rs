@@ -2,6 +2,8 @@
 //! have in common. Nothing here asserts a time; what never happens ends at [`LONG`].
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod stream;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -215,7 +215,7 @@ fn half_a_batch_leaves_nothing() {
 
 #[test]
 fn whoever_does_not_know_the_secret_gets_nothing() {
-    let server = serve(|config| config.handshake_timeout = Duration::from_millis(300));
+    let server = serve(|config| config.handshake_timeout = Duration::from_secs(3));
     let mut honest = Client::create(&server, 1, 1000);
     let connect = |secret| {
         TcpConnector::new(secret).connect(server.address(), VolumeId(1), Epoch(1), Class::Bulk, PATIENCE)
@@ -307,7 +307,7 @@ fn a_thousand_half_open_connections_lock_nobody_out() {
             early.check(64..128);
         }
     }
-    assert!(server.statistics().connections <= 2);
+    eventually("only honest ones are let in", || server.statistics().connections <= 2);
     server.shutdown();
 }
 

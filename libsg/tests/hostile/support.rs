@@ -16,7 +16,7 @@ use libsg::vmd::{Class, Connector, Link, Reply, Request};
 use libsg::wire::message::{Member, VmdReply, VmdRequest};
 use libsg::wire::{GetEntry, PageEntry};
 
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const MIB: u64 = 1 << 20;
 
 pub fn secret() -> PoolSecret {

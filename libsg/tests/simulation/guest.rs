@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use libsg::manifest::{Manifest, Region};
 use libsg::memory::{Backing, GuestMemory, PresenceMap};
+use libsg::migrate::source::Unscattered;
 use libsg::page::{InstallUnit, PAGE_BYTES, PAGE_BYTES_U64, PageIndex, PageRange};
 use parking_lot::Mutex;
 
@@ -30,6 +31,8 @@ pub struct Vm {
     /// The log names whole install units, as a kernel does that protects huge pages, and not single pages.
     logs_units: bool,
     state: Mutex<State>,
+    /// What another process needs that goes on with it.
+    noted: Mutex<Option<Unscattered>>,
     breaches: Mutex<Vec<String>>,
 }
 
@@ -87,8 +90,8 @@ impl Vm {
             has_run: false,
             committed: false,
         };
-        let (state, breaches) = (Mutex::new(state), Mutex::default());
-        Arc::new(Self { manifest, memory, logs_units: plan.logs_units, state, breaches })
+        let (state, noted, breaches) = (Mutex::new(state), Mutex::default(), Mutex::default());
+        Arc::new(Self { manifest, memory, logs_units: plan.logs_units, state, noted, breaches })
     }
 
     pub fn pages(&self) -> u32 {
@@ -111,6 +114,20 @@ impl Vm {
 
     pub fn breaches(&self) -> Vec<String> {
         self.breaches.lock().clone()
+    }
+
+    /// What outlives the process that it leaves by.
+    pub fn note(&self, unscattered: &Unscattered) {
+        *self.noted.lock() = Some(unscattered.clone());
+    }
+
+    /// It is given back: nobody is to go on with it.
+    pub fn stays(&self) {
+        *self.noted.lock() = None;
+    }
+
+    pub fn noted(&self) -> Option<Unscattered> {
+        self.noted.lock().clone()
     }
 
     /// What a page must be at the destination.

@@ -4,6 +4,7 @@
 mod canaries;
 mod clock;
 mod content;
+mod continued;
 mod contracts;
 mod destination;
 mod found;

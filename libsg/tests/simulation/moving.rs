@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use libsg::event::{Event as Told, Observer};
-use libsg::migrate::source::Outgoing;
+use libsg::migrate::source::{Outgoing, Unscattered};
 use libsg::page::{PageIndex, PageRange};
 use parking_lot::Mutex;
 
@@ -46,6 +46,12 @@ impl Move {
         let source =
             source::start(from, (nth, plan), &vm, scenario, (door(nth).into(), observe(SOURCE, from)));
         Self { nth, plan: plan.clone(), vm, source, destination, log }
+    }
+
+    /// Another process at its source goes on with it.
+    pub fn go_on(&self, of: Unscattered, scenario: &Scenario, node: &Arc<Node>) {
+        let observer = observer(SOURCE, "again, ".into(), node, &self.log);
+        source::go_on(node, (&self.plan, of), &self.vm, scenario, (&self.source, observer));
     }
 
     /// Pages of its largest install unit.

@@ -27,6 +27,9 @@ const WINDOW_BYTES: usize = 256 << 10;
 /// Bytes taken from a sender at once.
 const PIECE_BYTES: usize = 64 << 10;
 
+/// What a kernel sends again of a process that is gone comes so much later, at most.
+const RESENT_MAX: Duration = Duration::from_millis(400);
+
 /// What the network is like.
 #[derive(Clone, Copy, Debug)]
 pub struct Weather {
@@ -93,6 +96,8 @@ struct Link {
     /// From the first node to the second, and back.
     ways: [Way; 2],
     broken: bool,
+    /// Of a side whose process is gone, what it had sent is carried still.
+    orphan: Option<usize>,
 }
 
 #[derive(Default)]
@@ -158,6 +163,26 @@ impl Net {
         }
     }
 
+    /// A process is gone, and its host is not: what it had sent is carried still, late as everything, and its connections end
+    /// behind that.
+    pub fn orphan(&mut self, node: NodeNumber, now: Duration) {
+        let Self { weather, random, hosts, links, carried_bytes, scratch, flips, .. } = self;
+        let mut ports = Ports { weather, random, hosts, carried_bytes, scratch, flips };
+        for link in links.iter_mut() {
+            if let Some(side) = link.nodes.iter().position(|of| *of == node) {
+                link.take(side, true, now, &mut ports);
+                link.orphan = Some(side);
+                let late = RESENT_MAX * ports.random.below(1000) as u32 / 1000;
+                link.ways[side].pieces.iter_mut().for_each(|piece| piece.due += late);
+                link.ways[side].last += late;
+            }
+        }
+        self.listeners.retain(|_, listener| listener.node != node);
+        if let Some(side) = &mut self.side {
+            side.remove(node);
+        }
+    }
+
     /// Breaks every connection between two nodes.
     pub fn break_links(&mut self, one: NodeNumber, other: NodeNumber) {
         if self.side.as_mut().is_some_and(|side| !side.break_links(one, other)) {
@@ -214,6 +239,7 @@ impl Net {
             ends: [our_near, our_far],
             ways: Default::default(),
             broken: false,
+            orphan: None,
         });
         Ok(TcpStream::from(OwnedFd::from(near)))
     }
@@ -374,6 +400,11 @@ impl Link {
     /// Gives the other side what is due; whether there was anything.
     fn give(&mut self, side: usize, now: Duration) -> bool {
         let (end, way) = (&self.ends[1 - side], &mut self.ways[side]);
+        if self.orphan == Some(1 - side) {
+            way.pieces.clear();
+            way.shut = way.ended;
+            return false;
+        }
         way.blocked = false;
         let mut gave = false;
         while let Some(piece) = way.pieces.front_mut().filter(|piece| piece.due <= now) {

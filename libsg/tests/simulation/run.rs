@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use libsg::host::simulation::Bug;
 use libsg::ids::NodeId;
+use libsg::migrate::source::Outgoing;
 use libsg::page::PageIndex;
 use libsg::server::ServerHandle;
 
@@ -62,6 +63,8 @@ pub struct Run {
     dead_nodes: Vec<NodeNumber>,
     /// Processes at the ends that came later, and the VMs of those.
     successors: Vec<(Arc<Node>, Option<successors::Successor>)>,
+    /// The migrations of processes that others took the places of: they are not ended in the name of the dead.
+    gone: Vec<Arc<Outgoing>>,
     /// Intermediaries that were told to go, and whether they have; and the nodes of those that did.
     leaving: Vec<(Role, NodeNumber, Option<Duration>, Arc<AtomicBool>)>,
     left: Vec<NodeId>,
@@ -78,6 +81,7 @@ enum Later {
     Thaw(Role, usize),
     Mend(usize, usize),
     Restart(Role),
+    GoOn,
 }
 
 /// A run, with what must hold in it.
@@ -157,6 +161,7 @@ impl Run {
             damaged: Vec::new(),
             dead_nodes: Vec::new(),
             successors: Vec::new(),
+            gone: Vec::new(),
             leaving: Vec::new(),
             left: Vec::new(),
             todo: scenario.events.clone(),
@@ -286,6 +291,7 @@ impl Run {
                 Later::Thaw(..) => {}
                 Later::Mend(one, other) => self.host.with_net(|net, _| net.cut(one, other, false)),
                 Later::Restart(role) => self.restart(role),
+                Later::GoOn => self.go_on(),
             }
         }
     }
@@ -296,6 +302,11 @@ impl Run {
             What::Kill(role, restart) => {
                 if self.kill(role) || matches!(role, Role::Intermediary(_)) {
                     self.later.extend(restart.map(|time| (now + time, Later::Restart(role))));
+                }
+            }
+            What::Succeed(time) => {
+                if self.end_process(SOURCE, |net, node| net.orphan(node, now)) {
+                    self.later.push((now + time, Later::GoOn));
                 }
             }
             What::Freeze(role, time) if !self.is_dead(role) => {
@@ -335,16 +346,23 @@ impl Run {
 
     /// Whether it lived.
     fn kill(&mut self, role: Role) -> bool {
+        if !self.is_dead(role) {
+            match role {
+                SOURCE => self.moves.iter().for_each(|of| of.vm.source_died()),
+                DESTINATION => self.moves.iter().for_each(|of| of.vm.destination_died()),
+                Role::Intermediary(_) => {}
+            }
+        }
+        self.end_process(role, Net::remove)
+    }
+
+    /// Ends a process, and its connections as said. Whether it lived: what was in its memory may outlive it.
+    fn end_process(&mut self, role: Role, disconnect: impl FnOnce(&mut Net, NodeNumber)) -> bool {
         let node = Arc::clone(&self.nodes[&role]);
         if node.is_dead() {
             return false;
         }
-        match role {
-            SOURCE => self.moves.iter().for_each(|of| of.vm.source_died()),
-            DESTINATION => self.moves.iter().for_each(|of| of.vm.destination_died()),
-            Role::Intermediary(_) => {}
-        }
-        self.host.with_net(|net, _| net.remove(node.number()));
+        self.host.with_net(|net, _| disconnect(net, node.number()));
         self.host.kill(&node);
         self.dead_nodes.push(node.number());
         true
@@ -401,6 +419,24 @@ impl Run {
                 self.successors.push((node, None));
             }
         }
+    }
+
+    /// Another process at the source goes on with those VMs for which COMMIT was given, or was about to be.
+    fn go_on(&mut self) {
+        let node = self.host.node(self.next_node);
+        self.next_node += 1;
+        self.host.with_net(|net, _| net.add(node.number(), address(SOURCE)));
+        for of in &self.moves {
+            match of.vm.noted() {
+                Some(unscattered) => {
+                    self.gone.extend(of.outgoing());
+                    of.go_on(unscattered, &self.scenario, &node);
+                }
+                // Nobody was told of it, and what is run is looked at no more.
+                None => of.vm.source_died(),
+            }
+        }
+        self.nodes.insert(SOURCE, node);
     }
 
     /// Flips a bit of some page that an intermediary holds.

@@ -63,6 +63,8 @@ pub enum After {
 pub enum What {
     /// Its processes are killed; after that long, if at all, new ones are started, which know nothing.
     Kill(Role, Option<Duration>),
+    /// The source's process is killed, and the VM's memory outlives it: after that long another process goes on with it.
+    Succeed(Duration),
     /// Its processes stop for so long.
     Freeze(Role, Duration),
     /// All connections between two hosts break.
@@ -91,6 +93,7 @@ impl What {
             | Self::Fill(role)
             | Self::Leave(role, _) => vec![role],
             Self::Break(one, other) | Self::Cut(one, other, _) | Self::Flip(one, other) => vec![one, other],
+            Self::Succeed(_) => vec![SOURCE],
             Self::Limit(_) => vec![DESTINATION],
         }
     }

@@ -9,7 +9,7 @@ use libsg::dirty::DirtyLog;
 use libsg::event::Observer;
 use libsg::manifest::Manifest;
 use libsg::memory::{PageSlice, PresenceMap};
-use libsg::migrate::source::{self, Outgoing, SourceOptions, To};
+use libsg::migrate::source::{self, Outgoing, SourceOptions, To, Unscattered};
 use libsg::migrate::{OutgoingVm, Replacements, Vacancy};
 use libsg::page::{PageIndex, PageRange};
 use libsg::source::{Outcome, PageSource, Repeat, Supply};
@@ -36,7 +36,15 @@ impl OutgoingVm for Leaving {
     fn resume(&mut self) -> libsg::Result<()> {
         // What a host does that was killed happens nowhere.
         if !self.node.is_dead() {
+            self.vm.stays();
             self.vm.resume();
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, unscattered: &Unscattered) -> libsg::Result<()> {
+        if !self.node.is_dead() {
+            self.vm.note(unscattered);
         }
         Ok(())
     }
@@ -167,6 +175,14 @@ impl Forgetful {
             coming: Vec::new(),
         };
         Self { pages, begun: libsg::host::now(), books: Mutex::new(books), in_rounds, written }
+    }
+
+    /// Of a VM that is paused, and was leaving by another process: everything is to be named, but for what is safe.
+    fn left(pages: Pages, written: Arc<Mutex<Written>>) -> Self {
+        let all = PageRange::new(PageIndex(0), pages.vm.pages());
+        let left = Self::new(pages, false, written);
+        left.books.lock().left.insert(all);
+        left
     }
 
     /// The last pages are not to be had while it runs.
@@ -347,20 +363,7 @@ pub fn start(
     let (sharing, in_rounds) = (scenario.shares(), plan.rounds.most(plan.mode) > 0);
     // A stock VMM's VM that is parked is sent once.
     let forgets = scenario.forgets(plan) && !(in_rounds && matches!(to, To::Parked { .. }));
-    let options = SourceOptions {
-        to,
-        intermediaries: scenario.members().map(address).collect(),
-        replacements: (scenario.spares > 0)
-            .then(|| Arc::new(StandBy(scenario.lenders().map(address).collect())) as Arc<dyn Replacements>),
-        replicas: scenario.replicas,
-        mode: plan.mode,
-        rounds: plan.rounds,
-        secret: secret(),
-        connector: node.connector(),
-        scatter_limit_bytes_per_s: scenario.scatter_limit,
-        ready_timeout: Duration::from_secs(5),
-        observer,
-    };
+    let options = options(node, plan, scenario, (to, observer));
     node.spawn("vmm-source", move || {
         let pages = Pages { vm: Arc::clone(&vm_there), named: Mutex::new(false) };
         let written = Arc::default();
@@ -377,4 +380,46 @@ pub fn start(
     let (vm, random) = (Arc::clone(vm), scenario.random(3 + 16 * nth as u64));
     node.spawn("guest-source", move || run_at_source(&vm, random));
     handle
+}
+
+fn options(
+    node: &Arc<Node>,
+    plan: &Plan,
+    scenario: &Scenario,
+    (to, observer): (To, Observer),
+) -> SourceOptions {
+    SourceOptions {
+        to,
+        intermediaries: scenario.members().map(address).collect(),
+        replacements: (scenario.spares > 0)
+            .then(|| Arc::new(StandBy(scenario.lenders().map(address).collect())) as Arc<dyn Replacements>),
+        replicas: scenario.replicas,
+        mode: plan.mode,
+        rounds: plan.rounds,
+        secret: secret(),
+        connector: node.connector(),
+        scatter_limit_bytes_per_s: scenario.scatter_limit,
+        ready_timeout: Duration::from_secs(5),
+        observer,
+    }
+}
+
+/// Goes on, in another process, with a VM whose memory outlived the one that it was leaving by.
+pub fn go_on(
+    node: &Arc<Node>,
+    (plan, of): (&Plan, Unscattered),
+    vm: &Arc<Vm>,
+    scenario: &Scenario,
+    (handle, observer): (&Handle, Observer),
+) {
+    let options = options(node, plan, scenario, (of.to.clone(), observer));
+    let (given, node_of_vm, vm) = (Arc::clone(handle), Arc::clone(node), Arc::clone(vm));
+    node.spawn("vmm-source", move || {
+        let written = Arc::default();
+        let pages = Pages { vm: Arc::clone(&vm), named: Mutex::new(false) };
+        let pages = Arc::new(Forgetful::left(pages, Arc::clone(&written)));
+        let leaving = Leaving { vm, node: node_of_vm, written };
+        let outgoing = source::resume(Box::new(leaving), pages, of, options).expect("started");
+        *given.lock() = Some(Arc::new(outgoing));
+    });
 }

@@ -25,7 +25,7 @@ use vmd_rdma::verbs::Device;
 use vmd_rdma::verbs::simulated::Network;
 use vmd_rdma::{RdmaBackend, RdmaConnector, RdmaLink};
 
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const MIB: u64 = 1 << 20;
 
 /// The clients' host; intermediaries are those from 2 on.

@@ -6,6 +6,8 @@
 mod clock;
 #[path = "../../../libsg/tests/simulation/content.rs"]
 mod content;
+#[path = "../../../libsg/tests/simulation/continued.rs"]
+mod continued;
 #[path = "../../../libsg/tests/simulation/contracts.rs"]
 mod contracts;
 #[path = "../../../libsg/tests/simulation/destination.rs"]

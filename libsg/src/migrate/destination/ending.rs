@@ -72,6 +72,8 @@ impl Conductor {
     fn hear_last_word(&mut self, held_at: Instant) -> Result<()> {
         while host::elapsed(held_at) < LAST_WORD {
             if self.gather.as_ref().is_none_or(|gather| gather.shared().source().evicted) {
+                // Whoever goes on from here, should this process die as it gives the memory back, need not wait for it either.
+                self.keep_notes();
                 return Ok(());
             }
             self.rest()?;

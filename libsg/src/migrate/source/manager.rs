@@ -117,7 +117,7 @@ impl Manager {
                 return Err(handover.give_up(&mut *self.vm, &mut members, rounds, open, error));
             }
         };
-        let unscattered = Unscattered::of(&scatter, address, (&self.options, &self.manifest));
+        let unscattered = Unscattered::of(&scatter, (&self.options, &self.manifest));
         if let Err(error) = self.vm.note(&unscattered).and_then(|()| self.decide(&scatter)) {
             return Err(handover.give_up(&mut *self.vm, &mut members, rounds, Some(session.control), error));
         }

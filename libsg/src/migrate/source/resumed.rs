@@ -1,5 +1,5 @@
-//! The thread `sg-source` of a VM whose source died with its process behind COMMIT, where its memory outlived that: another
-//! process takes its place.
+//! The thread `sg-source` of a VM whose source died with its process behind COMMIT, or while it was parked, where its memory
+//! outlived that: another process takes its place.
 //!
 //! ```text
 //!   what the index knows, what the destination holds: safe  -->  PageSource::outcome
@@ -7,9 +7,12 @@
 //!   scatter, as before  -->  "evicted"
 //! ```
 //!
+//! One that was being parked ([`parked_on`](super::parked_on)) has no destination, and may be before COMMIT still.
+//!
 //! It has the place of the one before under the same epoch: the destination reads under it, and dissolves. So whoever goes on
-//! has to be the only one by what its VM is, and one of whom nothing is under way any more but what arrived late: a page that is
-//! put twice is the same page, and each of its index entries is right.
+//! has to be the only one by what its VM is. What the one before had sent may arrive late: a page that is put twice is the same
+//! page, but an index entry for it would take the place of one that was put since. So each member is told that there is
+//! another writer ([`VmdRequest::Fence`]) before its index is read.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,10 +21,10 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::manager::{Left, Manager, spawn};
-use super::{Control, Outgoing, SourceOptions, check};
+use super::{Control, Outgoing, SourceOptions, To, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host;
-use crate::ids::{Epoch, MemberIndex, Round, VolumeId};
+use crate::ids::{Epoch, MemberIndex, NodeId, Round, VolumeId};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::migrate::members::{MEMBER_TIME, Members, Patience, Seat, ask_all, zone};
@@ -38,15 +41,18 @@ use crate::wire::IndexEntry;
 use crate::wire::message::{Member, VmdReply, VmdRequest, VolumeInfo, VolumeState};
 use crate::wire::placement::{index_turn, owner_runs};
 
-/// A VM for which COMMIT is given, or is about to be: it never runs at its source again, and not all of its memory is safe.
+/// A VM that has left, or is being parked: it is paused, its state is elsewhere, and not all of its memory is safe.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unscattered {
     /// Its pages at the intermediaries.
     pub volume: VolumeId,
     /// Under which they are scattered.
     pub epoch: Epoch,
-    /// Where its destination listens.
-    pub destination: SocketAddr,
+    /// Where it goes.
+    pub to: To,
+    /// Of one that is parked, from right before COMMIT on: the intermediary that grants claims. Before that nobody was told
+    /// that it may be claimed.
+    pub keeper: Option<NodeId>,
     /// How its memory leaves.
     pub mode: Mode,
     /// The round that is sent, the last one.
@@ -59,10 +65,14 @@ pub struct Unscattered {
     pub manifest: Manifest,
 }
 
-/// Goes on with a VM whose source died with its process behind COMMIT, of which the memory is still there: in the place of that
-/// process, which has to be gone. The source of pages is told which are safe, by [`PageSource::outcome`], before
-/// [`OutgoingVm::committed`] lets it begin; it names the others when they can be had. Of the options count secret, connector,
-/// limit and observer: where and how the VM leaves stays as it was, and nobody takes the place of an intermediary that dies.
+/// Goes on with a VM whose source died with its process behind COMMIT, or while it was parked, of which the memory is still
+/// there: in the place of that process, which has to be gone. The source of pages is told which are safe, by
+/// [`PageSource::outcome`], before [`OutgoingVm::committed`] lets it begin (of one that is not committed,
+/// [`OutgoingVm::go_on`]); it names the others when they can be had. Of the options count secret, connector, limit and observer:
+/// where and how the VM leaves stays as it was, and nobody takes the place of an intermediary that dies.
+///
+/// One that is not committed may be called off, and runs here again where it cannot be parked. One that was parked, and even
+/// claimed, before anybody said so here, is evicted at once.
 ///
 /// # Errors
 /// [`ErrorKind::Input`] for what is out of bounds. What happens later is told by the handle: [`ErrorKind::Fenced`] where the volume
@@ -76,30 +86,43 @@ pub fn resume(
 ) -> Result<Outgoing> {
     check(&of.manifest, of.members.len(), of.replicas)?;
     let options = SourceOptions {
-        to: of.destination.into(),
+        to: of.to.clone(),
         intermediaries: of.members.iter().map(|member| member.address).collect(),
         replacements: None,
         replicas: of.replicas,
         mode: of.mode,
         ..options
     };
+    options.to.check(&options)?;
     let control = Control::new(&options);
-    control.set_committed();
+    if of.is_committed() {
+        control.set_committed();
+    }
     let manifest = of.manifest.clone();
-    spawn(control, move |manager| manager.go_on(of), (vm, source, manifest, options))
+    let lead = move |manager: Manager| match of.to {
+        To::Destination(address) => manager.go_on(&of, address),
+        To::Parked { .. } => manager.park_on(&of),
+    };
+    spawn(control, lead, (vm, source, manifest, options))
 }
 
 impl Unscattered {
-    /// What is scattered, right before COMMIT.
-    pub(super) fn of(
+    /// Whether COMMIT is given, or was about to be: the VM never runs at its source again.
+    #[must_use]
+    pub const fn is_committed(&self) -> bool {
+        matches!(self.to, To::Destination(_)) || self.keeper.is_some()
+    }
+
+    /// What is scattered.
+    pub(in crate::migrate) fn of(
         scatter: &Scatter,
-        destination: SocketAddr,
         (options, manifest): (&SourceOptions, &Manifest),
     ) -> Self {
         Self {
             volume: scatter.volume,
             epoch: scatter.epoch,
-            destination,
+            to: options.to.clone(),
+            keeper: None,
             mode: options.mode,
             round: scatter.planner.lock().round(),
             replicas: options.replicas,
@@ -110,31 +133,12 @@ impl Unscattered {
 }
 
 impl Manager {
-    fn go_on(mut self, of: Unscattered) -> Result<()> {
-        let found = Found::look(&self.options, &of)?;
-        let planner = Planner::new(&self.manifest, !found.seats.is_empty()).in_round(of.round);
-        let scatter = Arc::new(Scatter::new(
-            (of.volume, of.epoch),
-            self.source.clone(),
-            of.members.clone(),
-            planner,
-            (of.replicas.into(), self.options.scatter_limit_bytes_per_s),
-            self.options.observer.clone(),
-        )?);
-        // The destination may not have heard of those that came later.
-        for member in found.members.get(of.members.len()..).unwrap_or_default() {
-            scatter.add_member(member.clone())?;
+    fn go_on(mut self, of: &Unscattered, address: SocketAddr) -> Result<()> {
+        let found = Found::look(&self.options, of).checked(of)?;
+        let (scatter, mut members) = self.take_place(of, found)?;
+        if of.replicas == 1 {
+            self.read_index(&scatter, &mut members);
         }
-        scatter.index.follow();
-        self.control.state.lock().scatter = Some(scatter.clone());
-        let mut members = Members::new();
-        for (member, seat) in (0..).map(MemberIndex).zip(found.seats) {
-            members.push(seat.map_err(|error| scatter.member_lost(member, &error)).ok());
-        }
-        (0..).map(MemberIndex).zip(&members).for_each(|(member, seat)| {
-            seat.iter().for_each(|seat| seat.tell_zone(&scatter, member));
-        });
-        self.read_index(&scatter, &mut members);
         // Who has it already says so again.
         ask_all(
             &mut members,
@@ -142,7 +146,7 @@ impl Manager {
             Patience::Even,
             |member, error| scatter.member_lost(member, &error),
         );
-        let (secret, address) = (self.options.secret.clone(), of.destination);
+        let secret = self.options.secret.clone();
         let destination = Destination { address, secret, volume: of.volume, epoch: of.epoch };
         let session = session::rejoin(&scatter, &destination, &*self.control)
             .inspect_err(|error| {
@@ -161,12 +165,42 @@ impl Manager {
         self.scatter(&scatter, &destination, left)
     }
 
-    /// Asks everybody where pages lie: the owner of each range before those that may stand in for it. Where pages have copies,
-    /// what there is of one is not told by any index: these are sent again.
-    fn read_index(&self, scatter: &Scatter, members: &mut Members) {
-        if self.options.replicas > 1 {
-            return;
+    /// The books of one who goes on, and who was found to go on with.
+    pub(super) fn take_place(&self, of: &Unscattered, found: Found) -> Result<(Arc<Scatter>, Members)> {
+        let scatter = self.books(of)?;
+        // The destination may not have heard of those that came later.
+        for member in found.members.get(of.members.len()..).unwrap_or_default() {
+            scatter.add_member(member.clone())?;
         }
+        scatter.index.follow();
+        let mut members = Members::new();
+        for (member, seat) in (0..).map(MemberIndex).zip(found.seats) {
+            members.push(seat.map_err(|error| scatter.member_lost(member, &error)).ok());
+        }
+        (0..).map(MemberIndex).zip(&members).for_each(|(member, seat)| {
+            seat.iter().for_each(|seat| seat.tell_zone(&scatter, member));
+        });
+        Ok((scatter, members))
+    }
+
+    /// Books in which nothing is safe yet.
+    pub(super) fn books(&self, of: &Unscattered) -> Result<Arc<Scatter>> {
+        let planner = Planner::new(&self.manifest, !of.members.is_empty()).in_round(of.round);
+        let scatter = Arc::new(Scatter::new(
+            (of.volume, of.epoch),
+            self.source.clone(),
+            of.members.clone(),
+            planner,
+            (of.replicas.into(), self.options.scatter_limit_bytes_per_s),
+            self.options.observer.clone(),
+        )?);
+        self.control.state.lock().scatter = Some(scatter.clone());
+        Ok(scatter)
+    }
+
+    /// Asks everybody where pages lie: the owner of each range before those that may stand in for it. Where pages have copies,
+    /// no index tells how many there are of one.
+    pub(super) fn read_index(&self, scatter: &Scatter, members: &mut Members) {
         let (all, mut entries) = (PageRange::new(PageIndex(0), self.manifest.pages()), Vec::new());
         for range in owner_runs(all) {
             for step in 0..members.len() {
@@ -209,16 +243,18 @@ fn locate(link: &mut dyn Link, range: PageRange, entries: &mut Vec<IndexEntry>) 
 }
 
 /// The intermediaries, as they are found.
-struct Found {
-    members: Vec<Member>,
+pub(super) struct Found {
+    pub members: Vec<Member>,
     /// In the same order.
     seats: Vec<Result<Seat>>,
+    /// What those who answered know of the volume, whatever that is.
+    pub known: Vec<(NodeId, VolumeInfo)>,
 }
 
 impl Found {
     /// Meets all members, those of whom only others know included.
-    fn look(options: &SourceOptions, of: &Unscattered) -> Result<Self> {
-        let mut found = Self { members: of.members.clone(), seats: Vec::new() };
+    pub fn look(options: &SourceOptions, of: &Unscattered) -> Self {
+        let mut found = Self { members: of.members.clone(), seats: Vec::new(), known: Vec::new() };
         while found.seats.len() < found.members.len() {
             let new = &found.members[found.seats.len()..];
             let met = std::thread::scope(|scope| {
@@ -232,34 +268,66 @@ impl Found {
                 joined.collect::<Vec<_>>()
             });
             for met in met {
-                if let Err(error) = &met
-                    && error.kind == ErrorKind::Fenced
-                {
-                    return met.map(|_| found);
-                }
-                found.seats.push(met.map(|(seat, list)| {
-                    let is_longer = list.len() > found.members.len() && list.starts_with(&found.members);
-                    if is_longer && list.len() <= limits::MEMBERS_MAX {
-                        found.members = list;
-                    }
-                    seat
-                }));
+                found.take(met);
             }
         }
-        let is_gone = |seat: &Result<Seat>| seat.as_ref().is_err_and(|error| error.kind == ErrorKind::Volume);
-        if !found.seats.is_empty() && found.seats.iter().all(is_gone) {
+        found
+    }
+
+    fn take(&mut self, met: Result<Met>) {
+        let seat = met.and_then(|Met { node, info, seat }| {
+            let list = &info.members;
+            let is_longer = list.len() > self.members.len() && list.starts_with(&self.members);
+            if is_longer && seat.is_ok() && list.len() <= limits::MEMBERS_MAX {
+                self.members.clone_from(list);
+            }
+            self.known.push((node, info));
+            seat
+        });
+        self.seats.push(seat);
+    }
+
+    /// Whether somebody has the volume under a newer epoch.
+    pub fn is_fenced(&self) -> bool {
+        self.seats.iter().any(|seat| failed_by(seat, ErrorKind::Fenced))
+    }
+
+    /// It may be gone on with under the epoch of before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Fenced`] where it is another's, [`ErrorKind::Volume`] where it is nowhere.
+    pub fn checked(mut self, of: &Unscattered) -> Result<Self> {
+        if let Some(at) = self.seats.iter().position(|seat| failed_by(seat, ErrorKind::Fenced)) {
+            self.seats.swap_remove(at)?;
+        }
+        if !self.seats.is_empty() && self.seats.iter().all(|seat| failed_by(seat, ErrorKind::Volume)) {
+            let who = match of.to {
+                To::Destination(_) => "its destination",
+                To::Parked { .. } => "whoever claimed it",
+            };
             let message = format!(
-                "no intermediary has the VM's volume {} any more: its destination has all of it and gave it back, or somebody dissolved it. Ask there before what has the memory here is ended",
+                "no intermediary has the VM's volume {} any more: {who} has all of it and gave it back, or somebody dissolved it. Ask there before what has the memory here is ended",
                 of.volume
             );
             return Err(Error::new(ErrorKind::Volume, message));
         }
-        Ok(found)
+        Ok(self)
     }
 }
 
-/// A link to a member that has the volume, with the VM's state, and the members that it knows of.
-fn meet(options: &SourceOptions, of: &Unscattered, member: &Member) -> Result<(Seat, Vec<Member>)> {
+fn failed_by(seat: &Result<Seat>, kind: ErrorKind) -> bool {
+    seat.as_ref().is_err_and(|error| error.kind == kind)
+}
+
+/// A member that answered.
+struct Met {
+    node: NodeId,
+    info: VolumeInfo,
+    /// A link to it, where it has the volume, with the VM's state, and takes pages.
+    seat: Result<Seat>,
+}
+
+fn meet(options: &SourceOptions, of: &Unscattered, member: &Member) -> Result<Met> {
     let mut link =
         options.connector.connect(member.address, of.volume, of.epoch, Class::Bulk, MEMBER_TIME)?;
     if link.member().node != member.node {
@@ -271,14 +339,29 @@ fn meet(options: &SourceOptions, of: &Unscattered, member: &Member) -> Result<(S
             Reply::Control(VmdReply::Volume(info)) => Ok(*info),
             _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
         })?;
-    let refuse = |kind, message: String| Err(Error::new(kind, message).at(&member.node));
+    let seat = sit(link, (options, of), &info);
+    Ok(Met { node: member.node.clone(), info, seat })
+}
+
+fn sit(
+    mut link: Box<dyn Link>,
+    (options, of): (&SourceOptions, &Unscattered),
+    info: &VolumeInfo,
+) -> Result<Seat> {
+    let node = link.member().node.clone();
+    let refuse = |kind, message: String| Err(Error::new(kind, message).at(&node));
     if info.epoch > of.epoch {
         let (theirs, ours) = (info.epoch.0, of.epoch.0);
         let message =
             format!("the volume {} has another owner since (epoch {theirs}, and not {ours})", of.volume);
         return refuse(ErrorKind::Fenced, message);
     }
-    if info.state != VolumeState::Open {
+    let is_open = match of.to {
+        To::Destination(_) => info.state == VolumeState::Open,
+        // Some may have been told by the one before that it is parked: they take what is lost since, and hear it again.
+        To::Parked { .. } => matches!(info.state, VolumeState::Open | VolumeState::Parked),
+    };
+    if !is_open {
         let message = format!("the volume {} is {:?} there, and takes no pages", of.volume, info.state);
         return refuse(ErrorKind::Volume, message);
     }
@@ -286,6 +369,11 @@ fn meet(options: &SourceOptions, of: &Unscattered, member: &Member) -> Result<(S
         // Nothing lies there: pages go to those only that have it.
         return refuse(ErrorKind::Refused, "it has not got the VM's state, and is left out".into());
     }
+    // What the one before had sent may come yet: of what is in the index behind that, nothing becomes out of date.
+    ask(&mut *link, Request::Control(&VmdRequest::Fence), MEMBER_TIME, |reply| match reply {
+        Reply::Control(VmdReply::Done) => Ok(()),
+        _ => Err(Error::new(ErrorKind::Protocol, "an answer to another question")),
+    })?;
     let zone = zone(&mut *link, options.replicas)?;
-    Ok((Seat::new(link, zone), info.members))
+    Ok(Seat::new(link, zone))
 }

@@ -128,6 +128,21 @@ mod test {
         assert!(planner.next(Sink::Direct, std::time::Instant::now(), std::time::Duration::MAX).is_some());
     }
 
+    /// Whom it lies at dies before the source heard that it is safe: the source has yet to give it.
+    #[test]
+    fn what_was_found_and_is_lost_at_once_waits_for_the_source() {
+        let mut planner = planner(InstallUnit::Page, 2);
+        assert!(planner.found(&at(0, 0, 0)) && planner.found(&at(1, 0, 1)));
+        let next = |planner: &mut Planner| {
+            planner.next(Sink::Direct, std::time::Instant::now(), std::time::Duration::MAX)
+        };
+        planner.member_lost(MemberIndex(1), (MemberSet::of(MemberIndex(0)), 1), |_| false, |_| {});
+        assert_eq!(next(&mut planner), None, "nobody has it");
+        assert_eq!(safe(&mut planner), [PageRange::new(PageIndex(0), 1)]);
+        planner.available(PageRange::new(PageIndex(1), 1));
+        assert!(next(&mut planner).is_some());
+    }
+
     #[test]
     fn half_a_unit_is_none() {
         let mut planner = planner(InstallUnit::Huge2M, 3 * 512);

@@ -147,7 +147,12 @@ impl Planner {
             // There is nothing that could be had again, and whoever asks finds where it lies.
             PageState::Staged | PageState::Stored if self.closed => Some(FaultAnswer::Unknown),
             PageState::Staged | PageState::Stored if self.is_in_doubt(unit.first, now) => {
-                unit.iter().for_each(|page| self.unsend(page));
+                // An index has it where it lay until it is safe again, and who goes on where this process dies would count on
+                // that: it is not given back.
+                unit.iter().for_each(|page| {
+                    self.table.displace(page);
+                    self.unsend(page);
+                });
                 Some(FaultAnswer::NotYet)
             }
             PageState::Staged | PageState::Stored => Some(FaultAnswer::Elsewhere(unit)),

@@ -8,6 +8,7 @@ use super::{BLOCK_BYTES, Books, Noted, Store, check_inside};
 use crate::host;
 use crate::ids::{Epoch, MemberIndex, Placement, VolumeId};
 use crate::page::{PageIndex, PageRange};
+use crate::server::index::Opened;
 use crate::server::index::{Full, Index, MOVE_BYTES};
 use crate::server::slots::{Held, SlotRun};
 use crate::server::transit::Pinned;
@@ -100,6 +101,23 @@ impl Store {
         let books = Arc::clone(&self.volumes.lock().get(volume).ok()?.payload);
         books.writers.fetch_add(1, Ordering::Relaxed);
         Some(Writing(books))
+    }
+
+    /// A connection is opened.
+    pub(in crate::server) fn opened(&self) -> Opened {
+        Opened(self.opened.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Who wrote a volume over connections opened before this one is dead: what of its entries is in the index when this
+    /// returns is all that ever is.
+    pub(in crate::server) fn fence(
+        &self,
+        (volume, epoch, by): (VolumeId, Epoch, Opened),
+    ) -> Result<(), Status> {
+        self.with_index(volume, epoch, Access::Write, |index, _| {
+            index.fence(by);
+            Ok(())
+        })
     }
 
     /// The volumes there are.
@@ -370,7 +388,7 @@ mod test {
         let blob = || StateBlob { bytes: vec![7; 8].into(), checksum: Checksum::of(&[7; 8]) };
         let entry = IndexEntry::zero(PageIndex(0), 16, Round(0));
         [
-            store.put_index(VOLUME, EPOCH, &[entry]),
+            store.put_index((VOLUME, EPOCH, store.opened()), &[entry]),
             store.put_piece(VOLUME, EPOCH, (0, blob())),
             store.put_state(VOLUME, EPOCH, blob()),
         ]

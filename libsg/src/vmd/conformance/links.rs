@@ -37,7 +37,7 @@ pub(super) fn put(
     Ok(put_some(link, pages, round)?.into_iter().map(|place| place.expect("there is room")).collect())
 }
 
-fn get(link: &mut dyn Link, wanted: &[(u32, Placement)]) -> Result<Vec<Option<Vec<u8>>>> {
+pub(super) fn get(link: &mut dyn Link, wanted: &[(u32, Placement)]) -> Result<Vec<Option<Vec<u8>>>> {
     let entries: Vec<GetEntry> = wanted
         .iter()
         .map(|(page, placement)| GetEntry { page: PageIndex(*page), placement: *placement })
@@ -66,24 +66,24 @@ pub(super) fn taken(entries: &[PageEntry], mut bytes: &[u8]) -> Vec<Option<Vec<u
     out
 }
 
-fn index(link: &mut dyn Link, entries: &[IndexEntry]) -> Result<()> {
+pub(super) fn index(link: &mut dyn Link, entries: &[IndexEntry]) -> Result<()> {
     asked(link, Request::PutIndex(entries), |reply| matches!(reply, Reply::Indexed).then_some(()))
 }
 
-fn locate(link: &mut dyn Link, first: u32, pages: u32) -> Result<Vec<IndexEntry>> {
+pub(super) fn locate(link: &mut dyn Link, first: u32, pages: u32) -> Result<Vec<IndexEntry>> {
     asked(link, Request::Locate(PageRange::new(PageIndex(first), pages)), |reply| match reply {
         Reply::Located(entries) => Some(entries.to_vec()),
         _ => None,
     })
 }
 
-fn control(link: &mut dyn Link, request: &VmdRequest) -> Result<()> {
+pub(super) fn control(link: &mut dyn Link, request: &VmdRequest) -> Result<()> {
     asked(link, Request::Control(request), |reply| {
         matches!(reply, Reply::Control(VmdReply::Done)).then_some(())
     })
 }
 
-fn describe(link: &mut dyn Link) -> Result<VolumeInfo> {
+pub(super) fn describe(link: &mut dyn Link) -> Result<VolumeInfo> {
     asked(link, Request::Control(&VmdRequest::Describe), |reply| match reply {
         Reply::Control(VmdReply::Volume(info)) => Some(*info),
         _ => None,
@@ -98,7 +98,7 @@ fn statistics(link: &mut dyn Link) -> NodeStatistics {
     .expect("statistics")
 }
 
-fn at(page: u32, round: u16, placement: Placement) -> IndexEntry {
+pub(super) fn at(page: u32, round: u16, placement: Placement) -> IndexEntry {
     IndexEntry::at(PageIndex(page), Round(round), placement, Checksum::of(&content(page, round)))
 }
 
@@ -350,28 +350,6 @@ pub(super) fn discard(bench: &Bench<'_>) {
     let wanted = [(0, old[0]), (1, old[1]), (1, new), (3, old[3])];
     let there: Vec<bool> = get(&mut *link, &wanted).expect("an answer").iter().map(Option::is_some).collect();
     assert_eq!(there, [false, false, true, true]);
-}
-
-pub(super) fn fencing(bench: &Bench<'_>) {
-    let (node, volume, mut old) = bench.one();
-    let place = put(&mut *old, [1], 0).expect("stored")[0];
-    index(&mut *old, &[at(1, 0, place)]).expect("indexed");
-    let mut owner = bench.link(&*node, volume, 2);
-    refused(put(&mut *owner, [2], 0), ErrorKind::Volume);
-    refused(control(&mut *owner, &VmdRequest::Claim { epoch: Epoch(1) }), ErrorKind::Fenced);
-    control(&mut *owner, &VmdRequest::Claim { epoch: Epoch(2) }).expect("claimed");
-    refused(control(&mut *owner, &VmdRequest::Claim { epoch: Epoch(2) }), ErrorKind::Fenced);
-    refused(put(&mut *old, [2], 0), ErrorKind::Fenced);
-    refused(get(&mut *old, &[(1, place)]), ErrorKind::Fenced);
-    refused(index(&mut *old, &[at(1, 0, place)]), ErrorKind::Fenced);
-    refused(locate(&mut *old, 0, 2), ErrorKind::Fenced);
-    refused(control(&mut *old, &VmdRequest::Commit), ErrorKind::Fenced);
-    refused(control(&mut *old, &VmdRequest::Seal), ErrorKind::Fenced);
-    refused(control(&mut *old, &VmdRequest::Dissolve), ErrorKind::Fenced);
-    let info = describe(&mut *old).expect("anyone may ask");
-    assert_eq!((info.epoch, info.state, info.committed), (Epoch(2), VolumeState::Claimed, false));
-    assert_eq!(locate(&mut *owner, 0, 2).expect("an answer"), [at(1, 0, place)]);
-    assert!(get(&mut *owner, &[(1, place)]).expect("an answer")[0].is_some());
 }
 
 pub(super) fn sealed(bench: &Bench<'_>) {

@@ -22,6 +22,7 @@ impl State {
             }
             VmdRequest::Commit => self.owned(asker)?.committed = true,
             VmdRequest::Copies(copies) => self.writable(asker)?.copies = *copies,
+            VmdRequest::Fence => self.writable(asker)?.fenced = asker.opened,
             VmdRequest::Seal => self.owned(asker)?.seal()?,
             VmdRequest::Claim { epoch } => {
                 self.volume(Asker { epoch: Epoch(u64::MAX), ..asker })?.claim(*epoch)?

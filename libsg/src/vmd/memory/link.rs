@@ -89,11 +89,12 @@ impl MemoryLink {
         volume: VolumeId,
         epoch: Epoch,
     ) -> Self {
+        let opened = state.lock().opened();
         Self {
             member,
             state,
             nodes,
-            asker: Asker { volume, epoch },
+            asker: Asker { volume, epoch, opened },
             next: 1,
             queue: VecDeque::new(),
             queued_bytes: 0,

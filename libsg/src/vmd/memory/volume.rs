@@ -24,6 +24,8 @@ pub(super) struct Volume {
     pub pieces: Vec<Vec<u8>>,
     /// At how many members each page is to lie. Nobody in memory dies.
     pub copies: u8,
+    /// What comes over links that were opened before this one is a dead writer's.
+    pub fenced: u64,
     members: Vec<Member>,
     /// Page by page; a zero page has no placement.
     index: BTreeMap<u32, Known>,
@@ -61,6 +63,7 @@ impl Volume {
             blob: None,
             pieces: Vec::new(),
             copies: 1,
+            fenced: 0,
             members,
             index: BTreeMap::new(),
             own: Vec::new(),

@@ -102,6 +102,7 @@ impl Expected {
             | VmdRequest::Succeed { .. }
             | VmdRequest::Inherit(_)
             | VmdRequest::Copies(_)
+            | VmdRequest::Fence
             | VmdRequest::Dissolve => Some(Self::Done),
             VmdRequest::ClaimParked(_) => Some(Self::Verdict),
             VmdRequest::Describe => Some(Self::Volume),

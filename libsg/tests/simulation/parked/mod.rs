@@ -1,6 +1,7 @@
 //! Evict now, place later, by seed: a VM is parked, and hosts claim it, one after the other or at once, while
 //! intermediaries, the source and claimants die and the network fails.
 
+mod continued;
 mod mended;
 mod run;
 
@@ -46,6 +47,8 @@ pub enum After {
 pub enum What {
     /// Its process is killed; of an intermediary a new one is started after that long, if at all.
     Kill(Who, Option<Duration>),
+    /// The source's process is killed, and the VM's memory outlives it: after that long another process goes on with it.
+    Succeed(Duration),
     Freeze(Who, Duration),
     /// An intermediary is told to go: it hands over what it has, and ends; a new one starts there after that long.
     Leave(usize, Option<Duration>),

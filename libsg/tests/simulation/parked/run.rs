@@ -9,7 +9,7 @@ use libsg::event::{Event, Observer};
 use libsg::host::simulation::Bug;
 use libsg::ids::Epoch;
 use libsg::migrate::destination::{ClaimOptions, DestinationOptions, Incoming, claim};
-use libsg::migrate::source::To;
+use libsg::migrate::source::{Outgoing, To};
 use libsg::page::{PageIndex, PageRange};
 use libsg::server::ServerHandle;
 use parking_lot::Mutex;
@@ -67,6 +67,8 @@ pub struct Run {
     vm: Arc<Vm>,
     source_node: Arc<Node>,
     source: source::Handle,
+    /// The parking of processes that others took the places of: it is not ended in the name of the dead.
+    gone: Vec<Arc<Outgoing>>,
     intermediaries: Vec<(Arc<Node>, intermediary::Handle)>,
     claims: Vec<Option<Claiming>>,
     log: Arc<Mutex<Log>>,
@@ -109,6 +111,7 @@ enum Later {
     Thaw(usize),
     Mend(usize, usize),
     Restart(usize),
+    GoOn,
 }
 
 impl Run {
@@ -140,6 +143,7 @@ impl Run {
             vm,
             source_node,
             source,
+            gone: Vec::new(),
             claims: parking.claims.iter().map(|_| None).collect(),
             intermediaries,
             log,
@@ -244,6 +248,7 @@ impl Run {
                 Later::Thaw(number) => self.host.freeze(number, false),
                 Later::Mend(one, other) => self.host.with_net(|net, _| net.cut(one, other, false)),
                 Later::Restart(nth) => self.restart(nth),
+                Later::GoOn => self.go_on(),
             }
         }
         let due: Vec<_> = self
@@ -283,6 +288,13 @@ impl Run {
                 self.host.with_net(|net, _| net.remove(node.number()));
                 self.host.kill(&node);
             }
+            What::Succeed(time) if !self.source_node.is_dead() => {
+                let node = Arc::clone(&self.source_node);
+                self.host.with_net(|net, _| net.orphan(node.number(), now));
+                self.host.kill(&node);
+                self.later.push((now + time, Later::GoOn));
+            }
+            What::Succeed(_) => {}
             What::Freeze(who, time) => {
                 let Some(node) = self.node_of(who).filter(|node| !node.is_dead()) else { return };
                 self.host.freeze(node.number(), true);
@@ -340,6 +352,21 @@ impl Run {
         let (memory, others) = (self.parking.base.intermediaries[nth], self.parking.base.strangers());
         let handle = intermediary::start(&node, Role::Intermediary(nth), memory, others);
         self.intermediaries[nth] = (node, handle);
+    }
+
+    /// Another process at the source goes on parking the VM. One whose state is nowhere else yet is looked at no more.
+    fn go_on(&mut self) {
+        let Some(of) = self.vm.noted() else { return self.vm.source_died() };
+        if of.is_committed() {
+            self.vm.commit();
+        }
+        let node = self.host.node(self.next_node);
+        self.next_node += 1;
+        self.host.with_net(|net, _| net.add(node.number(), address(SOURCE)));
+        self.gone.extend(self.source.lock().take());
+        let (base, observer) = (&self.parking.base, observer(None, &node, &self.log));
+        source::go_on(&node, (&base.vms[0], of), &self.vm, base, (&self.source, observer));
+        self.source_node = node;
     }
 
     /// A new host claims the VM.

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Result, bail};
 use libsg::migrate::RoundOptions;
-use libsg::migrate::source::{SourceOptions, To, resume};
+use libsg::migrate::source::{SourceOptions, resume};
 use libsg::units::Rate;
 use qemu::{DepartedFile, Departure, Qmp, Standing, bring_back, finish, standing};
 
@@ -49,7 +49,7 @@ pub fn evict(args: &EvictArgs, socket: &Path, interrupted: &AtomicBool) -> Resul
         return Ok(0);
     }
     let secret = secret(args.at.secret.as_deref().or(departed.secret.as_deref()))?;
-    let to = To::from(unscattered.destination);
+    let to = unscattered.to.clone();
     let options = SourceOptions {
         to: to.clone(),
         mode: unscattered.mode,

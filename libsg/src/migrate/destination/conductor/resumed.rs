@@ -111,7 +111,7 @@ impl Conductor {
     }
 
     /// Writes down what has changed. What was written before does as well, with more to be looked for.
-    pub(super) fn keep_notes(&mut self) {
+    pub(in crate::migrate::destination) fn keep_notes(&mut self) {
         let (Some(gather), Some(offer), Some(noted)) =
             (&self.gather, &self.offer, &mut self.notes.unfinished)
         else {
