@@ -1,6 +1,8 @@
 //! Where hosts announce themselves and are found, by how it is written: `multicast:GROUP` or `etcd://HOST/PREFIX`. What
 //! commands have in common; libsg itself knows the seams only.
 
+mod spares;
+
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -13,6 +15,8 @@ use libsg::transport::PoolSecret;
 use libsg::vmd::Engines;
 use libsg::wire::announcement::Announcement;
 use libsg::{Error, ErrorKind, Result};
+
+pub use spares::Spares;
 
 /// Where hosts announce themselves.
 #[derive(Clone, Debug, PartialEq, Eq)]

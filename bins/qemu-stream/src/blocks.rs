@@ -82,7 +82,7 @@ impl Blocks {
             return Err(bounds("a block's length", block.length_bytes, "whole pages, one at least"));
         }
         if block.length_bytes > MEMORY_BYTES_MAX - self.total_bytes() {
-            return Err(bounds("a block's length", block.length_bytes, "16 TiB for all of them"));
+            return Err(bounds("a block's length", block.length_bytes, "less than 16 TiB for all of them"));
         }
         if self.0.len() == BLOCKS_MAX {
             return Err(bounds("the number of blocks", BLOCKS_MAX as u64 + 1, "256 at most"));

@@ -11,8 +11,8 @@ pub const NAME_BYTES_MAX: usize = 255;
 /// Bytes of the name of a machine type.
 pub const MACHINE_BYTES_MAX: usize = 255;
 
-/// Bytes of the memory of a VM: 2^32 pages, as many as libsg numbers.
-pub const MEMORY_BYTES_MAX: u64 = (PAGE_BYTES as u64) << 32;
+/// Bytes of the memory of a VM: 2^32 - 1 pages, whose count fits where libsg numbers them.
+pub const MEMORY_BYTES_MAX: u64 = PAGE_BYTES as u64 * u32::MAX as u64;
 
 /// Bytes of a page of a block: 1 GiB.
 pub const BLOCK_PAGE_BYTES_MAX: u64 = 1 << 30;

@@ -141,7 +141,7 @@ fn a_source_that_scatters_goes_on_with_those_that_are_left() {
 
 /// A parked VM of 16 MiB at the first of two intermediaries, which gives out slowly; the other takes what that hands over.
 fn at_one(replicas: u8) -> World {
-    let mut world = pool(1, &["--limit-out", "40mbit"]);
+    let mut world = pool(1, &["--limit-out", "16mbit"]);
     if replicas > 1 {
         serve(&mut world, "i2", &[]);
     }

@@ -22,11 +22,12 @@ use libsg::units::Rate;
 use libsg::vmd::Connector;
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
+use pools::Spares;
 use serde_json::{Value, json};
 
 use crate::canary::{PanicAt, Panicking};
 use crate::migration::{Arriving, Berth, Leaving};
-use crate::pool::{self, PoolView, Spares};
+use crate::pool::{self, PoolView};
 use crate::serial::Serial;
 use crate::vm::Vm;
 

@@ -158,7 +158,7 @@ fn destination(nodes: usize) -> (Incoming, Berth, SourceOptions) {
         secret,
         connector: Arc::new(connector),
         // For rounds to last until some pages are written.
-        scatter_limit_bytes_per_s: 20_000_000,
+        scatter_limit_bytes_per_s: 5_000_000,
         ready_timeout: LONG,
         observer: Arc::new(|_| {}),
     };

@@ -24,7 +24,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 /// One VMM's control socket. Connects when needed, so that a VMM that was stopped, or is gone, costs one timeout.
@@ -95,7 +95,10 @@ impl Control {
         if connection.read_line(&mut line)? == 0 {
             return Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "it hung up").into());
         }
-        Ok(serde_json::from_str(&line)?)
+        let answer: Value = serde_json::from_str(&line)?;
+        // It would be taken for an answer to whatever is asked.
+        ensure!(answer.get("QMP").is_none(), "this is the QMP of a QEMU, and no control socket");
+        Ok(answer)
     }
 }
 
@@ -134,5 +137,15 @@ mod test {
         control.request(&json!({"do": "quit"}), Duration::from_millis(20)).expect_err("is silent");
         assert_eq!(control.ask("progress").expect("answers")["percent"], 5);
         assert!(Control::new(Path::new("/nonexistent")).ask("progress").is_err());
+
+        let path = directory.path().join("qmp");
+        let qemu = UnixListener::bind(&path).expect("binds");
+        std::thread::spawn(move || {
+            let (mut stream, _) = qemu.accept().expect("accepts");
+            stream.write_all(b"{\"QMP\": {}}\n").expect("writes");
+            let _ = BufReader::new(stream).read_line(&mut String::new());
+        });
+        let said = Control::new(&path).request(&json!({"do": "cancel"}), ANSWER).expect_err("is no answer");
+        assert!(format!("{said:#}").contains("QMP of a QEMU"), "{said:#}");
     }
 }

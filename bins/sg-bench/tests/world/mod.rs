@@ -6,7 +6,7 @@ pub mod proxy;
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,11 +15,15 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use test_support::free_address;
 
 use crate::places::Place;
 
 /// What nothing takes as long as, on a busy machine: not a measure of speed, but of a hang.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A rate at which a source sends so little that a test does what it does in the middle, however busy the machine is.
+pub const SLOWLY: &str = "24mbit";
 
 /// Where everything of one test lives.
 pub struct World {
@@ -129,8 +133,7 @@ impl World {
 
     /// A process that waits for a VM.
     pub fn incoming(&self, name: &str, arguments: &str) -> Vmm {
-        // Free a moment ago: nobody else here takes ports without asking the kernel for one.
-        let address = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
+        let address = free_address();
         let at = address.to_string();
         let mut words: Vec<&str> = arguments.split_whitespace().collect();
         words.extend(["--vcpu", "thread", "--incoming", &at]);
@@ -266,6 +269,11 @@ impl Process {
         })
     }
 
+    /// Waits for an event with this in its message.
+    pub fn wait_message(&self, event: &str, part: &str) -> Value {
+        self.wait_for(&format!("{event} of {part}"), |line| says(line, event, part))
+    }
+
     fn wait_for(&self, what: &str, is_it: impl Fn(&Value) -> bool) -> Value {
         if let Some(line) = self.seen.borrow().iter().find(|line| is_it(line)) {
             return line.clone();
@@ -291,10 +299,12 @@ impl Process {
 
     /// Whether it told of this event, with this in its message.
     pub fn has_told(&self, event: &str, part: &str) -> bool {
-        self.told()
-            .iter()
-            .any(|line| line["event"] == event && line["message"].as_str().unwrap_or_default().contains(part))
+        self.told().iter().any(|line| says(line, event, part))
     }
+}
+
+fn says(line: &Value, event: &str, part: &str) -> bool {
+    line["event"] == event && line["message"].as_str().unwrap_or_default().contains(part)
 }
 
 impl Drop for Process {
@@ -341,9 +351,26 @@ impl Vmm {
 
     /// Starts to leave in this mode.
     pub fn leave_by(&self, mode: &str, to: SocketAddr, members: &[SocketAddr]) {
+        self.leave_at(mode, to, members, "0");
+    }
+
+    /// Starts to leave in this mode, [`SLOWLY`] until it [`Self::hurries`].
+    pub fn leave_slowly(&self, mode: &str, to: SocketAddr, members: &[SocketAddr]) {
+        self.leave_at(mode, to, members, SLOWLY);
+    }
+
+    fn leave_at(&self, mode: &str, to: SocketAddr, members: &[SocketAddr], scatter: &str) {
         let members: Vec<String> = members.iter().map(ToString::to_string).collect();
-        let answer =
-            self.ask(&json!({"do": "start", "mode": mode, "to": to.to_string(), "intermediaries": members}));
+        let to = to.to_string();
+        let start =
+            json!({"do": "start", "mode": mode, "to": to, "intermediaries": members, "scatter": scatter});
+        let answer = self.ask(&start);
+        assert_eq!(answer["ok"], true, "{answer}");
+    }
+
+    /// What is left goes as fast as it can.
+    pub fn hurries(&self) {
+        let answer = self.ask(&json!({"do": "limit", "scatter": "0"}));
         assert_eq!(answer["ok"], true, "{answer}");
     }
 

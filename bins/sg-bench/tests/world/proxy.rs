@@ -3,15 +3,22 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
+use libsg::wire::header::MAGIC;
+use libsg::wire::message::{Talk, encode};
+use libsg::wire::{HEADER_BYTES, Header, Kind};
 use parking_lot::Mutex;
+
+use super::PATIENCE;
 
 const PASS: u8 = 0;
 const HOLD: u8 = 1;
 const CUT: u8 = 2;
 const END: u8 = 3;
+/// Passes until READY is said, and then holds it.
+const UNTIL_READY: u8 = 4;
 
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -22,8 +29,6 @@ struct Shared {
     up: AtomicU8,
     /// What happens to bytes of the server.
     down: AtomicU8,
-    /// How long bytes of the server take.
-    delay_ms: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
 }
 
@@ -40,13 +45,7 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").expect("listens");
         let address = listener.local_addr().expect("an address");
         listener.set_nonblocking(true).expect("non-blocking");
-        let shared = Arc::new(Shared {
-            to,
-            up: PASS.into(),
-            down: PASS.into(),
-            delay_ms: 0.into(),
-            open: Mutex::default(),
-        });
+        let shared = Arc::new(Shared { to, up: PASS.into(), down: PASS.into(), open: Mutex::default() });
         let of = Arc::clone(&shared);
         std::thread::spawn(move || {
             while of.up.load(Ordering::SeqCst) != END {
@@ -80,9 +79,14 @@ impl Proxy {
         self.shared.down.store(HOLD, Ordering::SeqCst);
     }
 
-    /// What the server says takes so long.
-    pub fn delay_answers(&self, delay: Duration) {
-        self.shared.delay_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+    /// What a destination says, from READY on, goes nowhere.
+    pub fn hold_ready(&self) {
+        self.shared.down.store(UNTIL_READY, Ordering::SeqCst);
+    }
+
+    /// What the server says goes on, and what it has said.
+    pub fn pass_answers(&self) {
+        self.shared.down.store(PASS, Ordering::SeqCst);
     }
 
     /// Every connection is reset, and no new one is made.
@@ -108,7 +112,7 @@ impl Drop for Proxy {
 
 impl Shared {
     fn connect(self: &Arc<Self>, client: TcpStream) {
-        let Ok(server) = TcpStream::connect_timeout(&self.to, Duration::from_secs(1)) else { return };
+        let Ok(server) = TcpStream::connect_timeout(&self.to, PATIENCE) else { return };
         let _ = client.set_nonblocking(false);
         let (Ok(client_too), Ok(server_too)) = (client.try_clone(), server.try_clone()) else { return };
         let clones = [client.try_clone(), server.try_clone()];
@@ -123,17 +127,31 @@ impl Shared {
         let _ = from.set_nodelay(true);
         let _ = to.set_nodelay(true);
         while let Ok(n @ 1..) = from.read(&mut bytes) {
-            if std::ptr::eq(mode(self), &self.down) {
-                std::thread::sleep(Duration::from_millis(self.delay_ms.load(Ordering::SeqCst)));
+            let mode = mode(self);
+            if says_ready(&bytes[..n]) {
+                // Unless it passes by now.
+                let _ = mode.compare_exchange(UNTIL_READY, HOLD, Ordering::SeqCst, Ordering::SeqCst);
             }
-            while mode(self).load(Ordering::SeqCst) == HOLD {
+            while mode.load(Ordering::SeqCst) == HOLD {
                 std::thread::sleep(LOOK);
             }
-            if mode(self).load(Ordering::SeqCst) != PASS || to.write_all(&bytes[..n]).is_err() {
+            if !matches!(mode.load(Ordering::SeqCst), PASS | UNTIL_READY)
+                || to.write_all(&bytes[..n]).is_err()
+            {
                 break;
             }
         }
         let _ = from.shutdown(Shutdown::Both);
         let _ = to.shutdown(Shutdown::Both);
     }
+}
+
+fn says_ready(bytes: &[u8]) -> bool {
+    let ready = encode(&Talk::Ready).expect("encodes");
+    bytes.windows(HEADER_BYTES + ready.len()).any(|frame| {
+        let (header, body) = frame.split_at(HEADER_BYTES);
+        let header = header.try_into().ok().filter(|_| header.starts_with(&MAGIC) && body == ready);
+        let header = header.and_then(|header| Header::decode(header).ok());
+        header.is_some_and(|it| it.kind == Kind::Talk && it.body_bytes as usize == ready.len())
+    })
 }
