@@ -1,6 +1,5 @@
 //! A QEMU that takes a VM.
 
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use libsg::manifest::Manifest;
@@ -16,16 +15,16 @@ use serde_json::json;
 use crate::feeder::Feeder;
 use crate::layout::{self, Layout};
 use crate::machine::{self, Devices};
+use crate::preflight;
 use crate::qmp::Qmp;
 use crate::record::StateFile;
 use crate::resuming::{self, Whole};
-use crate::scratch::Scratch;
-use crate::settings::Settings;
 
 /// What becomes of a VM of which pages are lost for good.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnLost {
-    /// It stays as it is, for somebody to look at: paused, its migration without an end.
+    /// It stays as it is, for somebody to look at: paused, its migration without an end. Where a vCPU of its waits for such a page
+    /// already, QEMU waits for that vCPU, and does not answer any more: all of it stands still, until its process is ended.
     #[default]
     Pause,
     /// Its QEMU ends.
@@ -43,6 +42,8 @@ pub struct ArrivingQemu {
     is_written: bool,
     /// It has the VM.
     goes_on: bool,
+    /// It was told what becomes of a VM of which pages are lost.
+    has_lost: bool,
 }
 
 impl ArrivingQemu {
@@ -50,7 +51,16 @@ impl ArrivingQemu {
     #[must_use]
     pub fn new(qmp: Qmp, on_lost: OnLost) -> Self {
         let qmp = Mutex::new(qmp);
-        Self { qmp, on_lost, feeder: None, state: Vec::new(), file: None, is_written: false, goes_on: false }
+        Self {
+            qmp,
+            on_lost,
+            feeder: None,
+            state: Vec::new(),
+            file: None,
+            is_written: false,
+            goes_on: false,
+            has_lost: false,
+        }
     }
 
     /// Another feeder finds in this file what it needs.
@@ -87,15 +97,8 @@ impl IncomingVm for ArrivingQemu {
         }
         is_the_machine(&mut qmp, &offered, &layout::devices(manifest)?)?;
         // A QEMU takes one VM in its life: there is nothing to be put back.
-        Settings::change(&mut qmp, &[("postcopy-ram", true)], &[]).map_err(|cause| {
-            let message = "the destination QEMU cannot do post-copy: run it as root, give it CAP_SYS_PTRACE or \
-                           /dev/userfaultfd (QEMU 8.0), or set the sysctl vm.unprivileged_userfaultfd to 1";
-            Error::new(cause.kind, message).because(cause)
-        })?;
-        let directory = Scratch::new()?;
-        let path = directory.file("stream");
-        qmp.execute("migrate-incoming", &json!({ "uri": format!("unix:{}", path.display()) }))?;
-        let feeder = Arc::new(Feeder::start(UnixStream::connect(&path)?, offered)?);
+        preflight::switch_postcopy_on(&mut qmp)?;
+        let feeder = Arc::new(Feeder::start(preflight::begin_incoming(&mut qmp)?, offered)?);
         self.feeder = Some(Arc::clone(&feeder));
         Ok(feeder)
     }
@@ -132,12 +135,24 @@ impl IncomingVm for ArrivingQemu {
     fn lost(&mut self, pages: &[PageRange]) {
         let ranges: Vec<String> = pages.iter().map(ToString::to_string).collect();
         tracing::error!(pages = ranges.join(","), "pages are lost for good");
+        // Others may follow: it is waited for once.
+        if std::mem::replace(&mut self.has_lost, true) {
+            return;
+        }
         let told = match self.on_lost {
             OnLost::Pause => self.qmp.lock().execute("stop", &json!({})).map(drop),
             OnLost::Kill => self.qmp.lock().kill(),
         };
-        if let Err(error) = told {
-            tracing::error!(error = error.chain(), "the VM does not do what it is told");
+        match told {
+            Ok(()) => {}
+            // It waits for its vCPUs to stop, none of which runs meanwhile.
+            Err(error) if self.on_lost == OnLost::Pause && error.kind == ErrorKind::Timeout => {
+                tracing::error!(
+                    "the VM stands still, and its QEMU does not answer: a vCPU waits for a page that is lost. Its process can only \
+                     be killed"
+                );
+            }
+            Err(error) => tracing::error!(error = error.chain(), "the VM does not do what it is told"),
         }
     }
 }

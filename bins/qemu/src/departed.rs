@@ -6,34 +6,30 @@
 //!     |               +-- the process dies: QEMU is resumed, and what is not safe is scattered
 //!     +-- it dies: nobody was told of COMMIT, and the VM is run here again
 //! ```
+//!
+//! A VM that is parked is unscattered from when its state is at the intermediaries, and is so before COMMIT: until its keeper is
+//! written down, too, it may run here again.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use libsg::manifest::Manifest;
 use libsg::migrate::source::Unscattered;
-use libsg::page::{PageIndex, PageRange};
-use libsg::source::{Outcome, PageSource as _};
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::leaving::{ByQmp, STEP, await_status};
+use crate::calling_off::{broken_state, call_off, is_over};
 use crate::preflight::{Found, look_at_version};
 use crate::qmp::Qmp;
 use crate::record::{Note, Process, absolute, process_of};
-use crate::relay::{Limits, Relay};
 use crate::settings::Settings;
 
-/// The only kind of file there is so far.
-const SCHEMA: u32 = 1;
+/// The only kind of file that is read: those of before knew no VM that is parked.
+const SCHEMA: u32 = 2;
 
 const WHAT: &str = "what an evict writes down of a VM";
-
-/// A QEMU notices at once that its relay is dead; on a busy host a little later.
-const NOTICES: Duration = Duration::from_secs(3);
 
 /// What was written down of a VM that leaves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,13 +41,11 @@ pub struct Departed {
     pub(crate) by: Option<Process>,
     /// The file with the pool's secret.
     pub secret: Option<PathBuf>,
-    /// It is parked: all of it is safe before COMMIT.
-    pub(crate) parks: bool,
     pub(crate) window_bytes: u64,
     /// What was changed of QEMU's.
     pub(crate) settings: Settings,
     pub(crate) manifest: Manifest,
-    /// From right before COMMIT on: what is needed to go on.
+    /// From right before COMMIT on, or of one that is parked from when its state was taken: what is needed to go on.
     pub unscattered: Option<Unscattered>,
 }
 
@@ -63,7 +57,6 @@ impl Departed {
             qemu: process_of(qmp),
             by: None,
             secret: None,
-            parks: false,
             window_bytes,
             settings: settings.clone(),
             manifest: manifest.clone(),
@@ -75,11 +68,6 @@ impl Departed {
     /// It leaves by this process.
     pub(crate) fn by_us(self) -> Self {
         Self { by: Process::of(std::process::id().cast_signed()), ..self }
-    }
-
-    /// Whether it is parked.
-    pub(crate) fn parked(self, parks: bool) -> Self {
-        Self { parks, ..self }
     }
 
     /// The name of the VM.
@@ -150,7 +138,7 @@ impl DepartedFile {
 /// How a QEMU stands by which somebody died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Nobody was told of COMMIT: the VM is here, and nowhere else.
+    /// Nobody was told of COMMIT, nor is anything to be gone on with: the VM is here, and nowhere else.
     Here,
     /// It waits to be resumed.
     Paused,
@@ -180,13 +168,9 @@ pub fn standing(qmp: &mut Qmp, departed: &Departed) -> Result<(Found, Standing)>
         return Ok((found, Standing::Here));
     }
     let state = broken_state(qmp)?;
-    if departed.unscattered.is_none() {
-        if departed.parks && !is_over(&state) {
-            found.refusals.push(format!(
-                "its VM was being parked, its migration is \"{state}\", and that cannot be gone on with: where sg ls has it as \
-                 parked, it is safe there, and this QEMU may be ended; where not, what is not safe is here only"
-            ));
-        } else if state == "postcopy-active" || state == "completed" {
+    let is_committed = departed.unscattered.as_ref().is_some_and(Unscattered::is_committed);
+    if departed.unscattered.is_none() || (!is_committed && is_over(&state)) {
+        if matches!(state.as_str(), "postcopy-device" | "postcopy-active" | "completed") {
             found.refusals.push(format!(
                 "its migration is \"{state}\", though its VM was not given away (query-migrate)"
             ));
@@ -195,22 +179,24 @@ pub fn standing(qmp: &mut Qmp, departed: &Departed) -> Result<(Found, Standing)>
     }
     let standing = match state.as_str() {
         "postcopy-paused" => Standing::Paused,
+        // From QEMU 10.2 on: nobody has told it yet that the state of its devices was taken.
+        "postcopy-device" => {
+            found.refusals.push(not_noticed(&state));
+            Standing::Paused
+        }
         "postcopy-active" => {
             // Taken for one that has nothing left, what it has left would be lost.
             if departed.by.is_none() || remaining_bytes(qmp)? != Some(0) {
-                found.refusals.push(
-                    "its migration is \"postcopy-active\" and not \"postcopy-paused\": another process is at it, or it has not \
-                     noticed yet that none is. Look again in a while (query-migrate)"
-                        .into(),
-                );
+                found.refusals.push(not_noticed(&state));
             }
             Standing::Spent
         }
         "completed" => Standing::Completed,
         other => {
+            let where_it_is =
+                if is_committed { "Its VM was given away: do not run it here" } else { "Its VM is here" };
             found.refusals.push(format!(
-                "its migration is \"{other}\" and not \"postcopy-paused\": nothing can be resumed (query-migrate). Its VM was given \
-                 away: do not run it here"
+                "its migration is \"{other}\" and not \"postcopy-paused\": nothing can be resumed (query-migrate). {where_it_is}"
             ));
             Standing::Paused
         }
@@ -218,26 +204,16 @@ pub fn standing(qmp: &mut Qmp, departed: &Departed) -> Result<(Found, Standing)>
     Ok((found, standing))
 }
 
+fn not_noticed(state: &str) -> String {
+    format!(
+        "its migration is \"{state}\" and not \"postcopy-paused\": another process is at it, or it has not noticed yet that \
+         none is. Look again in a while (query-migrate)"
+    )
+}
+
 /// What a migration has left to send of the memory, as QEMU says.
 fn remaining_bytes(qmp: &mut Qmp) -> Result<Option<u64>> {
     Ok(qmp.execute("query-migrate", &json!({}))?["ram"]["remaining"].as_u64())
-}
-
-fn is_over(state: &str) -> bool {
-    matches!(state, "none" | "failed" | "cancelled")
-}
-
-/// Where its migration stands; when it has noticed that nobody reads its stream, if that is so.
-fn broken_state(qmp: &mut Qmp) -> Result<String> {
-    let deadline = Instant::now() + NOTICES;
-    loop {
-        let state = qmp.migration()?;
-        let may_change = ["setup", "active", "device", "cancelling", "postcopy-active", "postcopy-recover"];
-        if !may_change.contains(&state.as_str()) || Instant::now() >= deadline {
-            return Ok(state);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// The VM runs on here, with its settings as they were: nobody was told of COMMIT ([`Standing::Here`]).
@@ -246,32 +222,16 @@ fn broken_state(qmp: &mut Qmp) -> Result<String> {
 /// [`Qmp::execute`]'s, or that its migration does not end.
 pub fn bring_back(qmp: Qmp, departed: &Departed, file: &DepartedFile) -> Result<()> {
     let qmp = Arc::new(Mutex::new(qmp));
-    let state = broken_state(&mut qmp.lock())?;
-    if state == "postcopy-paused" {
-        refuse(&qmp, &departed.manifest)?;
-    } else if !is_over(&state) {
-        qmp.lock().execute("migrate_cancel", &json!({}))?;
-        await_status(&mut qmp.lock(), is_over)?;
-    }
+    // One that notices in the moment in which it is cancelled would wait for ever.
+    broken_state(&mut qmp.lock())?;
+    call_off(&qmp, None, &departed.manifest)?;
     let mut qmp = qmp.lock();
     let status = qmp.execute("query-status", &json!({}))?;
     if status["status"] != "running" {
-        qmp.execute("cont", &json!({}))?;
+        qmp.execute_slow("cont")?;
     }
     departed.settings.clone().restore(&mut qmp)?;
     file.remove()
-}
-
-/// Ends the migration of one that has switched as one that has failed: it hears that everything has come, so that it says its
-/// end at once, and is refused. Called off it would wait to be resumed for ever.
-fn refuse(qmp: &Arc<Mutex<Qmp>>, manifest: &Manifest) -> Result<()> {
-    let relay = Relay::again(manifest, Limits::of_window(0), false)?;
-    relay.outcome(PageRange::new(PageIndex(0), manifest.pages()), Outcome::Safe);
-    relay.flow(Box::new(ByQmp(Arc::clone(qmp))))?;
-    let refused = relay.refuse(STEP);
-    relay.hang_up();
-    refused?;
-    await_status(&mut qmp.lock(), |status| status == "failed")
 }
 
 /// It was told that all is safe, and nobody came to the rest ([`Standing::Completed`]).
@@ -289,9 +249,10 @@ pub fn finish(mut qmp: Qmp, departed: &Departed, file: &DepartedFile, quits: boo
 
 #[cfg(test)]
 mod test {
-    use libsg::ids::{Epoch, Round, VolumeId};
+    use libsg::ids::{Epoch, NodeId, Round, VolumeId};
     use libsg::manifest::Region;
     use libsg::migrate::Mode;
+    use libsg::migrate::source::To;
     use libsg::page::InstallUnit;
 
     use super::*;
@@ -311,7 +272,7 @@ mod test {
         Unscattered {
             volume: VolumeId(u128::MAX),
             epoch: Epoch(1),
-            to: libsg::migrate::source::To::Destination("[::1]:7700".parse().expect("an address")),
+            to: To::Destination("[::1]:7700".parse().expect("an address")),
             keeper: None,
             mode: Mode::Hybrid,
             round: Round(1),
@@ -319,6 +280,13 @@ mod test {
             members: Vec::new(),
             manifest: manifest(),
         }
+    }
+
+    /// One that is parked, and for which COMMIT is given, or not.
+    fn parks(is_committed: bool) -> Unscattered {
+        let keeper = is_committed.then(|| NodeId { name: "i1".into(), incarnation: u64::MAX });
+        let arbiter = Some("etcd://10.0.0.1/sg".into());
+        Unscattered { to: To::Parked { name: "web".into(), arbiter }, keeper, ..unscattered() }
     }
 
     /// Of a process that is gone.
@@ -347,6 +315,9 @@ mod test {
         file.write(&other).expect("written");
         let refused = file.begin(&mut departed).expect_err("it is needed");
         assert!(refused.message.contains("--state-file"), "{refused}");
+        let parked = Departed { unscattered: Some(parks(true)), ..departed.clone() };
+        file.write(&parked).expect("written");
+        assert_eq!(file.read().expect("read"), Some(parked));
         std::fs::write(&path, "{\"schema\":1}").expect("written");
         assert_eq!(file.read().expect_err("is none").kind, ErrorKind::Input);
         file.remove().expect("removed");
@@ -373,14 +344,27 @@ mod test {
         assert_eq!(stands("postcopy-active", 0, |_| {}), (none(), Standing::Spent));
         assert!(stands("postcopy-active", 4096, |_| {}).0.contains("not noticed"));
         assert!(stands("postcopy-active", 0, |of| of.by = None).0.contains("not noticed"));
+        assert!(stands("postcopy-device", 0, |_| {}).0.contains("not noticed"));
         assert!(stands("failed", 0, |_| {}).0.contains("do not run it"));
         let here = |of: &mut Departed| of.unscattered = None;
+        assert!(stands("postcopy-device", 9, here).0.contains("not given away"));
         for status in ["postcopy-paused", "failed", "none"] {
             assert_eq!(stands(status, 9, here), (none(), Standing::Here), "{status}");
         }
-        let parks = |of: &mut Departed| (of.unscattered, of.parks) = (None, true);
-        assert!(stands("postcopy-paused", 0, parks).0.contains("sg ls"));
-        assert_eq!(stands("failed", 0, parks), (none(), Standing::Here), "it was refused, and stays");
+        for is_committed in [true, false] {
+            let parks = |of: &mut Departed| of.unscattered = Some(parks(is_committed));
+            assert_eq!(stands("postcopy-paused", 9, parks), (none(), Standing::Paused));
+            assert_eq!(stands("postcopy-active", 0, parks), (none(), Standing::Spent));
+            assert!(stands("postcopy-active", 4096, parks).0.contains("not noticed"));
+            let failed = stands("failed", 0, parks);
+            if is_committed {
+                assert!(failed.0.contains("do not run it"), "{failed:?}");
+                assert_eq!(stands("completed", 0, parks), (none(), Standing::Completed));
+            } else {
+                assert_eq!(failed, (none(), Standing::Here), "it was refused, and stays");
+                assert!(stands("completed", 0, parks).0.contains("not given away"));
+            }
+        }
         let ours = Process::of(std::process::id().cast_signed());
         assert!(stands("postcopy-paused", 0, |of| of.by = ours).0.contains("at it still"));
     }

@@ -7,26 +7,27 @@
 //! ```
 //!
 //! QEMU takes its stream in order, one thing after the other: when it answers the ping behind a page, it has placed the page.
+//! Its answers are heard by who reads the sink's events ([`hearing`]).
 
+mod faults;
+mod hearing;
 mod recovery;
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
 use libsg::sink::{InstallOutcome, PageSink, SinkEvent};
-use libsg::transport::Waker;
 use libsg::{Error, ErrorKind, Result};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use qemu_stream::{
-    Answer, AnswerDecoder, AnswerItem, BlockIndex, Command, Configuration, Discard, END_OF_STREAM, Package,
-    Records, Span, limits,
+    Answer, BlockIndex, Command, Configuration, Discard, END_OF_STREAM, Package, Records, Span, limits,
 };
 
+use self::faults::Faults;
+use self::hearing::Hearing;
 use self::recovery::Received;
 use crate::layout::Layout;
 
@@ -41,8 +42,7 @@ const FIRST_PING: u32 = 0x100;
 
 /// A destination QEMU, which waits for its stream on a connection.
 pub struct Feeder {
-    shared: Arc<Shared>,
-    reader: Mutex<Option<JoinHandle<()>>>,
+    shared: Shared,
 }
 
 struct Shared {
@@ -53,8 +53,7 @@ struct Shared {
     /// The same connection, to be ended while somebody writes.
     ended: UnixStream,
     books: Mutex<Books>,
-    changed: Condvar,
-    waker: Waker,
+    hearing: Hearing,
 }
 
 /// The way to QEMU. Who holds it writes.
@@ -76,7 +75,7 @@ impl Line {
 struct Books {
     /// The last ping that was answered.
     answered: u32,
-    faults: Vec<PageIndex>,
+    faults: Faults,
     /// QEMU has the package: pages may follow.
     running: bool,
     /// What it had before, where it goes on.
@@ -91,32 +90,17 @@ impl Feeder {
     /// For a connection that a destination QEMU has accepted.
     ///
     /// # Errors
-    /// [`ErrorKind::System`] when the kernel gives no thread or event.
+    /// [`ErrorKind::System`] when the kernel gives no descriptor.
     pub fn start(
         connection: UnixStream,
         (layout, configuration, section): (Layout, Configuration, u32),
     ) -> Result<Self> {
         connection.set_write_timeout(Some(PLACED))?;
-        let (reads, ended) = (connection.try_clone()?, connection.try_clone()?);
+        let (ended, hearing) = (connection.try_clone()?, Hearing::of(connection.try_clone()?)?);
         let line = Line { connection, records: Records::new(section), ping: FIRST_PING, bytes: Vec::new() };
-        let shared = Arc::new(Shared {
-            layout,
-            configuration,
-            section,
-            line: Mutex::new(line),
-            ended,
-            books: Mutex::default(),
-            changed: Condvar::new(),
-            waker: Waker::new()?,
-        });
-        let hears = Arc::clone(&shared);
-        let hear = move || {
-            if let Err(error) = hears.hear(reads) {
-                hears.fail(&error);
-            }
-        };
-        let reader = std::thread::Builder::new().name("sg-qemu-answers".into()).spawn(hear)?;
-        Ok(Self { shared, reader: Mutex::new(Some(reader)) })
+        let books = Books { faults: Faults::new(layout.pages()), ..Books::default() };
+        let (line, books) = (Mutex::new(line), Mutex::new(books));
+        Ok(Self { shared: Shared { layout, configuration, section, line, ended, books, hearing } })
     }
 
     /// Says everything that stands before the package, and waits until QEMU has taken it: its machine and its memory fit.
@@ -167,7 +151,7 @@ impl Feeder {
         line.write().map_err(|cause| hung_up().because(cause))?;
         drop(line);
         shared.books.lock().running = true;
-        shared.changed.notify_all();
+        shared.hearing.has_changed();
         Ok(())
     }
 
@@ -176,9 +160,6 @@ impl Feeder {
         self.shared.fail(&Error::new(ErrorKind::Cancelled, "the VM was given up"));
         // It fails only where the other side has done so already.
         let _ = self.shared.ended.shutdown(std::net::Shutdown::Both);
-        if let Some(reader) = self.reader.lock().take() {
-            let _ = reader.join();
-        }
     }
 
     /// Pages one by one, and a ping; returns when QEMU has placed them.
@@ -243,90 +224,8 @@ impl Shared {
         Ok(line.ping)
     }
 
-    fn await_pong(&self, ping: u32, patience: Duration) -> Result<()> {
-        // They are answered in order; the difference is right over the end of their numbers too.
-        self.wait(patience, |books| (ping.wrapping_sub(books.answered) as i32 <= 0).then_some(()))
-    }
-
     fn await_running(&self) -> Result<()> {
         self.wait(PLACED, |books| books.running.then_some(()))
-    }
-
-    fn wait<T>(&self, patience: Duration, take: impl Fn(&Books) -> Option<T>) -> Result<T> {
-        let deadline = Instant::now() + patience;
-        let mut books = self.books.lock();
-        loop {
-            if let Some(found) = take(&books) {
-                return Ok(found);
-            }
-            if let Some((kind, message)) = &books.failure {
-                return Err(Error::new(*kind, message.clone()));
-            }
-            if self.changed.wait_until(&mut books, deadline).timed_out() {
-                let message = format!("the destination QEMU did not answer within {} s", patience.as_secs());
-                return Err(Error::new(ErrorKind::Timeout, message));
-            }
-        }
-    }
-
-    fn fail(&self, error: &Error) {
-        self.books.lock().failure.get_or_insert_with(|| (error.kind, error.chain()));
-        self.changed.notify_all();
-        self.waker.wake();
-    }
-
-    /// Hears what QEMU answers, until it has said everything.
-    fn hear(&self, mut connection: UnixStream) -> Result<()> {
-        let (mut decoder, mut buffer, mut to) = (AnswerDecoder::new(), vec![0; 4096], 0);
-        loop {
-            let mut from = 0;
-            loop {
-                let next = decoder.next(self.layout.blocks(), &buffer[from..to]);
-                let next = next.map_err(|cause| {
-                    Error::new(ErrorKind::Protocol, "the destination QEMU answers what cannot be")
-                        .because(cause)
-                })?;
-                let Some((item, taken)) = next else { break };
-                match item {
-                    AnswerItem::Answer(answer) => self.answered(answer)?,
-                    AnswerItem::BitmapBytes { bytes, .. } => {
-                        self.books.lock().received.take(&buffer[from..to][bytes]);
-                    }
-                    AnswerItem::BitmapEnd => {
-                        self.books.lock().received.end();
-                        self.changed.notify_all();
-                    }
-                }
-                from += taken;
-            }
-            buffer.copy_within(from..to, 0);
-            to -= from;
-            match connection.read(&mut buffer[to..]) {
-                Ok(0) if self.books.lock().shut.is_some() => return Ok(()),
-                Ok(0) => return Err(hung_up()),
-                Ok(bytes) => to += bytes,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(hung_up().because(error)),
-            }
-        }
-    }
-
-    fn answered(&self, answer: Answer) -> Result<()> {
-        let mut books = self.books.lock();
-        match answer {
-            Answer::Pong(ping) if ping >= FIRST_PING => books.answered = ping,
-            Answer::Shut(code) => books.shut = Some(code),
-            Answer::RequestPages { block, span } => {
-                books.faults.push(self.layout.page(block, span.start_bytes));
-                self.waker.wake();
-            }
-            Answer::ReceivedBitmap(block) => books.received.begin(&self.layout, block)?,
-            Answer::ResumeAck => books.received.resume(),
-            _ => {}
-        }
-        drop(books);
-        self.changed.notify_all();
-        Ok(())
     }
 }
 
@@ -353,19 +252,19 @@ impl PageSink for Feeder {
     }
 
     fn events(&self, out: &mut Vec<SinkEvent>) -> Result<usize> {
-        self.shared.waker.drain();
+        self.shared.listen();
         let mut books = self.shared.books.lock();
         // A QEMU that does not take the head is told of by who said it.
         if let Some((kind, message)) = books.failure.as_ref().filter(|_| books.running) {
             return Err(Error::new(*kind, message.clone()));
         }
-        let count = books.faults.len();
-        out.extend(books.faults.drain(..).map(|page| SinkEvent::Fault { page, write: false, thread: 0 }));
-        Ok(count)
+        let before = out.len();
+        out.extend(books.faults.take().map(|page| SinkEvent::Fault { page, write: false, thread: 0 }));
+        Ok(out.len() - before)
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(std::os::fd::AsFd::as_fd(&self.shared.waker))
+        Some(self.shared.hearing.as_fd())
     }
 
     /// Ends the stream: QEMU lets the memory go, in which what never came is zero. Nothing is to be ended where QEMU has no

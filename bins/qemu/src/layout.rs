@@ -41,7 +41,7 @@ pub(crate) fn devices(manifest: &Manifest) -> Result<Devices> {
 }
 
 impl Layout {
-    /// Of these blocks, in their order.
+    /// Of these blocks, in their order. There are no more pages of them than can be numbered: [`Blocks`] has none with more.
     #[must_use]
     pub fn new(blocks: Blocks) -> Self {
         let mut firsts = vec![0];
@@ -182,6 +182,32 @@ mod test {
         assert_eq!((back.blocks(), said, section), (layout.blocks(), configuration, 2));
         let other = Manifest { vm_config: b"{}".to_vec(), ..manifest };
         assert_eq!(Layout::of(&other).expect_err("of no QEMU").kind, ErrorKind::Input);
+    }
+
+    /// As many as can be numbered, and one more, as a peer may offer them.
+    #[test]
+    fn more_pages_than_can_be_numbered_are_refused() {
+        let most = u64::from(u32::MAX);
+        for (pages, is_taken) in [([1, most - 1], true), ([1, most], false), ([most, 1], false)] {
+            let [one, other] = pages.map(|pages| pages * PAGE_BYTES_U64);
+            let few = Layout::new(Blocks::new(vec![Block::new("a", 4096)]).expect("blocks"));
+            let of = Configuration::new("pc");
+            let mut manifest = few.manifest("web", (&of, 2), &Devices::default()).expect("a manifest");
+            let region = |name: &str, length_bytes| Region {
+                name: name.into(),
+                guest_address: None,
+                length_bytes,
+                unit: InstallUnit::Page,
+            };
+            manifest.regions = vec![region("a", one), region("b", other)];
+            match Layout::of(&manifest) {
+                Ok((layout, ..)) => assert!(is_taken && layout.pages() == u32::MAX, "{pages:?}"),
+                Err(error) => {
+                    assert!(!is_taken && error.kind == ErrorKind::Input, "{pages:?}: {}", error.chain());
+                    assert!(error.chain().contains("16 TiB"), "{}", error.chain());
+                }
+            }
+        }
     }
 
     #[test]

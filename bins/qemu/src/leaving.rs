@@ -1,9 +1,7 @@
 //! A QEMU whose VM leaves.
 
-use std::os::fd::AsFd as _;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libsg::dirty::DirtyLog;
 use libsg::manifest::Manifest;
@@ -14,25 +12,24 @@ use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use serde_json::json;
 
+use crate::calling_off::{call_off, cancel};
 use crate::departed::{Departed, DepartedFile, Standing};
 use crate::machine::Devices;
-use crate::qmp::Qmp;
-use crate::relay::{Limits, Relay, Steering, Stream};
+use crate::qmp::{Qmp, STEP};
+use crate::relay::{Limits, Relay};
 use crate::settings::Settings;
+use crate::steering::{ByQmp, connect, set_rate};
 
-/// How long a QEMU may take for a step that takes it a moment, on a busy host.
-pub(crate) const STEP: Duration = Duration::from_secs(30);
-
-/// The rate of a stream that is to stand still, in bytes a second: so the source neither ends before post-copy, nor writes at the
-/// moment in which it is called off. QEMU 7.2 that writes then takes the end of its connection for a broken network, and
-/// waits to be resumed for ever.
+/// The rate of a stream that is to stand still, in bytes a second: so the source ends neither before post-copy, nor before it is
+/// called off.
 const STANDSTILL: u64 = 4096;
 
 /// The rate of a stream that nothing but its reader holds up.
 const UNLIMITED: u64 = 10_000_000_000;
 
-/// Bytes of pages that are not safe yet, beyond which no more is read of the stream.
-pub const WINDOW_BYTES: u64 = 256 << 20;
+/// Bytes of pages that are not safe yet, beyond which no more is read of the stream: what a link of 25 Gb/s carries while a page
+/// becomes safe, in 10 ms. More is more to be lost with a relay, and more memory to be cleared while a guest waits for pages.
+pub const WINDOW_BYTES: u64 = 32 << 20;
 
 /// A QEMU that has begun to send its VM, which runs on meanwhile.
 pub struct Departure {
@@ -45,6 +42,8 @@ pub struct Departure {
     file: Option<(DepartedFile, Departed)>,
     /// QEMU has said everything, to a process before.
     is_spent: bool,
+    /// QEMU was told to stop its VM, and not yet to run it again.
+    is_stopped: Arc<AtomicBool>,
 }
 
 impl Departure {
@@ -75,14 +74,19 @@ impl Departure {
         {
             Ok((manifest, relay)) => {
                 let (qmp, file) = (Arc::new(Mutex::new(qmp)), None);
-                Ok(Self { qmp, settings, relay, manifest, window_bytes, file, is_spent: false })
+                let (is_spent, is_stopped) = (false, Arc::default());
+                Ok(Self { qmp, settings, relay, manifest, window_bytes, file, is_spent, is_stopped })
             }
-            Err(error) => {
-                let _ = call_off(&mut qmp).and_then(|()| settings.restore(&mut qmp)).inspect_err(|error| {
-                    tracing::error!(error = error.chain(), "the source QEMU could not be left as it was");
-                });
-                Err(error)
-            }
+            Err(error) => match cancel(&mut qmp).and_then(|_| settings.restore(&mut qmp)) {
+                Ok(()) => Err(error),
+                Err(cause) => {
+                    let message = format!(
+                        "{}; and the source QEMU is not as it was, though its VM runs (query-migrate, query-migrate-parameters)",
+                        error.chain()
+                    );
+                    Err(Error::new(ErrorKind::Vm, message).because(cause))
+                }
+            },
         }
     }
 
@@ -107,16 +111,18 @@ impl Departure {
         let ours = departed.clone().by_us();
         file.write(&ours)?;
         let (qmp, file) = (Arc::new(Mutex::new(qmp)), Some((file, ours)));
-        Ok(Self { qmp, settings, relay, manifest, window_bytes, file, is_spent })
+        // By the one before: where it is not parked after all, it runs on.
+        let is_stopped = Arc::new(AtomicBool::new(!unscattered.is_committed()));
+        Ok(Self { qmp, settings, relay, manifest, window_bytes, file, is_spent, is_stopped })
     }
 
-    /// Another process finds in this file what it needs, if this one dies. Where the VM is parked it finds that.
+    /// Another process finds in this file what it needs, if this one dies.
     ///
     /// # Errors
     /// [`ErrorKind::Input`] when the file is another QEMU's, [`ErrorKind::System`] when it cannot be written.
-    pub fn record(&mut self, file: DepartedFile, parks: bool) -> Result<()> {
-        let begun = Departed::begun(&self.qmp.lock(), (&self.settings, &self.manifest), self.window_bytes);
-        let mut begun = begun.parked(parks);
+    pub fn record(&mut self, file: DepartedFile) -> Result<()> {
+        let mut begun =
+            Departed::begun(&self.qmp.lock(), (&self.settings, &self.manifest), self.window_bytes);
         file.begin(&mut begun)?;
         self.file = Some((file, begun));
         Ok(())
@@ -146,7 +152,10 @@ impl Departure {
         LeavingQemu {
             qmp: Arc::clone(&self.qmp),
             relay: self.relay.clone(),
+            manifest: self.manifest.clone(),
             file: self.file.clone(),
+            is_stopped: Arc::clone(&self.is_stopped),
+            is_spent: self.is_spent,
             all_first: false,
             flows: false,
         }
@@ -171,21 +180,26 @@ impl Departure {
         self.relay.release(STEP)?;
         {
             let mut qmp = self.qmp.lock();
-            await_status(&mut qmp, |status| status == "completed")?;
+            qmp.await_migration(|status| status == "completed")?;
             if quit { qmp.execute("quit", &json!({})).map(drop) } else { self.settings.restore(&mut qmp) }?;
         }
         self.forget()
     }
 
-    /// It was not moved: QEMU's settings are as they were before.
+    /// It was not moved: QEMU's settings are as they were before, and its VM runs.
     ///
     /// # Errors
     /// [`Qmp::execute`]'s.
     pub fn give_up(mut self) -> Result<()> {
+        if self.is_spent {
+            return Err(spent());
+        }
+        note_that_it_stays(&mut self.file);
+        call_off(&self.qmp, Some(&self.relay), &self.manifest)?;
+        self.relay.hang_up();
         {
             let mut qmp = self.qmp.lock();
-            call_off(&mut qmp)?;
-            self.relay.hang_up();
+            run_again(&mut qmp, &self.is_stopped)?;
             self.settings.restore(&mut qmp)?;
         }
         self.forget()
@@ -197,44 +211,29 @@ impl Departure {
     }
 }
 
-/// Gives QEMU a connection to begin its migration over, or to go on with it.
-fn connect(qmp: &mut Qmp, resume: bool) -> Result<Stream> {
-    let (ours, theirs) = UnixStream::pair()?;
-    let name = "sg-stream";
-    qmp.give(name, theirs.as_fd())?;
-    let uri = format!("fd:{name}");
-    let begin = if resume { json!({ "uri": uri, "resume": true }) } else { json!({ "uri": uri }) };
-    if let Err(error) = qmp.execute("migrate", &begin) {
-        let _ = qmp.execute("closefd", &json!({ "fdname": name }));
-        return Err(error);
-    }
-    Ok(Stream { ours, theirs: Some(theirs), lives: Some(qmp.lives()?) })
-}
-
-/// Ends a migration that is under way, if there is one.
-fn call_off(qmp: &mut Qmp) -> Result<()> {
-    qmp.execute("migrate_cancel", &json!({}))?;
-    await_status(qmp, |status| matches!(status, "none" | "cancelled" | "failed" | "completed"))
-}
-
-pub(crate) fn await_status(qmp: &mut Qmp, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
-    let deadline = Instant::now() + STEP;
-    loop {
-        let status = qmp.migration()?;
-        if is_wanted(&status) {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            let message = format!("the source QEMU's migration stays \"{status}\" (query-migrate)");
-            return Err(Error::new(ErrorKind::Timeout, message));
-        }
-        std::thread::sleep(Duration::from_millis(5));
+/// Where it does not get through, another process is to find that nobody was told of COMMIT, and that the VM is here.
+fn note_that_it_stays(file: &mut Option<(DepartedFile, Departed)>) {
+    let Some((file, begun)) = file else { return };
+    begun.unscattered = None;
+    if let Err(error) = file.write(begun) {
+        tracing::warn!(error = error.chain(), "it is not written down that the VM stays");
     }
 }
 
-/// How fast it may send before it has switched (`max-bandwidth`), or from then on (`max-postcopy-bandwidth`).
-fn set_rate(qmp: &mut Qmp, which: &str, bytes_per_s: u64) -> Result<()> {
-    qmp.execute("migrate-set-parameters", &json!({ which: bytes_per_s })).map(drop)
+/// Why a VM cannot be run here any more.
+fn spent() -> Error {
+    let message = "the source QEMU has said everything, and waits for a word that it does not hear any more (query-migrate): its VM \
+                   cannot be run there, and what is at the intermediaries is kept";
+    Error::new(ErrorKind::Vm, message)
+}
+
+/// Runs a VM that was stopped here.
+fn run_again(qmp: &mut Qmp, is_stopped: &AtomicBool) -> Result<()> {
+    if is_stopped.load(Ordering::Acquire) {
+        qmp.execute_slow("cont")?;
+        is_stopped.store(false, Ordering::Release);
+    }
+    Ok(())
 }
 
 /// Rounds of a QEMU: it logs itself what its VM writes, and sends that again.
@@ -259,32 +258,15 @@ impl DirtyLog for Rounds {
     }
 }
 
-/// A source QEMU, driven over QMP.
-pub(crate) struct ByQmp(pub Arc<Mutex<Qmp>>);
-
-impl Steering for ByQmp {
-    fn rate(&mut self, bytes_per_s: u64) -> Result<()> {
-        set_rate(&mut self.0.lock(), "max-postcopy-bandwidth", bytes_per_s)
-    }
-
-    fn goes_on(&mut self) -> bool {
-        let going = ["postcopy-active", "postcopy-recover", "postcopy-recover-setup"];
-        self.0.lock().migration().is_ok_and(|status| going.contains(&status.as_str()))
-    }
-
-    fn resume(&mut self) -> Result<Stream> {
-        let mut qmp = self.0.lock();
-        // It notices that its stream broke when it writes the next time.
-        await_status(&mut qmp, |status| status == "postcopy-paused")?;
-        connect(&mut qmp, true)
-    }
-}
-
 /// The VM of a source QEMU under libsg's seam.
 pub struct LeavingQemu {
     qmp: Arc<Mutex<Qmp>>,
     relay: Relay,
+    manifest: Manifest,
     file: Option<(DepartedFile, Departed)>,
+    is_stopped: Arc<AtomicBool>,
+    /// QEMU has said everything, to a process before.
+    is_spent: bool,
     /// COMMIT comes when all of the memory has come.
     all_first: bool,
     /// The memory comes as fast as it can.
@@ -296,46 +278,67 @@ impl LeavingQemu {
     fn flow(&mut self) -> Result<()> {
         self.flows = true;
         self.relay.taken();
-        self.relay.flow(Box::new(ByQmp(Arc::clone(&self.qmp))))
+        self.relay.flow(Box::new(ByQmp::new(&self.qmp)))
     }
 
     /// Ends the migration as one that has failed, in which QEMU's VM stays its own.
     fn end(&self) -> Result<()> {
-        if !self.flows {
-            return call_off(&mut self.qmp.lock());
+        // What comes as fast as it can may be through in the moment in which it is broken off. So it says all that it has to say,
+        // and is refused.
+        if self.flows {
+            match self.relay.refuse(STEP) {
+                Ok(()) => return self.qmp.lock().await_migration(|status| status == "failed").map(drop),
+                Err(error) => {
+                    tracing::warn!(error = error.chain(), "the source QEMU does not come to its end")
+                }
+            }
         }
-        // Called off now it may take the closed connection for a broken network. So it says all that it has to say, and is refused.
-        self.relay.refuse(STEP)?;
-        await_status(&mut self.qmp.lock(), |status| status == "failed")
+        call_off(&self.qmp, Some(&self.relay), &self.manifest)
+    }
+
+    /// Stops the VM, and has QEMU say the state of its devices.
+    fn stop(&mut self) -> Result<Vec<u8>> {
+        {
+            let mut qmp = self.qmp.lock();
+            self.is_stopped.store(true, Ordering::Release);
+            // It drains and flushes the disks first.
+            qmp.execute_slow("stop")?;
+            // It is at a standstill: what flows could be through before the switch is looked at.
+            set_rate(&mut qmp, "max-bandwidth", STANDSTILL)?;
+            qmp.execute("migrate-start-postcopy", &json!({}))?;
+        }
+        self.relay.end_rounds();
+        self.relay.hurry();
+        let state = self.relay.state(STEP)?;
+        if self.all_first {
+            self.flow()?;
+        }
+        Ok(state)
     }
 }
 
 impl OutgoingVm for LeavingQemu {
     /// It is stopped first: so QEMU does not run it by itself when it is called off, before its disks are its own again.
     fn pause(&mut self) -> Result<Vec<u8>> {
-        let mut qmp = self.qmp.lock();
-        qmp.execute("stop", &json!({}))?;
-        // It is at a standstill: what flows could be through before the switch is looked at.
-        let switched = set_rate(&mut qmp, "max-bandwidth", STANDSTILL)
-            .and_then(|()| qmp.execute("migrate-start-postcopy", &json!({})));
-        drop(qmp);
-        self.relay.end_rounds();
-        let state = switched.and_then(|_| self.relay.state(STEP)).and_then(|state| {
-            if self.all_first {
-                self.flow()?;
-            }
-            Ok(state)
-        });
-        state.inspect_err(|_| {
-            if let Err(error) = self.resume() {
-                tracing::error!(error = error.chain(), "the VM is paused at the source");
+        self.stop().map_err(|error| match self.resume() {
+            Ok(()) => error,
+            Err(cause) => {
+                let message = format!(
+                    "{}; and the VM may be paused at the source, where it is still: query-status over QMP says so, and cont runs it",
+                    error.chain()
+                );
+                Error::new(ErrorKind::Vm, message).because(cause)
             }
         })
     }
 
     fn resume(&mut self) -> Result<()> {
+        if self.is_spent {
+            return Err(spent());
+        }
+        note_that_it_stays(&mut self.file);
         self.end()?;
-        self.qmp.lock().execute("cont", &json!({})).map(drop)
+        run_again(&mut self.qmp.lock(), &self.is_stopped)
     }
 
     fn note(&mut self, unscattered: &Unscattered) -> Result<()> {
@@ -352,7 +355,14 @@ impl OutgoingVm for LeavingQemu {
         Ok(Box::new(Rounds { qmp: Arc::clone(&self.qmp), relay: self.relay.clone() }))
     }
 
+    fn go_on(&mut self) -> Result<bool> {
+        self.flow()?;
+        Ok(!self.is_spent)
+    }
+
     fn committed(&mut self) {
+        // It is not run here by mistake.
+        self.is_stopped.store(false, Ordering::Release);
         if !self.flows
             && let Err(error) = self.flow()
         {
@@ -360,3 +370,6 @@ impl OutgoingVm for LeavingQemu {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod test;

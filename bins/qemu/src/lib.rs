@@ -10,6 +10,7 @@
 //! runs, and [`Settings`] changes what must be changed, and back.
 
 mod arriving;
+mod calling_off;
 mod departed;
 mod feeder;
 mod layout;
@@ -19,16 +20,18 @@ mod preflight;
 mod qmp;
 mod record;
 mod relay;
+mod resident;
 mod resuming;
-mod scratch;
 mod settings;
+mod steering;
 
 pub use arriving::{ArrivingQemu, OnLost};
 pub use departed::{Departed, DepartedFile, Standing, bring_back, finish, standing};
 pub use leaving::{Departure, LeavingQemu};
 pub use preflight::{Disks, Found, destination, source};
-pub use qmp::{Qmp, Version};
+pub use qmp::{Qmp, Version, is_qemu, listener};
 pub use record::{Record, StateFile};
 pub use relay::Relay;
+pub use resident::{Resident, Whereabouts};
 pub use resuming::resumable;
 pub use settings::Settings;

@@ -1,12 +1,14 @@
 //! What stands in the way of a migration, found while the VM still runs: by the name that an operator knows.
 
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 
-use libsg::Result;
+use libsg::{Error, ErrorKind, Result};
+use rustix::process::Pid;
 use serde_json::{Value, json};
 
 use crate::qmp::{Qmp, Version};
-use crate::settings::capabilities;
+use crate::settings::{Settings, capabilities};
 
 /// The oldest QEMU whose streams are known.
 const OLDEST: Version = Version { major: 7, minor: 2, micro: 0 };
@@ -39,6 +41,9 @@ const DEVICES: [(&str, &str); 6] = [
     ("virtio-pmem", "its memory (virtio-pmem) is a file of this host: unplug it first"),
     ("nvdimm", "its memory (NVDIMM) is a file of this host: unplug it first"),
 ];
+
+/// What a QEMU that waits for a VM is started with.
+const DEFER: &str = "start it with -incoming defer";
 
 /// Whether the files behind disks are where the destination finds them too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,17 +84,20 @@ pub fn source(qmp: &mut Qmp, disks: Disks) -> Result<Found> {
     }
     let state = qmp.migration()?;
     if is_under_way(&state) {
-        found.refuse(format!(
-            "a migration of this VM is under way, \"{state}\": migrate_cancel, or wait for it"
-        ));
+        let what = match state.as_str() {
+            "postcopy-paused" => "what is not safe is here only: sg evict --qmp … --resume goes on with it",
+            _ => "migrate_cancel, or wait for it",
+        };
+        found.refuse(format!("a migration of this VM is under way, \"{state}\": {what}"));
     }
+    look_at_blockers(qmp, &mut found)?;
     look_at_devices(qmp, &mut found)?;
     look_at_networks(qmp, &mut found)?;
     look_at_disks(qmp, disks, &mut found)?;
     Ok(found)
 }
 
-/// Looks at a QEMU that is to take a VM. Changes nothing.
+/// Looks at a QEMU that is to take a VM. Changes nothing but whether it may do post-copy, which is tried, and put back.
 ///
 /// # Errors
 /// [`Qmp::execute`]'s.
@@ -103,15 +111,54 @@ pub fn destination(qmp: &mut Qmp) -> Result<Found> {
         found.refuse(format!("this QEMU waits for no VM, it is \"{status}\": start it with -incoming defer"));
     }
     let migration = qmp.execute("query-migrate", &json!({}))?;
+    // From QEMU 8 on one that was told where its VM comes from (exec:, fd:, rdma:) has no address, but begins.
     if let Some(at) = migration["socket-address"].as_array().filter(|at| !at.is_empty()) {
         let at = at.iter().map(Value::to_string).collect::<Vec<_>>().join(", ");
-        found.refuse(format!(
-            "this QEMU listens for a migration already, at {at}: start it with -incoming defer"
-        ));
+        found.refuse(format!("this QEMU listens for a migration already, at {at}: {DEFER}"));
+    } else if text(&migration, "status") == "setup" {
+        found.refuse(format!("this QEMU was told where its VM comes from: {DEFER}"));
     }
     look_at_devices(qmp, &mut found)?;
     look_at_networks(qmp, &mut found)?;
+    // It looks for userfaultfd when it is told to; one that cannot take a VM anyway is left alone.
+    if found.refusals.is_empty() {
+        match switch_postcopy_on(qmp) {
+            Ok(mut switched) => switched.restore(qmp)?,
+            Err(error) if error.kind == ErrorKind::Vm => found.refuse(error.chain()),
+            Err(error) => return Err(error),
+        }
+    }
     Ok(found)
+}
+
+/// Switches post-copy on at a QEMU that is to take a VM, and says what was before.
+///
+/// # Errors
+/// [`ErrorKind::Vm`] when it has no userfaultfd, naming who may give it that; [`Qmp::execute`]'s.
+pub(crate) fn switch_postcopy_on(qmp: &mut Qmp) -> Result<Settings> {
+    Settings::change(qmp, &[("postcopy-ram", true)], &[]).map_err(|cause| {
+        if cause.kind != ErrorKind::Vm {
+            return cause;
+        }
+        let message = "the destination QEMU cannot do post-copy: run it as root, give it CAP_SYS_PTRACE or /dev/userfaultfd \
+                       (QEMU 8.0), or set the sysctl vm.unprivileged_userfaultfd to 1";
+        Error::new(ErrorKind::Vm, message).because(cause)
+    })
+}
+
+/// Has a QEMU take its VM by a connection: our end of it.
+///
+/// # Errors
+/// [`ErrorKind::Vm`] when another comes already: some say so only now. [`Qmp::execute`]'s.
+pub(crate) fn begin_incoming(qmp: &mut Qmp) -> Result<UnixStream> {
+    let begun = qmp.connect_by("migrate-incoming", json!({}));
+    begun.map(|(ours, _)| ours).map_err(|cause| {
+        if cause.kind != ErrorKind::Vm {
+            return cause;
+        }
+        let message = format!("the destination QEMU was told already where its VM comes from: {DEFER}");
+        Error::new(ErrorKind::Vm, message).because(cause)
+    })
 }
 
 pub(crate) fn look_at_version(qmp: &Qmp, found: &mut Found) {
@@ -137,6 +184,15 @@ fn look_at_capabilities(qmp: &mut Qmp, found: &mut Found) -> Result<()> {
     if parameters["tls-creds"].as_str().is_some_and(|name| !name.is_empty()) {
         let why = "the stream would be sealed for somebody else; set it to \"\" (migrate-set-parameters)";
         found.refuse(format!("the parameter tls-creds is set: {why}"));
+    }
+    Ok(())
+}
+
+/// What QEMU itself knows that keeps it from sending its VM: devices that cannot be, say.
+fn look_at_blockers(qmp: &mut Qmp, found: &mut Found) -> Result<()> {
+    let migration = qmp.execute("query-migrate", &json!({}))?;
+    for reason in migration["blocked-reasons"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        found.refuse(format!("this QEMU does not let its VM leave: {reason}"));
     }
     Ok(())
 }
@@ -174,6 +230,7 @@ fn look_at_networks(qmp: &mut Qmp, found: &mut Found) -> Result<()> {
 
 fn look_at_disks(qmp: &mut Qmp, disks: Disks, found: &mut Found) -> Result<()> {
     let listed = qmp.execute("query-block", &json!({}))?;
+    let process = qmp.process();
     for entry in listed.as_array().into_iter().flatten() {
         let Some(inserted) = entry.get("inserted") else { continue };
         let name = [text(entry, "device"), text(entry, "qdev"), text(inserted, "node-name")];
@@ -184,7 +241,7 @@ fn look_at_disks(qmp: &mut Qmp, disks: Disks, found: &mut Found) -> Result<()> {
         }
         let file = text(inserted, "file");
         let writable = inserted["ro"].as_bool() != Some(true);
-        if !writable || disks == Disks::Shared || is_shared(file) {
+        if !writable || disks == Disks::Shared || is_shared(file, process, &NETWORKED) {
             continue;
         }
         found.refuse(format!(
@@ -195,11 +252,13 @@ fn look_at_disks(qmp: &mut Qmp, disks: Disks, found: &mut Found) -> Result<()> {
     Ok(())
 }
 
-/// Whether a drive's file is there for several hosts: something else than a path, or on a file system that they mount.
-fn is_shared(file: &str) -> bool {
-    /// NFS, CIFS and SMB2, Ceph, GFS2, OCFS2, Lustre, AFS: what `statfs(2)` calls them.
-    const NETWORKED: [u32; 8] =
-        [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x00c3_6400, 0x0116_1970, 0x7461_636f, 0x0bd0_0bd0, 0x5346_414f];
+/// NFS, CIFS and SMB2, Ceph, GFS2, OCFS2, Lustre, AFS: what `statfs(2)` calls them.
+const NETWORKED: [u32; 8] =
+    [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x00c3_6400, 0x0116_1970, 0x7461_636f, 0x0bd0_0bd0, 0x5346_414f];
+
+/// Whether a drive's file is there for several hosts: something else than a path, or on one of these file systems, which they
+/// mount.
+fn is_shared(file: &str, qemu: Option<Pid>, networked: &[u32]) -> bool {
     let described;
     let path = match file.strip_prefix("json:") {
         None if file.contains("://") => return true,
@@ -213,7 +272,16 @@ fn is_shared(file: &str) -> bool {
             }
         }
     };
-    rustix::fs::statfs(Path::new(path)).is_ok_and(|told| NETWORKED.contains(&(told.f_type as u32)))
+    let told = seen_by(qemu, path).and_then(|path| rustix::fs::statfs(path).ok());
+    told.is_some_and(|told| networked.contains(&(told.f_type as u32)))
+}
+
+/// A path as a QEMU means it: from its own directory, of which nothing is known where the kernel does not tell its process.
+fn seen_by(qemu: Option<Pid>, path: &str) -> Option<PathBuf> {
+    if path.starts_with('/') {
+        return Some(path.into());
+    }
+    Some(PathBuf::from(format!("/proc/{}/cwd", qemu?.as_raw_nonzero())).join(path))
 }
 
 /// The file in a description of a node, at whatever depth.
@@ -227,53 +295,4 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
 }
 
 #[cfg(test)]
-mod test {
-    use super::*;
-    use crate::qmp;
-
-    /// A VM whose other devices and back ends no test can have.
-    #[test]
-    fn devices_of_the_host_are_named() {
-        let path = "/machine/peripheral";
-        let (_directory, socket) = qmp::test::answering(move |command, arguments| match command {
-            "query-status" => json!({ "status": "running" }),
-            "qom-list" if arguments["path"] == path => json!([
-                { "name": "type", "type": "string" },
-                { "name": "gpu", "type": "child<vfio-pci>" },
-                { "name": "disk", "type": "child<vhost-user-blk-pci>" },
-                { "name": "net", "type": "child<virtio-net-pci>" },
-            ]),
-            "human-monitor-command" => json!(
-                "net: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56\r\n \\ n0: index=0,type=vhost-user,x=y\r\n"
-            ),
-            "query-block" => json!([
-                { "device": "cd", "removable": true },
-                { "device": "root", "inserted": { "ro": false, "file": "nbd://h/x", "dirty-bitmaps": [{ "name": "b" }] } },
-            ]),
-            _ => json!({}),
-        });
-        let mut qmp = Qmp::connect(&socket).expect("greets");
-        let found = source(&mut qmp, Disks::AsFound).expect("looked");
-        let [gpu, disk, net] = &found.refusals[..] else { panic!("{found:?}") };
-        assert!(
-            gpu.contains("device gpu (vfio-pci)") && disk.contains("device disk (vhost-user-blk-pci)"),
-            "{found:?}"
-        );
-        assert!(net.contains("network back end n0 (vhost-user)"), "{net}");
-        assert!(matches!(&found.warnings[..], [bitmaps] if bitmaps.contains("drive root")), "{found:?}");
-    }
-
-    #[test]
-    fn files_of_this_host_are_told_from_others() {
-        let here = tempfile::NamedTempFile::new().expect("a file");
-        let here = here.path().to_str().expect("text");
-        assert!(!is_shared(here));
-        assert!(!is_shared(&format!(
-            "json:{{\"driver\":\"qcow2\",\"file\":{{\"driver\":\"file\",\"filename\":\"{here}\"}}}}"
-        )));
-        assert!(is_shared("nbd://10.0.0.7:10809/disk"));
-        assert!(is_shared("json:{\"driver\":\"rbd\",\"pool\":\"vms\",\"image\":\"web\"}"));
-        assert!(!is_shared("json:what"), "nothing is known of it");
-        assert!(!is_shared("/nonexistent"));
-    }
-}
+mod test;

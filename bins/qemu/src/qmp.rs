@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, IoSlice, Read as _, Write as _};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,6 +15,9 @@ use serde_json::{Value, json};
 
 /// How long a QEMU may take to answer: it looks at QMP between two turns of the guest, on a busy host.
 const ANSWER: Duration = Duration::from_secs(10);
+
+/// How long a QEMU may take for a step that takes it a moment, on a busy host; or that waits for its disks.
+pub(crate) const STEP: Duration = Duration::from_secs(30);
 
 /// Bytes of one answer. A VM with hundreds of disks stays under a megabyte.
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
@@ -41,6 +44,12 @@ pub struct Qmp {
     path: PathBuf,
     connection: BufReader<UnixStream>,
     version: Version,
+    /// What has come of a line that has no end yet: the rest may come when somebody waits again.
+    begun: Vec<u8>,
+    /// The number of the last command. An answer bears it, so that one that comes too late is not taken for the next.
+    commands: u64,
+    /// How long an answer may take, and that of a step.
+    patience: (Duration, Duration),
 }
 
 impl Qmp {
@@ -54,10 +63,25 @@ impl Qmp {
             let message = format!("no QEMU listens at {}: -qmp unix:PATH,server=on,wait=off", path.display());
             Error::new(ErrorKind::Unreachable, message).because(cause)
         })?;
+        Self::over(connection, path, ANSWER)
+    }
+
+    /// The same over a connection that was made to the socket at `path`, with so much patience for the greeting.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub fn over(connection: UnixStream, path: &Path, patience: Duration) -> Result<Self> {
         connection.set_write_timeout(Some(ANSWER))?;
         let version = Version { major: 0, minor: 0, micro: 0 };
-        let mut qmp = Self { path: path.to_owned(), connection: BufReader::new(connection), version };
-        let greeting = qmp.line(Instant::now() + ANSWER).map_err(|error| match error.kind {
+        let mut qmp = Self {
+            path: path.to_owned(),
+            connection: BufReader::new(connection),
+            version,
+            begun: Vec::new(),
+            commands: 0,
+            patience: (ANSWER, STEP),
+        };
+        let greeting = qmp.line(Instant::now() + patience).map_err(|error| match error.kind {
             ErrorKind::Timeout => {
                 let message = format!(
                     "the QEMU at {} does not greet: another client has its socket, and a QEMU serves one at a time; give \
@@ -87,20 +111,42 @@ impl Qmp {
     /// Executes a command, and gives what it returns. Events on the way are passed over.
     ///
     /// # Errors
-    /// [`ErrorKind::Vm`] with QEMU's own words when it refuses; otherwise nothing more can be said over this connection:
-    /// [`ErrorKind::Unreachable`] when QEMU is gone, [`ErrorKind::Timeout`] when it does not answer in 10 s.
+    /// [`ErrorKind::Vm`] with QEMU's own words when it refuses. [`ErrorKind::Timeout`] when it does not answer in 10 s: it may
+    /// do what it was told all the same, and the next command may be answered. [`ErrorKind::Unreachable`] when QEMU is gone.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         self.say(command, arguments, None)?;
-        self.answer(command)
+        self.answer(command, self.patience.0)
     }
 
-    /// Gives it a duplicate of a descriptor of ours, by this name.
+    /// The same, of a command that QEMU answers when its disks are drained or opened: it has 30 s.
     ///
     /// # Errors
     /// As [`Self::execute`].
-    pub(crate) fn give(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Result<()> {
-        self.say("getfd", &json!({ "fdname": name }), Some(descriptor))?;
-        self.answer("getfd").map(drop)
+    pub(crate) fn execute_slow(&mut self, command: &str) -> Result<Value> {
+        self.say(command, &json!({}), None)?;
+        self.answer(command, self.patience.1)
+    }
+
+    /// Executes a command that has QEMU use a connection (its `uri`), of which it is given an end: as whoever it runs, and
+    /// whatever it sees of this host's files. Gives our end, and a duplicate of its own.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub(crate) fn connect_by(
+        &mut self,
+        command: &str,
+        mut arguments: Value,
+    ) -> Result<(UnixStream, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let name = json!({ "fdname": "sg-stream" });
+        self.say("getfd", &name, Some(theirs.as_fd()))?;
+        self.answer("getfd", self.patience.0)?;
+        arguments["uri"] = json!("fd:sg-stream");
+        if let Err(error) = self.execute(command, &arguments) {
+            let _ = self.execute("closefd", &name);
+            return Err(error);
+        }
+        Ok((ours, theirs))
     }
 
     /// A duplicate of the connection, of which nothing is to be read: it ends with QEMU.
@@ -109,7 +155,8 @@ impl Qmp {
     }
 
     fn say(&mut self, command: &str, arguments: &Value, descriptor: Option<BorrowedFd<'_>>) -> Result<()> {
-        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
+        self.commands += 1;
+        let mut line = json!({ "execute": command, "arguments": arguments, "id": self.commands }).to_string();
         line.push('\n');
         let connection = self.connection.get_mut();
         let sent = send(connection, line.as_bytes(), descriptor)
@@ -117,10 +164,15 @@ impl Qmp {
         sent.map_err(|cause| self.gone().because(cause))
     }
 
-    fn answer(&mut self, command: &str) -> Result<Value> {
-        let deadline = Instant::now() + ANSWER;
+    /// The answer to the last command. Those before it that were not waited for are passed over.
+    fn answer(&mut self, command: &str, patience: Duration) -> Result<Value> {
+        let deadline = Instant::now() + patience;
         loop {
             let mut answer = self.line(deadline)?;
+            // What QEMU could not read bears none: that was the last, since it is told one at a time.
+            if answer.get("id").is_some_and(|id| *id != self.commands) {
+                continue;
+            }
             if let Some(returned) = answer.get_mut("return") {
                 return Ok(returned.take());
             }
@@ -141,6 +193,25 @@ impl Qmp {
     pub fn migration(&mut self) -> Result<String> {
         let told = self.execute("query-migrate", &json!({}))?;
         Ok(told["status"].as_str().unwrap_or("none").to_owned())
+    }
+
+    /// Waits until its migration is as wanted, and says how it is.
+    ///
+    /// # Errors
+    /// As [`Self::execute`]; [`ErrorKind::Timeout`].
+    pub(crate) fn await_migration(&mut self, is_wanted: impl Fn(&str) -> bool) -> Result<String> {
+        let deadline = Instant::now() + STEP;
+        loop {
+            let status = self.migration()?;
+            if is_wanted(&status) {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                let message = format!("the source QEMU's migration stays \"{status}\" (query-migrate)");
+                return Err(Error::new(ErrorKind::Timeout, message));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// What the monitor for people prints to a command.
@@ -165,25 +236,24 @@ impl Qmp {
     }
 
     /// The process that listens at the socket, if it is a QEMU.
-    pub(crate) fn process(&self) -> Option<Pid> {
-        let process = socket_peercred(self.connection.get_ref()).ok()?.pid;
-        let program = std::fs::read_link(format!("/proc/{}/exe", process.as_raw_nonzero())).ok()?;
-        program.file_name()?.to_string_lossy().contains("qemu").then_some(process)
+    #[must_use]
+    pub fn process(&self) -> Option<Pid> {
+        let (process, program) = listener(self.connection.get_ref())?;
+        is_qemu(&program).then_some(process)
     }
 
     fn line(&mut self, deadline: Instant) -> Result<Value> {
-        let mut line = String::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Error::new(ErrorKind::Timeout, self.about("does not answer")));
             }
             self.connection.get_ref().set_read_timeout(Some(left))?;
-            let room = ANSWER_BYTES_MAX.saturating_sub(line.len() as u64);
-            match self.connection.by_ref().take(room).read_line(&mut line) {
+            let room = ANSWER_BYTES_MAX.saturating_sub(self.begun.len() as u64);
+            match self.connection.by_ref().take(room).read_until(b'\n', &mut self.begun) {
                 Ok(0) if room == 0 => return Err(self.protocol("an answer without end")),
                 Ok(0) => return Err(self.gone()),
-                Ok(_) if line.ends_with('\n') => break,
+                Ok(_) if self.begun.ends_with(b"\n") => break,
                 Ok(_) => {}
                 Err(error)
                     if matches!(
@@ -193,7 +263,8 @@ impl Qmp {
                 Err(error) => return Err(self.gone().because(error)),
             }
         }
-        serde_json::from_str(&line).map_err(|cause| self.protocol("what it says is no JSON").because(cause))
+        let line = std::mem::take(&mut self.begun);
+        serde_json::from_slice(&line).map_err(|cause| self.protocol("what it says is no JSON").because(cause))
     }
 
     fn about(&self, what: &str) -> String {
@@ -209,6 +280,21 @@ impl Qmp {
     }
 }
 
+/// The process that listens at the other end of a connection, and the name of its program, where the kernel tells: not of another
+/// user's, and of a socket that was handed on it tells who made it.
+#[must_use]
+pub fn listener(connection: &UnixStream) -> Option<(Pid, String)> {
+    let process = socket_peercred(connection).ok()?.pid;
+    let program = std::fs::read_link(format!("/proc/{}/exe", process.as_raw_nonzero())).ok()?;
+    Some((process, program.file_name()?.to_string_lossy().into_owned()))
+}
+
+/// Whether a program of this name is a QEMU.
+#[must_use]
+pub fn is_qemu(program: &str) -> bool {
+    program.contains("qemu")
+}
+
 /// Sends the beginning of a line, and a descriptor with it.
 fn send(connection: &UnixStream, line: &[u8], descriptor: Option<BorrowedFd<'_>>) -> std::io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -221,85 +307,4 @@ fn send(connection: &UnixStream, line: &[u8], descriptor: Option<BorrowedFd<'_>>
 }
 
 #[cfg(test)]
-pub(crate) mod test {
-    use super::*;
-    use std::os::unix::net::UnixListener;
-
-    const GREETING: &str =
-        r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}, "capabilities": []}}"#;
-
-    /// Somebody at a socket who says these lines, one for each that comes; the first at once.
-    fn somebody(lines: &'static [&'static str]) -> (tempfile::TempDir, PathBuf) {
-        let directory = tempfile::tempdir().expect("creates");
-        let path = directory.path().join("qmp");
-        let listener = UnixListener::bind(&path).expect("binds");
-        std::thread::spawn(move || {
-            let (stream, _) = listener.accept().expect("accepts");
-            let mut stream = BufReader::new(stream);
-            for line in lines {
-                let _ = stream.get_mut().write_all(line.as_bytes());
-                let _ = stream.get_mut().write_all(b"\n");
-                let _ = stream.read_line(&mut String::new());
-            }
-        });
-        (directory, path)
-    }
-
-    /// A QEMU 7.2 at a socket that returns what is said to each command and its arguments.
-    pub(crate) fn answering(
-        answer: impl Fn(&str, &Value) -> Value + Send + 'static,
-    ) -> (tempfile::TempDir, PathBuf) {
-        let directory = tempfile::tempdir().expect("creates");
-        let path = directory.path().join("qmp");
-        let listener = UnixListener::bind(&path).expect("binds");
-        std::thread::spawn(move || {
-            let (stream, _) = listener.accept().expect("accepts");
-            let mut stream = BufReader::new(stream);
-            let mut line = GREETING.to_owned();
-            loop {
-                let _ = writeln!(stream.get_mut(), "{line}");
-                line.clear();
-                if !stream.read_line(&mut line).is_ok_and(|bytes| bytes > 0) {
-                    return;
-                }
-                let asked: Value = serde_json::from_str(&line).expect("JSON");
-                let command = asked["execute"].as_str().expect("a command");
-                line = json!({ "return": answer(command, &asked["arguments"]) }).to_string();
-            }
-        });
-        (directory, path)
-    }
-
-    #[test]
-    fn answers_refusals_and_events() {
-        let lines = &[
-            GREETING,
-            r#"{"return": {}}"#,
-            "{\"event\": \"STOP\"}\n{\"return\": {\"running\": true}}",
-            r#"{"error": {"class": "GenericError", "desc": "not now"}}"#,
-        ];
-        let (_directory, path) = somebody(lines);
-        let mut qmp = Qmp::connect(&path).expect("greets");
-        assert_eq!(qmp.version().to_string(), "7.2.22");
-        assert_eq!(qmp.execute("query-status", &json!({})).expect("answers")["running"], true);
-        let refused = qmp.execute("stop", &json!({})).expect_err("refuses");
-        assert_eq!((refused.kind, refused.message.as_str()), (ErrorKind::Vm, "QEMU refuses stop: not now"));
-        assert_eq!(qmp.execute("stop", &json!({})).expect_err("is gone").kind, ErrorKind::Unreachable);
-    }
-
-    #[test]
-    fn what_is_no_qemu_is_told_apart() {
-        for (lines, kind) in [
-            (&["hello"][..], ErrorKind::Protocol),
-            (&[r#"{"QMP": {}}"#][..], ErrorKind::Protocol),
-            (&[][..], ErrorKind::Unreachable),
-            (&[GREETING, r#"{"neither": 1}"#][..], ErrorKind::Protocol),
-        ] {
-            let (_directory, path) = somebody(lines);
-            assert_eq!(Qmp::connect(&path).err().expect("is none").kind, kind, "{lines:?}");
-        }
-        let nobody = Qmp::connect(Path::new("/nonexistent")).err().expect("nobody listens");
-        assert_eq!(nobody.kind, ErrorKind::Unreachable);
-        assert!(nobody.message.contains("-qmp unix:"), "{nobody}");
-    }
-}
+pub(crate) mod test;

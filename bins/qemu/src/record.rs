@@ -31,14 +31,18 @@ impl Process {
     /// One that runs.
     pub(crate) fn of(number: i32) -> Option<Self> {
         let told = std::fs::read_to_string(format!("/proc/{number}/stat")).ok()?;
-        // The name in front may have anything in it.
-        let started = told.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+        let started = behind_name(&told)?.nth(19)?.parse().ok()?;
         Some(Self { number, started })
     }
 
     pub(crate) fn is_alive(self) -> bool {
         Self::of(self.number) == Some(self)
     }
+}
+
+/// What proc_pid_stat(5) says behind the name, which may have anything in it: the state, and what follows.
+pub(crate) fn behind_name(stat: &str) -> Option<impl Iterator<Item = &str>> {
+    Some(stat.rsplit_once(')')?.1.split_whitespace())
 }
 
 /// A small file that is always there as a whole, or not at all.

@@ -15,24 +15,27 @@
 //! ones. Until then it is held by not being read: what a guest waits for then comes behind the little that is unread.
 
 mod again;
+mod books;
 mod live;
 mod pages;
 mod reader;
+mod store;
 mod stream;
 
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use libsg::manifest::Manifest;
 use libsg::memory::{PageSlice, PresenceMap};
 use libsg::page::{PageIndex, PageRange};
-use libsg::source::{Outcome, PageSource, Repeat, Supply};
+use libsg::source::{Outcome, PageSource, Repeat, Supply, Wake};
 use libsg::{Error, ErrorKind, Result};
 use parking_lot::{Condvar, Mutex};
-use qemu_stream::{Answer, Blocks, Configuration, Package};
+use qemu_stream::{Answer, Blocks, Package};
 
 use self::again::Again;
+use self::books::{Begun, Books, Flow, Line};
 pub(crate) use self::pages::Limits;
 use self::pages::{Lost, Pages};
 pub(crate) use self::stream::Stream;
@@ -58,8 +61,8 @@ pub(crate) trait Steering: Send {
     /// Its stream was broken off: has it go on over another connection.
     fn resume(&mut self) -> Result<Stream>;
 
-    /// Whether it goes on, though nothing comes.
-    fn goes_on(&mut self) -> bool;
+    /// It goes on, though nothing comes; else why it does not.
+    fn goes_on(&mut self) -> Result<()>;
 }
 
 struct Shared {
@@ -68,95 +71,10 @@ struct Shared {
     /// The way back. Who holds it writes a few bytes.
     answers: Mutex<UnixStream>,
     steering: Mutex<Option<Box<dyn Steering>>>,
+    /// Who waits for pages that were wanted.
+    wanting: OnceLock<Wake>,
     /// Where another process has read a part: what begins when it flows.
     again: Mutex<Option<Again>>,
-}
-
-/// What is known once the memory's transfer has begun.
-#[derive(Clone)]
-struct Begun {
-    layout: Arc<Layout>,
-    configuration: Configuration,
-    section: u32,
-}
-
-/// How the memory comes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Flow {
-    /// As slowly as it was begun, behind the package: what comes is read.
-    #[default]
-    Still,
-    /// As fast as there is room for it, while the VM runs, and not to the end.
-    Live,
-    /// As fast as it is read.
-    Free,
-    /// As it is asked for.
-    Asked,
-}
-
-/// How a stream that was broken off stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Line {
-    #[default]
-    Up,
-    /// It is down, by our doing.
-    Broken,
-    /// The source has asked for what has come. Whether something was lost since.
-    Resuming { again: bool },
-    /// Nobody wants it any more.
-    HungUp,
-}
-
-#[derive(Default)]
-struct Books {
-    begun: Option<Begun>,
-    /// The switch, as it was said: what a destination is to be told before the package.
-    switchover: bool,
-    package: Option<Arc<[u8]>>,
-    pages: Option<Pages>,
-    flow: Flow,
-    line: Line,
-    /// How often it was resumed.
-    resumed: u32,
-    /// Pages were lost before the switch: it is broken off as soon as it can be resumed.
-    owes: bool,
-    /// The source is held up, while its VM runs: it has little more.
-    held: bool,
-    unread: Unread,
-    /// The last pages may come.
-    all: bool,
-    over: bool,
-    failure: Option<(ErrorKind, String)>,
-}
-
-impl Books {
-    fn check(&self) -> Result<()> {
-        match &self.failure {
-            Some((kind, message)) => Err(Error::new(*kind, message.clone())),
-            None => Ok(()),
-        }
-    }
-
-    /// Whether the stream is to rest: the source may be through with the next page, and others are not safe.
-    fn is_to_rest(&self) -> bool {
-        let nearly = |pages: &Pages| pages.to_come() <= pages.limits().least_pages && !pages.is_idle();
-        self.flow == Flow::Asked && !self.all && !self.over && self.pages.as_ref().is_some_and(nearly)
-    }
-
-    /// As it flows by itself, or as it is asked for: whether it may be through before it can be held.
-    fn next_flow(&self) -> Flow {
-        let nearly = |pages: &Pages| pages.to_come() <= pages.limits().narrowed_pages;
-        if self.pages.as_ref().is_some_and(nearly) || self.all { Flow::Asked } else { Flow::Free }
-    }
-
-    /// How many pages can be read, so that the source is not through behind them: makes its buffer smaller where it has few left.
-    fn beyond(&mut self) -> u32 {
-        let Some(pages) = &self.pages else { return 0 };
-        let left = if self.flow == Flow::Live { pages.unseen() } else { pages.to_come() };
-        let limits = pages.limits();
-        self.unread.narrow(&limits, left);
-        left.saturating_sub(self.unread.pages(&limits))
-    }
 }
 
 impl Relay {
@@ -166,13 +84,9 @@ impl Relay {
     /// [`ErrorKind::System`] when a thread cannot be started.
     pub(crate) fn start(stream: impl Into<Stream>, limits: Limits) -> Result<Self> {
         let mut stream = stream.into();
-        let shared = Arc::new(Shared {
-            answers: Mutex::new(stream.answers()?),
-            books: Mutex::new(Books { unread: Unread::of(&mut stream)?, ..Books::default() }),
-            changed: Condvar::new(),
-            steering: Mutex::default(),
-            again: Mutex::default(),
-        });
+        let answers = stream.answers()?;
+        let books = Books { unread: Unread::of(&mut stream)?, ..Books::default() };
+        let shared = Arc::new(Shared::new(answers, books, None));
         let reads = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("sg-qemu-reader".into())
@@ -254,6 +168,17 @@ impl Relay {
         begun.layout.manifest(vm, (&begun.configuration, begun.section), devices)
     }
 
+    /// Has a source look at once whether it is to switch: one whose rate is used up sleeps for up to 100 ms, and wakes up for a
+    /// page that is asked for. It comes first behind the switch, if it comes at all.
+    pub(crate) fn hurry(&self) {
+        let layout = self.0.books.lock().begun.as_ref().map(|begun| Arc::clone(&begun.layout));
+        if let Some(layout) = layout
+            && let Some(first) = layout.unit(PageIndex(0))
+        {
+            self.0.request(&layout, &[first]);
+        }
+    }
+
     /// The state of the VM's devices, once the source has switched.
     ///
     /// # Errors
@@ -332,6 +257,17 @@ impl Relay {
 }
 
 impl Shared {
+    fn new(answers: UnixStream, books: Books, again: Option<Again>) -> Self {
+        Self {
+            books: Mutex::new(books),
+            changed: Condvar::new(),
+            answers: Mutex::new(answers),
+            steering: Mutex::default(),
+            wanting: OnceLock::new(),
+            again: Mutex::new(again),
+        }
+    }
+
     fn wait<T>(&self, patience: Duration, what: &str, take: impl Fn(&Books) -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + patience;
         let mut books = self.books.lock();
@@ -342,6 +278,7 @@ impl Shared {
             books.check()?;
             if self.changed.wait_until(&mut books, deadline).timed_out() {
                 let message = format!("the source QEMU {what} within {} s", patience.as_secs());
+                tracing::warn!(stands = ?*books, "{message}");
                 return Err(Error::new(ErrorKind::Timeout, message));
             }
         }
@@ -358,13 +295,19 @@ impl Shared {
         std::io::Write::write_all(&mut *self.answers.lock(), bytes).is_ok()
     }
 
-    /// Whether the source goes on though nothing comes, as far as it can be asked.
-    fn lives(&self) -> bool {
+    /// The source goes on though nothing comes, as far as it can be asked.
+    fn lives(&self) -> Result<()> {
         let books = self.books.lock();
         let is_there = books.unread.lives();
         let flows = matches!(books.flow, Flow::Free | Flow::Asked) && !books.over;
         drop(books);
-        is_there && (!flows || self.steering.lock().as_mut().is_none_or(|steering| steering.goes_on()))
+        if !is_there {
+            return Err(reader::hung_up());
+        }
+        match self.steering.lock().as_mut() {
+            Some(steering) if flows => steering.goes_on(),
+            _ => Ok(()),
+        }
     }
 
     fn rate(&self, bytes_per_s: u64) -> Result<()> {
@@ -406,10 +349,15 @@ impl Shared {
     }
 
     fn request(&self, layout: &Layout, asks: &[(qemu_stream::BlockIndex, qemu_stream::Span)]) {
-        for (block, span) in asks {
-            // One that cannot be asked has hung up: the reader tells it.
-            self.answer(layout.blocks(), &Answer::RequestPages { block: *block, span: *span });
+        if asks.is_empty() {
+            return;
         }
+        let mut bytes = Vec::with_capacity(asks.len() * 32);
+        for (block, span) in asks {
+            Answer::RequestPages { block: *block, span: *span }.encode(layout.blocks(), &mut bytes);
+        }
+        // One that cannot be asked has hung up: the reader tells it.
+        self.say(&bytes);
     }
 
     /// Breaks the stream off, to have the source go on with what is missing.
@@ -462,13 +410,22 @@ impl PageSource for Relay {
             return Ok(());
         };
         let (layout, wanted) = (Arc::clone(&begun.layout), pages.want(page));
+        // It came meanwhile.
+        let is_here = pages.has_untold(page);
         drop(books);
+        if is_here {
+            self.0.wake_wanting();
+        }
         if let Some(wanted) = wanted {
             self.0.request(&layout, &[wanted]);
         }
         // It is read for that though there be no room.
         self.0.changed.notify_all();
         Ok(())
+    }
+
+    fn wake_for_wanted(&self, wake: Wake) {
+        let _ = self.0.wanting.set(wake);
     }
 
     fn slice(&self, range: PageRange) -> Result<PageSlice> {
@@ -490,6 +447,10 @@ impl PageSource for Relay {
 }
 
 impl Shared {
+    fn wake_wanting(&self) {
+        self.wanting.get().into_iter().for_each(|wake| wake());
+    }
+
     fn safe(&self, range: PageRange) -> Result<()> {
         let is_asked = self.again.lock().is_none();
         let mut books = self.books.lock();
@@ -498,8 +459,7 @@ impl Shared {
                 pages.settle(range);
                 return Ok(());
             }
-            pages.safe(range)?;
-            pages.tidy()?;
+            pages.safe(range);
         }
         drop(books);
         self.changed.notify_all();

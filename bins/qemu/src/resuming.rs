@@ -1,7 +1,6 @@
 //! A QEMU whose feeder died: whether somebody can go on, and how.
 
 use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use libsg::page::{PageIndex, PageRange};
@@ -16,7 +15,6 @@ use crate::machine;
 use crate::preflight::{Found, look_at_version};
 use crate::qmp::Qmp;
 use crate::record::{Record, process_of};
-use crate::scratch::Scratch;
 
 /// A QEMU notices at once that its feeder is dead; on a busy host a little later.
 const NOTICES: Duration = Duration::from_secs(3);
@@ -46,7 +44,7 @@ pub fn resumable(qmp: &mut Qmp, record: &Record) -> Result<Found> {
              of one that is parked"
                 .into(),
         ),
-        "postcopy-active" | "postcopy-recover" | "postcopy-recover-setup" => found.refusals.push(format!(
+        "postcopy-device" | "postcopy-active" | "postcopy-recover" | "postcopy-recover-setup" => found.refusals.push(format!(
             "its migration is \"{state}\" and not \"postcopy-paused\": another feeds it. End that one first; where it hangs, \
              migrate-pause over QMP has this QEMU let go of it"
         )),
@@ -68,7 +66,8 @@ fn broken_state(qmp: &mut Qmp) -> Result<String> {
     let deadline = Instant::now() + NOTICES;
     loop {
         let state = qmp.migration()?;
-        if state != "postcopy-active" || Instant::now() >= deadline {
+        let may_change = matches!(state.as_str(), "postcopy-device" | "postcopy-active");
+        if !may_change || Instant::now() >= deadline {
             return Ok(state);
         }
         std::thread::sleep(Duration::from_millis(50));
@@ -82,10 +81,8 @@ pub(crate) fn is_complete(qmp: &mut Qmp) -> Result<bool> {
 
 /// Goes on with a QEMU that lost its feeder.
 pub(crate) fn recover(qmp: &mut Qmp, of: (Layout, Configuration, u32)) -> Result<Feeder> {
-    let directory = Scratch::new()?;
-    let path = directory.file("stream");
-    qmp.execute("migrate-recover", &json!({ "uri": format!("unix:{}", path.display()) }))?;
-    Feeder::recover(UnixStream::connect(&path)?, of)
+    let (ours, _) = qmp.connect_by("migrate-recover", json!({}))?;
+    Feeder::recover(ours, of)
 }
 
 /// A QEMU that has so many pages, and takes no more.

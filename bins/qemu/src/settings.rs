@@ -22,10 +22,13 @@ impl Settings {
         let mut changed = Self::default();
         match changed.apply(qmp, capabilities, parameters) {
             Ok(()) => Ok(changed),
-            Err(error) => {
-                changed.restore(qmp)?;
-                Err(error)
-            }
+            Err(error) => match changed.restore(qmp) {
+                Ok(()) => Err(error),
+                Err(cause) => {
+                    let message = format!("{}; and what was changed before is not put back", error.chain());
+                    Err(Error::new(ErrorKind::Vm, message).because(cause))
+                }
+            },
         }
     }
 

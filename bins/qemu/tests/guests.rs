@@ -5,6 +5,7 @@ mod process;
 mod world;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use guest::Work;
@@ -28,10 +29,15 @@ fn moves(machine: &Machine) {
 
 /// What the source says of it.
 fn moves_through(machine: &Machine, world: &World, observer: Observer) -> SourceReport {
-    moves_as(machine, world, |options| options.observer = observer)
+    moves_as(machine, world, |options| options.observer = observer).0
 }
 
-fn moves_as(machine: &Machine, world: &World, change: impl FnOnce(&mut SourceOptions)) -> SourceReport {
+/// With other options than the usual ones; and how often QEMU's stream was resumed.
+fn moves_as(
+    machine: &Machine,
+    world: &World,
+    change: impl FnOnce(&mut SourceOptions),
+) -> (SourceReport, u32) {
     let mut from = machine.start("from", &[]);
     from.await_beat("the guest does not start", |beat| beat.passes >= 1);
     let mut there = machine.start("there", &["-incoming", "defer"]);
@@ -40,6 +46,7 @@ fn moves_as(machine: &Machine, world: &World, change: impl FnOnce(&mut SourceOpt
     let outgoing = world.leave_as(&departure, to, change);
     let left = outgoing.wait_evicted(PATIENCE).expect("is out");
     assert!(left.pages.staged > Some(1000), "{left:?}");
+    let resumed = departure.resumed();
     departure.complete(true).expect("the source QEMU completes");
     assert!(from.qemu.has_ended_well(), "{}", from.qemu.said());
     drop(outgoing);
@@ -55,7 +62,7 @@ fn moves_as(machine: &Machine, world: &World, change: impl FnOnce(&mut SourceOpt
     incoming.wait_dissolved(PATIENCE).expect("nothing is left at the intermediaries");
     there.await_passes();
     one_heart(&from.console, &there.console);
-    left
+    (left, resumed)
 }
 
 #[test]
@@ -80,12 +87,24 @@ fn a_q35_with_two_vcpus_and_devices() {
     moves(&Machine::new("q35", 2, &[&devices[..], &["-device", "virtio-balloon-pci"]].concat()));
 }
 
+/// More pages than the relay's window, the sockets and the last ones together, by either way.
+#[test]
+#[ignore = "takes minutes: ci/soak runs it"]
+fn a_vm_of_a_gibibyte() {
+    let work = Work { filled_mib: 800, writes_per_s: 3000, checks_per_s: 40_000, threads: 2 };
+    for mode in [Mode::ScatterGather, Mode::Hybrid] {
+        let world = World::with_room(2, 1 << 30);
+        let (left, _) = moves_as(&Machine::of("q35", "1G", work, &[]), &world, |options| options.mode = mode);
+        assert!(left.pages.total > Some(1 << 18), "{left:?}");
+    }
+}
+
 /// Most of it goes while it runs; what it wrote since, and the last pages, when it was paused.
 #[test]
 fn a_vm_is_sent_while_it_runs_first() {
     let work = Work { filled_mib: 160, writes_per_s: 3000, checks_per_s: 20_000, threads: 1 };
     let machine = Machine::of("q35", "256M", work, &[]);
-    let left = moves_as(&machine, &World::new(2), |options| options.mode = Mode::Hybrid);
+    let (left, _) = moves_as(&machine, &World::new(2), |options| options.mode = Mode::Hybrid);
     assert_eq!(left.rounds.len(), 1, "{left:?}");
     let total = left.pages.total.expect("it is known");
     assert!(left.rounds[0].dirty_after < total / 4, "{left:?}");
@@ -104,6 +123,44 @@ fn an_intermediary_dies_while_the_source_lives() {
     });
     let left = moves_through(&Machine::new("pc", 1, &[]), &world, observer);
     assert!(left.pages.resent > Some(0), "{left:?}");
+}
+
+/// In a round, with pages that the relay has let go: what is missing is sent again behind the switch.
+#[test]
+fn an_intermediary_dies_in_a_round() {
+    let mut world = World::new(2);
+    let dies = world.servers.pop().expect("two serve");
+    world.others = vec![dies.address()];
+    let dies = Arc::new(Mutex::new(Some(dies)));
+    let (kills, round) = (Arc::clone(&dies), Arc::new(AtomicBool::new(false)));
+    let begins = Arc::clone(&round);
+    let killer = std::thread::spawn(move || {
+        let begun = Instant::now();
+        // So much that it has pages which are safe there.
+        while !(round.load(Ordering::Acquire)
+            && kills.lock().as_ref().is_some_and(|dies| dies.statistics().used_bytes > 8 << 20))
+        {
+            assert!(begun.elapsed() < PATIENCE, "it gets nothing");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(kills.lock().take());
+    });
+    let switched = Arc::new(Mutex::new(None));
+    let notes = Arc::clone(&switched);
+    let work = Work { filled_mib: 100, writes_per_s: 1000, checks_per_s: 20_000, threads: 1 };
+    let (left, resumed) = moves_as(&Machine::of("q35", "192M", work, &[]), &world, move |options| {
+        options.mode = Mode::Hybrid;
+        options.scatter_limit_bytes_per_s = 24 << 20;
+        options.observer = Arc::new(move |event| match event {
+            Event::Round { .. } => begins.store(true, Ordering::Release),
+            // It was paused: whether the intermediary was dead by then.
+            Event::Ready => *notes.lock() = Some(dies.lock().is_none()),
+            _ => {}
+        });
+    });
+    killer.join().expect("killed");
+    assert_eq!(*switched.lock(), Some(true), "it died behind the round");
+    assert!(left.pages.resent > Some(0) && resumed > 0, "{resumed}: {left:?}");
 }
 
 /// Parked, its source gone, it waits for nobody, and goes on where it stopped when it is claimed.

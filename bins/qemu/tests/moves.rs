@@ -1,25 +1,25 @@
 //! VMs of real QEMUs move: through intermediaries, with the source QEMU gone before the destination has half of them; and stay
 //! where they are when they cannot.
 
+mod filled;
 mod process;
 mod world;
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use filled::{FILLED, filled, filling, source, source_of};
 use libsg::ErrorKind;
-use libsg::migrate::{Event, Observer};
+use libsg::migrate::destination::Incoming;
+use libsg::page::InstallUnit;
 use libsg::report::Status;
-use parking_lot::Mutex;
 use process::{PATIENCE, Qemu, settings};
-use qemu::{Departure, OnLost, Qmp};
+use qemu::{Departure, Qmp};
 use serde_json::json;
+use test_support::{free_huge_pages, skipped};
 use world::World;
-
-/// What is put into the guest's memory, and where.
-const FILLED: usize = 16 << 20;
-const FILLED_AT: u64 = 16 << 20;
 
 /// Rates in bytes a second: what is filled takes six seconds, time to look at how far it is; and so little of it goes to the
 /// destination.
@@ -29,42 +29,32 @@ const NEXT_TO_NOTHING: u64 = 16 << 10;
 /// The smallest window of a relay, in bytes.
 const WINDOW: u64 = 8 << 20;
 
-/// Pages that no other is like, every fourth of them zero.
-fn filling() -> Vec<u8> {
-    let mut word = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut bytes = Vec::with_capacity(FILLED);
-    for page in 0..FILLED / 4096 {
-        for _ in 0..512 {
-            word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            bytes.extend(if page % 4 == 3 { [0; 8] } else { word.to_le_bytes() });
-        }
-    }
-    bytes
-}
-
-/// A source QEMU whose guest's memory is filled, and the bytes.
-fn source(directory: &Path) -> (Qemu, Vec<u8>) {
-    let (file, bytes) = (directory.join("filling"), filling());
-    std::fs::write(&file, &bytes).expect("written");
-    let loader = format!("loader,file={},addr={FILLED_AT:#x},force-raw=on", file.display());
-    (Qemu::start(directory, "source", &["-machine", "q35", "-m", "64M", "-device", &loader]), bytes)
-}
-
 fn destination(directory: &Path, machine: &str) -> Qemu {
     Qemu::start(directory, "destination", &["-machine", machine, "-m", "64M", "-incoming", "defer"])
-}
-
-/// The guest's memory where it was filled.
-fn filled(qmp: &mut Qmp, directory: &Path) -> Vec<u8> {
-    let file = directory.join("dump");
-    let arguments = json!({ "val": FILLED_AT, "size": FILLED, "filename": file });
-    qmp.execute("pmemsave", &arguments).expect("saved");
-    std::fs::read(&file).expect("a dump")
 }
 
 fn status(qmp: &mut Qmp) -> String {
     let told = qmp.execute("query-status", &json!({})).expect("answers");
     told["status"].as_str().expect("a status").to_owned()
+}
+
+/// It is out, most of it at intermediaries, and its source QEMU completes, and ends.
+fn leaves(world: &World, departure: Departure, to: SocketAddr) {
+    let outgoing = world.leave(&departure, to, Arc::new(|_| {}));
+    let left = outgoing.wait_evicted(PATIENCE).unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert!(left.pages.staged > Some(1000), "{left:?}");
+    departure.complete(true).expect("the source QEMU completes");
+}
+
+/// All of it comes, and its memory has these bytes where it was filled.
+fn has_arrived(incoming: Incoming, there: &Qemu, (directory, bytes): (&Path, &[u8])) {
+    assert_eq!(incoming.wait_gathered(PATIENCE).expect("is there").status, Status::Ok);
+    incoming.wait_dissolved(PATIENCE).expect("nothing is left at the intermediaries");
+    drop(incoming);
+    let mut qmp = there.connect();
+    assert_eq!(status(&mut qmp), "running");
+    assert_eq!(qmp.migration().expect("answers"), "completed");
+    assert!(filled(&mut qmp, directory)[..bytes.len()] == *bytes, "the memory is not what it was");
 }
 
 /// The source QEMU has ended by itself before the destination has half of the memory; then the rest comes.
@@ -73,30 +63,49 @@ fn a_vm_moves_through_intermediaries_and_its_source_is_gone_meanwhile() {
     let directory = tempfile::tempdir().expect("creates");
     let ((mut from, bytes), there) = (source(directory.path()), destination(directory.path(), "q35"));
     let world = World::new(2);
-    let (incoming, to) = world.arrive(there.connect(), 1 << 20);
+    let (incoming, to) = world.arrive(there.connect(), NEXT_TO_NOTHING);
     let departure = Departure::begin(from.connect(), "vm").expect("begins");
     assert_eq!(departure.manifest().vm, "source");
-    let outgoing = world.leave(&departure, to, Arc::new(|_| {}));
-    let left = outgoing.wait_evicted(PATIENCE).expect("is out");
-    assert!(left.pages.staged > Some(1000), "{left:?}");
-    departure.complete(true).expect("the source QEMU completes");
+    leaves(&world, departure, to);
     assert!(from.has_ended_well(), "{}", from.said());
-    drop(outgoing);
 
     incoming.wait_running(PATIENCE).expect("runs");
     // Pages of zeros are known to be, and need not come.
     let pages = incoming.progress().pages;
     assert!(pages.direct + pages.staged < 1500, "{pages:?}");
     incoming.set_gather_limit(0);
-    let arrived = incoming.wait_gathered(PATIENCE).expect("is there");
-    assert_eq!(arrived.status, Status::Ok);
-    incoming.wait_dissolved(PATIENCE).expect("nothing is left at the intermediaries");
-    drop(incoming);
-    let mut qmp = there.connect();
-    assert_eq!(status(&mut qmp), "running");
-    let migration = qmp.execute("query-migrate", &json!({})).expect("answers");
-    assert_eq!(migration["status"], "completed");
-    assert!(filled(&mut qmp, directory.path()) == bytes, "the memory is not what it was");
+    has_arrived(incoming, &there, (directory.path(), &bytes));
+}
+
+/// Huge pages of 2 MiB move as wholes, a part of each zeros, and run at their destination before all of them are there.
+#[test]
+fn a_vm_in_huge_pages_moves() {
+    const ENDS_MIB: u64 = 32;
+    let lack = format!("fewer than {ENDS_MIB} huge pages of 2 MiB are free, for {ENDS_MIB} MiB at both ends");
+    if free_huge_pages() < ENDS_MIB {
+        return skipped("a QEMU in huge pages", lack);
+    }
+    let directory = tempfile::tempdir().expect("creates");
+    let memory = format!("memory-backend-memfd,id=ram,size={ENDS_MIB}M,hugetlb=on,hugetlbsize=2M");
+    let size = format!("{ENDS_MIB}M");
+    let machine = ["-object", &memory, "-machine", "q35,memory-backend=ram", "-m", &size];
+    // Below what the firmware writes at the memory's end.
+    let bytes = &filling()[..FILLED / 2];
+    let mut from = source_of(directory.path(), &machine, bytes);
+    let there =
+        Qemu::start(directory.path(), "destination", &[&machine[..], &["-incoming", "defer"]].concat());
+    let world = World::new(2);
+    let (incoming, to) = world.arrive(there.connect(), 1 << 20);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    let huge = departure.manifest().regions.iter().filter(|region| region.unit == InstallUnit::Huge2M);
+    assert_eq!(huge.map(|region| region.length_bytes).collect::<Vec<_>>(), [ENDS_MIB << 20]);
+    leaves(&world, departure, to);
+    assert!(from.has_ended_well(), "{}", from.said());
+    incoming.wait_running(PATIENCE).expect("runs");
+    let pages = incoming.progress().pages;
+    assert!(pages.held < pages.total, "it ran on before all was there: {pages:?}");
+    incoming.set_gather_limit(0);
+    has_arrived(incoming, &there, (directory.path(), bytes));
 }
 
 /// A destination that cannot be the VM's machine is found out before the pause: the VM runs on at its source, as it was set.
@@ -187,6 +196,43 @@ fn what_a_destination_lacks_is_said() {
     assert_eq!(status(&mut from.connect()), "running");
 }
 
+/// A destination QEMU of another user, which sees none of our files, is given its connection.
+#[test]
+fn a_vm_moves_to_a_qemu_of_somebody_else() {
+    let directory = tempfile::tempdir().expect("creates");
+    let (from, bytes) = source(directory.path());
+    let arguments = ["-machine", "q35", "-m", "64M", "-incoming", "defer"];
+    let there = Qemu::start_as_nobody(",+sys_ptrace", directory.path(), "destination", &arguments);
+    let Some(there) = there else { return };
+    let world = World::new(1);
+    let (incoming, to) = world.arrive(there.connect(), 0);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    let outgoing = world.leave(&departure, to, Arc::new(|_| {}));
+    outgoing.wait_evicted(PATIENCE).unwrap_or_else(|error| panic!("{}", error.chain()));
+    departure.complete(false).expect("the source QEMU completes");
+    assert_eq!(incoming.wait_gathered(PATIENCE).expect("is there").status, Status::Ok);
+    drop(incoming);
+    assert!(filled(&mut there.connect(), directory.path()) == bytes, "the memory is not what it was");
+}
+
+/// One that was told on its command line where its VM comes from, which some say only when they are told again.
+#[test]
+fn a_destination_that_does_not_wait_for_us_is_said() {
+    let directory = tempfile::tempdir().expect("creates");
+    let machine = ["-machine", "q35", "-m", "64M"];
+    let from = Qemu::start(directory.path(), "source", &machine);
+    let listens = [&machine[..], &["-incoming", "tcp:127.0.0.1:0"]].concat();
+    let there = Qemu::start(directory.path(), "destination", &listens);
+    let world = World::new(1);
+    let (_incoming, to) = world.arrive(there.connect(), 0);
+    let departure = Departure::begin(from.connect(), "vm").expect("begins");
+    let outgoing = world.leave(&departure, to, Arc::new(|_| {}));
+    let refused = outgoing.wait_evicted(PATIENCE).expect_err("it listens already").chain();
+    assert!(refused.contains("-incoming defer") && refused.contains("already been started"), "{refused}");
+    departure.give_up().expect("put back");
+    assert_eq!(status(&mut from.connect()), "running");
+}
+
 /// A guest uses what it found its vCPU to have.
 #[test]
 fn a_vcpu_that_can_do_less_is_said() {
@@ -204,43 +250,4 @@ fn a_vcpu_that_can_do_less_is_said() {
     assert!(refused.contains("bit 0 of CPUID 1h ECX (-cpu)"), "{refused}");
     departure.give_up().expect("put back");
     assert_eq!(status(&mut from.connect()), "running");
-}
-
-/// The source QEMU dies behind COMMIT: both ends say so, and the VM is paused for good rather than run with wrong pages.
-#[test]
-fn a_source_that_dies_loses_what_it_had_and_nobody_waits() {
-    let mut there = loses(OnLost::Pause);
-    // It waits for a page that nobody has; its process is for the operator to end.
-    assert!(there.is_alive());
-}
-
-#[test]
-fn a_vm_that_has_lost_pages_ends_where_that_was_wished() {
-    let mut there = loses(OnLost::Kill);
-    assert!(!there.has_ended_well() && !there.is_alive());
-}
-
-/// The destination QEMU of a source that has died.
-fn loses(on_lost: OnLost) -> Qemu {
-    let directory = tempfile::tempdir().expect("creates");
-    let ((from, _), there) = (source(directory.path()), destination(directory.path(), "q35"));
-    let world = World::new(1);
-    let (incoming, to) = world.arrive_or(there.connect(), 1 << 20, on_lost);
-    let departure = Departure::begin(from.connect(), "vm").expect("begins");
-    let from = Mutex::new(Some(from));
-    let observer: Observer = Arc::new(move |event| {
-        if matches!(event, Event::Commit) {
-            drop(from.lock().take());
-        }
-    });
-    let outgoing = world.leave(&departure, to, observer);
-    let failed = outgoing.wait_evicted(PATIENCE).expect_err("its pages are gone");
-    assert!(failed.chain().contains("the source QEMU hung up"), "{}", failed.chain());
-    drop((outgoing, departure));
-    incoming.set_gather_limit(0);
-    match incoming.wait_gathered(PATIENCE) {
-        Ok(report) => assert_ne!(report.status, Status::Ok),
-        Err(error) => assert_ne!(error.kind, ErrorKind::Timeout, "{}", error.chain()),
-    }
-    there
 }

@@ -2,9 +2,12 @@
 
 mod process;
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use process::Qemu;
 use qemu::{Disks, Found, Qmp, Settings, Version, destination, source};
 use serde_json::{Value, json};
+use test_support::skipped;
 
 fn machine<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&["-machine", "q35", "-m", "64M"], more].concat()
@@ -119,9 +122,41 @@ fn devices_and_drives_are_named() {
 fn a_destination_waits_and_for_us() {
     let directory = tempfile::tempdir().expect("creates");
     let waits = Qemu::start(directory.path(), "waits", &machine(&["-incoming", "defer"]));
-    assert_eq!(destination(&mut waits.connect()).expect("looked"), Found::default());
+    let mut qmp = waits.connect();
+    let before = settings(&mut qmp);
+    assert_eq!(destination(&mut qmp).expect("looked"), Found::default());
+    assert_eq!(settings(&mut qmp), before);
     let listens = Qemu::start(directory.path(), "listens", &machine(&["-incoming", "tcp:127.0.0.1:0"]));
     only(&destination(&mut listens.connect()).expect("looked"), &["listens", "-incoming defer"]);
+}
+
+/// Who runs it may not use userfaultfd: that is said before a VM is offered, with who may give it that.
+#[test]
+fn a_destination_without_userfaultfd_is_refused() {
+    let part = "a destination without userfaultfd";
+    let anybody = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
+    if anybody.trim() != "0" {
+        return skipped(part, "the sysctl vm.unprivileged_userfaultfd is not 0: everybody may use it");
+    }
+    if std::fs::metadata("/dev/userfaultfd").is_ok_and(|of| of.permissions().mode() & 0o006 != 0) {
+        return skipped(part, "everybody may use /dev/userfaultfd");
+    }
+    let directory = tempfile::tempdir().expect("creates");
+    let arguments = machine(&["-incoming", "defer"]);
+    let Some(qemu) = Qemu::start_as_nobody("", directory.path(), "nobody", &arguments) else { return };
+    let mut qmp = qemu.connect();
+    let before = settings(&mut qmp);
+    let found = destination(&mut qmp).expect("looked");
+    only(&found, &["CAP_SYS_PTRACE", "/dev/userfaultfd", "vm.unprivileged_userfaultfd"]);
+    assert_eq!(settings(&mut qmp), before);
+}
+
+/// A device that QEMU knows not to move, by its own words.
+#[test]
+fn what_qemu_itself_does_not_let_leave_is_named() {
+    let directory = tempfile::tempdir().expect("creates");
+    let qemu = Qemu::start(directory.path(), "vm", &machine(&["-device", "nvme,id=fast,serial=1"]));
+    only(&source(&mut qemu.connect(), Disks::AsFound).expect("looked"), &["does not let", "nvme"]);
 }
 
 #[test]

@@ -83,7 +83,7 @@ impl Machine {
         std::fs::write(file("initramfs"), files).expect("written");
         File::create(file("disk")).and_then(|disk| disk.set_len(DISK_BYTES)).expect("a disk");
         run("mke2fs", &["-q", "-t", "ext4", &file("disk")]);
-        let line = format!("console=ttyS0 quiet panic=-1 redis_address={ADDRESS}/24");
+        let line = format!("console=ttyS0 quiet panic=-1 no_timer_check redis_address={ADDRESS}/24");
         let drive = format!("file={},format=raw,if=none,id=disk", file("disk"));
         let mut arguments: Vec<String> =
             ["-machine", machine, "-smp", vcpus, "-m", "256M"].map(Into::into).into();

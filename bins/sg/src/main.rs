@@ -6,6 +6,7 @@ mod cli;
 mod evict;
 mod leave;
 mod local_first;
+mod logs;
 mod nbd;
 mod notify;
 mod operate;

@@ -1,6 +1,6 @@
 //! `sg serve`: the intermediary.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -10,18 +10,17 @@ use libsg::server::{Config, Holding, Others, Server};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use tracing_subscriber::EnvFilter;
 
-use crate::cli::{LogFormat, ServeArgs, WrongArguments, secret};
+use crate::cli::{ServeArgs, WrongArguments, secret};
 use crate::others::Peers;
-use crate::{announce, leave, local_first, notify, process};
+use crate::{announce, leave, local_first, logs, notify, process};
 
 /// Exit code of one that went with pages of live volumes.
 const LOST: u8 = 3;
 
 /// Serves until a signal ends it.
 pub fn run(args: &ServeArgs) -> Result<u8> {
-    start_logs(args.log_format);
+    logs::start(args.log_format, logs::DAEMON);
     let config = config(args)?;
     let others = config.others.clone();
     let announced = announce::Setup::of(args, &config);
@@ -73,19 +72,6 @@ pub fn run(args: &ServeArgs) -> Result<u8> {
     // It says that it leaves.
     drop(announcer);
     Ok(0)
-}
-
-/// Logs go to standard error.
-pub fn start_logs(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    let logs = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
-    match format {
-        LogFormat::Text => logs.init(),
-        LogFormat::Json => logs.json().init(),
-    }
 }
 
 fn config(args: &ServeArgs) -> Result<Config> {

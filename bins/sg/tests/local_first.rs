@@ -21,13 +21,13 @@ use libsg::wire::PageEntry;
 use libsg::wire::message::{Member, VmdRequest};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 const BATCH_PAGES: u32 = 64;
 /// Connections that bring pages, beside one of the host's own.
 const CLIENTS: u64 = 4;
-/// What the link carries, in bits and bytes a second, and what the host itself receives of it.
-const LINK: &str = "100mbit";
-const LOCAL_BYTES_PER_S: f64 = 7_000_000.0;
+/// What the link carries, and what the host itself receives of it: so little that a busy machine fills the link, too.
+const LINK: &str = "40mbit";
+const LOCAL_BYTES_PER_S: f64 = 2_800_000.0;
 
 /// Two network namespaces and the link between them: `there`, from where pages and local traffic come, and `host`.
 struct Net {
@@ -135,7 +135,8 @@ fn put_pages(address: SocketAddr, volume: u64, ended: &AtomicBool) {
             open -= 1;
         }
         if open == 2 {
-            libsg::transport::wait(&[(link.poll_fd(), link.queued_bytes() > 0)], PATIENCE / 200).unwrap();
+            libsg::transport::wait(&[(link.poll_fd(), link.queued_bytes() > 0)], Duration::from_millis(100))
+                .unwrap();
         }
     }
 }
@@ -250,7 +251,7 @@ fn operators_see_what_the_host_leaves() {
         assert!(begun.elapsed() < PATIENCE, "never looked: {link}");
     };
     let limit = |name: &str| link[name].as_u64().unwrap();
-    assert!((10_000_000..12_500_000).contains(&limit("limit_in_bytes_per_s")), "{link}");
+    assert!((4_000_000..5_000_000).contains(&limit("limit_in_bytes_per_s")), "{link}");
     assert_eq!(limit("limit_out_bytes_per_s"), 1_250_000, "the operator's");
     drop(daemon);
     let refused = |more: &[&str]| {

@@ -16,7 +16,7 @@ use libsg::transport::PoolSecret;
 use libsg::vmd::{TcpConnector, Vmd as _, VmdClient};
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A pool of its own: a group, and a secret.
 struct Pool {
@@ -116,7 +116,7 @@ fn daemons_are_found_and_those_of_others_and_dead_ones_are_not() {
 fn one_that_could_not_leave_announces_that_it_lends() {
     let mut pool = Pool::new();
     let secret = pool.secret("ours");
-    pool.daemons.serve("a", &pool.place, &secret, &["--drain-timeout", "3"]);
+    pool.daemons.serve("a", &pool.place, &secret, &["--drain-timeout", "15"]);
     let address = pool.finds(&["a"])[0]["address"].as_str().unwrap().parse().unwrap();
     let connector = Arc::new(TcpConnector::new(PoolSecret::from_file(Path::new(&secret)).unwrap()));
     let region =

@@ -21,7 +21,7 @@ use libsg::wire::PageEntry;
 use libsg::wire::message::{Member, VmdRequest};
 use test_support::{Strangers, raise_open_files, resident_bytes, skipped};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 const VOLUME: VolumeId = VolumeId(0xabc);
 /// A user without any right.
 const NOBODY: u32 = 65_534;

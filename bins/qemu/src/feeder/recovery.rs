@@ -95,7 +95,7 @@ impl Shared {
         self.say(|out| Command::PostcopyResume.encode(blocks, out))?;
         self.wait(HEAD, |books| books.received.resumed.then_some(()))?;
         self.books.lock().running = true;
-        self.changed.notify_all();
+        self.hearing.has_changed();
         Ok(())
     }
 

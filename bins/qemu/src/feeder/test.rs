@@ -1,15 +1,24 @@
 //! The feeder beside a destination QEMU that is played.
 
+use std::io::Read as _;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
 use qemu_stream::{Block, BlockIndex, Blocks, Item, StreamDecoder};
 
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Behind those of the other blocks, 1024 pages that are two huge ones.
+const HUGE: u32 = 68;
+const HUGE_BLOCK: BlockIndex = BlockIndex(2);
+
 fn layout() -> Layout {
-    Layout::new(
-        Blocks::new(vec![Block::new("pc.ram", 64 << 12), Block::new("pc.rom", 4 << 12)]).expect("blocks"),
-    )
+    let huge = Block { page_bytes: 2 << 20, ..Block::new("huge", 4 << 20) };
+    let blocks = vec![Block::new("pc.ram", 64 << 12), Block::new("pc.rom", 4 << 12), huge];
+    Layout::new(Blocks::new(blocks).expect("blocks"))
 }
 
 fn state() -> Vec<u8> {
@@ -80,6 +89,15 @@ fn range(first: u32, pages: u32) -> PageRange {
     PageRange::new(PageIndex(first), pages)
 }
 
+/// Waits until somebody waits for a page: for this one alone.
+fn await_fault(feeder: &Feeder, page: u32) {
+    let (mut events, begun) = (Vec::new(), Instant::now());
+    while feeder.events(&mut events).expect("alive") == 0 {
+        assert!(begun.elapsed() < PATIENCE, "nobody waits for a page");
+    }
+    assert_eq!(events, [SinkEvent::Fault { page: PageIndex(page), write: false, thread: 0 }]);
+}
+
 #[test]
 fn pages_are_in_place_when_their_ping_is_answered() {
     let (feeder, played) = beside(honest);
@@ -91,13 +109,9 @@ fn pages_are_in_place_when_their_ping_is_answered() {
     feeder.run(&state()).expect("runs");
     let placed = early.join().expect("no panic").expect("placed");
     assert_eq!(placed.installed().collect::<Vec<_>>(), [range(1, 2)]);
-    let (mut events, begun) = (Vec::new(), Instant::now());
-    while feeder.events(&mut events).expect("alive") == 0 {
-        assert!(begun.elapsed() < PATIENCE, "nobody waits for a page");
-    }
-    assert_eq!(events, [SinkEvent::Fault { page: PageIndex(5), write: false, thread: 0 }]);
+    await_fault(&feeder, 5);
     assert_eq!(feeder.install_zero(range(63, 2)).expect("placed").installed_pages(), 2);
-    assert!(feeder.install(PageIndex(67), &[0; 2 * PAGE_BYTES]).is_err(), "there is one page less");
+    assert!(feeder.install(PageIndex(HUGE + 1023), &[0; 2 * PAGE_BYTES]).is_err(), "there is one page less");
     feeder.finish().expect("it has everything");
     let items = played.join().expect("an honest stream");
     let pages: Vec<_> = items
@@ -110,7 +124,54 @@ fn pages_are_in_place_when_their_ping_is_answered() {
         .collect();
     assert_eq!(pages, [(0, 1, true), (0, 2, true), (0, 63, false), (1, 0, false)]);
     let forgotten = items.iter().filter(|item| matches!(item, Item::Command(Command::RamDiscard(_)))).count();
-    assert_eq!(forgotten, 2, "LISTEN needs one at least");
+    assert_eq!(forgotten, 3, "LISTEN needs one at least");
+}
+
+/// QEMU places a huge page when its last sub-page has come, and takes nothing else between them.
+#[test]
+fn a_huge_page_is_one_section_of_its_pages_in_order() {
+    let (feeder, played) = beside(|item| match item {
+        Item::PackageBytes { left_bytes: 0, .. } => {
+            let span = Span { start_bytes: 2 << 20, length_bytes: 2 << 20 };
+            vec![Answer::RequestPages { block: HUGE_BLOCK, span }, Answer::Pong(3)]
+        }
+        item => honest(item),
+    });
+    feeder.head(&state()).expect("it is the same machine");
+    feeder.run(&state()).expect("runs");
+    let waited_for = PageIndex(HUGE + 512);
+    await_fault(&feeder, waited_for.0);
+    let bytes = vec![7; 512 * PAGE_BYTES];
+    // Beside it somebody gives other pages.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for page in 0..64 {
+                let placed = feeder.install(PageIndex(page), &[1; PAGE_BYTES]).expect("placed");
+                assert_eq!(placed.installed_pages(), 1);
+            }
+        });
+        assert_eq!(feeder.install(waited_for, &bytes).expect("placed").installed_pages(), 512);
+        assert_eq!(feeder.install_zero(range(HUGE, 512)).expect("placed").installed_pages(), 512);
+    });
+    feeder.finish().expect("it has everything");
+    let items = played.join().expect("an honest stream");
+    let mut units = Vec::new();
+    for section in items.split(|item| matches!(item, Item::PartBegins { .. })) {
+        let pages: Vec<_> = section
+            .iter()
+            .filter_map(|item| match item {
+                Item::Page { block, offset_bytes, .. } => Some((*block, offset_bytes >> 12, true)),
+                Item::Zero { block, offset_bytes } => Some((*block, offset_bytes >> 12, false)),
+                _ => None,
+            })
+            .collect();
+        if let Some((HUGE_BLOCK, first, has_bytes)) = pages.first().copied() {
+            let unit: Vec<_> = (first..first + 512).map(|page| (HUGE_BLOCK, page, has_bytes)).collect();
+            assert_eq!(pages, unit);
+            units.push((first, has_bytes));
+        }
+    }
+    assert_eq!(units, [(512, true), (0, false)]);
 }
 
 #[test]
@@ -156,24 +217,29 @@ fn answers_that_cannot_be_end_it() {
     }
 }
 
-/// What a destination that goes on says of a block: the pages of the first that are `has`, none of any other.
-fn bitmap(block: BlockIndex, has: &[u32], out: &mut Vec<u8>) {
-    Answer::ReceivedBitmap(block).encode(layout().blocks(), out);
-    let mut bits = [0_u8; 8];
-    has.iter().filter(|_| block.0 == 0).for_each(|page| bits[*page as usize / 8] |= 1 << (page % 8));
+/// What a destination that goes on says of a block: which of its pages are among these.
+fn bitmap(block: BlockIndex, has: &[PageRange], out: &mut Vec<u8>) {
+    let layout = layout();
+    Answer::ReceivedBitmap(block).encode(layout.blocks(), out);
+    let of = layout.blocks().get(block).expect("a block");
+    let mut bits = vec![0_u8; Answer::bitmap_bytes(of) as usize];
+    let places = has.iter().flat_map(|run| run.iter()).filter_map(|page| layout.place(page));
+    for (_, offset) in places.filter(|(there, _)| *there == block) {
+        bits[(offset >> 15) as usize] |= 1 << (offset >> 12 & 7);
+    }
     out.extend(bits);
     Answer::encode_bitmap_end(out);
 }
 
-/// A feeder that goes on with a destination that is played, and has these pages of the first block.
+/// A feeder that goes on with a destination that is played, and has these pages.
 fn recovering(
-    has: &'static [u32],
+    has: Vec<PageRange>,
     mut answer: impl FnMut(&Item, &mut Vec<u8>) + Send + 'static,
 ) -> (Result<Feeder>, JoinHandle<Vec<Item>>) {
     let (ours, theirs) = UnixStream::pair().expect("a pair");
     let decoder = StreamDecoder::recovering(layout().blocks().clone(), 2);
     let played = play(ours, decoder, move |item, out| match item {
-        Item::Command(Command::ReceivedBitmap(block)) => bitmap(*block, has, out),
+        Item::Command(Command::ReceivedBitmap(block)) => bitmap(*block, &has, out),
         item => answer(item, out),
     });
     (Feeder::recover(theirs, of()), played)
@@ -181,7 +247,7 @@ fn recovering(
 
 #[test]
 fn a_destination_that_lost_its_feeder_says_what_it_has_and_gets_the_rest() {
-    let (feeder, played) = recovering(&[0, 1, 7, 8, 63], |item, out| {
+    let (feeder, played) = recovering(vec![range(0, 2), range(7, 2), range(63, 1)], |item, out| {
         let answers = match item {
             // It asks again for what it waits for.
             Item::Command(Command::PostcopyResume) => {
@@ -196,18 +262,39 @@ fn a_destination_that_lost_its_feeder_says_what_it_has_and_gets_the_rest() {
     let mut there = Vec::new();
     feeder.in_place(&mut |range| there.push(range));
     assert_eq!(there, [range(0, 2), range(7, 2), range(63, 1)]);
-    let (mut events, begun) = (Vec::new(), Instant::now());
-    while feeder.events(&mut events).expect("alive") == 0 {
-        assert!(begun.elapsed() < PATIENCE, "nobody waits for a page");
-    }
-    assert_eq!(events, [SinkEvent::Fault { page: PageIndex(9), write: false, thread: 0 }]);
+    await_fault(&feeder, 9);
     assert_eq!(feeder.install(PageIndex(9), &[1; PAGE_BYTES]).expect("placed").installed_pages(), 1);
     feeder.finish().expect("it has everything");
     let items = played.join().expect("an honest stream");
-    let begins = [Command::ReceivedBitmap(BlockIndex(0)), Command::ReceivedBitmap(BlockIndex(1))];
+    let begins = [0, 1, 2].map(|block| Command::ReceivedBitmap(BlockIndex(block)));
     let begins = begins.into_iter().chain([Command::PostcopyResume]).map(Item::Command);
-    assert_eq!(items[..3], begins.collect::<Vec<_>>()[..], "nothing is asked for twice, or said before");
+    assert_eq!(items[..4], begins.collect::<Vec<_>>()[..], "nothing is asked for twice, or said before");
     assert_eq!(items.last(), Some(&Item::End));
+}
+
+#[test]
+fn a_destination_that_lost_its_feeder_says_which_huge_pages_it_has() {
+    // The last of the pages before, and the second huge one.
+    let has = [range(HUGE - 1, 1), range(HUGE + 512, 512)];
+    let (feeder, played) = recovering(has.to_vec(), |item, out| {
+        let answers = match item {
+            Item::Command(Command::PostcopyResume) => {
+                let span = Span { start_bytes: 0, length_bytes: 2 << 20 };
+                vec![Answer::ResumeAck, Answer::RequestPages { block: HUGE_BLOCK, span }]
+            }
+            item => honest(item),
+        };
+        answers.iter().for_each(|answer| answer.encode(layout().blocks(), out));
+    });
+    let feeder = feeder.expect("goes on");
+    let mut there = Vec::new();
+    feeder.in_place(&mut |range| there.push(range));
+    assert_eq!(there, has);
+    await_fault(&feeder, HUGE);
+    let bytes = vec![1; 512 * PAGE_BYTES];
+    assert_eq!(feeder.install(PageIndex(HUGE), &bytes).expect("placed").installed_pages(), 512);
+    feeder.finish().expect("it has everything");
+    played.join().expect("an honest stream");
 }
 
 #[test]
@@ -224,7 +311,7 @@ fn a_destination_that_does_not_go_on_is_told() {
         &|out: &mut Vec<u8>| out.extend([0, 6, 0, 4, 0, 0, 0, 2]),
     ] as [&(dyn Fn(&mut Vec<u8>) + Sync); 2]
     {
-        let (feeder, _played) = recovering(&[], move |item, out| {
+        let (feeder, _played) = recovering(Vec::new(), move |item, out| {
             if matches!(item, Item::Command(Command::PostcopyResume)) {
                 wrong(out);
             }

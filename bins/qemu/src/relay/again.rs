@@ -7,18 +7,17 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use libsg::manifest::Manifest;
-use libsg::memory::{Backing, GuestMemory};
 use libsg::{Error, ErrorKind, Result};
-use parking_lot::{Condvar, Mutex};
 
 use super::pages::{Limits, Pages};
+use super::store::Writer;
 use super::{Begun, Books, Line, Relay, Shared, reader};
 use crate::layout::Layout;
 
 /// What reads when it flows.
 pub(super) struct Again {
     begun: Begun,
-    memory: GuestMemory,
+    writer: Writer,
     limits: Limits,
     /// The source has said everything, and cannot be resumed.
     is_spent: bool,
@@ -32,35 +31,31 @@ impl Relay {
     /// [`ErrorKind::Input`] for a VM of no QEMU; the kernel's, which gives no memory or sockets.
     pub(crate) fn again(manifest: &Manifest, limits: Limits, is_spent: bool) -> Result<Self> {
         let (layout, configuration, section) = Layout::of(manifest)?;
-        let memory = GuestMemory::allocate(manifest, Backing::Anon)?;
         let layout = Arc::new(layout);
-        let begun = Begun { layout: Arc::clone(&layout), configuration, section };
+        let pages = Pages::left(Arc::clone(&layout), limits)?;
+        let writer = pages.writer();
+        let begun = Begun { layout, configuration, section };
         // Nobody hears what is said before it is resumed.
         let (answers, _) = UnixStream::pair()?;
         let books = Books {
             begun: Some(begun.clone()),
             package: Some(Arc::default()),
-            pages: Some(Pages::left(layout, memory.clone(), limits)),
+            pages: Some(pages),
             line: Line::Broken,
             ..Books::default()
         };
-        Ok(Self(Arc::new(Shared {
-            answers: Mutex::new(answers),
-            books: Mutex::new(books),
-            changed: Condvar::new(),
-            steering: Mutex::default(),
-            again: Mutex::new(Some(Again { begun, memory, limits, is_spent })),
-        })))
+        let again = Again { begun, writer, limits, is_spent };
+        Ok(Self(Arc::new(Shared::new(answers, books, Some(again)))))
     }
 
     pub(super) fn go_on(&self, again: Again) -> Result<()> {
-        let Again { begun, memory, limits, is_spent } = again;
+        let Again { begun, writer, limits, is_spent } = again;
         let left = self.0.books.lock().pages.as_ref().map(Pages::runs_to_come).unwrap_or_default();
         if !is_spent {
             let reads = Arc::clone(&self.0);
             std::thread::Builder::new()
                 .name("sg-qemu-reader".into())
-                .spawn(move || reader::run_on(&reads, (begun, memory), limits))?;
+                .spawn(move || reader::run_on(&reads, (begun, writer), limits))?;
             return Ok(());
         }
         if left.is_empty() {

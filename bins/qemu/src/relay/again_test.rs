@@ -3,7 +3,7 @@
 use std::sync::mpsc::channel;
 
 use libsg::source::Outcome;
-use qemu_stream::{AnswerItem, END_OF_STREAM, Records};
+use qemu_stream::{AnswerItem, Configuration, END_OF_STREAM, Records};
 
 use super::recovery_test::{Driven, Told, goes_on, pages, received, set};
 use super::test::{HUGE, PATIENCE, RAM, Source, all, blocks, byte_of, failure};

@@ -23,25 +23,17 @@ pub struct Live {
     unseen_count: u32,
     /// Pages that have come again, of which nobody heard.
     written: PresenceMap,
-    /// Pages that are coming again: their bytes are being written.
-    coming: PresenceMap,
 }
 
 impl Live {
     fn new(seen: PresenceMap) -> Self {
         let none = PresenceMap::new(seen.pages());
-        Self { unseen_count: seen.pages() - seen.count(), seen, written: none.clone(), coming: none }
-    }
-
-    /// Whether the bytes of a page are newer than what became of it.
-    fn is_newer(&self, page: PageIndex) -> bool {
-        self.written.contains(page) || self.coming.contains(page)
+        Self { unseen_count: seen.pages() - seen.count(), seen, written: none }
     }
 
     /// Pages are named as written: what there is of them is out of date.
     pub(super) fn discard(&mut self, run: PageRange) {
         self.written.insert(run);
-        self.coming.remove(run);
     }
 }
 
@@ -63,22 +55,13 @@ impl Pages {
         self.live.as_ref().map_or(0, |live| live.unseen_count.saturating_sub(SPARE_PAGES))
     }
 
-    /// A page that has come before is about to be overwritten.
-    pub fn comes_again(&mut self, page: PageIndex) {
-        let Some(live) = &mut self.live else { return };
-        let one = PageRange::new(page, 1);
-        live.coming.insert(one);
-        self.safe.remove(one);
-        self.pinned.remove(one);
-    }
-
     /// A page came, while the VM runs.
     pub(super) fn came_live(&mut self, page: PageIndex) {
         let Some(live) = &mut self.live else { return };
         let one = PageRange::new(page, 1);
-        live.coming.remove(one);
         if live.seen.contains(page) {
             live.written.insert(one);
+            self.safe.remove(one);
         } else {
             live.seen.insert(one);
             live.unseen_count -= 1;
@@ -123,7 +106,7 @@ impl Pages {
     /// The pages of a range whose bytes are no newer than what is said of it.
     pub(super) fn not_newer(&self, range: PageRange) -> Vec<PageRange> {
         let mut runs = Vec::new();
-        let is_newer = |page| self.live.as_ref().is_some_and(|live| live.is_newer(page));
+        let is_newer = |page| self.live.as_ref().is_some_and(|live| live.written.contains(page));
         range.iter().filter(|page| !is_newer(*page)).for_each(|page| add(&mut runs, page));
         runs
     }

@@ -4,9 +4,10 @@
 use libsg::page::PAGE_BYTES;
 use proptest::prelude::*;
 
-use super::super::pages::test::{PAGES, SMALL, before_the_switch as pages, is_filled_with, unit};
+use super::super::pages::test::{PAGES, SMALL, before_the_switch as pages, is_filled_with, unit, written};
 use super::*;
 use crate::relay::pages::{Limits, Lost};
+use crate::relay::store::{Came, Slot, Writer};
 
 /// Where a planner has a unit, and which version of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +21,7 @@ enum Is {
 /// A source that sends, and a planner that stages.
 struct World {
     pages: Pages,
+    writer: Writer,
     /// What a unit's bytes are at the source, by its first page.
     version: Vec<u8>,
     /// What was sent of it last.
@@ -34,22 +36,26 @@ fn firsts() -> impl Iterator<Item = u32> {
 
 impl World {
     fn new() -> Self {
-        let mut pages = pages(Limits::of_window(0));
+        let (mut pages, writer) = pages(Limits::of_window(0));
         pages.begin_rounds();
         let all = PAGES as usize;
-        Self { pages, version: vec![1; all], sent: vec![0; all], is: vec![Is::Waiting; all], switched: false }
+        Self {
+            pages,
+            writer,
+            version: vec![1; all],
+            sent: vec![0; all],
+            is: vec![Is::Waiting; all],
+            switched: false,
+        }
     }
 
     /// The source sends a unit as it is, a page after the other.
     fn come(&mut self, first: u32) {
         let at = first as usize;
         for page in unit(first).iter() {
-            if self.sent[at] > 0 {
-                self.pages.comes_again(page);
-            }
-            let one = PageRange::new(page, 1);
-            self.pages.memory.copy_in(one, &[self.version[at]; PAGE_BYTES]).expect("inside");
-            self.pages.came_early(one);
+            let came =
+                written(&mut self.pages, &mut self.writer, PageRange::new(page, 1), |_| self.version[at]);
+            came.into_iter().for_each(|came| self.pages.came_early(came));
         }
         self.sent[at] = self.version[at];
         self.named();
@@ -69,8 +75,13 @@ impl World {
     fn stage(&mut self, first: u32) {
         let at = first as usize;
         if self.is[at] == Is::Unsent {
-            let slice = self.pages.slice(unit(first)).expect("it was named").expect("inside");
-            is_filled_with(&slice, self.sent[at]);
+            let mut rest = unit(first);
+            while rest.pages > 0 {
+                let slice = self.pages.slice(rest).expect("it was named").expect("inside");
+                is_filled_with(&slice, self.sent[at]);
+                let pages = (slice.len() / PAGE_BYTES) as u32;
+                rest = PageRange::new(PageIndex(rest.first.0 + pages), rest.pages - pages);
+            }
             self.is[at] = Is::Staged(self.sent[at]);
         }
     }
@@ -78,7 +89,7 @@ impl World {
     fn tell(&mut self, first: u32) {
         if let Is::Staged(version) = self.is[first as usize] {
             self.is[first as usize] = Is::Told(version);
-            self.pages.safe(unit(first)).expect("let go");
+            self.pages.safe(unit(first));
         }
     }
 
@@ -157,11 +168,8 @@ proptest! {
         for first in firsts() {
             let at = first as usize;
             if world.pages.is_to_come(PageIndex(first)) {
-                for page in unit(first).iter() {
-                    let bytes = [world.version[at]; PAGE_BYTES];
-                    world.pages.memory.copy_in(PageRange::new(page, 1), &bytes).expect("inside");
-                }
-                world.pages.came(unit(first)).expect("taken");
+                let came = written(&mut world.pages, &mut world.writer, unit(first), |_| world.version[at]);
+                came.into_iter().for_each(|came| world.pages.came(came));
                 world.sent[at] = world.version[at];
             }
         }
@@ -177,15 +185,16 @@ proptest! {
 
 #[test]
 fn a_unit_is_named_when_all_of_it_has_come() {
-    let mut pages = pages(Limits::of_window(0));
+    let (mut pages, _) = pages(Limits::of_window(0));
     pages.begin_rounds();
     assert_eq!(pages.unseen(), PAGES - 512);
-    pages.came_early(PageRange::new(PageIndex(0), 100));
-    pages.came_early(PageRange::new(PageIndex(SMALL), 511));
+    let zeros = |first, pages| Came { pages: PageRange::new(PageIndex(first), pages), slot: Slot::ZERO };
+    pages.came_early(zeros(0, 100));
+    pages.came_early(zeros(SMALL, 511));
     let mut named = Vec::new();
     pages.take_untold(&mut named);
     assert_eq!(named, [PageRange::new(PageIndex(0), 100)]);
-    pages.came_early(PageRange::new(PageIndex(SMALL + 511), 1));
+    pages.came_early(zeros(SMALL + 511, 1));
     named.clear();
     pages.take_untold(&mut named);
     assert_eq!((named, pages.unseen()), (vec![unit(SMALL)], 88));

@@ -1,22 +1,20 @@
 //! The relay's books of a VM's pages: which are still to come, which are here, and which are safe and were let go.
 //!
-//! A page is here, and can be read, from the moment on in which all of it has come until it is said to be safe. Its memory is
-//! given back at once, or when the last slice of the 2 MiB around it is gone: slices are made under the lock under which
-//! memory is given back, and only of pages that are here. So no page is read that was let go.
+//! A page is here, and can be read, from the moment on in which all of it has come until it is said to be safe. Its bytes are
+//! in a slot of the [`Store`], which is used again when nobody has a slice of what lies around it: slices are made under the
+//! lock under which pages are let go, and only of pages that are here. So no page is read that was let go.
 
 use std::sync::Arc;
 
 use libsg::Result;
-use libsg::memory::{GuestMemory, PageSlice, PresenceMap};
+use libsg::memory::{PageSlice, PresenceMap};
 use libsg::page::{PageIndex, PageRange};
 use qemu_stream::{BlockIndex, Span};
 
 use super::live::Live;
+use super::store::{CHUNK_SLOTS, Came, Store, Writer};
 use super::stream::unread_pages;
 use crate::layout::Layout;
-
-/// Pages whose memory is pinned together: as many as lie in the largest unit, so that each unit is in one.
-const PINNED_PAGES: u32 = 512;
 
 /// How much of the stream is read ahead of what is safe.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +44,9 @@ impl Limits {
     }
 }
 
+/// Pages for which there is memory from the beginning: 32 MiB.
+const WARM_PAGES_MAX: u32 = 8192;
+
 /// Pages of the smallest window: 8 MiB.
 const WINDOW_PAGES_MIN: u64 = 2048;
 
@@ -62,7 +63,8 @@ pub enum Lost {
 #[derive(Debug)]
 pub struct Pages {
     layout: Arc<Layout>,
-    pub(super) memory: GuestMemory,
+    /// The bytes of those that are here.
+    pub(super) store: Store,
     limits: Limits,
     /// Pages that have come and count.
     pub(super) here: PresenceMap,
@@ -82,30 +84,21 @@ pub struct Pages {
     cursor: PageIndex,
     /// Safe elsewhere, and not here.
     pub(super) safe: PresenceMap,
-    /// Of them, those whose memory is still to be given back, and the parts in which such lie.
-    pub(super) pinned: PresenceMap,
-    pinned_parts: Vec<u32>,
-    pins: Vec<Arc<()>>,
-    /// The number of each block's first part, and of the part behind the last.
-    parts: Vec<u32>,
     /// Where the VM is sent in rounds.
     pub(super) live: Option<Live>,
 }
 
 impl Pages {
     /// Nothing has come yet.
-    #[must_use]
-    pub fn new(layout: Arc<Layout>, memory: GuestMemory, limits: Limits) -> Self {
+    ///
+    /// # Errors
+    /// The kernel's, when it has no room for what comes.
+    pub fn new(layout: Arc<Layout>, limits: Limits) -> Result<Self> {
         let none = PresenceMap::new(layout.pages());
-        let mut parts = vec![0];
-        for region in memory.regions() {
-            let last = parts.last().copied().unwrap_or(0);
-            parts.push(last + region.pages().pages.div_ceil(PINNED_PAGES));
-        }
-        let pins = (0..parts.last().copied().unwrap_or(0)).map(|_| Arc::new(())).collect();
-        Self {
+        let store = Store::new(layout.pages(), limits.window_pages)?;
+        Ok(Self {
             layout,
-            memory,
+            store,
             limits,
             here: none.clone(),
             here_count: 0,
@@ -117,22 +110,42 @@ impl Pages {
             wanted: none.clone(),
             wanted_count: 0,
             cursor: PageIndex(0),
-            safe: none.clone(),
-            pinned: none,
-            pinned_parts: Vec::new(),
-            pins,
-            parts,
+            safe: none,
             live: None,
-        }
+        })
     }
 
     /// Of a source that has switched, and whose stream broke off: everything is to come.
-    #[must_use]
-    pub fn left(layout: Arc<Layout>, memory: GuestMemory, limits: Limits) -> Self {
-        let mut pages = Self::new(layout, memory, limits);
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn left(layout: Arc<Layout>, limits: Limits) -> Result<Self> {
+        let mut pages = Self::new(layout, limits)?;
         pages.discard(PageRange::new(PageIndex(0), pages.to_come.pages()));
         pages.switched();
-        pages
+        Ok(pages)
+    }
+
+    /// Has memory for what is to come, while the VM runs at its source: as much as a window takes.
+    ///
+    /// # Errors
+    /// [`libsg::ErrorKind::Input`] for more than there is room for.
+    pub fn warm(&mut self) -> Result<()> {
+        self.store.warm(self.limits.window_pages.min(WARM_PAGES_MAX))
+    }
+
+    /// Who writes what comes.
+    #[must_use]
+    pub fn writer(&self) -> Writer {
+        self.store.writer()
+    }
+
+    /// Gives a writer that is full room for more.
+    ///
+    /// # Errors
+    /// [`libsg::ErrorKind::System`] when there is none.
+    pub fn refill(&mut self, writer: &mut Writer) -> Result<()> {
+        self.store.refill(writer)
     }
 
     /// Pages are safe elsewhere, and the source does not send them: it was not asked for anything yet.
@@ -156,23 +169,27 @@ impl Pages {
         self.limits
     }
 
-    /// A page came that may come again: the VM runs at its source.
-    pub fn came_early(&mut self, run: PageRange) {
-        if self.live.is_some() {
-            run.iter().for_each(|page| self.came_live(page));
-        } else {
-            self.here.insert(run);
+    /// Pages came that may come again: the VM runs at its source.
+    pub fn came_early(&mut self, came: Came) {
+        for (page, slot) in came.iter() {
+            self.store.keep(page, slot);
+            if self.live.is_some() {
+                self.came_live(page);
+            }
+        }
+        if self.live.is_none() {
+            self.here.insert(came.pages);
         }
     }
 
     /// Pages are still to come: what came of them before does not count.
     pub fn discard(&mut self, run: PageRange) {
+        run.iter().for_each(|page| self.store.drop(page));
         self.here.remove(run);
         self.to_come.insert(run);
         if let Some(live) = &mut self.live {
             live.discard(run);
             self.safe.remove(run);
-            self.pinned.remove(run);
         }
     }
 
@@ -188,11 +205,8 @@ impl Pages {
     }
 
     /// Pages came. Those that are safe by now are let go again.
-    ///
-    /// # Errors
-    /// The kernel's, when it takes no memory back.
-    pub fn came(&mut self, run: PageRange) -> Result<()> {
-        for page in run.iter() {
+    pub fn came(&mut self, came: Came) {
+        for (page, slot) in came.iter() {
             let one = PageRange::new(page, 1);
             if self.to_come.contains(page) {
                 self.to_come.remove(one);
@@ -202,15 +216,20 @@ impl Pages {
                 self.wanted_count -= u32::from(self.wanted.contains(page));
                 self.wanted.remove(one);
             }
-            if self.safe.contains(page) {
-                self.let_go(one)?;
-            } else if !self.here.contains(page) {
+            if self.safe.contains(page) || self.here.contains(page) {
+                self.store.give_back(slot);
+            } else {
+                self.store.keep(page, slot);
                 self.here.insert(one);
                 self.here_count += 1;
                 add(&mut self.untold, page);
             }
         }
-        Ok(())
+    }
+
+    /// Pages came of which the rest does not.
+    pub fn came_in_vain(&mut self, came: Came) {
+        came.iter().for_each(|(_, slot)| self.store.give_back(slot));
     }
 
     /// No more comes. Pages that never came are zero; those that are safe or here are not among them. The pages of which
@@ -230,104 +249,44 @@ impl Pages {
         missing
     }
 
+    /// Whether a page is here of which nobody may have been told.
+    pub fn has_untold(&self, page: PageIndex) -> bool {
+        self.here.contains(page) && !self.untold.is_empty()
+    }
+
+    /// What the guest waits for, as many pages as there are.
+    pub const fn wanted_pages(&self) -> u32 {
+        self.wanted_count
+    }
+
     /// Takes what nobody was told of.
     pub fn take_untold(&mut self, out: &mut Vec<PageRange>) {
         out.append(&mut self.untold);
     }
 
-    /// The bytes of pages that are here, from the first on. They stay as long as the slice. `None` for what is not here.
+    /// The bytes of pages that are here, from the first on: as many as lie together. They stay as long as the slice. `None` for
+    /// what is not here.
     pub fn slice(&self, range: PageRange) -> Option<Result<PageSlice>> {
         let run = self.here.next_run(range.first, range.pages).filter(|run| run.first == range.first)?;
-        let (part, left) = self.part(run.first)?;
-        let run = PageRange::new(run.first, run.pages.min(left));
-        let pin = self.pins.get(part as usize)?;
-        Some(PageSlice::guest_pinned(&self.memory, run, Arc::<()>::clone(pin)))
-    }
-
-    /// The part that a page lies in, and how many of its pages there are from that one on.
-    fn part(&self, page: PageIndex) -> Option<(u32, u32)> {
-        let regions = self.memory.regions();
-        let at = regions.partition_point(|region| region.pages().first <= page).checked_sub(1)?;
-        let pages = regions.get(at)?.pages();
-        let offset = page.0 - pages.first.0;
-        let within = offset % PINNED_PAGES;
-        let left = (PINNED_PAGES - within).min(pages.pages.checked_sub(offset)?);
-        Some((self.parts.get(at)? + offset / PINNED_PAGES, left))
+        let run = PageRange::new(run.first, run.pages.min(range.pages));
+        Some(self.store.slice(run))
     }
 
     /// Pages are safe elsewhere: they cannot be had here any more, but for those that came again since.
-    ///
-    /// # Errors
-    /// The kernel's, when it takes no memory back.
-    pub fn safe(&mut self, range: PageRange) -> Result<()> {
+    pub fn safe(&mut self, range: PageRange) {
         if self.live.is_none() {
             return self.forget(range);
         }
-        self.not_newer(range).into_iter().try_for_each(|run| self.forget(run))
+        self.not_newer(range).into_iter().for_each(|run| self.forget(run));
     }
 
-    fn forget(&mut self, range: PageRange) -> Result<()> {
-        for page in range.iter() {
-            self.here_count -= u32::from(self.here.contains(page));
+    fn forget(&mut self, range: PageRange) {
+        for page in range.iter().filter(|page| self.here.contains(*page)) {
+            self.here_count -= 1;
+            self.store.drop(page);
         }
         self.here.remove(range);
         self.safe.insert(range);
-        // What has not come yet has no memory, and is let go when it comes.
-        let mut at = range;
-        while at.pages > 0 {
-            let Some((_, left)) = self.part(at.first) else { break };
-            let run = PageRange::new(at.first, at.pages.min(left));
-            self.let_go(run)?;
-            at = PageRange::new(PageIndex(at.first.0 + run.pages), at.pages - run.pages);
-        }
-        Ok(())
-    }
-
-    /// Gives the memory of pages of one part back, or notes that it is pinned.
-    fn let_go(&mut self, run: PageRange) -> Result<()> {
-        let Some((part, _)) = self.part(run.first) else { return Ok(()) };
-        if self.pins.get_mut(part as usize).is_some_and(|pin| Arc::get_mut(pin).is_some()) {
-            return self.memory.release(run);
-        }
-        self.pinned.insert(run);
-        if !self.pinned_parts.contains(&part) {
-            self.pinned_parts.push(part);
-        }
-        Ok(())
-    }
-
-    /// Gives memory back that was pinned.
-    ///
-    /// # Errors
-    /// The kernel's, when it takes no memory back.
-    pub fn tidy(&mut self) -> Result<()> {
-        let Self { pins, pinned_parts, .. } = self;
-        let is_free =
-            |part: &mut u32| pins.get_mut(*part as usize).is_some_and(|pin| Arc::get_mut(pin).is_some());
-        let free: Vec<u32> = pinned_parts.extract_if(.., is_free).collect();
-        for part in free {
-            let Some(pages) = self.pages_of(part) else { continue };
-            let mut from = pages.first;
-            let end = pages.first.0 + pages.pages;
-            while let Some(run) = self.pinned.next_run(from, end - from.0).filter(|run| run.first.0 < end) {
-                let run = PageRange::new(run.first, run.pages.min(end - run.first.0));
-                self.pinned.remove(run);
-                self.memory.release(run)?;
-                from = PageIndex(run.first.0 + run.pages);
-                if from.0 >= end {
-                    break;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn pages_of(&self, part: u32) -> Option<PageRange> {
-        let at = self.parts.partition_point(|first| *first <= part).checked_sub(1)?;
-        let pages = self.memory.regions().get(at)?.pages();
-        let offset = (part - self.parts.get(at)?) * PINNED_PAGES;
-        let left = pages.pages.checked_sub(offset)?;
-        Some(PageRange::new(PageIndex(pages.first.0 + offset), left.min(PINNED_PAGES)))
     }
 
     /// Pages that were safe are so no more.
@@ -340,12 +299,7 @@ impl Pages {
                 continue;
             }
             self.safe.remove(one);
-            if self.pinned.contains(page) {
-                self.pinned.remove(one);
-                self.here.insert(one);
-                self.here_count += 1;
-                add(&mut self.untold, page);
-            } else if !self.to_come.contains(page) {
+            if !self.to_come.contains(page) {
                 self.to_come.insert(one);
                 self.to_come_count += 1;
                 lost = Lost::Again;
@@ -385,6 +339,11 @@ impl Pages {
         self.here_count == 0 && self.asked_count == self.wanted_count
     }
 
+    /// Pages that are to come, asked for, wanted and here, for who looks why nothing goes on.
+    pub const fn stands(&self) -> (u32, u32, u32, u32) {
+        (self.to_come_count, self.asked_count, self.wanted_count, self.here_count)
+    }
+
     /// The pages that are to come.
     pub fn runs_to_come(&self) -> Vec<PageRange> {
         self.to_come.runs().collect()
@@ -396,8 +355,11 @@ impl Pages {
     }
 
     /// Whether another piece of the stream is to be read, while it flows by itself.
-    pub const fn has_room(&self) -> bool {
-        self.wanted_count > 0 || self.here_count < self.limits.window_pages
+    pub fn has_room(&self) -> bool {
+        // In pieces they may take twice as much.
+        let slots = 2 * (self.limits.window_pages + CHUNK_SLOTS);
+        self.wanted_count > 0
+            || (self.here_count < self.limits.window_pages && self.store.used_slots() <= slots)
     }
 
     /// The guest waits for a page: the unit to be asked for, unless it is here, or was asked for.
@@ -490,14 +452,6 @@ impl Pages {
         for page in wanted.runs().flat_map(PageRange::iter) {
             out.extend(self.want(page));
         }
-    }
-}
-
-#[cfg(test)]
-impl Pages {
-    /// Pages that take memory.
-    pub fn resident(&self) -> PresenceMap {
-        self.memory.presence().expect("the kernel says")
     }
 }
 

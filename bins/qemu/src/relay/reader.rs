@@ -4,23 +4,21 @@ use std::io::Read as _;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use libsg::memory::{Backing, GuestMemory, PresenceMap};
-use libsg::page::{PAGE_BYTES, PageIndex, PageRange};
+use libsg::memory::PresenceMap;
+use libsg::page::{PageIndex, PageRange};
 use libsg::{Error, ErrorKind, Result};
 use qemu_stream::{Answer, Command, Configuration, Item, Package, StreamDecoder, limits};
 
 use super::pages::{Limits, Pages};
+use super::store::{Came, Slot, Writer};
 use super::stream::{RECORD_BYTES, Unread};
 use super::{Begun, Flow, Line, NEXT_TO_NOTHING, Shared, UNLIMITED};
 use crate::layout::Layout;
-use crate::machine::Devices;
 
 /// Bytes read at once, behind what is left of an item.
 const READ_BYTES: usize = 1 << 20;
 
 const _: () = assert!(READ_BYTES > limits::ITEM_BYTES_MAX);
-
-const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// The least that is read at once.
 const LEAST_BYTES: usize = 4096;
@@ -40,7 +38,7 @@ pub(super) fn run(shared: &Shared, connection: UnixStream, limits: Limits) {
 }
 
 /// Reads what a source sends that has it resumed, of whose stream another process has read the rest.
-pub(super) fn run_on(shared: &Shared, (begun, memory): (Begun, GuestMemory), limits: Limits) {
+pub(super) fn run_on(shared: &Shared, (begun, writer): (Begun, Writer), limits: Limits) {
     let none = PresenceMap::new(begun.layout.pages());
     let mut reader = Reader {
         shared,
@@ -48,7 +46,7 @@ pub(super) fn run_on(shared: &Shared, (begun, memory): (Begun, GuestMemory), lim
         decoder: StreamDecoder::recovering(begun.layout.blocks().clone(), begun.section),
         configuration: None,
         package: Vec::new(),
-        written: Some(Written { begun, memory, filled: none.clone(), seen: none }),
+        written: Some(Written { begun, writer, filled: none.clone(), seen: none }),
         news: Vec::new(),
         switched: true,
     };
@@ -68,16 +66,16 @@ struct Reader<'a> {
     limits: Limits,
     written: Option<Written>,
     /// Pages that have come since the books were last written.
-    news: Vec<PageRange>,
+    news: Vec<Came>,
     /// The package has come.
     switched: bool,
 }
 
-/// The memory that is written, and where.
+/// What is written, and where.
 struct Written {
     begun: Begun,
-    memory: GuestMemory,
-    /// Where there are bytes, or were: a page of zeros must overwrite them.
+    writer: Writer,
+    /// Pages that had bytes once: what does not come of them is not zero.
     filled: PresenceMap,
     /// Pages that have come. Since the switch they do not come again: their bytes may be under way.
     seen: PresenceMap,
@@ -133,7 +131,10 @@ impl Reader<'_> {
                     self.shared.books.lock().unread.read(bytes);
                     continue;
                 }
-                Err(error) if is_silence(&error) && self.shared.lives() => continue,
+                Err(error) if is_silence(&error) => match self.shared.lives() {
+                    Ok(()) => continue,
+                    Err(error) => error,
+                },
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => hung_up().because(error),
             };
@@ -177,10 +178,11 @@ impl Reader<'_> {
 
     /// Has the source go on over another connection.
     fn resume(&mut self) -> Result<UnixStream> {
-        // Half of what was said says nothing.
-        self.news.clear();
         let flow = {
             let mut books = self.shared.books.lock();
+            // Half of what was said says nothing.
+            let pages = &mut books.pages;
+            self.news.drain(..).for_each(|came| pages.iter_mut().for_each(|pages| pages.came_in_vain(came)));
             while books.is_to_rest() && books.line == Line::Broken {
                 self.shared.changed.wait(&mut books);
             }
@@ -313,12 +315,12 @@ impl Reader<'_> {
         let Some(configuration) = self.configuration.take() else { return Ok(()) };
         let layout = Layout::new(self.decoder.blocks().clone());
         let section = self.decoder.section();
-        let manifest = layout.manifest("", (&configuration, section), &Devices::default())?;
-        let memory = GuestMemory::allocate(&manifest, Backing::Anon)?;
         let (filled, layout) = (PresenceMap::new(layout.pages()), Arc::new(layout));
-        let pages = Pages::new(Arc::clone(&layout), memory.clone(), self.limits);
+        let mut pages = Pages::new(Arc::clone(&layout), self.limits)?;
+        pages.warm()?;
         let begun = Begun { layout, configuration, section };
-        self.written = Some(Written { begun: begun.clone(), memory, seen: filled.clone(), filled });
+        let writer = pages.writer();
+        self.written = Some(Written { begun: begun.clone(), writer, seen: filled.clone(), filled });
         let mut books = self.shared.books.lock();
         (books.begun, books.pages) = (Some(begun), Some(pages));
         drop(books);
@@ -327,29 +329,27 @@ impl Reader<'_> {
     }
 
     fn page(&mut self, block: qemu_stream::BlockIndex, offset: u64, bytes: Option<&[u8]>) -> Result<()> {
-        let Some(Written { begun, memory, filled, seen }) = &mut self.written else { return Ok(()) };
+        let Some(Written { begun, writer, filled, seen }) = &mut self.written else { return Ok(()) };
         let page = begun.layout.page(block, offset);
         let range = PageRange::new(page, 1);
-        if seen.contains(page) {
-            if self.switched {
-                let message = "the source QEMU sends a page a second time after it has switched";
-                return Err(Error::new(ErrorKind::Protocol, message).about([range]));
-            }
-            let mut books = self.shared.books.lock();
-            books.pages.iter_mut().for_each(|pages| pages.comes_again(page));
+        if self.switched && seen.contains(page) {
+            let message = "the source QEMU sends a page a second time after it has switched";
+            return Err(Error::new(ErrorKind::Protocol, message).about([range]));
         }
         seen.insert(range);
-        match bytes {
+        let slot = match bytes {
             Some(bytes) => {
-                memory.copy_in(range, bytes)?;
+                if writer.is_full() {
+                    let mut books = self.shared.books.lock();
+                    books.pages.iter_mut().try_for_each(|pages| pages.refill(writer))?;
+                }
                 filled.insert(range);
+                writer.write(bytes)?
             }
-            None if filled.contains(page) => memory.copy_in(range, &ZEROS)?,
-            None => {}
-        }
-        match self.news.last_mut() {
-            Some(run) if run.first.0 + run.pages == page.0 => run.pages += 1,
-            _ => self.news.push(range),
+            None => Slot::ZERO,
+        };
+        if !self.news.last_mut().is_some_and(|run| run.join(page, slot)) {
+            self.news.push(Came { pages: range, slot });
         }
         Ok(())
     }
@@ -359,26 +359,29 @@ impl Reader<'_> {
     /// Enters what has come into the books.
     fn tell(&mut self) -> Result<()> {
         // Before the switch nobody is told, and units of which a part was sent are forgotten.
-        let kept = if self.switched { self.part_of_unit() } else { None };
-        if self.news.is_empty() {
-            self.news.extend(kept);
+        let told = if self.switched { self.whole_units() } else { self.news.len() };
+        if told == 0 {
             return Ok(());
         }
         let mut books = self.shared.books.lock();
         let Some(pages) = &mut books.pages else { return Ok(()) };
-        for run in self.news.drain(..) {
+        let wanted_before = pages.wanted_pages();
+        for run in self.news.drain(..told) {
             if self.switched {
-                pages.came(run)?;
+                pages.came(run);
             } else {
                 pages.came_early(run);
             }
         }
+        let has_wanted = pages.wanted_pages() < wanted_before;
         let rests = books.is_to_rest() && books.line == Line::Up;
         if rests {
             books.line = Line::Broken;
         }
         drop(books);
-        self.news.extend(kept);
+        if has_wanted {
+            self.shared.wake_wanting();
+        }
         if rests {
             self.shared.break_off();
             return Ok(());
@@ -386,24 +389,27 @@ impl Reader<'_> {
         self.shared.ask()
     }
 
-    /// Takes the last pages out of the news if the rest of their unit is still to come.
-    fn part_of_unit(&mut self) -> Option<PageRange> {
-        let Written { begun, .. } = self.written.as_ref()?;
-        let run = self.news.last_mut()?;
-        let end = PageIndex(run.first.0 + run.pages - 1);
-        let (block, span) = begun.layout.unit(end)?;
+    /// How much of the news is entered: not the last pages, if the rest of their unit is still to come.
+    fn whole_units(&mut self) -> usize {
+        let (Some(Written { begun, .. }), Some(last)) = (&self.written, self.news.last()) else { return 0 };
+        let end = PageIndex(last.pages.first.0 + last.pages.pages - 1);
+        let Some((block, span)) = begun.layout.unit(end) else { return self.news.len() };
         let unit = begun.layout.range(block, span);
-        let over = (end.0 + 1 - unit.first.0) % unit.pages;
-        let part = over.min(run.pages);
-        if part == 0 {
-            return None;
+        let mut part = (end.0 + 1 - unit.first.0) % unit.pages;
+        let mut at = self.news.len();
+        // Its pages of zeros, and others, are runs of their own.
+        while part > 0 && at > 0 {
+            let run = self.news[at - 1];
+            if run.pages.pages > part {
+                let (before, behind) = run.split(run.pages.pages - part);
+                self.news[at - 1] = before;
+                self.news.insert(at, behind);
+                return at;
+            }
+            part -= run.pages.pages;
+            at -= 1;
         }
-        run.pages -= part;
-        let part = PageRange::new(PageIndex(run.first.0 + run.pages), part);
-        if run.pages == 0 {
-            self.news.pop();
-        }
-        Some(part)
+        at
     }
 
     /// The package is whole. Pages that came before and count can be had from now on.
@@ -449,6 +455,6 @@ fn is_silence(error: &std::io::Error) -> bool {
     matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut)
 }
 
-fn hung_up() -> Error {
+pub(super) fn hung_up() -> Error {
     Error::new(ErrorKind::Unreachable, "the source QEMU hung up before it had sent everything")
 }

@@ -39,8 +39,8 @@ impl Steering for Driven {
         Ok(())
     }
 
-    fn goes_on(&mut self) -> bool {
-        true
+    fn goes_on(&mut self) -> Result<()> {
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<Stream> {
@@ -60,11 +60,17 @@ fn flowing(limits: Limits) -> (Source, Relay, Receiver<Told>, Option<UnixStream>
         (HUGE, Span { start_bytes: 0, length_bytes: 4 << 20 }),
     ]);
     relay.state(PATIENCE).expect("switches");
+    let (heard, next) = drive(&relay);
+    (source, relay, heard, Some(next))
+}
+
+/// Its source is driven from now on: what that is told, and the connection over which it goes on.
+fn drive(relay: &Relay) -> (Receiver<Told>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().expect("a pair");
     let ((told, heard), (next, given)) = (channel(), channel());
     next.send(theirs).expect("taken");
     relay.flow(Box::new(Driven { told, next: given })).expect("flows");
-    (source, relay, heard, Some(ours))
+    (heard, ours)
 }
 
 pub(super) fn pages(first: u32, pages: u32) -> PageRange {
@@ -157,6 +163,44 @@ fn what_was_lost_is_sent_again() {
     assert!([0, 1, 5].iter().all(|page| relay.slice(pages(*page, 1)).is_err()), "those are safe");
 }
 
+/// An intermediary dies with pages of a round, the only copies of some that were let go, while the source cannot be resumed: it is
+/// broken off when it can be, and asked for them.
+#[test]
+fn what_was_lost_in_a_round_is_sent_again_behind_the_switch() {
+    let (mut source, relay) = Source::begin_with(LIMITS);
+    relay.manifest("web", &Devices::default(), PATIENCE).expect("begins");
+    relay.begin_rounds().expect("it comes");
+    source.pages(RAM, (0..8).map(|page| (page, Some(page as u8 + 1))), false);
+    await_pages(&relay, pages(0, 8));
+    relay.outcome(pages(0, 6), Outcome::Safe);
+    assert!(relay.slice(pages(3, 1)).is_err(), "it was let go");
+    relay.outcome(pages(2, 2), Outcome::Lost);
+    // Nothing is broken off: the pages that the source names at the switch come over the same connection. Page 1 was written.
+    relay.end_rounds();
+    source.switch_with(&[
+        (RAM, Span { start_bytes: 4096, length_bytes: 4096 }),
+        (RAM, Span { start_bytes: 8 << 12, length_bytes: 8 << 12 }),
+        (HUGE, Span { start_bytes: 0, length_bytes: 4 << 20 }),
+    ]);
+    relay.state(PATIENCE).expect("switches");
+    let (heard, next) = drive(&relay);
+
+    let mut source = Source { connection: next, ..source };
+    assert_eq!(set(&received(&mut source, RAM)), [0, 4, 5, 6, 7]);
+    assert_eq!(set(&received(&mut source, HUGE)), [0; 0]);
+    goes_on(&mut source);
+    let unlimited = || Told::Rate(UNLIMITED);
+    assert_eq!(heard.iter().take(3).collect::<Vec<_>>(), [unlimited(), unlimited(), Told::Resume]);
+    let rest = [1, 2, 3].into_iter().chain(8..16);
+    source.pages(RAM, rest.map(|page| (page, Some(page as u8 + 101))), false);
+    source.pages(HUGE, (0..1024).map(|page| (page, None)), true);
+    source.say(&[END_OF_STREAM]);
+    all(&relay);
+    assert_eq!([1, 2, 3, 6, 8].map(|page| byte_of(&relay, page)), [102, 103, 104, 7, 109]);
+    assert!([0, 4, 5].iter().all(|page| relay.slice(pages(*page, 1)).is_err()), "those are safe");
+    assert_eq!(relay.resumed(), 1);
+}
+
 #[test]
 fn what_is_lost_while_it_resumes_is_asked_for_once_more() {
     let (mut source, relay, heard, next) = flowing(LIMITS);
@@ -216,24 +260,6 @@ fn a_source_that_does_not_send_again_what_was_lost_is_not_taken_for_one_of_zeros
 }
 
 #[test]
-fn what_is_lost_and_still_here_needs_no_source() {
-    let (mut source, relay, heard, _next) = flowing(LIMITS);
-    source.pages(RAM, [(0, Some(1)), (1, Some(2))], false);
-    await_pages(&relay, pages(0, 2));
-    let mut told = Vec::new();
-    relay.available(&mut told).expect("no failure");
-    let slice = relay.slice(pages(1, 1)).expect("it is here");
-    relay.outcome(pages(0, 2), Outcome::Safe);
-    assert!(relay.slice(pages(1, 1)).is_err());
-    relay.outcome(pages(1, 1), Outcome::Lost);
-    told.clear();
-    relay.available(&mut told).expect("no failure");
-    assert_eq!((told, byte_of(&relay, 1)), (vec![pages(1, 1)], 2));
-    drop(slice);
-    assert!(heard.try_iter().all(|told| told != Told::Resume));
-}
-
-#[test]
 fn no_more_is_read_than_there_is_room_for_but_what_the_guest_waits_for() {
     let limits = Limits { window_pages: 4, ..LIMITS };
     let (mut source, relay, _heard, _next) = flowing(limits);
@@ -247,6 +273,21 @@ fn no_more_is_read_than_there_is_room_for_but_what_the_guest_waits_for() {
     relay.outcome(pages(0, 14), Outcome::Safe);
     source.pages(RAM, [(14, Some(1))], false);
     await_pages(&relay, pages(14, 1));
+}
+
+#[test]
+fn a_source_that_is_through_is_not_broken_off() {
+    let limits =
+        Limits { unread_pages: 2000, narrowed_pages: 2000, window_pages: 2000, asked_pages: 2000, ..LIMITS };
+    let (mut source, relay, heard, _next) = flowing(limits);
+    // Guests wait for the last pages, too: all of them come before any is safe.
+    source.pages(RAM, (0..16).map(|page| (page, Some(1))), false);
+    source.pages(HUGE, (0..1024).map(|page| (page, Some(2))), true);
+    await_pages(&relay, pages(16 + 512, 512));
+    source.say(&[END_OF_STREAM]);
+    all(&relay);
+    assert!(heard.try_iter().all(|told| told != Told::Resume));
+    relay.release(PATIENCE).expect("let go");
 }
 
 #[test]

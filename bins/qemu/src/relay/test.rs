@@ -4,7 +4,8 @@ use std::io::{Read as _, Write as _};
 use std::time::Duration;
 
 use qemu_stream::{
-    AnswerDecoder, AnswerItem, Block, BlockIndex, Command, Discard, END_OF_STREAM, Records, Span,
+    AnswerDecoder, AnswerItem, Block, BlockIndex, Command, Configuration, Discard, END_OF_STREAM, Records,
+    Span,
 };
 
 use super::*;

@@ -39,11 +39,15 @@ impl Machine {
     }
 
     pub fn start(&self, name: &str, more: &[&str]) -> Host {
-        let console = self.directory.path().join(format!("{name}.console"));
+        self.start_in(self.directory.path(), name, more)
+    }
+
+    /// With its sockets in another directory.
+    pub fn start_in(&self, directory: &Path, name: &str, more: &[&str]) -> Host {
+        let console = directory.join(format!("{name}.console"));
         let serial = format!("file:{}", console.display());
         let own: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
-        let qemu =
-            Qemu::start(self.directory.path(), name, &[&own[..], &["-serial", &serial], more].concat());
+        let qemu = Qemu::start(directory, name, &[&own[..], &["-serial", &serial], more].concat());
         Host { qemu, console }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use libsg::migrate::destination::{ClaimOptions, Destination, DestinationOptions, Incoming, claim};
 use libsg::migrate::source::{Outgoing, SourceOptions, To, start};
-use libsg::migrate::{Mode, Observer, PoolSecret, RoundOptions};
+use libsg::migrate::{Mode, Observer, OutgoingVm, PoolSecret, RoundOptions};
 use libsg::server::{Config, Server, ServerHandle};
 use libsg::vmd::TcpConnector;
 use qemu::{ArrivingQemu, Departure, OnLost, Qmp};
@@ -41,13 +41,19 @@ impl World {
     }
 
     pub fn arrive(&self, qmp: Qmp, gather_limit: u64) -> (Incoming, SocketAddr) {
-        self.arrive_or(qmp, gather_limit, OnLost::Pause)
+        self.arrive_as(qmp, OnLost::Pause, |options| options.gather_limit = gather_limit)
     }
 
-    pub fn arrive_or(&self, qmp: Qmp, gather_limit: u64, on_lost: OnLost) -> (Incoming, SocketAddr) {
+    /// With other options than the usual ones.
+    pub fn arrive_as(
+        &self,
+        qmp: Qmp,
+        on_lost: OnLost,
+        change: impl FnOnce(&mut DestinationOptions),
+    ) -> (Incoming, SocketAddr) {
         let mut options = DestinationOptions::new(anywhere(), self.secret.clone(), self.connector.clone());
-        options.gather_limit = gather_limit;
         options.source_grace = Duration::from_secs(2);
+        change(&mut options);
         let destination = Destination::listen(options).expect("listens");
         let to = destination.address();
         (destination.accept(Box::new(ArrivingQemu::new(qmp, on_lost))).expect("waits"), to)
@@ -64,10 +70,21 @@ impl World {
         to: SocketAddr,
         change: impl FnOnce(&mut SourceOptions),
     ) -> Outgoing {
+        self.leave_by(Box::new(departure.vm()), departure, to, change)
+    }
+
+    /// With something between libsg and the VM.
+    pub fn leave_by(
+        &self,
+        vm: Box<dyn OutgoingVm>,
+        departure: &Departure,
+        to: SocketAddr,
+        change: impl FnOnce(&mut SourceOptions),
+    ) -> Outgoing {
         let mut options = self.options(to.into());
         change(&mut options);
         let pages = Arc::new(departure.pages());
-        start(Box::new(departure.vm()), pages, departure.manifest().clone(), options).expect("starts")
+        start(vm, pages, departure.manifest().clone(), options).expect("starts")
     }
 
     pub fn park(&self, departure: &Departure, name: &str, limit_bytes_per_s: u64) -> Outgoing {

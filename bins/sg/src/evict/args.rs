@@ -11,60 +11,14 @@ use libsg::units::{Rate, Size};
 use pools::Meeting;
 use transports::TransportArgs;
 
+use super::sockets::Sockets;
 use crate::cli::{Intermediaries, PORT as INTERMEDIARY_PORT, WrongArguments, resolve_at};
-
-/// Where VMMs of a host have their control sockets.
-const RUN_DIRECTORY: &str = "/run/libsg";
 
 /// Where no engine says who may have a parked VM.
 const KEEPER: &str = "keeper";
 
 /// The port of a destination.
 const PORT: u16 = 7700;
-
-/// Which VMMs.
-#[derive(Debug, Args)]
-pub struct Sockets {
-    /// Control sockets of VMMs (sg-vmm run --control SOCKET)
-    #[arg(value_name = "CONTROL_SOCKET")]
-    pub sockets: Vec<PathBuf>,
-    /// Every control socket in this directory [/run/libsg where none is named]
-    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = RUN_DIRECTORY)]
-    pub all: Option<PathBuf>,
-}
-
-impl Sockets {
-    /// All of them, those of the directory by name.
-    pub fn find(&self) -> Result<Vec<PathBuf>> {
-        let mut found = self.sockets.clone();
-        if let Some(directory) = &self.all {
-            found.extend(sockets_in(directory)?);
-        }
-        let mut seen = std::collections::HashSet::new();
-        found.retain(|path| seen.insert(path.clone()));
-        if found.is_empty() {
-            let what = match &self.all {
-                Some(directory) => format!("there is no control socket in {}", directory.display()),
-                None => format!("name control sockets, or --all for those in {RUN_DIRECTORY}"),
-            };
-            return Err(WrongArguments(what).into());
-        }
-        Ok(found)
-    }
-}
-
-fn sockets_in(directory: &Path) -> Result<Vec<PathBuf>> {
-    let wrong = |error| WrongArguments(format!("--all: {} cannot be read: {error}", directory.display()));
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(directory).map_err(wrong)? {
-        let entry = entry?;
-        if std::os::unix::fs::FileTypeExt::is_socket(&entry.file_type()?) {
-            found.push(entry.path());
-        }
-    }
-    found.sort();
-    Ok(found)
-}
 
 /// How the memory leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -105,23 +59,37 @@ Examples:
   sg evict --qmp src.qmp --to 10.0.0.2 --intermediary 10.0.0.3 --secret pool.secret --mode hybrid --quit
   sg evict --qmp src.qmp --park web --intermediary 10.0.0.3 --secret pool.secret --quit
   sg evict --qmp src.qmp --resume --quit                       the sg evict before died: goes on where that was
+  sg evict --all /run/qemu --to 10.0.0.2:7700 --to 10.0.0.2:7710 --intermediary 10.0.0.3 --secret pool.secret --quit    all QEMUs of a host
+  sg evict --qmp web.qmp --qmp db.qmp --park rack7 --pool static:/etc/sg/pool --secret pool.secret --deadline 120s --weight db=3
 
 The VMs of one `sg evict` share the host's link: by what each has left, so that all are out together, or by --weight. Pages
 that guests wait for go before the bulk of all of them. When `sg evict` itself dies, VMs that have begun go on, and each looks for
 its rate alone; another `sg evict` with the same sockets takes them over.
 
-A VM of a stock QEMU leaves through this process. When it dies behind COMMIT, QEMU waits, with all that is not safe. What another
+Of the sockets in a directory (--all) those are QEMUs' where QMP greets; the others are asked as VMMs are. One that says nothing is
+told after a second: a QEMU serves one QMP client at a time, and where libvirt has that it needs a second -qmp. A QEMU that waits for a
+VM, or has given its own away, is left out, and so is one with a VM that cannot leave (a device, a capability, a disk of this host):
+why is said, nothing of it is changed, and the others leave. A VM's name is that of -name, or of its socket.
+
+A VM of a stock QEMU leaves through this process: all that is said here holds for it, but that there is no pre-copy of it, that one that
+is parked is sent once, by scatter-gather where others go by hybrid, and that it does not go on by itself when this process dies. Each
+--to takes one, where a `sg gather --qmp` waits. When it dies behind COMMIT, QEMU waits, with all that is not safe. What another
 needs to go on is in a small file, QMP_SOCKET.evict.json or --state-file, from the beginning until the VM is out, or stays.
-`sg evict --qmp … --resume` reads it, asks intermediaries and destination what they have, and scatters the rest. Where nobody was told
-of COMMIT, it has the VM run on here. It does nothing, and says why, when another process is at it, and when nothing is to be resumed.
-The destination waits --source-grace for it.
+`sg evict --qmp … --resume`, of one QEMU at a time, reads it, asks intermediaries and destination what they have, and scatters the
+rest. Where nobody was told of COMMIT, it has the VM run on here; but one that was being parked, and whose state was stored, it goes on to
+park: until that is done nobody can claim it, and where it cannot be done, or on ^C, it runs on here. One that was parked already, and
+claimed perhaps, never runs here again: that is said, and QEMU is through. It does nothing, and says why, when another process is at
+it, and when nothing is to be resumed. The destination waits --source-grace for it.
 
 ^C (or SIGTERM) calls off what is not committed: those VMs run on here. Those that are committed go on to be evicted, and are
-followed; a second ^C leaves them alone.
+followed; a second ^C ends this process at once and leaves them alone, those of QEMUs for --resume, committed or not.
 
 With --json: schema, status, host (eviction_s from the first start to the last evicted, bytes), plan (mode, why, eviction_s, deadline_s,
 fits, link_bytes_per_s), and vms[]: each VM's report, with vm (its name), socket, to, parked_as, fits, intermediary_addresses,
-spare_addresses, domain (of --dedup). With --qmp also resumed: how often its stream was resumed, to have pages again that were lost.
+spare_addresses, domain (of --dedup), and of a QEMU resumed: how often its stream was resumed, to have pages again that were lost;
+left_out[]: socket, why. Events of QEMUs are lines of JSON on standard output, before the report where that goes there, with vm and
+socket. Of one --qmp alone the report is that VM's, with plan in it, and events do not say whose they are. Logs, on standard error, are
+filtered by RUST_LOG (warn).
 
 Exit codes: 0 all are out; 1 some are not, and are where they were, or recoverable; 2 wrong arguments; 3 something was lost; 4 cancelled
 by somebody else; 130 interrupted.")]
@@ -129,7 +97,8 @@ pub struct EvictArgs {
     /// Which VMMs.
     #[command(flatten)]
     pub vmms: Sockets,
-    /// Where a destination waits for a VM (sg-vmm run --incoming); several take VMs in turn. The port 7700 need not be
+    /// Where a destination waits for a VM (sg-vmm run --incoming, sg gather --qmp); several take VMs in turn, by --qmp, by what is
+    /// named, and by the names of sockets. The port 7700 need not be
     /// named. One that has a VM already refuses another, which then stays here
     #[arg(long, value_name = "HOST:PORT")]
     pub to: Vec<String>,
@@ -141,8 +110,8 @@ pub struct EvictArgs {
     /// "keeper": an intermediary does [default: the etcd of --pool, else a keeper]
     #[arg(long, value_name = "ETCD", requires = "park", value_parser = arbiter)]
     pub arbiter: Option<String>,
-    /// How the memory leaves [default: by the deadline; scatter-gather without one, post-copy without intermediaries]. With
-    /// --qmp hybrid is one round of all but QEMU's last pages, and there is no pre-copy
+    /// How the memory leaves [default: by the deadline; scatter-gather without one, post-copy without intermediaries]. Of a
+    /// QEMU hybrid is one round of all but QEMU's last pages, and there is no pre-copy
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
     /// An intermediary that takes the place of one that dies on the way, in this order (repeatable). Of a pool, where
@@ -169,7 +138,7 @@ pub struct EvictArgs {
     /// With --deadline: do nothing unless all are out in time (exit code 1)
     #[arg(long, requires = "deadline")]
     pub strict: bool,
-    /// Most that each VM may send in bulk, from the start on; `sg limit` changes it
+    /// Most that each VM may send in bulk, from the start on; `sg limit` changes it for VMMs
     #[arg(long, value_name = "RATE")]
     pub scatter: Option<Rate>,
     /// What the host's link carries [default: what its interface says, else 1gbit]
@@ -190,27 +159,30 @@ pub struct EvictArgs {
     /// Write the report as JSON; - = standard output
     #[arg(long, value_name = "PATH")]
     pub json: Option<PathBuf>,
-    /// The VM of a stock QEMU (7.2 or newer), by its QMP socket: to the one --to where `sg gather --qmp` waits, or to be parked
-    #[arg(long, value_name = "QMP_SOCKET", conflicts_with_all = ["sockets", "all", "spare", "weight", "deadline", "zone", "evacuate"])]
-    pub qmp: Option<PathBuf>,
-    /// With --qmp: QEMU ends when it is evicted
-    #[arg(long, requires = "qmp")]
+    /// The VM of a stock QEMU (7.2 or newer), by its QMP socket (repeatable): to a --to where `sg gather --qmp` waits, or to be parked.
+    /// --all finds them, too
+    #[arg(long, value_name = "QMP_SOCKET")]
+    pub qmp: Vec<PathBuf>,
+    /// QEMUs end when they are evicted
+    #[arg(long)]
     pub quit: bool,
-    /// With --qmp: writable disks are where the destination finds them too, whatever file system they are on
-    #[arg(long, requires = "qmp")]
+    /// Writable disks of QEMUs are where the destination finds them too, whatever file system they are on
+    #[arg(long)]
     pub shared_disks: bool,
-    /// With --qmp: memory that the VM takes here a second time, at most, while it leaves: pages that are not safe yet
+    /// Memory that the VM of a QEMU takes here a second time, at most, while it leaves: pages that are not safe yet
     /// [default: 256M]
-    #[arg(long, value_name = "SIZE", requires = "qmp")]
+    #[arg(long, value_name = "SIZE")]
     pub window: Option<Size>,
-    /// With --qmp: goes on with the VM whose `sg evict` died; QEMU keeps what is not safe, "postcopy-paused". Whither, how, and the
+    /// With one --qmp: goes on with the VM whose `sg evict` died; QEMU keeps what is not safe, "postcopy-paused". Whither, how, and the
     /// secret are those of before, where no other secret is named
-    #[arg(long, requires = "qmp", conflicts_with_all = ["to", "park", "mode", "dedup", "window", "shared_disks"])]
+    #[arg(long, requires = "qmp", conflicts_with_all = [
+        "sockets", "all", "to", "park", "mode", "spare", "dedup", "weight", "deadline", "zone", "evacuate", "window", "shared_disks",
+    ])]
     pub resume: bool,
-    /// With --qmp: where it is written down what --resume needs [default: QMP_SOCKET.evict.json]
-    #[arg(long, value_name = "PATH", requires = "qmp")]
+    /// With one --qmp: where it is written down what --resume needs [default: QMP_SOCKET.evict.json, of each]
+    #[arg(long, value_name = "PATH", requires = "qmp", conflicts_with_all = ["sockets", "all"])]
     pub state_file: Option<PathBuf>,
-    /// With --qmp: how pages leave for intermediaries (VMMs have been told at their start).
+    /// How pages of QEMUs' VMs leave for intermediaries (VMMs have been told at their start).
     #[command(flatten)]
     pub transport: TransportArgs,
     /// Which intermediaries.
@@ -219,9 +191,39 @@ pub struct EvictArgs {
 }
 
 impl EvictArgs {
+    /// The VM of one QEMU alone is meant: what is told is that VM's.
+    pub fn only_qemu(&self) -> Option<&Path> {
+        let [one] = &self.qmp[..] else { return None };
+        (self.vmms.sockets.is_empty() && self.vmms.all.is_none()).then_some(one)
+    }
+
     /// Where it is written down what another process would need.
     pub fn state_file(&self, socket: &Path) -> PathBuf {
-        self.state_file.clone().unwrap_or_else(|| beside(socket, ".evict.json"))
+        self.state_file.clone().unwrap_or_else(|| evict_file(socket))
+    }
+
+    /// What is said of QEMUs is said of some, and what is said of one of one.
+    ///
+    /// # Errors
+    /// [`WrongArguments`].
+    pub fn check(&self) -> Result<()> {
+        let of_one = [(self.resume, "--resume"), (self.state_file.is_some(), "--state-file")];
+        let of_some = [
+            (self.quit, "--quit"),
+            (self.shared_disks, "--shared-disks"),
+            (self.window.is_some(), "--window"),
+        ];
+        let said = |of: &[(bool, &'static str)]| of.iter().find(|(said, _)| *said).map(|(_, name)| *name);
+        let what = match (said(&of_one), said(&of_some)) {
+            (Some(name), _) if self.qmp.len() > 1 => {
+                format!("{name} is about one QEMU: name one --qmp, and the others by calls of their own")
+            }
+            (_, Some(name)) if self.qmp.is_empty() && self.vmms.all.is_none() => {
+                format!("{name} is about stock QEMUs: name them by --qmp, or --all")
+            }
+            _ => return Ok(()),
+        };
+        Err(WrongArguments(what).into())
     }
 
     /// Where destinations wait.
@@ -275,6 +277,8 @@ it is here. `sg gather --qmp … --resume` reads it, asks QEMU which pages it ha
 and from the source if that has not evicted, which dials the address of before (--listen, where another). It does nothing, and
 says why, when the VM was claimed elsewhere since, when another process feeds it, and when nothing is to be resumed. With QEMU 7.2 do
 not end it before it says that it resumed: a break while QEMU says which pages it has is the VM's end.
+
+Logs, on standard error, are filtered by RUST_LOG (warn).
 Exit codes: 0 gathered; 1 failed, nothing lost (a claim that was refused, say); 2 wrong arguments; 3 something was lost;
 130 interrupted.")]
 pub struct GatherArgs {
@@ -329,6 +333,11 @@ impl GatherArgs {
     }
 }
 
+/// Where it is written down what another `sg evict` would need of the VM of a QEMU, unless it is said.
+pub fn evict_file(socket: &Path) -> PathBuf {
+    beside(socket, ".evict.json")
+}
+
 fn beside(socket: &Path, what: &str) -> PathBuf {
     let mut path = socket.as_os_str().to_owned();
     path.push(what);
@@ -338,7 +347,7 @@ fn beside(socket: &Path, what: &str) -> PathBuf {
 /// What becomes of a VM of which pages are lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnLost {
-    /// It is paused, for somebody to look at
+    /// It is paused, for somebody to look at (where a vCPU waits for such a page already, QEMU does not answer any more)
     Pause,
     /// Its QEMU is ended
     Kill,

@@ -1,6 +1,5 @@
 //! The VMs of a host leave: wave by wave, each followed to its end, the link divided among them.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,22 +7,25 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use libsg::ErrorKind;
 use libsg::report::{Failure, SourceReport, Status};
-use vmms::{ControlSocket, Divider, Leaving, Start, Vmm as _};
+use vmms::{Divider, Leaving, Start};
 
+use super::driven::Driven;
 use super::show::{Row, Show};
 
-/// How often it is looked.
-const LOOK: Duration = Duration::from_millis(50);
+/// How often it is looked: whoever waits for the host to be empty waits for the last look, too.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// One VM that is to leave.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Vm {
     /// Its VMM.
-    pub socket: PathBuf,
+    pub driven: Driven,
     /// Its name.
     pub name: String,
-    /// How it is to leave; nothing where it leaves already.
-    pub start: Option<Start>,
+    /// How it leaves, where that is known.
+    pub how: Option<Start>,
+    /// It leaves already, and need not be told.
+    pub leaves: bool,
     /// How much it matters beside others.
     pub weight: Option<f64>,
 }
@@ -111,14 +113,15 @@ impl<'a> Eviction<'a> {
                 fate.fail(ErrorKind::Cancelled, "it was not told to leave".into(), self.began.elapsed());
                 continue;
             }
-            let told = vm.start.as_ref().map(|start| ControlSocket::new(&vm.socket).start(start));
+            let how = vm.how.as_ref().filter(|_| !vm.leaves);
+            let told = how.map(|how| vm.driven.vmm().start(how));
             if let Some(Err(error)) = told {
                 show.say(&format!("{}: {error:#}", vm.name));
                 fate.fail(ErrorKind::Vm, format!("{error:#}"), self.began.elapsed());
                 continue;
             }
             // Not before: it may have left in vain before, and would say how that ended.
-            fate.seat = Some(self.divider.add(Box::new(ControlSocket::new(&vm.socket)), vm.weight)?);
+            fate.seat = Some(self.divider.add(vm.driven.vmm(), vm.weight)?);
         }
         self.wave = wave;
         Ok(())
@@ -134,7 +137,7 @@ impl<'a> Eviction<'a> {
             }
             fate.leaving = standing.leaving;
             if standing.leaving.over {
-                let reported = ControlSocket::new(&vm.socket).report();
+                let reported = vm.driven.vmm().report();
                 match reported {
                     Ok((Some(report), _)) => (fate.report, fate.over) = (report, Some(self.began.elapsed())),
                     // It said so, and is gone: whoever hears "evicted" may end it.
@@ -162,11 +165,15 @@ impl<'a> Eviction<'a> {
 
     /// What is not committed runs on here; what is, is followed.
     fn call_off(&mut self, show: &mut Show) {
-        show.say("interrupted: what is not committed is called off; again to leave the others alone");
+        let resumes =
+            if self.vms.iter().any(|vm| vm.driven.qemu().is_some()) { ", QEMUs' for --resume" } else { "" };
+        show.say(&format!(
+            "interrupted: what is not committed is called off; again to leave the others alone{resumes}"
+        ));
         for &at in &self.wave {
             let (vm, fate) = (&self.vms[at], &self.fates[at]);
             if fate.over.is_none() {
-                let said = match ControlSocket::new(&vm.socket).cancel() {
+                let said = match vm.driven.vmm().cancel() {
                     Ok(()) => "called off".to_owned(),
                     Err(error) => format!("goes on: {error:#}"),
                 };

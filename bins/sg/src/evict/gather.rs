@@ -12,7 +12,8 @@ use vmms::{ControlSocket, Vmm as _, Wanted};
 use super::args::GatherArgs;
 use super::show::{Row, Show};
 use super::{INTERRUPTED, addresses, interruptible, told, write_json};
-use crate::cli::WrongArguments;
+use crate::cli::{LogFormat, WrongArguments};
+use crate::logs;
 
 /// How often it is looked.
 const LOOK: Duration = Duration::from_millis(200);
@@ -33,6 +34,7 @@ struct Arrival {
 
 /// Follows them; the exit code.
 pub fn run(args: &GatherArgs) -> Result<u8> {
+    logs::start(LogFormat::Text, logs::COMMAND);
     let interrupted = interruptible()?;
     if let Some(socket) = &args.qmp {
         return super::qemu::gather(args, socket, &interrupted);

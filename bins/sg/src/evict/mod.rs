@@ -1,12 +1,14 @@
 //! `sg evict`: a host is emptied of its VMs, whose VMMs are driven from outside.
 
 mod args;
+mod driven;
 mod eviction;
 mod gather;
 mod nodes;
 mod plan;
 mod qemu;
 mod show;
+mod sockets;
 mod tell;
 mod told;
 mod who;
@@ -15,11 +17,13 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use libsg::content::Sharing;
 use libsg::discovery::meter::Meter;
 use libsg::ids::random_bytes;
+use libsg::migrate::Mode;
 use libsg::units::Rate;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use vmms::Start;
@@ -28,12 +32,15 @@ pub use self::args::{CancelArgs, EvictArgs, GatherArgs, LimitArgs};
 pub use self::gather::run as gather;
 pub use self::tell::{cancel, limit};
 
+use self::driven::Driven;
 use self::eviction::{Eviction, Vm};
 use self::nodes::{Chosen, Rules};
 use self::plan::{Leaver, Plan, Terms};
+use self::qemu::{Again, Through};
 use self::show::Show;
-use self::who::Found;
-use crate::cli::{Intermediaries, WrongArguments, secret};
+use self::who::{Asked, Found, Note};
+use crate::cli::{Intermediaries, LogFormat, WrongArguments, secret};
+use crate::logs;
 
 /// What is missing where a VM is to be parked, or was, and nobody is named.
 const PARKED_WHERE: &str = "VMs are parked at intermediaries: --intermediary HOST:PORT, or --pool";
@@ -49,40 +56,85 @@ struct Prepared {
     link_bytes_per_s: u64,
 }
 
+impl Prepared {
+    /// One that leaves already.
+    fn of_one(vm: Vm) -> Self {
+        let mode = vm.how.as_ref().map_or_else(Mode::default, |how| how.mode);
+        let plan = Plan {
+            mode,
+            why: "as it was begun",
+            waves: vec![vec![0]],
+            late: Vec::new(),
+            takes: Duration::ZERO,
+        };
+        Self { vms: vec![vm], chosen: vec![Chosen::default()], plan, link_bytes_per_s: 0 }
+    }
+}
+
 /// Evicts them; the exit code.
 pub fn run(args: &EvictArgs) -> Result<u8> {
+    logs::start(LogFormat::Text, logs::COMMAND);
     let interrupted = interruptible()?;
-    if let Some(socket) = &args.qmp {
-        return qemu::evict(args, socket, &interrupted);
+    args.check()?;
+    if let Some(socket) = args.only_qemu().filter(|_| args.resume) {
+        return match qemu::go_on(args, socket)? {
+            Again::Over(code) => Ok(code),
+            Again::Leaves(prepared) => see_out(args, &prepared, &Asked::default(), &interrupted),
+        };
     }
-    let asked = who::ask(&args.vmms)?;
-    for note in &asked.notes {
-        eprintln!("sg: {note}");
+    if !args.qmp.is_empty() {
+        qemu::check(args)?;
+        check_whither(args)?;
+    }
+    let asked = who::ask(args, &Through::of(args))?;
+    for Note { socket, why } in asked.warnings.iter().chain(&asked.notes) {
+        eprintln!("sg: {}: {why}", socket.display());
     }
     let prepared = prepare(args, &asked.found)?;
     told::print_plan(args, &prepared);
-    let failed = u8::from(asked.failed);
     let late = !prepared.plan.late.is_empty();
     if args.dry_run || (args.strict && late) {
-        write_json(args.json.as_deref(), &told::planned(args, &prepared))?;
-        return Ok(u8::from(late).max(failed));
+        write_json(args.json.as_deref(), &told::planned(args, &prepared, &asked.notes))?;
+        return Ok(u8::from(late || asked.failed));
     }
+    see_out(args, &prepared, &asked, &interrupted)
+}
+
+/// Evicts what is prepared, and says what became of each; the exit code.
+fn see_out(
+    args: &EvictArgs,
+    prepared: &Prepared,
+    asked: &Asked,
+    interrupted: &Arc<AtomicBool>,
+) -> Result<u8> {
     let mut show = Show::new("evicted", prepared.vms.len());
     let waves = prepared.plan.waves.clone();
-    let fates = Eviction::new(&prepared.vms, waves, Arc::clone(&interrupted)).run(&mut show)?;
-    told::print_fates(&prepared, &fates);
-    write_json(args.json.as_deref(), &told::report(args, &prepared, &fates))?;
-    let code = told::exit_code(&fates).max(failed);
-    let was_interrupted = interrupted.load(Ordering::Acquire) && code != told::LOST;
+    let fates = Eviction::new(&prepared.vms, waves, Arc::clone(interrupted)).run(&mut show)?;
+    told::print_fates(prepared, &fates);
+    write_json(args.json.as_deref(), &told::report(args, prepared, &asked.notes, &fates))?;
+    let code = told::exit_code(&fates).max(u8::from(asked.failed));
+    let was_interrupted = interrupted.load(Ordering::Acquire) && ![0, told::LOST].contains(&code);
     Ok(if was_interrupted { INTERRUPTED } else { code })
+}
+
+fn check_whither(args: &EvictArgs) -> Result<()> {
+    let what = match &args.park {
+        None if args.to.is_empty() => {
+            "say where the VMs go: --to HOST:PORT, where a destination waits, or --park"
+        }
+        Some(_) if args.at.is_empty() => PARKED_WHERE,
+        _ => return Ok(()),
+    };
+    Err(WrongArguments(what.into()).into())
 }
 
 fn prepare(args: &EvictArgs, found: &[Found]) -> Result<Prepared> {
     let destinations = args.destinations()?;
-    let starts = found.iter().any(|vm| !vm.leaves);
-    if starts && destinations.is_empty() && args.park.is_none() {
-        let what = "say where the VMs go: --to HOST:PORT, where a destination waits, or --park";
-        return Err(WrongArguments(what.into()).into());
+    if found.iter().any(|vm| !vm.leaves) {
+        check_whither(args)?;
+    }
+    if found.iter().any(|vm| vm.driven.qemu().is_some()) {
+        qemu::check(args)?;
     }
     let secret = secret(args.at.secret.as_deref())?;
     let nodes = if args.at.is_empty() { Vec::new() } else { args.at.find(&secret)? };
@@ -116,8 +168,12 @@ fn prepare(args: &EvictArgs, found: &[Found]) -> Result<Prepared> {
     let leavers: Vec<Leaver> = wanted.iter().map(|(vm, _)| vm.clone()).collect();
     let plan = plan::plan(&leavers, &terms);
     let names = args.park.as_ref().map(|prefix| who::parking_names(found, prefix));
+    let mode = |vm: &Found| match vm.driven {
+        Driven::Control(_) => plan.mode,
+        Driven::Qemu(_) => qemu::mode_of(plan.mode, args.park.is_some()).0,
+    };
     let start = |at: usize| Start {
-        mode: plan.mode,
+        mode: mode(&found[at]),
         to: to(at),
         park: names.as_ref().map(|names| names[at].clone()),
         arbiter: args.arbiter(),
@@ -130,9 +186,10 @@ fn prepare(args: &EvictArgs, found: &[Found]) -> Result<Prepared> {
         scatter: args.scatter.map(|rate| rate.to_string()),
     };
     let vm = |(at, vm): (usize, &Found)| Vm {
-        socket: vm.socket.clone(),
+        driven: vm.driven.clone(),
         name: vm.name.clone(),
-        start: (!vm.leaves).then(|| start(at)),
+        how: (!vm.leaves).then(|| start(at)),
+        leaves: vm.leaves,
         weight: args.weight_of(&vm.name),
     };
     let vms = found.iter().enumerate().map(vm).collect();

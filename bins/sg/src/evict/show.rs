@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::table;
+use crate::{logs, table};
 
 /// Time between two lines.
 const LINE_EVERY: Duration = Duration::from_secs(2);
@@ -85,6 +85,7 @@ impl Show {
         for bar in self.bars.take().into_iter().flat_map(|bars| bars.vms) {
             bar.finish_and_clear();
         }
+        logs::beside(None);
     }
 
     /// Bytes a second of each, and of all together.
@@ -106,11 +107,18 @@ impl Show {
     }
 }
 
+impl Drop for Show {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 impl Bars {
     fn new(vms: usize) -> Self {
         let multi = MultiProgress::new();
         let style = ProgressStyle::with_template("  {prefix:12} {wide_bar:.cyan} {msg}");
         let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        logs::beside(Some(multi.clone()));
         let bar = |_| multi.add(ProgressBar::new(1000).with_style(style.clone()));
         let vms = (0..=vms).map(bar).collect();
         Self { multi, vms }

@@ -3,7 +3,8 @@
 use anyhow::Result;
 use vmms::{ControlSocket, Vmm};
 
-use super::args::{CancelArgs, LimitArgs, Sockets};
+use super::args::{CancelArgs, LimitArgs};
+use super::sockets::Sockets;
 
 /// `sg cancel`.
 pub fn cancel(args: &CancelArgs) -> Result<u8> {

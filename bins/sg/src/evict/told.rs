@@ -1,11 +1,13 @@
 //! What an operator is told: the plan before, the report after.
 
-use libsg::report::{Host, Report, SCHEMA, Status};
+use libsg::ErrorKind;
+use libsg::report::{Failure, Host, Report, SCHEMA, SourceReport, Status};
 use serde_json::{Value, json};
 
-use super::Prepared;
 use super::args::EvictArgs;
 use super::eviction::{Fate, Vm};
+use super::who::Note;
+use super::{Prepared, qemu};
 use crate::table;
 
 /// The exit code when something was lost.
@@ -39,6 +41,10 @@ pub fn print_plan(args: &EvictArgs, prepared: &Prepared) {
         for lack in &chosen.lacks {
             eprintln!("{}: {lack}", vm.name);
         }
+        let of_qemu = vm.driven.qemu().and(qemu::mode_of(plan.mode, args.park.is_some()).1);
+        if let Some((why, how)) = of_qemu.zip(vm.how.as_ref()) {
+            eprintln!("{} by {}: {why}", vm.name, how.mode.name());
+        }
         if args.explain {
             eprintln!("{} goes {}", vm.name, whither(vm));
             for (address, why) in &chosen.said {
@@ -49,9 +55,9 @@ pub fn print_plan(args: &EvictArgs, prepared: &Prepared) {
 }
 
 fn whither(vm: &Vm) -> String {
-    match &vm.start {
+    match &vm.how {
         None => "where it was told to before".into(),
-        Some(start) => match (&start.to, &start.park) {
+        Some(how) => match (&how.to, &how.park) {
             (Some(to), _) => format!("to {to}"),
             (None, name) => format!("nowhere yet, parked as {}", name.as_deref().unwrap_or_default()),
         },
@@ -63,7 +69,10 @@ pub fn print_fates(prepared: &Prepared, fates: &[Fate]) {
     let row = |(vm, fate): (&Vm, &Fate)| {
         let bytes = fate.report.bytes.direct.unwrap_or(0) + fate.report.bytes.staged.unwrap_or(0);
         let said = match &fate.report.status {
-            Status::Ok if fate.is_out() => "evicted".to_owned(),
+            Status::Ok if fate.is_out() => {
+                let qemu = vm.driven.qemu().map(|qemu| format!(", {}", qemu.afterwards()));
+                format!("evicted{}", qemu.unwrap_or_default())
+            }
             Status::Ok => "-".to_owned(),
             Status::Failed(failure) => failure.message.clone(),
         };
@@ -76,6 +85,9 @@ pub fn print_fates(prepared: &Prepared, fates: &[Fate]) {
         let host = host(fates);
         let time = host.eviction_s.map_or("not emptied".to_owned(), |s| format!("emptied in {s:.1} s"));
         eprintln!("host: {time}, {} sent", table::bytes(host.bytes.unwrap_or(0)));
+    }
+    for hint in prepared.vms.iter().filter_map(|vm| vm.driven.qemu()?.hint()) {
+        eprintln!("{hint}");
     }
 }
 
@@ -96,26 +108,47 @@ fn host(fates: &[Fate]) -> Host {
 }
 
 /// The plan alone.
-pub fn planned(args: &EvictArgs, prepared: &Prepared) -> Value {
+pub fn planned(args: &EvictArgs, prepared: &Prepared, left_out: &[Note]) -> Value {
     let vms: Vec<Value> = (0..prepared.vms.len()).map(|at| of_vm(prepared, at, json!({}))).collect();
-    json!({
-        "schema": SCHEMA, "status": "ok", "host": null, "plan": of_plan(args, prepared), "vms": vms,
-    })
+    let (status, host) = (json!(Status::Ok), Value::Null);
+    whole(args, prepared, (status, host, vms), left_out)
 }
 
 /// All that is known.
-pub fn report(args: &EvictArgs, prepared: &Prepared, fates: &[Fate]) -> Value {
+pub fn report(args: &EvictArgs, prepared: &Prepared, left_out: &[Note], fates: &[Fate]) -> Value {
     let failed = fates.iter().map(|fate| &fate.report.status).find(|status| **status != Status::Ok);
     let vm = |(at, fate): (usize, &Fate)| {
         let report = json!(Report::merged(Some(&fate.report), None));
         of_vm(prepared, at, report)
     };
+    let vms = fates.iter().enumerate().map(vm).collect();
+    let status = json!(failed.unwrap_or(&Status::Ok));
+    whole(args, prepared, (status, json!(host(fates)), vms), left_out)
+}
+
+/// Of the host; of one QEMU that was named alone, its VM's.
+fn whole(
+    args: &EvictArgs,
+    prepared: &Prepared,
+    (status, host, mut vms): (Value, Value, Vec<Value>),
+    left_out: &[Note],
+) -> Value {
+    if args.only_qemu().is_some() {
+        let mut vm = vms.pop().unwrap_or_else(|| {
+            let why: Vec<_> = left_out.iter().map(|note| note.why.as_str()).collect();
+            let failure = Failure { kind: ErrorKind::Vm, message: why.join("; "), lost: Vec::new() };
+            let report = SourceReport { status: Status::Failed(failure), ..SourceReport::default() };
+            let mut vm = json!(Report::merged(Some(&report), None));
+            vm["socket"] = json!(args.only_qemu());
+            vm
+        });
+        vm["plan"] = of_plan(args, prepared);
+        return vm;
+    }
+    let left_out: Vec<_> =
+        left_out.iter().map(|note| json!({ "socket": note.socket, "why": note.why })).collect();
     json!({
-        "schema": SCHEMA,
-        "status": failed.unwrap_or(&Status::Ok),
-        "host": host(fates),
-        "plan": of_plan(args, prepared),
-        "vms": fates.iter().enumerate().map(vm).collect::<Vec<_>>(),
+        "schema": SCHEMA, "status": status, "host": host, "plan": of_plan(args, prepared), "vms": vms, "left_out": left_out,
     })
 }
 
@@ -132,16 +165,19 @@ fn of_plan(args: &EvictArgs, prepared: &Prepared) -> Value {
 
 fn of_vm(prepared: &Prepared, at: usize, mut report: Value) -> Value {
     let (vm, chosen) = (&prepared.vms[at], &prepared.chosen[at]);
-    let start = vm.start.as_ref();
+    let how = vm.how.as_ref();
     report["vm"] = json!(vm.name);
-    report["socket"] = json!(vm.socket);
-    report["to"] = json!(start.and_then(|start| start.to));
-    report["parked_as"] = json!(start.and_then(|start| start.park.clone()));
+    report["socket"] = json!(vm.driven.socket());
+    report["to"] = json!(how.and_then(|how| how.to));
+    report["parked_as"] = json!(how.and_then(|how| how.park.clone()));
     report["fits"] = json!(!prepared.plan.late.contains(&at));
     report["wave"] = json!(prepared.plan.waves.iter().position(|wave| wave.contains(&at)));
     report["intermediary_addresses"] = json!(chosen.addresses);
     report["spare_addresses"] = json!(chosen.spares);
-    report["domain"] = json!(start.and_then(|start| start.dedup.as_ref()).map(|sharing| &sharing.domain));
+    report["domain"] = json!(how.and_then(|how| how.dedup.as_ref()).map(|sharing| &sharing.domain));
+    if let Some(qemu) = vm.driven.qemu() {
+        report["resumed"] = json!(qemu.resumed());
+    }
     report
 }
 
@@ -156,8 +192,8 @@ pub fn code(status: &Status) -> u8 {
         Status::Ok => 0,
         Status::Failed(failure) if !failure.lost.is_empty() => LOST,
         Status::Failed(failure) => match failure.kind {
-            libsg::ErrorKind::Lost => LOST,
-            libsg::ErrorKind::Cancelled => CANCELLED,
+            ErrorKind::Lost => LOST,
+            ErrorKind::Cancelled => CANCELLED,
             _ => 1,
         },
     }
@@ -175,9 +211,6 @@ pub fn severity(code: u8) -> u8 {
 
 #[cfg(test)]
 mod test {
-    use libsg::ErrorKind;
-    use libsg::report::Failure;
-
     use super::*;
 
     #[test]

@@ -55,7 +55,7 @@ use shared::{Ending, Kind, Own, Shared, View};
 use wire::device;
 
 use crate::cli::{WrongArguments, secret};
-use crate::{process, serve};
+use crate::{logs, process};
 
 /// Exit code of one whose volume is lost.
 const LOST: u8 = 3;
@@ -65,7 +65,7 @@ const INTERRUPTED: i32 = 130;
 
 /// Serves until a signal ends it, or the volume is of no further use.
 pub fn run(args: &NbdArgs) -> Result<u8> {
-    serve::start_logs(args.log_format);
+    logs::start(args.log_format, logs::DAEMON);
     process::settle(None);
     let secret = secret(args.at.secret.as_deref())?;
     let listener = match &args.socket {

@@ -1,5 +1,9 @@
 //! Hosts that are emptied, to where operators say.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+
 use super::world::{World, json, until};
 
 #[test]
@@ -8,7 +12,7 @@ fn each_vm_goes_to_its_destination_and_is_followed_there() {
     world.vms(&["web", "db"]);
     let (mut to, mut there) = (Vec::new(), Vec::new());
     for name in ["one", "two"] {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let free = test_support::free_address().to_string();
         there.push(world.vmm("there", name, &["--incoming", &free]));
         to.push(free);
     }
@@ -57,9 +61,9 @@ fn vms_are_parked_in_a_pool_that_is_looked_at_first_and_claimed_there() {
     let secret = world.path("secret").to_str().unwrap().to_owned();
     std::fs::write(&secret, "the secret of this pool").unwrap();
     for name in ["a", "b"] {
-        // What other tests move over the loopback interface is little of that.
-        world.serve(&["--name", name, "--announce", &place, "--link", "100gbit", "--secret", &secret]);
+        world.serve(&["--name", name, "--secret", &secret]);
     }
+    let _announced = world.announce(&place, &secret);
     for name in ["web", "db"] {
         world.vmm("here", name, &["--memory", "16M", "--workload", "idle", "--secret", &secret]);
     }
@@ -81,9 +85,8 @@ fn vms_are_parked_in_a_pool_that_is_looked_at_first_and_claimed_there() {
     for name in ["web", "db"] {
         assert_eq!(world.state("here", name), "here", "nothing was done");
     }
-    // Hosts whose processors are busy, with other tests, say so, and are not chosen as long as they are.
     let mut hybrid = json(&planned);
-    until("hosts of the pool have processors free", || {
+    until("hosts of the pool are heard", || {
         hybrid = json(&parked(&["--dry-run", "--deadline", "10m"]));
         hybrid["plan"]["fits"] == true
     });
@@ -91,7 +94,7 @@ fn vms_are_parked_in_a_pool_that_is_looked_at_first_and_claimed_there() {
 
     // It does not fit, and goes all the same: what leaves is out, whenever that is.
     let mut report = json(&planned);
-    until("hosts of the pool have processors free", || {
+    until("hosts of the pool are heard", || {
         let output = parked(&["--deadline", "1ms"]);
         report = json(&output);
         output.status.code() == Some(0)
@@ -176,4 +179,22 @@ fn what_cannot_be_is_said() {
     assert_eq!(json(&refused)["vms"][0]["status"]["kind"], "unreachable");
     assert_eq!(world.state("here", "web"), "here");
     assert!(world.is_whole("here", "web"));
+}
+
+#[test]
+fn what_libraries_warn_of_is_on_standard_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let [secret, socket] = ["pool.secret", "no.qmp"].map(|name| directory.path().join(name));
+    std::fs::write(&secret, [b'x'; 32]).unwrap();
+    std::fs::set_permissions(&secret, Permissions::from_mode(0o644)).unwrap();
+    for (level, is_said) in [(None, true), (Some("error"), false)] {
+        let mut gather = Command::new(env!("CARGO_BIN_EXE_sg"));
+        gather.args(["gather", "--listen", "127.0.0.1:0", "--qmp"]).arg(&socket).arg("--secret").arg(&secret);
+        gather.env_remove("RUST_LOG").envs(level.map(|level| ("RUST_LOG", level)));
+        let output = gather.output().unwrap();
+        assert_eq!((output.status.code(), &output.stdout[..]), (Some(1), &b""[..]), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(said.contains("chmod o-r"), is_said, "{said}");
+        assert!(said.contains("no QEMU listens"), "{said}");
+    }
 }

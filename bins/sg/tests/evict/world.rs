@@ -6,9 +6,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use libsg::discovery::multicast::Announcer;
+use libsg::ids::{Epoch, VolumeId};
+use libsg::transport::PoolSecret;
+use libsg::vmd::{Class, Connector as _, TcpConnector};
+use libsg::wire::announcement::{Announcement, Duty, LinkRoom, MemoryRoom, Transports};
 use serde_json::Value;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+/// What nothing takes as long as, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Killed when it is dropped.
 pub struct Process(pub Child);
@@ -55,6 +61,41 @@ impl World {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let said: Value = serde_json::from_str(&line).unwrap();
         self.intermediaries.push((Process(child), said["address"].as_str().unwrap().to_owned()));
+    }
+
+    /// Announces the intermediaries in place of themselves: with much to spare, however busy this machine is.
+    pub fn announce(&self, place: &str, secret: &str) -> Vec<Announcer> {
+        let secret = PoolSecret::from_file(Path::new(secret)).unwrap();
+        let connector = TcpConnector::new(secret.clone());
+        let announced = |address: &str| {
+            let address = address.parse().unwrap();
+            let link = connector.connect(address, VolumeId(0), Epoch(0), Class::Bulk, PATIENCE).unwrap();
+            let (bytes, bytes_per_s) = (1 << 30, 12_500_000_000);
+            let host = Announcement {
+                node: link.member().node.clone(),
+                address,
+                zone: None,
+                duty: Duty::Lends,
+                transports: Transports::TCP,
+                memory: MemoryRoom {
+                    host_bytes: bytes,
+                    available_bytes: bytes,
+                    limit_bytes: bytes,
+                    used_bytes: 0,
+                },
+                link: LinkRoom {
+                    bytes_per_s,
+                    free_in_bytes_per_s: bytes_per_s,
+                    free_out_bytes_per_s: bytes_per_s,
+                    ..LinkRoom::default()
+                },
+                cpu_idle_permille: 1000,
+                connections_free: 100,
+                volumes_free: 100,
+            };
+            Announcer::start(place.parse().unwrap(), &secret, Box::new(move || host.clone())).unwrap()
+        };
+        self.intermediaries.iter().map(|(_, address)| announced(address)).collect()
     }
 
     /// A directory of sockets, or a file.
@@ -117,7 +158,7 @@ impl World {
 
     /// A VMM that waits for a VM, which arrives slowly in the background: where.
     pub fn incoming(&mut self, name: &str, gather_limit: &str) -> String {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let free = test_support::free_address().to_string();
         self.vmm("there", name, &["--incoming", &free, "--gather-limit", gather_limit]);
         free
     }

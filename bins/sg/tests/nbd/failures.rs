@@ -67,8 +67,8 @@ fn a_block_that_only_a_dead_index_server_knew_is_an_error_not_zeros() {
             }
         }
     }
-    // Half of the index, and half of the content of the other half.
-    assert!(lost > 2048 && lost < 4096, "{lost}");
+    // Half of the index, and of the other half what content was there: on a busy machine that may be none.
+    assert!((2048..4096).contains(&lost), "{lost}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 pub const M: u64 = 1 << 20;
 
 /// How long anything may take that is to come.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// A process that is killed when it is dropped.
 pub struct Process {

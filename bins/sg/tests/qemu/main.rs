@@ -7,6 +7,8 @@ mod process;
 
 mod commands;
 mod evict_resume;
+mod given_back;
+mod hosts;
 mod moves;
 mod resume;
 mod soak;

@@ -15,8 +15,12 @@ use crate::process::{PATIENCE, Qemu};
 const NOWHERE: &str = "127.0.0.1:0";
 
 pub fn intermediaries() -> [(Sg, String); 2] {
+    intermediaries_of("128M")
+}
+
+pub fn intermediaries_of(memory: &str) -> [(Sg, String); 2] {
     ["i1", "i2"]
-        .map(|name| Sg::listening(&["serve", "--memory", "128M", "--listen", NOWHERE, "--name", name]))
+        .map(|name| Sg::listening(&["serve", "--memory", memory, "--listen", NOWHERE, "--name", name]))
 }
 
 /// Where it is written down what another needs.
@@ -56,11 +60,16 @@ impl Sg {
     }
 }
 
-/// Where it is, its memory filled, and where it goes.
-pub fn hosts(machine: &Machine) -> (Host, Host) {
+/// Where it is, its memory filled.
+pub fn host(machine: &Machine) -> Host {
     let mut from = machine.start("from", &[]);
     from.await_beat("the guest does not start", |beat| beat.passes >= 1);
-    (from, machine.start("there", &["-incoming", "defer"]))
+    from
+}
+
+/// The same, and where it goes.
+pub fn hosts(machine: &Machine) -> (Host, Host) {
+    (host(machine), machine.start("there", &["-incoming", "defer"]))
 }
 
 /// The VM leaves, its memory no faster than that.
@@ -254,7 +263,7 @@ fn a_feeder_that_loses_its_qemu_ends_and_the_source_goes_on() {
 /// are lost, and the VM becomes what was wished.
 #[test]
 fn a_feeder_that_has_claimed_a_vm_is_killed() {
-    for dies in [false, true] {
+    for on_lost in [None, Some("kill"), Some("pause")] {
         let directory = tempfile::tempdir().expect("creates");
         let (mut from, mut there, _) = filled(directory.path());
         let [one, two] = intermediaries();
@@ -270,14 +279,27 @@ fn a_feeder_that_has_claimed_a_vm_is_killed() {
         });
         first.kill();
         until("QEMU notices", || migration(&mut qmp) == "postcopy-paused");
-        if !dies {
+        let Some(on_lost) = on_lost else {
             resumed(&there.qmp, &[]);
             assert_eq!(migration(&mut qmp), "completed");
             continue;
-        }
+        };
         drop(two.0);
-        let lost = sg(&["gather", "--qmp", path(&there.qmp), "--resume", "--on-lost", "kill"]);
-        assert_eq!(lost.status.code(), Some(3), "{lost:?}");
-        assert!(!there.has_ended_well() && !there.is_alive());
+        let report = directory.path().join("report");
+        let resume = ["gather", "--qmp", path(&there.qmp), "--resume", "--json", path(&report)];
+        let lost = sg(&[&resume[..], &["--on-lost", on_lost]].concat());
+        let said = said(&lost);
+        assert_eq!(lost.status.code(), Some(3), "{said}");
+        let report: Value = serde_json::from_slice(&std::fs::read(&report).expect("written")).expect("JSON");
+        let first = report["status"]["lost"][0]["first"].as_u64().expect("a range");
+        assert!(report["status"]["kind"] == "lost" && said.contains("{\"event\":\"lost\""), "{report}");
+        assert!(said.contains(&format!("lost are the pages {first}")), "{first}: {said}");
+        if on_lost == "kill" {
+            assert!(!there.has_ended_well() && !there.is_alive());
+            continue;
+        }
+        // As it was begun.
+        assert_eq!(qmp.execute("query-status", &json!({})).expect("answers")["status"], "paused");
+        assert_eq!(migration(&mut qmp), "postcopy-paused");
     }
 }

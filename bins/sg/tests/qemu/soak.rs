@@ -101,7 +101,7 @@ fn moves(seed: u64) {
         assert!(matches!(dies, Dies::Feeder), "sg gather failed");
         resumed(&qmp, &[]);
     }
-    assert!(ended(&mut evicting, "sg evict"), "sg evict failed");
+    assert!(ended(&mut evicting, "sg evict"), "sg evict failed: {}", evicting.told());
     assert!(from.qemu.has_ended_well(), "{}", from.qemu.said());
     there.await_passes();
     one_heart(&from.console, &there.console);
