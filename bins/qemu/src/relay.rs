@@ -61,6 +61,9 @@ pub(crate) trait Steering: Send {
     /// Its stream was broken off: has it go on over another connection.
     fn resume(&mut self) -> Result<Stream>;
 
+    /// It has said that it goes on: returns when it waits for the word that it may.
+    fn listens(&mut self);
+
     /// It goes on, though nothing comes; else why it does not.
     fn goes_on(&mut self) -> Result<()>;
 }

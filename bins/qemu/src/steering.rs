@@ -17,6 +17,11 @@ use crate::relay::{Steering, Stream};
 /// `source_return_path_thread`; mended by "Move return path cleanup to main migration thread").
 const KNOWS_WHO_HEARS: Version = Version { major: 8, minor: 2, micro: 0 };
 
+/// Before this version a thread that sends waits for what another hears by a count of the words, not by what they say. A word that
+/// comes before it waits is counted in its next wait: then it counts what is left of its memory before it was told what has come
+/// (ram.c, `ram_dirty_bitmap_sync_all`; mended by "Fix possible race when checking page sync").
+const KNOWS_WHAT_IT_HEARD: Version = KNOWS_WHO_HEARS;
+
 /// It has noticed by then, unless its host has no processor for it. Where QEMU's threads can be looked at, they are waited for.
 const HEARS: Duration = Duration::from_millis(200);
 
@@ -75,11 +80,26 @@ impl Steering for ByQmp {
         qmp.await_migration(|status| status == "postcopy-paused")?;
         if qmp.version() < KNOWS_WHO_HEARS {
             std::thread::sleep(HEARS);
-            // One that is played is in this process.
-            qmp.process().filter(|qemu| *qemu != getpid()).into_iter().for_each(await_rest);
+            process_of(&qmp).into_iter().for_each(await_rest);
         }
         connect(&mut qmp, true)
     }
+
+    fn listens(&mut self) {
+        let qmp = self.qmp.lock();
+        if qmp.version() >= KNOWS_WHAT_IT_HEARD {
+            return;
+        }
+        match process_of(&qmp) {
+            Some(qemu) => await_rest(qemu),
+            None => std::thread::sleep(HEARS),
+        }
+    }
+}
+
+/// A QEMU's process, if it is another than this: one that is played is not.
+fn process_of(qmp: &Qmp) -> Option<Pid> {
+    qmp.process().filter(|qemu| *qemu != getpid())
 }
 
 /// Gives QEMU a connection to begin its migration over, or to go on with it.

@@ -20,6 +20,13 @@ const READ_BYTES: usize = 1 << 20;
 
 const _: () = assert!(READ_BYTES > limits::ITEM_BYTES_MAX);
 
+/// So many parts in which nothing is, behind the last page, say that a source believes that it has more. One that knows better says
+/// its end behind one at most.
+const EMPTY_PARTS_MAX: u32 = 16;
+
+/// How often it is told so.
+const RECOUNTS_MAX: u32 = 8;
+
 /// The least that is read at once.
 const LEAST_BYTES: usize = 4096;
 
@@ -32,6 +39,8 @@ pub(super) fn run(shared: &Shared, connection: UnixStream, limits: Limits) {
         package: Vec::new(),
         written: None,
         news: Vec::new(),
+        empty_parts: 0,
+        recounts: 0,
         switched: false,
     };
     reader.end_with(Ok(connection));
@@ -48,13 +57,11 @@ pub(super) fn run_on(shared: &Shared, (begun, writer): (Begun, Writer), limits: 
         package: Vec::new(),
         written: Some(Written { begun, writer, filled: none.clone(), seen: none }),
         news: Vec::new(),
+        empty_parts: 0,
+        recounts: 0,
         switched: true,
     };
-    let begins = reader.resume().map_err(|cause| {
-        let message = "the source QEMU does not go on with what of its memory is not safe. That is there only, paused \
-                       (query-migrate): do not end it";
-        Error::new(cause.kind, message).because(cause)
-    });
+    let begins = reader.resume();
     reader.end_with(begins);
 }
 
@@ -67,6 +74,10 @@ struct Reader<'a> {
     written: Option<Written>,
     /// Pages that have come since the books were last written.
     news: Vec<Came>,
+    /// Parts that have begun since the last page.
+    empty_parts: u32,
+    /// How often it was broken off for that.
+    recounts: u32,
     /// The package has come.
     switched: bool,
 }
@@ -101,11 +112,7 @@ impl Reader<'_> {
 
     fn read_all(&mut self, mut connection: UnixStream) -> Result<()> {
         while let Ended::Broken = self.read(&mut connection)? {
-            connection = self.resume().map_err(|cause| {
-                let message = "pages were lost with an intermediary, and the source QEMU does not send them again. What of its \
-                               memory is not safe is there only, paused (query-migrate): do not end it";
-                Error::new(cause.kind, message).because(cause)
-            })?;
+            connection = self.resume()?;
         }
         self.end()
     }
@@ -120,6 +127,7 @@ impl Reader<'_> {
             if self.decoder.is_over() {
                 break;
             }
+            self.recount()?;
             buffer.copy_within(from..to, 0);
             (to, from) = (to - from, 0);
             let most = self.room()?;
@@ -178,6 +186,15 @@ impl Reader<'_> {
 
     /// Has the source go on over another connection.
     fn resume(&mut self) -> Result<UnixStream> {
+        self.reconnect().map_err(|cause| {
+            let message = "the source QEMU does not go on with its stream, which was broken off. What of its memory is not safe is \
+                           there only, paused (query-migrate): do not end it";
+            Error::new(cause.kind, message).because(cause)
+        })
+    }
+
+    fn reconnect(&mut self) -> Result<UnixStream> {
+        self.empty_parts = 0;
         let flow = {
             let mut books = self.shared.books.lock();
             // Half of what was said says nothing.
@@ -241,6 +258,7 @@ impl Reader<'_> {
             books.line = if again { Line::Broken } else { Line::Up };
         }
         drop(books);
+        self.shared.steering.lock().iter_mut().for_each(|steering| steering.listens());
         self.shared.answer(blocks, &Answer::ResumeAck);
         if again {
             self.shared.break_off();
@@ -282,7 +300,8 @@ impl Reader<'_> {
                     self.switched()?;
                 }
             }
-            Item::PartBegins { .. } | Item::PartEnds { .. } | Item::End => {}
+            Item::PartBegins { .. } => self.empty_parts += 1,
+            Item::PartEnds { .. } | Item::End => {}
         }
         Ok(())
     }
@@ -329,6 +348,7 @@ impl Reader<'_> {
     }
 
     fn page(&mut self, block: qemu_stream::BlockIndex, offset: u64, bytes: Option<&[u8]>) -> Result<()> {
+        self.empty_parts = 0;
         let Some(Written { begun, writer, filled, seen }) = &mut self.written else { return Ok(()) };
         let page = begun.layout.page(block, offset);
         let range = PageRange::new(page, 1);
@@ -387,6 +407,27 @@ impl Reader<'_> {
             return Ok(());
         }
         self.shared.ask()
+    }
+
+    /// Breaks off the stream of a source that has sent all, and believes that there is more: resumed, it counts anew.
+    fn recount(&mut self) -> Result<()> {
+        if !self.switched || self.empty_parts <= EMPTY_PARTS_MAX {
+            return Ok(());
+        }
+        let mut books = self.shared.books.lock();
+        if books.line != Line::Up || books.pages.as_ref().is_none_or(|pages| pages.to_come() > 0) {
+            return Ok(());
+        }
+        self.recounts += 1;
+        if self.recounts > RECOUNTS_MAX {
+            let message = "the source QEMU has sent all of its memory, and does not say so";
+            return Err(Error::new(ErrorKind::Vm, message));
+        }
+        books.line = Line::Broken;
+        drop(books);
+        tracing::info!("the source QEMU has lost count of its pages: all of them came");
+        self.shared.break_off();
+        Ok(())
     }
 
     /// How much of the news is entered: not the last pages, if the rest of their unit is still to come.

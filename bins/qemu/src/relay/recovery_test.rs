@@ -24,6 +24,7 @@ const LIMITS: Limits = Limits {
 pub(super) enum Told {
     Rate(u64),
     Resume,
+    Listens,
 }
 
 /// Drives nobody, and says what it was told.
@@ -41,6 +42,10 @@ impl Steering for Driven {
 
     fn goes_on(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    fn listens(&mut self) {
+        let _ = self.told.send(Told::Listens);
     }
 
     fn resume(&mut self) -> Result<Stream> {
@@ -161,6 +166,39 @@ fn what_was_lost_is_sent_again() {
         [3, 4, 5, 7, 8, 13, 7, 7, 8, 8]
     );
     assert!([0, 1, 5].iter().all(|page| relay.slice(pages(*page, 1)).is_err()), "those are safe");
+}
+
+/// A source that believes that there is more when all has come says so for ever: it is told again what has come.
+#[test]
+fn a_source_that_has_lost_count_counts_anew() {
+    let (mut source, relay, heard, next) = flowing(LIMITS);
+    source.pages(RAM, (0..16).map(|page| (page, Some(1))), false);
+    // Before all has come that is no sign of anything.
+    (0..100).for_each(|_| source.pages(RAM, [], false));
+    source.pages(HUGE, (0..1024).map(|page| (page, Some(2))), false);
+    await_pages(&relay, pages(16, 1024));
+    (0..100).for_each(|_| {
+        let mut part = Vec::new();
+        source.records.begin(false, &mut part);
+        source.records.end(&mut part);
+        // It is not heard to the end.
+        let _ = std::io::Write::write_all(&mut source.connection, &part);
+    });
+    let mut source = Source { connection: next.expect("a connection"), ..source };
+    assert_eq!(set(&received(&mut source, RAM)).len(), 16);
+    assert_eq!(set(&received(&mut source, HUGE)).len(), 1024);
+    goes_on(&mut source);
+    // One more is none too many, whatever was said before.
+    source.pages(RAM, [], false);
+    let mut ping = Vec::new();
+    Command::Ping(9).encode(&source.blocks, &mut ping);
+    source.say(&ping);
+    assert_eq!(source.answers(1), [AnswerItem::Answer(Answer::Pong(9))]);
+    source.pages(RAM, [], true);
+    source.say(&[END_OF_STREAM]);
+    all(&relay);
+    let told: Vec<Told> = heard.try_iter().filter(|told| !matches!(told, Told::Rate(_))).collect();
+    assert_eq!((told, relay.resumed()), (vec![Told::Resume, Told::Listens], 1));
 }
 
 /// An intermediary dies with pages of a round, the only copies of some that were let go, while the source cannot be resumed: it is
