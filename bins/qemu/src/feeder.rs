@@ -42,10 +42,6 @@ const FIRST_PING: u32 = 0x100;
 
 /// A destination QEMU, which waits for its stream on a connection.
 pub struct Feeder {
-    shared: Shared,
-}
-
-struct Shared {
     layout: Layout,
     configuration: Configuration,
     section: u32,
@@ -100,7 +96,7 @@ impl Feeder {
         let line = Line { connection, records: Records::new(section), ping: FIRST_PING, bytes: Vec::new() };
         let books = Books { faults: Faults::new(layout.pages()), ..Books::default() };
         let (line, books) = (Mutex::new(line), Mutex::new(books));
-        Ok(Self { shared: Shared { layout, configuration, section, line, ended, books, hearing } })
+        Ok(Self { layout, configuration, section, line, ended, books, hearing })
     }
 
     /// Says everything that stands before the package, and waits until QEMU has taken it: its machine and its memory fit.
@@ -109,15 +105,14 @@ impl Feeder {
     /// [`ErrorKind::Vm`] when QEMU does not take it.
     pub fn head(&self, state: &[u8]) -> Result<()> {
         let (switchover, _) = split(state)?;
-        let shared = &self.shared;
-        let blocks = shared.layout.blocks();
-        let mut line = shared.line.lock();
+        let blocks = self.layout.blocks();
+        let mut line = self.line.lock();
         line.bytes.clear();
         let bytes = &mut line.bytes;
-        shared.configuration.encode(bytes);
+        self.configuration.encode(bytes);
         Command::OpenReturnPath.encode(blocks, bytes);
         Command::PostcopyAdvise { page_sizes: blocks.page_sizes() }.encode(blocks, bytes);
-        blocks.encode(shared.section, bytes);
+        blocks.encode(self.section, bytes);
         if switchover {
             Command::SwitchoverStart.encode(blocks, bytes);
         }
@@ -126,9 +121,9 @@ impl Feeder {
             let all = Span { start_bytes: 0, length_bytes: block.length_bytes };
             Command::RamDiscard(Discard { block: index, spans: vec![all] }).encode(blocks, bytes);
         }
-        let sent = shared.send(&mut line);
+        let sent = self.send(&mut line);
         drop(line);
-        sent.and_then(|ping| shared.await_pong(ping, HEAD)).map_err(|cause| {
+        sent.and_then(|ping| self.await_pong(ping, HEAD)).map_err(|cause| {
             let message = "the destination QEMU does not take this VM: it must have the same machine type (with its \
                            version), -m, -smp and devices, and be allowed to use userfaultfd (its standard error says \
                            what it misses)";
@@ -142,38 +137,36 @@ impl Feeder {
     /// [`ErrorKind::Unreachable`] when it hangs up.
     pub fn run(&self, state: &[u8]) -> Result<()> {
         let (_, package) = split(state)?;
-        let shared = &self.shared;
-        let mut line = shared.line.lock();
+        let mut line = self.line.lock();
         line.bytes.clear();
         let length_bytes = package.len() as u32;
-        Command::Packaged { length_bytes }.encode(shared.layout.blocks(), &mut line.bytes);
+        Command::Packaged { length_bytes }.encode(self.layout.blocks(), &mut line.bytes);
         line.bytes.extend_from_slice(package);
         line.write().map_err(|cause| hung_up().because(cause))?;
         drop(line);
-        shared.books.lock().running = true;
-        shared.hearing.has_changed();
+        self.books.lock().running = true;
+        self.hearing.has_changed();
         Ok(())
     }
 
     /// Hangs up. A QEMU that has the package pauses its VM until somebody goes on (`migrate-recover`); one that has not ends.
     pub fn hang_up(&self) {
-        self.shared.fail(&Error::new(ErrorKind::Cancelled, "the VM was given up"));
+        self.fail(&Error::new(ErrorKind::Cancelled, "the VM was given up"));
         // It fails only where the other side has done so already.
-        let _ = self.shared.ended.shutdown(std::net::Shutdown::Both);
+        let _ = self.ended.shutdown(std::net::Shutdown::Both);
     }
 
     /// Pages one by one, and a ping; returns when QEMU has placed them.
     fn place(&self, range: PageRange, bytes: Option<&[u8]>) -> Result<InstallOutcome> {
         let mut outcome = InstallOutcome::new(range)?;
-        let shared = &self.shared;
-        shared.await_running()?;
-        let blocks = shared.layout.blocks();
-        let mut line = shared.line.lock();
+        self.await_running()?;
+        let blocks = self.layout.blocks();
+        let mut line = self.line.lock();
         let Line { records, bytes: out, .. } = &mut *line;
         out.clear();
         records.begin(false, out);
         for (at, page) in range.iter().enumerate() {
-            let (block, offset) = shared
+            let (block, offset) = self
                 .layout
                 .place(page)
                 .ok_or_else(|| Error::new(ErrorKind::Input, "a page that this VM has not").about([range]))?;
@@ -186,9 +179,9 @@ impl Feeder {
             }
         }
         records.end(out);
-        let ping = shared.send(&mut line)?;
+        let ping = self.send(&mut line)?;
         drop(line);
-        shared.await_pong(ping, PLACED)?;
+        self.await_pong(ping, PLACED)?;
         outcome.add_installed(range.pages);
         Ok(outcome)
     }
@@ -215,7 +208,7 @@ fn split(state: &[u8]) -> Result<(bool, &[u8])> {
     Ok((switchover, package))
 }
 
-impl Shared {
+impl Feeder {
     /// Writes what is in the line's buffer, and a ping behind it.
     fn send(&self, line: &mut Line) -> Result<u32> {
         line.ping = line.ping.wrapping_add(1).max(FIRST_PING);
@@ -241,19 +234,19 @@ impl PageSink for Feeder {
 
     /// QEMU knows no word for a page that is lost: who waits for it waits, and the stream does not end.
     fn poison(&self, _range: PageRange) -> Result<()> {
-        self.shared.books.lock().lost = true;
+        self.books.lock().lost = true;
         Ok(())
     }
 
     fn in_place(&self, each: &mut dyn FnMut(PageRange)) {
         // It is asked once.
-        let received = std::mem::take(&mut self.shared.books.lock().received);
-        received.runs(&self.shared.layout, each);
+        let received = std::mem::take(&mut self.books.lock().received);
+        received.runs(&self.layout, each);
     }
 
     fn events(&self, out: &mut Vec<SinkEvent>) -> Result<usize> {
-        self.shared.listen();
-        let mut books = self.shared.books.lock();
+        self.listen();
+        let mut books = self.books.lock();
         // A QEMU that does not take the head is told of by who said it.
         if let Some((kind, message)) = books.failure.as_ref().filter(|_| books.running) {
             return Err(Error::new(*kind, message.clone()));
@@ -264,19 +257,19 @@ impl PageSink for Feeder {
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.shared.hearing.as_fd())
+        Some(self.hearing.as_fd())
     }
 
     /// Ends the stream: QEMU lets the memory go, in which what never came is zero. Nothing is to be ended where QEMU has no
     /// package, and where pages are lost it would take them for zeros.
     fn finish(&self) -> Result<()> {
         {
-            let books = self.shared.books.lock();
+            let books = self.books.lock();
             if books.lost || !books.running {
                 return Ok(());
             }
         }
-        let mut line = self.shared.line.lock();
+        let mut line = self.line.lock();
         let Line { records, bytes, .. } = &mut *line;
         bytes.clear();
         records.begin(true, bytes);
@@ -284,7 +277,7 @@ impl PageSink for Feeder {
         bytes.push(END_OF_STREAM);
         line.write().map_err(|cause| hung_up().because(cause))?;
         drop(line);
-        match self.shared.wait(PLACED, |books| books.shut)? {
+        match self.wait(PLACED, |books| books.shut)? {
             0 => Ok(()),
             code => {
                 let message = format!(

@@ -18,7 +18,7 @@ use qemu_stream::{Answer, AnswerDecoder, AnswerItem};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::net::{RecvFlags, recv};
 
-use super::{Books, FIRST_PING, Layout, Shared, hung_up};
+use super::{Books, FIRST_PING, Feeder, Layout, hung_up};
 
 /// How long who hears waits at once for an answer: other things change as well.
 const LISTENS: Duration = Duration::from_millis(20);
@@ -92,7 +92,7 @@ impl Hearing {
     }
 }
 
-impl Shared {
+impl Feeder {
     /// Hears what there is to hear, for who reads the events: who calls it first is that from now on.
     pub(super) fn listen(&self) {
         self.hearing.by.get_or_init(|| std::thread::current().id());

@@ -10,9 +10,7 @@
 
 use libsg::page::{PAGE_BYTES_U64, PageIndex, PageRange};
 
-use super::{
-    Answer, Command, Configuration, Error, ErrorKind, Feeder, HEAD, Layout, Result, Shared, UnixStream,
-};
+use super::{Answer, Command, Configuration, Error, ErrorKind, Feeder, HEAD, Layout, Result, UnixStream};
 use super::{BlockIndex, hung_up};
 
 /// What QEMU says of the pages that it has.
@@ -76,16 +74,14 @@ impl Feeder {
     /// [`ErrorKind::Vm`] when QEMU does not go on.
     pub fn recover(connection: UnixStream, of: (Layout, Configuration, u32)) -> Result<Self> {
         let feeder = Self::start(connection, of)?;
-        feeder.shared.go_on().map_err(|cause| {
+        feeder.go_on().map_err(|cause| {
             let message =
                 "the destination QEMU does not go on with its migration: its standard error says why";
             Error::new(ErrorKind::Vm, message).because(cause)
         })?;
         Ok(feeder)
     }
-}
 
-impl Shared {
     fn go_on(&self) -> Result<()> {
         let blocks = self.layout.blocks();
         let count = blocks.iter().count();
