@@ -83,6 +83,8 @@ pub struct RateFinder {
     young: bool,
     /// Probes in turn that found what was known.
     confirmed: u32,
+    /// The step of the probe in which a queue is measured: if it goes away by itself, the probe goes on.
+    probed: Option<u32>,
     /// Whether less was sent lately than allowed, 0 to 1.
     limited: f64,
     history: VecDeque<(Instant, u64)>,
@@ -111,6 +113,7 @@ impl RateFinder {
             base_rtt: Duration::ZERO,
             young: true,
             confirmed: 0,
+            probed: None,
             limited: 0.0,
             history: VecDeque::new(),
         }
@@ -185,6 +188,11 @@ impl RateFinder {
 
     fn measure(&mut self, now: Instant) {
         let Some(queue) = self.queue else {
+            if let Some(step) = self.probed.take() {
+                let next_at = now + self.paced_time(PROBE_STEP_TIME);
+                self.phase = Phase::Probe { step, unused: 0, next_at };
+                return;
+            }
             self.start_cruise(now);
             // Gone by itself: no reason to wait again before probing.
             if let (Some(calm_since), Phase::Cruise { since }) = (self.calm_since, &mut self.phase) {
@@ -246,6 +254,7 @@ impl RateFinder {
         self.calm_since = Some(since);
         self.keep_what_was_carried(now);
         if self.queue_stands() {
+            self.probed = None;
             self.phase = Phase::Measure;
         } else if !self.is_used(now) {
             self.look_below_floor(now);
@@ -285,6 +294,7 @@ impl RateFinder {
         self.calm_since = None;
         self.keep_what_was_carried(now);
         if self.queue_stands() {
+            self.probed = Some(step);
             self.phase = Phase::Measure;
             return;
         }
@@ -355,7 +365,10 @@ impl RateFinder {
             (Phase::Measure, Some(paced)) if queue.time() < self.paced_time(MEASURE_TIME_MIN) => {
                 self.raise_estimate(paced.min(self.delivered_rate(now, HISTORY_TIME / 2)));
             }
-            (Phase::Measure | Phase::Drain { .. }, _) => self.learn(&queue),
+            (Phase::Measure | Phase::Drain { .. }, _) => {
+                self.probed = None;
+                self.learn(&queue);
+            }
             _ => {}
         }
     }

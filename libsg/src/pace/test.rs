@@ -260,6 +260,18 @@ fn hovers_on_a_busy_host() {
     }
 }
 
+/// Late readings end each probe by what looks like a queue: those that go away by themselves end none.
+#[test]
+fn a_rate_that_is_too_low_is_left_behind_on_a_host_without_a_free_processor() {
+    for seed in 1..=6 {
+        let path = Path { late_s: 300e-6, ..Path::new(950).noisy() };
+        let mut sim = Sim::new(path, 77 * seed);
+        sim.finder = RateFinder::begin_at(path.capacity / 5, sim.now);
+        sim.run(8.0);
+        assert!(sim.share() > 0.95, "seed {seed}: {:.2} of what it carries", sim.share());
+    }
+}
+
 #[test]
 fn hovers_on_a_host_without_a_free_processor() {
     for late_us in [100, 200, 300] {
