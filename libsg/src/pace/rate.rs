@@ -41,7 +41,10 @@ pub struct Reading {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Phase {
     Startup,
-    Measure,
+    Measure {
+        /// The step of the probe that a queue ended: if it goes away by itself, the probe goes on.
+        probed: Option<u32>,
+    },
     Drain {
         since: Instant,
         stuck: Duration,
@@ -83,8 +86,6 @@ pub struct RateFinder {
     young: bool,
     /// Probes in turn that found what was known.
     confirmed: u32,
-    /// The step of the probe in which a queue is measured: if it goes away by itself, the probe goes on.
-    probed: Option<u32>,
     /// Whether less was sent lately than allowed, 0 to 1.
     limited: f64,
     history: VecDeque<(Instant, u64)>,
@@ -113,7 +114,6 @@ impl RateFinder {
             base_rtt: Duration::ZERO,
             young: true,
             confirmed: 0,
-            probed: None,
             limited: 0.0,
             history: VecDeque::new(),
         }
@@ -170,7 +170,7 @@ impl RateFinder {
         self.limited += (f64::from(u8::from(reading.app_limited)) - self.limited) * LIMITED.0;
         match self.phase {
             Phase::Startup => self.startup(),
-            Phase::Measure => self.measure(now),
+            Phase::Measure { probed } => self.measure(now, probed),
             Phase::Drain { .. } => self.drain(now, now.saturating_duration_since(before.0)),
             Phase::Settle { until } if now < until => {}
             Phase::Settle { .. } => self.start_cruise(now),
@@ -182,13 +182,13 @@ impl RateFinder {
 
     fn startup(&mut self) {
         if self.queue_stands() {
-            self.phase = Phase::Measure;
+            self.phase = Phase::Measure { probed: None };
         }
     }
 
-    fn measure(&mut self, now: Instant) {
+    fn measure(&mut self, now: Instant, probed: Option<u32>) {
         let Some(queue) = self.queue else {
-            if let Some(step) = self.probed.take() {
+            if let Some(step) = probed {
                 let next_at = now + self.paced_time(PROBE_STEP_TIME);
                 self.phase = Phase::Probe { step, unused: 0, next_at };
                 return;
@@ -254,8 +254,7 @@ impl RateFinder {
         self.calm_since = Some(since);
         self.keep_what_was_carried(now);
         if self.queue_stands() {
-            self.probed = None;
-            self.phase = Phase::Measure;
+            self.phase = Phase::Measure { probed: None };
         } else if !self.is_used(now) {
             self.look_below_floor(now);
             self.phase = Phase::Cruise { since: now };
@@ -294,8 +293,7 @@ impl RateFinder {
         self.calm_since = None;
         self.keep_what_was_carried(now);
         if self.queue_stands() {
-            self.probed = Some(step);
-            self.phase = Phase::Measure;
+            self.phase = Phase::Measure { probed: Some(step) };
             return;
         }
         if now < next_at || self.queue.is_some() {
@@ -362,13 +360,14 @@ impl RateFinder {
             // It went away although we sent on at the same rate: a lump of ours after a late wake-up, or
             // somebody else's. So the link carries more than this rate, as far as this rate was carried: what a
             // bottleneck lets through at once hides the first of a probe's excess.
-            (Phase::Measure, Some(paced)) if queue.time() < self.paced_time(MEASURE_TIME_MIN) => {
+            (Phase::Measure { .. }, Some(paced)) if queue.time() < self.paced_time(MEASURE_TIME_MIN) => {
                 self.raise_estimate(paced.min(self.delivered_rate(now, HISTORY_TIME / 2)));
             }
-            (Phase::Measure | Phase::Drain { .. }, _) => {
-                self.probed = None;
+            (Phase::Measure { .. }, _) => {
+                self.phase = Phase::Measure { probed: None };
                 self.learn(&queue);
             }
+            (Phase::Drain { .. }, _) => self.learn(&queue),
             _ => {}
         }
     }

@@ -31,36 +31,15 @@ const RECOUNTS_MAX: u32 = 8;
 const LEAST_BYTES: usize = 4096;
 
 pub(super) fn run(shared: &Shared, connection: UnixStream, limits: Limits) {
-    let mut reader = Reader {
-        shared,
-        limits,
-        decoder: StreamDecoder::new(),
-        configuration: None,
-        package: Vec::new(),
-        written: None,
-        news: Vec::new(),
-        empty_parts: 0,
-        recounts: 0,
-        switched: false,
-    };
-    reader.end_with(Ok(connection));
+    Reader::new(shared, limits, StreamDecoder::new(), None).end_with(Ok(connection));
 }
 
 /// Reads what a source sends that has it resumed, of whose stream another process has read the rest.
 pub(super) fn run_on(shared: &Shared, (begun, writer): (Begun, Writer), limits: Limits) {
     let none = PresenceMap::new(begun.layout.pages());
-    let mut reader = Reader {
-        shared,
-        limits,
-        decoder: StreamDecoder::recovering(begun.layout.blocks().clone(), begun.section),
-        configuration: None,
-        package: Vec::new(),
-        written: Some(Written { begun, writer, filled: none.clone(), seen: none }),
-        news: Vec::new(),
-        empty_parts: 0,
-        recounts: 0,
-        switched: true,
-    };
+    let decoder = StreamDecoder::recovering(begun.layout.blocks().clone(), begun.section);
+    let written = Written { begun, writer, filled: none.clone(), seen: none };
+    let mut reader = Reader::new(shared, limits, decoder, Some(written));
     let begins = reader.resume();
     reader.end_with(begins);
 }
@@ -98,6 +77,24 @@ enum Ended {
     Whole,
     /// It was broken off.
     Broken,
+}
+
+impl<'a> Reader<'a> {
+    /// Of a stream from its beginning, or of one that has switched, of which this was written before.
+    fn new(shared: &'a Shared, limits: Limits, decoder: StreamDecoder, written: Option<Written>) -> Self {
+        Self {
+            shared,
+            decoder,
+            configuration: None,
+            package: Vec::new(),
+            limits,
+            switched: written.is_some(),
+            written,
+            news: Vec::new(),
+            empty_parts: 0,
+            recounts: 0,
+        }
+    }
 }
 
 impl Reader<'_> {
