@@ -9,7 +9,7 @@
 
 use std::fs;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -35,6 +35,8 @@ const ORDER_MAX: u32 = 10;
 #[derive(Debug, Default)]
 pub struct Reserve {
     pieces: Vec<MmapMut>,
+    /// Free memory that there is to be.
+    least: Arc<AtomicU64>,
     handing_out: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
 }
 
@@ -59,7 +61,7 @@ impl Reserve {
         });
         let mut pieces = first.map_err(|_| anyhow::anyhow!("touching memory panicked"))??;
         pieces.extend(second?);
-        let reserve = Self { pieces, handing_out: None };
+        let reserve = Self { pieces, least: Arc::default(), handing_out: None };
         tracing::info!(size = %reserve.size(), "free memory is ready");
         Ok(reserve)
     }
@@ -77,10 +79,11 @@ impl Reserve {
         }
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
-        let least = rustix::system::sysinfo().freeram + AHEAD_BYTES;
+        self.renew();
+        let least = Arc::clone(&self.least);
         let thread = std::thread::Builder::new().name("reserve".into()).spawn(move || {
             while !pieces.is_empty() && !stopping.load(Ordering::Relaxed) {
-                let missing = least.saturating_sub(rustix::system::sysinfo().freeram);
+                let missing = least.load(Ordering::Relaxed).saturating_sub(rustix::system::sysinfo().freeram);
                 let back = missing.div_ceil(PIECE_BYTES as u64).min(pieces.len() as u64);
                 pieces.truncate(pieces.len() - back as usize);
                 std::thread::sleep(LOOK_EVERY);
@@ -88,6 +91,12 @@ impl Reserve {
         })?;
         self.handing_out = Some((stop, thread));
         Ok(())
+    }
+
+    /// Gives a little more back, and waits for that: what lay free before may be the host's again.
+    pub fn renew(&self) {
+        self.least.store(rustix::system::sysinfo().freeram + AHEAD_BYTES, Ordering::Relaxed);
+        std::thread::sleep(5 * LOOK_EVERY);
     }
 }
 
@@ -121,8 +130,8 @@ mod test {
 
     #[test]
     fn what_is_handed_out_is_no_more_than_there_is() {
-        let mut reserve =
-            Reserve { pieces: (0..3).map(|_| touched().expect("memory")).collect(), handing_out: None };
+        let pieces = (0..3).map(|_| touched().expect("memory")).collect();
+        let mut reserve = Reserve { pieces, least: Arc::default(), handing_out: None };
         assert_eq!(reserve.size(), Size(3 * PIECE_BYTES as u64));
         reserve.hand_out().expect("a thread");
         assert_eq!(reserve.size(), Size(0));

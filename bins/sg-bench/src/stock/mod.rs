@@ -36,6 +36,8 @@ pub fn run(args: &StockArgs, ui: &mut Ui) -> Result<Report> {
     let there = Host::start(&lab, Node::Destination, &machine, &["-incoming", "defer"])?;
     from.await_filled()?;
     interrupt::check()?;
+    // It was handed out for the guest, a while ago.
+    reserve.renew();
     let start = Instant::now();
     let moved = match args.mode {
         StockMode::ScatterGather | StockMode::Hybrid => moves::by_us(&lab, args, &from, &there),
