@@ -9,7 +9,7 @@
 
 use std::fs;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -35,9 +35,8 @@ const ORDER_MAX: u32 = 10;
 #[derive(Debug, Default)]
 pub struct Reserve {
     pieces: Vec<MmapMut>,
-    /// Free memory that there is to be.
-    least: Arc<AtomicU64>,
-    handing_out: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
+    /// Free bytes that there are to be, which lives as long as they are handed out, and who does that.
+    handing_out: Option<(Arc<AtomicU64>, JoinHandle<()>)>,
 }
 
 impl Reserve {
@@ -61,7 +60,7 @@ impl Reserve {
         });
         let mut pieces = first.map_err(|_| anyhow::anyhow!("touching memory panicked"))??;
         pieces.extend(second?);
-        let reserve = Self { pieces, least: Arc::default(), handing_out: None };
+        let reserve = Self { pieces, handing_out: None };
         tracing::info!(size = %reserve.size(), "free memory is ready");
         Ok(reserve)
     }
@@ -77,37 +76,42 @@ impl Reserve {
         if pieces.is_empty() {
             return Ok(());
         }
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopping = Arc::clone(&stop);
-        self.renew();
-        let least = Arc::clone(&self.least);
+        let least = Arc::new(AtomicU64::new(a_little_more()));
+        let wanted = Arc::downgrade(&least);
         let thread = std::thread::Builder::new().name("reserve".into()).spawn(move || {
-            while !pieces.is_empty() && !stopping.load(Ordering::Relaxed) {
+            while let Some(least) = wanted.upgrade().filter(|_| !pieces.is_empty()) {
                 let missing = least.load(Ordering::Relaxed).saturating_sub(rustix::system::sysinfo().freeram);
+                drop(least);
                 let back = missing.div_ceil(PIECE_BYTES as u64).min(pieces.len() as u64);
                 pieces.truncate(pieces.len() - back as usize);
                 std::thread::sleep(LOOK_EVERY);
             }
         })?;
-        self.handing_out = Some((stop, thread));
+        self.handing_out = Some((least, thread));
         Ok(())
     }
 
     /// Gives a little more back, and waits for that: what lay free before may be the host's again.
     pub fn renew(&self) {
-        self.least.store(rustix::system::sysinfo().freeram + AHEAD_BYTES, Ordering::Relaxed);
+        let Some((least, _)) = &self.handing_out else { return };
+        least.store(a_little_more(), Ordering::Relaxed);
         std::thread::sleep(5 * LOOK_EVERY);
     }
 }
 
 impl Drop for Reserve {
     fn drop(&mut self) {
-        if let Some((stop, thread)) = self.handing_out.take() {
-            stop.store(true, Ordering::Relaxed);
+        if let Some((least, thread)) = self.handing_out.take() {
+            drop(least);
             // It does nothing that panics.
             let _ = thread.join();
         }
     }
+}
+
+/// Free bytes when a little is given back.
+fn a_little_more() -> u64 {
+    rustix::system::sysinfo().freeram + AHEAD_BYTES
 }
 
 /// Whether free memory goes to somebody else and has to be got back when it is touched.
@@ -130,8 +134,8 @@ mod test {
 
     #[test]
     fn what_is_handed_out_is_no_more_than_there_is() {
-        let pieces = (0..3).map(|_| touched().expect("memory")).collect();
-        let mut reserve = Reserve { pieces, least: Arc::default(), handing_out: None };
+        let mut reserve =
+            Reserve { pieces: (0..3).map(|_| touched().expect("memory")).collect(), handing_out: None };
         assert_eq!(reserve.size(), Size(3 * PIECE_BYTES as u64));
         reserve.hand_out().expect("a thread");
         assert_eq!(reserve.size(), Size(0));
