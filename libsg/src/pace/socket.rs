@@ -76,13 +76,16 @@ pub fn set_congestion(socket: impl AsFd, name: &str) -> io::Result<()> {
 
 /// Makes the calling thread's sleeps end on time: threads that pace, or that a guest waits for, call it
 /// once when they start. They sleep nearly always; what they need is to run at once when they wake,
-/// before threads that compute. Where the process may not raise its priority, that part is left out.
+/// before threads that compute. Where the process may not raise its priority, or has a higher one, that part is left out.
 ///
 /// # Errors
 /// The kernel refuses precise timers; sleeps are then up to 50 µs late, and still right.
 pub fn precise_timers() -> io::Result<()> {
     // Linux counts niceness by thread, whatever POSIX says: setpriority(2).
-    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), PROMPT_NICENESS);
+    let this = Some(rustix::thread::gettid());
+    if rustix::process::getpriority_process(this).is_ok_and(|niceness| niceness > PROMPT_NICENESS) {
+        let _ = rustix::process::setpriority_process(this, PROMPT_NICENESS);
+    }
     Ok(rustix::thread::set_current_timer_slack(NonZeroU64::new(TIMER_SLACK_NS))?)
 }
 
@@ -112,6 +115,20 @@ mod test {
         quick_ack(&stream).unwrap();
         set_congestion(&stream, "reno").unwrap();
         assert!(set_congestion(&stream, "no such").is_err());
+    }
+
+    #[test]
+    fn a_thread_that_is_to_be_prompt_is_so_no_less_than_before() {
+        let this = Some(rustix::thread::gettid());
+        let niceness = || rustix::process::getpriority_process(this).unwrap();
+        let (before, raised) = (niceness(), PROMPT_NICENESS - 5);
+        precise_timers().unwrap();
+        assert!(niceness() <= before);
+        // Only who may raise it has a higher one.
+        if rustix::process::setpriority_process(this, raised).is_ok() {
+            precise_timers().unwrap();
+            assert_eq!(niceness(), raised);
+        }
     }
 
     #[test]
