@@ -53,6 +53,27 @@ impl Machine {
 struct Heard {
     beats: Vec<(Beat, Instant)>,
     complaints: Vec<String>,
+    /// The first line, and the last one: a VM that is paused in the middle of a line says the rest of it at the other end.
+    first: Option<(String, Instant)>,
+    last: String,
+}
+
+impl Heard {
+    fn line(&mut self, line: &str, now: Instant) {
+        let said = Said::parse(format!("{line}\n").as_bytes());
+        self.beats.extend(said.beats.into_iter().map(|beat| (beat, now)));
+        self.complaints.extend(said.complaints);
+        self.first.get_or_insert_with(|| (line.to_owned(), now));
+        line.clone_into(&mut self.last);
+    }
+
+    /// The beats of a VM that was heard here, and then there.
+    fn and_then(&self, there: &Self) -> Vec<(Beat, Instant)> {
+        let beat = |line: &str| Said::parse(format!("{line}\n").as_bytes()).beats.pop();
+        let broken = there.first.as_ref().filter(|_| beat(&self.last).is_none());
+        let joined = broken.and_then(|(rest, at)| Some((beat(&format!("{}{rest}", self.last))?, *at)));
+        self.beats.iter().copied().chain(joined).chain(there.beats.iter().copied()).collect()
+    }
 }
 
 /// One end.
@@ -84,11 +105,7 @@ impl Host {
         let hears = Arc::clone(&heard);
         let process =
             Process::spawn_at(lab, node, &node.to_string(), Path::new(QEMU), &arguments, move |line| {
-                let now = Instant::now();
-                let said = Said::parse(format!("{line}\n").as_bytes());
-                let mut heard = hears.lock();
-                heard.beats.extend(said.beats.into_iter().map(|beat| (beat, now)));
-                heard.complaints.extend(said.complaints);
+                hears.lock().line(line, Instant::now());
             })
             .context(
                 "a stock QEMU is needed: apt install qemu-system-x86, or put another in front of PATH",
@@ -138,8 +155,11 @@ impl Host {
 }
 
 /// The longest time in which a guest that moved was not heard, from `since` on, and that none of its beats is missing.
-pub fn longest_gap(from: &Host, there: &Host, since: Instant) -> Result<Duration> {
-    let beats: Vec<_> = from.heard.lock().beats.iter().chain(&there.heard.lock().beats).copied().collect();
+pub fn longest_gap(from: Host, there: &Host, since: Instant) -> Result<Duration> {
+    let Host { process, heard, .. } = from;
+    // A line without its end is heard when it ends.
+    drop(process);
+    let beats = heard.lock().and_then(&there.heard.lock());
     longest(&beats, since)
 }
 
@@ -160,6 +180,33 @@ fn longest(beats: &[(Beat, Instant)], since: Instant) -> Result<Duration> {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn a_beat_that_was_half_said_is_heard_at_the_other_end() {
+        let begun = Instant::now();
+        let at = |ms| begun + Duration::from_millis(ms);
+        let whole = ["beat 7 writes=5 passes=1 wrong=0", "beat 8 writes=61 passes=1 wrong=0"];
+        let next = "beat 9 writes=70 passes=1 wrong=0";
+        for split in 0..=whole[1].len() {
+            let (mut from, mut there) = (Heard::default(), Heard::default());
+            let (half, rest) = whole[1].split_at(split);
+            from.line(whole[0], at(0));
+            if !half.is_empty() {
+                from.line(half, at(300));
+            }
+            for line in [rest, next] {
+                there.line(line, at(400));
+            }
+            let beats = from.and_then(&there);
+            let numbers: Vec<u64> = beats.iter().map(|(beat, _)| beat.number).collect();
+            assert_eq!(numbers, [7, 8, 9], "{half:?}, {rest:?}");
+            assert_eq!(beats[1].0.writes, 61);
+        }
+        let (mut from, mut there) = (Heard::default(), Heard::default());
+        from.line(whole[0], at(0));
+        there.line(next, at(1));
+        assert_eq!(from.and_then(&there).len(), 2, "nothing is made up");
+    }
 
     #[test]
     fn a_gap_is_between_two_beats_of_whichever_end() {

@@ -47,7 +47,7 @@ pub fn run(args: &StockArgs, ui: &mut Ui) -> Result<Report> {
         moved.with_context(|| format!("{}{}", from.process.log_tail(), there.process.log_tail()))?;
     ui.say("  it has moved, and checks its memory");
     there.verify()?;
-    let gap = machine::longest_gap(&from, &there, start)?;
+    let gap = machine::longest_gap(from, &there, start)?;
     report.guest.longest_pause_ms = Some(gap.as_secs_f64() * 1e3);
     let guest = &mut report.guest;
     (guest.mismatches, guest.fill_pages) = (Some(0), Some(machine.filled_pages()));
