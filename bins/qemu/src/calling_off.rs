@@ -9,12 +9,9 @@ use libsg::source::{Outcome, PageSource as _, Supply};
 use libsg::{ErrorKind, Result};
 use parking_lot::Mutex;
 
-use crate::qmp::{Qmp, STEP};
+use crate::qmp::{PAUSED, Qmp, STEP};
 use crate::relay::{Limits, Relay};
 use crate::steering::ByQmp;
-
-/// What a migration stays in that waits to be resumed.
-const PAUSED: &str = "postcopy-paused";
 
 /// A QEMU notices at once that its relay is dead; on a busy host a little later.
 const NOTICES: Duration = Duration::from_secs(3);
@@ -106,5 +103,13 @@ fn refuse(qmp: &Arc<Mutex<Qmp>>, manifest: &Manifest) -> Result<()> {
     let refused = relay.refuse(STEP);
     relay.hang_up();
     refused?;
+    await_failed(qmp)
+}
+
+/// Waits until a migration that was refused has ended.
+///
+/// # Errors
+/// As [`call_off`].
+pub(crate) fn await_failed(qmp: &Mutex<Qmp>) -> Result<()> {
     qmp.lock().await_migration(|status| status == "failed").map(drop)
 }

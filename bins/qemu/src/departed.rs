@@ -22,7 +22,7 @@ use serde_json::json;
 
 use crate::calling_off::{broken_state, call_off, is_over};
 use crate::preflight::{Found, look_at_version};
-use crate::qmp::Qmp;
+use crate::qmp::{PAUSED, Qmp};
 use crate::record::{Note, Process, absolute, process_of};
 use crate::settings::Settings;
 
@@ -178,7 +178,7 @@ pub fn standing(qmp: &mut Qmp, departed: &Departed) -> Result<(Found, Standing)>
         return Ok((found, Standing::Here));
     }
     let standing = match state.as_str() {
-        "postcopy-paused" => Standing::Paused,
+        PAUSED => Standing::Paused,
         // From QEMU 10.2 on: nobody has told it yet that the state of its devices was taken.
         "postcopy-device" => {
             found.refusals.push(not_noticed(&state));

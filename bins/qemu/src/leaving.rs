@@ -12,7 +12,7 @@ use libsg::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use serde_json::json;
 
-use crate::calling_off::{call_off, cancel};
+use crate::calling_off::{await_failed, call_off, cancel};
 use crate::departed::{Departed, DepartedFile, Standing};
 use crate::machine::Devices;
 use crate::qmp::{Qmp, STEP};
@@ -287,7 +287,7 @@ impl LeavingQemu {
         // and is refused.
         if self.flows {
             match self.relay.refuse(STEP) {
-                Ok(()) => return self.qmp.lock().await_migration(|status| status == "failed").map(drop),
+                Ok(()) => return await_failed(&self.qmp),
                 Err(error) => {
                     tracing::warn!(error = error.chain(), "the source QEMU does not come to its end")
                 }

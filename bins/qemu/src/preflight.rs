@@ -7,7 +7,7 @@ use libsg::{Error, ErrorKind, Result};
 use rustix::process::Pid;
 use serde_json::{Value, json};
 
-use crate::qmp::{Qmp, Version};
+use crate::qmp::{PAUSED, Qmp, Version};
 use crate::settings::{Settings, capabilities};
 
 /// The oldest QEMU whose streams are known.
@@ -85,7 +85,7 @@ pub fn source(qmp: &mut Qmp, disks: Disks) -> Result<Found> {
     let state = qmp.migration()?;
     if is_under_way(&state) {
         let what = match state.as_str() {
-            "postcopy-paused" => "what is not safe is here only: sg evict --qmp … --resume goes on with it",
+            PAUSED => "what is not safe is here only: sg evict --qmp … --resume goes on with it",
             _ => "migrate_cancel, or wait for it",
         };
         found.refuse(format!("a migration of this VM is under way, \"{state}\": {what}"));

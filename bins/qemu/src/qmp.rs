@@ -19,6 +19,9 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// How long a QEMU may take for a step that takes it a moment, on a busy host; or that waits for its disks.
 pub(crate) const STEP: Duration = Duration::from_secs(30);
 
+/// What a migration stays in that waits to be resumed.
+pub(crate) const PAUSED: &str = "postcopy-paused";
+
 /// Bytes of one answer. A VM with hundreds of disks stays under a megabyte.
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 

@@ -3,7 +3,7 @@
 use libsg::Result;
 use serde_json::json;
 
-use crate::qmp::Qmp;
+use crate::qmp::{PAUSED, Qmp};
 
 /// What becomes of a QEMU's VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +61,7 @@ fn whereabouts(status: &str, migration: &str) -> Whereabouts {
         ("postmigrate", _) => Whereabouts::Left,
         // A source that is so far does not run, and is about to have given it away.
         ("finish-migrate", _) => Whereabouts::Here,
-        (_, "postcopy-active" | "postcopy-paused" | "postcopy-recover" | "postcopy-recover-setup") => {
+        (_, "postcopy-active" | PAUSED | "postcopy-recover" | "postcopy-recover-setup") => {
             Whereabouts::Arriving
         }
         _ => Whereabouts::Here,

@@ -13,7 +13,7 @@ use crate::feeder::Feeder;
 use crate::layout::Layout;
 use crate::machine;
 use crate::preflight::{Found, look_at_version};
-use crate::qmp::Qmp;
+use crate::qmp::{PAUSED, Qmp};
 use crate::record::{Record, process_of};
 
 /// A QEMU notices at once that its feeder is dead; on a busy host a little later.
@@ -33,7 +33,7 @@ pub fn resumable(qmp: &mut Qmp, record: &Record) -> Result<Found> {
     }
     let state = broken_state(qmp)?;
     match state.as_str() {
-        "postcopy-paused" => {}
+        PAUSED => {}
         "completed" => {
             let what = "the VM has all of its memory, and nothing is to be resumed: who fed it did not come to giving back that of \
                         the intermediaries, which is done now";

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use rustix::process::{Pid, getpid};
 use serde_json::json;
 
-use crate::qmp::{Qmp, STEP, Version};
+use crate::qmp::{PAUSED, Qmp, STEP, Version};
 use crate::record::behind_name;
 use crate::relay::{Steering, Stream};
 
@@ -77,7 +77,7 @@ impl Steering for ByQmp {
         self.recovers_since = None;
         let mut qmp = self.qmp.lock();
         // It notices that its stream broke when it writes the next time.
-        qmp.await_migration(|status| status == "postcopy-paused")?;
+        qmp.await_migration(|status| status == PAUSED)?;
         if qmp.version() < KNOWS_WHO_HEARS {
             std::thread::sleep(HEARS);
             process_of(&qmp).into_iter().for_each(await_rest);
@@ -174,7 +174,7 @@ mod test {
             said(Some(status)).goes_on().expect(status);
         }
         said(None).goes_on().expect("it is slow");
-        for status in ["postcopy-paused", "failed"] {
+        for status in [PAUSED, "failed"] {
             let error = said(Some(status)).goes_on().expect_err(status);
             assert!(error.message.contains(status), "{error}");
         }

@@ -297,7 +297,7 @@ impl Reader<'_> {
                     self.switched()?;
                 }
             }
-            Item::PartBegins { .. } => self.empty_parts += 1,
+            Item::PartBegins { .. } => self.empty_parts = self.empty_parts.saturating_add(1),
             Item::PartEnds { .. } | Item::End => {}
         }
         Ok(())
