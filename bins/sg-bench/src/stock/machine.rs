@@ -60,7 +60,7 @@ struct Heard {
 
 impl Heard {
     fn line(&mut self, line: &str, now: Instant) {
-        let said = Said::parse(format!("{line}\n").as_bytes());
+        let said = said(line);
         self.beats.extend(said.beats.into_iter().map(|beat| (beat, now)));
         self.complaints.extend(said.complaints);
         self.first.get_or_insert_with(|| (line.to_owned(), now));
@@ -69,11 +69,16 @@ impl Heard {
 
     /// The beats of a VM that was heard here, and then there.
     fn and_then(&self, there: &Self) -> Vec<(Beat, Instant)> {
-        let beat = |line: &str| Said::parse(format!("{line}\n").as_bytes()).beats.pop();
+        let beat = |line: &str| said(line).beats.pop();
         let broken = there.first.as_ref().filter(|_| beat(&self.last).is_none());
         let joined = broken.and_then(|(rest, at)| Some((beat(&format!("{}{rest}", self.last))?, *at)));
         self.beats.iter().copied().chain(joined).chain(there.beats.iter().copied()).collect()
     }
+}
+
+/// What a whole line of a console says.
+fn said(line: &str) -> Said {
+    Said::parse(format!("{line}\n").as_bytes())
 }
 
 /// One end.
