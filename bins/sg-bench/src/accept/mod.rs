@@ -50,8 +50,9 @@ pub fn run(args: &AcceptArgs) -> Result<u8> {
                 format!("[{number} of {planned}, {:.0} s] {what}", begun.elapsed().as_secs_f64())
             })?;
         }
-        let took_s = start.elapsed().as_secs_f64();
+        // Some rows run what they need when they are asked for their values.
         let lines: Vec<Line> = row.parts.iter().map(|part| Line::of(row, part, &results)).collect();
+        let took_s = start.elapsed().as_secs_f64();
         for (at, line) in lines.iter().enumerate() {
             table.say(&line.text((at == 0).then_some(took_s)));
         }
